@@ -1,0 +1,33 @@
+# make demo   train the demo model on 2 processes
+# make test   lint, types and every test
+# make lint   ruff and mypy only
+# All of them first build one environment, .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+READY  := $(VENV)/.ready
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/moesaic
+	touch $@
+
+demo: $(READY)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m moesaic.launch.train
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=$(VENV)/src $(BIN)/mypy -p moesaic
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -1,0 +1,1 @@
+"""moesaic: load-adaptive Mixture-of-Experts training."""

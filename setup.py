@@ -1,0 +1,37 @@
+"""moesaic: load-adaptive Mixture-of-Experts training. The repository root is the package `moesaic`."""
+
+from setuptools import setup
+
+FOLDERS = ["runtime", "collectives", "placement", "kernels", "launch", "benchmarks"]
+
+setup(
+    name="moesaic",
+    version="0.1.0",
+    description="Load-adaptive Mixture-of-Experts training: fully sharded, sparsely materialized experts",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"moesaic": "."},
+    packages=["moesaic", *(f"moesaic.{folder}" for folder in FOLDERS)],
+    package_data={"moesaic": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "numpy>=2.0",
+        "numba>=0.61",
+        "pulp>=3.0",
+        "highspy>=1.9",
+        "click>=8.1",
+        "pydantic>=2.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],
+        "cuda12": ["nvidia-nccl-cu12"],
+        "hf": ["transformers>=5.0", "safetensors>=0.5"],
+        "report": ["matplotlib>=3.9"],
+        "test": ["pytest>=8.3", "hypothesis>=6.110", "ruff>=0.12", "mypy>=1.15"],
+    },
+    entry_points={"console_scripts": ["moesaic = moesaic.launch.cli:main"]},
+)
