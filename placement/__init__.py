@@ -1,1 +1,29 @@
-"""moesaic.placement"""
+"""Placement: loads, owners, copies, the token split, cost, and the solvers. numpy only; no process group, no device."""
+
+from .cost import Bound, Cost, Solution, cost, lower_bound
+from .owners import Move, OwnerMap
+from .registry import SOLVERS, Solver, get_solver
+from .split import Split, split_exact, split_local_even
+from .topology import Topology
+from .values import ExpertLoad, LayerShape, Placement, Problem
+
+__all__ = [
+    "SOLVERS",
+    "Bound",
+    "Cost",
+    "ExpertLoad",
+    "LayerShape",
+    "Move",
+    "OwnerMap",
+    "Placement",
+    "Problem",
+    "Solution",
+    "Solver",
+    "Split",
+    "Topology",
+    "cost",
+    "get_solver",
+    "lower_bound",
+    "split_exact",
+    "split_local_even",
+]

@@ -1,0 +1,180 @@
+"""What a layer's step costs under a placement and a split, and what no placement can beat.
+
+All paths are maxima over devices and over node links, never sums over devices. The model:
+    compute_s  = multiplier * max_r(rows_r + half_rate_rows * groups_r) * flops_per_row / flops_per_s
+    dispatch_s = 4 * (latency_s + row_bytes * max(busiest device / device rate, busiest node link / node rate))
+    gather_s, reduce_s = the same for copies and their gradients, less what hides under `overlap_s`
+The 4 counts dispatch and combine, forward and backward. groups_r is the number of experts that have rows on rank r: a group of n
+rows runs at the rate flops_per_s * n / (n + half_rate_rows), which follows the H100 GEMM table (FIELD: 0.41 of the peak at 256
+rows, 0.59 at 512, 0.79 at 8192) within 0.06 from 256 rows up. The backward pass hides about twice what the forward hides
+(Hecate, section 4), so the second gather and the reduce share 2 * overlap_s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .split import Split
+from .topology import Topology
+from .values import Placement, Problem
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted seconds of one layer's step by stage; `move_s` is the change of owners, written off over its horizon."""
+
+    compute_s: float
+    dispatch_s: float
+    gather_s: float
+    reduce_s: float
+    move_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Sum of the stages."""
+        return self.compute_s + self.dispatch_s + self.gather_s + self.reduce_s + self.move_s
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What no placement of the problem can go below: rows of the busiest rank, and seconds."""
+
+    max_rows: int
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solver's answer. `gap` is (cost - bound) / cost in seconds, in [0, 1]; `seconds` is the time the solver took."""
+
+    placement: Placement
+    cost: Cost
+    bound: Bound
+    gap: float
+    seconds: float
+    solver: str
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The integers a cost is priced from.
+
+    work_rows: max over ranks of rows + half_rate_rows * groups. The others count rows, copies and owner moves that the busiest
+    device, and the busiest node link, sends or receives.
+    """
+
+    work_rows: int
+    device_rows: int
+    node_rows: int
+    device_copies: int
+    node_copies: int
+    device_moves: int
+    node_moves: int
+
+
+def _busiest(flow_RR: np.ndarray, topology: Topology) -> tuple[int, int]:
+    """Return the largest number of items that one device, and one node link, sends or receives."""
+    own_R = np.diagonal(flow_RR)
+    device = max(int((flow_RR.sum(axis=1) - own_R).max()), int((flow_RR.sum(axis=0) - own_R).max()))
+    if topology.num_nodes == 1:
+        return device, 0
+    nodes, per_node = topology.num_nodes, topology.ranks_per_node
+    flow_NN = flow_RR.reshape(nodes, per_node, nodes, per_node).sum(axis=(1, 3))
+    own_N = np.diagonal(flow_NN)
+    return device, max(int((flow_NN.sum(axis=1) - own_N).max()), int((flow_NN.sum(axis=0) - own_N).max()))
+
+
+def _pair_counts(src: np.ndarray, dst: np.ndarray, num_ranks: int) -> np.ndarray:
+    return np.bincount(src * num_ranks + dst, minlength=num_ranks * num_ranks).reshape(num_ranks, num_ranks)
+
+
+def tally(problem: Problem, placement: Placement, split: Split) -> Tally:
+    """Count what the busiest rank and link have to do. Every copy is sent by its owner directly."""
+    num_ranks, topology = problem.num_ranks, problem.topology
+    groups_R = np.count_nonzero(split.rows_RE, axis=1)
+    work_rows = int((split.rows_R + topology.half_rate_rows * groups_R).max())
+    ranks, experts = np.nonzero(placement.copies_RE)
+    copies_RR = _pair_counts(placement.expert_to_owner_E[experts], ranks, num_ranks)
+    moved = np.flatnonzero(problem.expert_to_owner_E != placement.expert_to_owner_E)
+    moves_RR = _pair_counts(problem.expert_to_owner_E[moved], placement.expert_to_owner_E[moved], num_ranks)
+    rows, copies, moves = _busiest(split.flow_RR, topology), _busiest(copies_RR, topology), _busiest(moves_RR, topology)
+    return Tally(work_rows, rows[0], rows[1], copies[0], copies[1], moves[0], moves[1])
+
+
+def link_seconds(topology: Topology, item_bytes: float, device_items: int, node_items: int) -> float:
+    """Return the seconds of one exchange whose busiest device and node link carry that many items; 0 for none."""
+    if not device_items:
+        return 0.0
+    return topology.latency_s + item_bytes * max(
+        device_items / topology.device_bytes_per_s, node_items / topology.node_bytes_per_s
+    )
+
+
+def price(problem: Problem, counts: Tally) -> Cost:
+    """Turn counts into seconds. The one place where the model's formulas stand."""
+    topology, shape = problem.topology, problem.shape
+    gather = link_seconds(topology, shape.expert_bytes, counts.device_copies, counts.node_copies)
+    reduce = link_seconds(topology, shape.gradient_bytes, counts.device_copies, counts.node_copies)
+    regather = gather * (problem.gathers - 1)
+    backward_room = 2 * problem.overlap_s
+    state_bytes = shape.parameters_per_expert * 4 * problem.state_multiplier
+    return Cost(
+        compute_s=problem.backward_multiplier * counts.work_rows * shape.flops_per_row / topology.flops_per_s,
+        dispatch_s=4 * link_seconds(topology, shape.row_bytes, counts.device_rows, counts.node_rows),
+        gather_s=max(0.0, gather - problem.overlap_s) + max(0.0, regather - backward_room),
+        reduce_s=max(0.0, reduce - max(0.0, backward_room - regather)),
+        move_s=link_seconds(topology, state_bytes, counts.device_moves, counts.node_moves) / problem.move_horizon_steps,
+    )
+
+
+def cost(problem: Problem, placement: Placement, split: Split) -> Cost:
+    """Predict the seconds of one layer's step (the module's docstring has the model)."""
+    return price(problem, tally(problem, placement, split))
+
+
+def _least_rows(problem: Problem) -> int:
+    """Return the smallest Z that passes a necessary condition of every placement with these owners and slots.
+
+    Net imports of a rank are at most Z less what it owns, and at most its `slots` largest foreign experts; together they must
+    take what the other ranks own above Z.
+    """
+    owned_R, totals_E = problem.owned_rows_R, problem.load.totals_E
+    largest = np.sort(totals_E)[::-1][: problem.slots].sum() if problem.slots else 0
+    low, high = -(-problem.load.total // problem.num_ranks), int(owned_R.max())
+    while low < high:
+        middle = (low + high) // 2
+        excess = np.maximum(owned_R - middle, 0).sum()
+        room = np.minimum(np.maximum(middle - owned_R, 0), largest).sum()
+        low, high = (low, middle) if excess <= room else (middle + 1, high)
+    return low
+
+
+def lower_bound(problem: Problem, *, owners_may_move: bool = False) -> Bound:
+    """Bound every placement from below: the mean rank's work, and Hall's condition on the slots when the owners stay.
+
+    When owners may move as well, only the mean is certain (one rank could own the busiest expert and nothing else), and without
+    slots the busiest expert itself.
+    """
+    topology, totals_E = problem.topology, problem.load.totals_E
+    if owners_may_move:
+        max_rows = -(-problem.load.total // problem.num_ranks)
+        if not problem.slots:
+            max_rows = max(max_rows, int(totals_E.max()))
+    else:
+        max_rows = _least_rows(problem)
+    groups = int(np.count_nonzero(totals_E))
+    mean_work = -(-(problem.load.total + topology.half_rate_rows * groups) // problem.num_ranks)
+    busy = max_rows + (topology.half_rate_rows if max_rows else 0)
+    none = Tally(max(mean_work, busy), 0, 0, 0, 0, 0, 0)
+    return Bound(max_rows, price(problem, none).total_s)
+
+
+def solution(
+    problem: Problem, placement: Placement, cost: Cost, seconds: float, solver: str, *, owners_may_move: bool = False
+) -> Solution:
+    """Assemble a solver's answer with its bound and gap."""
+    bound = lower_bound(problem, owners_may_move=owners_may_move)
+    gap = max(0.0, 1.0 - bound.total_s / cost.total_s) if cost.total_s > 0 else 0.0
+    return Solution(placement, cost, bound, gap, seconds, solver)

@@ -1,0 +1,29 @@
+"""The solvers by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from . import static
+from .cost import Solution
+from .values import Problem
+
+Solver = Callable[[Problem], Solution]
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {
+        "static": static.solve,
+    }
+)
+
+
+def get_solver(name: str) -> Solver:
+    """Return the solver called `name`, or raise ValueError that names the nearest one."""
+    if name not in SOLVERS:
+        near = difflib.get_close_matches(str(name), SOLVERS, n=1)
+        raise ValueError(
+            f"unknown solver {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SOLVERS)}")
+        )
+    return SOLVERS[name]

@@ -1,0 +1,197 @@
+"""The token split: which holder computes which source rank's rows of every expert.
+
+Shape letters: R ranks, E experts, M replicated experts, J (expert, holder) entries, G segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .content import ByContent, freeze
+from .topology import Topology
+from .values import ExpertLoad, Placement
+
+
+@dataclass(frozen=True, eq=False)
+class Split(ByContent):
+    """An integer split of a load over a placement; built by `split_exact` or `split_local_even`.
+
+    Experts with one holder need no more than their load. For the replicated ones, segments_4G int64 [4, G] holds columns of
+    (expert, source rank, destination rank, rows), a (source, destination) pair at most once per expert, rows above 0.
+    rows_RE int64 [R, E]: rows that rank r computes for expert e.
+    """
+
+    load: ExpertLoad
+    placement: Placement
+    segments_4G: np.ndarray
+
+    def __post_init__(self) -> None:
+        load_shape, placed_shape = self.load.load_RE.shape, self.placement.replicas_RE.shape
+        if load_shape != placed_shape:
+            raise ValueError(f"the load is [R, E] = {load_shape}, the placement {placed_shape}; give matching ones")
+        segments_4G = np.array(self.segments_4G, dtype=np.int64, order="C")
+        assert segments_4G.shape[:-1] == (4,)
+        freeze(self, "segments_4G", segments_4G)
+
+    @cached_property
+    def _is_single_E(self) -> np.ndarray:
+        return self.placement.num_replicas_E == 1
+
+    @cached_property
+    def rows_RE(self) -> np.ndarray:
+        """Rows computed on rank r for expert e, int64 [R, E], read-only."""
+        num_ranks, num_experts = self.placement.replicas_RE.shape
+        expert_G, _, dst_G, rows_G = self.segments_4G
+        # Weights of bincount are float64: exact, because a load's total stays below 2**53.
+        rows_N = np.bincount(dst_G * num_experts + expert_G, weights=rows_G, minlength=num_ranks * num_experts)
+        rows_RE = rows_N.astype(np.int64).reshape(num_ranks, num_experts)
+        single = np.flatnonzero(self._is_single_E)
+        rows_RE[self.placement.expert_to_owner_E[single], single] = self.load.totals_E[single]
+        rows_RE.setflags(write=False)
+        return rows_RE
+
+    @cached_property
+    def rows_R(self) -> np.ndarray:
+        """Rows computed on every rank, int64 [R], read-only."""
+        rows_R = self.rows_RE.sum(axis=1)
+        rows_R.setflags(write=False)
+        return rows_R
+
+    @cached_property
+    def flow_RR(self) -> np.ndarray:
+        """Rows that source rank s has computed on rank d, over all experts, int64 [R, R], read-only."""
+        num_ranks = self.placement.num_ranks
+        _, src_G, dst_G, rows_G = self.segments_4G
+        flow_RR = np.bincount(src_G * num_ranks + dst_G, weights=rows_G, minlength=num_ranks * num_ranks)
+        flow_RR = flow_RR.astype(np.int64).reshape(num_ranks, num_ranks)
+        single = np.flatnonzero(self._is_single_E)
+        if single.size:
+            order = single[np.argsort(self.placement.expert_to_owner_E[single], kind="stable")]
+            owners, first = np.unique(self.placement.expert_to_owner_E[order], return_index=True)
+            flow_RR[:, owners] += np.add.reduceat(self.load.load_RE[:, order], first, axis=1)
+        flow_RR.setflags(write=False)
+        return flow_RR
+
+    def sends(self, src: int) -> np.ndarray:
+        """Return the rows of source rank `src` by expert and destination rank, int64 [E, R]."""
+        num_ranks, num_experts = self.placement.replicas_RE.shape
+        sends_ER = np.zeros((num_experts, num_ranks), dtype=np.int64)
+        single = np.flatnonzero(self._is_single_E)
+        sends_ER[single, self.placement.expert_to_owner_E[single]] = self.load.load_RE[src, single]
+        expert_G, _, dst_G, rows_G = self.segments_4G[:, self.segments_4G[1] == src]
+        sends_ER[expert_G, dst_G] = rows_G
+        return sends_ER
+
+    def recvs(self, dst: int) -> np.ndarray:
+        """Return the rows that rank `dst` computes by source rank and expert, int64 [R, E]."""
+        recvs_RE = np.zeros(self.placement.replicas_RE.shape, dtype=np.int64)
+        owned = np.flatnonzero(self._is_single_E & (self.placement.expert_to_owner_E == dst))
+        recvs_RE[:, owned] = self.load.load_RE[:, owned]
+        expert_G, src_G, _, rows_G = self.segments_4G[:, self.segments_4G[2] == dst]
+        recvs_RE[src_G, expert_G] = rows_G
+        return recvs_RE
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the busiest rank."""
+        return int(self.rows_R.max())
+
+    @property
+    def max_over_mean(self) -> float:
+        """Rows of the busiest rank over the mean rank; 1.0 when there are none."""
+        return self.max_rows * self.placement.num_ranks / self.load.total if self.load.total else 1.0
+
+    @property
+    def off_rank(self) -> int:
+        """Rows computed on another rank than their source."""
+        return self.load.total - int(np.trace(self.flow_RR))
+
+    def off_node(self, topology: Topology) -> int:
+        """Return the rows computed on another node than their source's."""
+        node_R = topology.node_of_rank_R
+        return int(self.flow_RR[node_R[:, None] != node_R[None, :]].sum())
+
+
+@dataclass(frozen=True)
+class _Replicated:
+    """The replicated experts of a placement as the sparse table that flow.py describes."""
+
+    experts_M: np.ndarray
+    start_M: np.ndarray
+    ranks_J: np.ndarray
+
+    @classmethod
+    def of(cls, placement: Placement) -> _Replicated:
+        experts_M = np.flatnonzero(placement.num_replicas_E > 1)
+        _, ranks_J = np.nonzero(placement.replicas_RE.T[experts_M])
+        start_M = np.zeros(experts_M.size + 1, dtype=np.int64)
+        np.cumsum(placement.num_replicas_E[experts_M], out=start_M[1:])
+        return cls(experts_M, start_M, ranks_J)
+
+
+def _check(load: ExpertLoad, placement: Placement, topology: Topology) -> None:
+    if load.load_RE.shape != placement.replicas_RE.shape:
+        raise ValueError(
+            f"the load is [R, E] = {load.load_RE.shape}, the placement {placement.replicas_RE.shape}; give matching ones"
+        )
+    if topology.num_ranks != load.num_ranks:
+        raise ValueError(f"the load counts {load.num_ranks} ranks, the topology has {topology.num_ranks}; give matching ones")
+
+
+def _no_segments() -> np.ndarray:
+    return np.empty((4, 0), dtype=np.int64)
+
+
+def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> Split:
+    """Split the load so that the busiest rank has the fewest rows any integer split over these holders can give it.
+
+    Among the optimal splits the search starts from the most local one and moves rows along shortest paths only; sources are
+    then served own tokens first, own node next, rest last. Deterministic: integers, ties by index. The optimum is exact
+    (flow.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
+    """
+    _check(load, placement, topology)
+    table = _Replicated.of(placement)
+    if not table.experts_M.size:
+        return Split(load, placement, _no_segments())
+    # Imported here so that importing the package compiles nothing.
+    from . import flow
+
+    num_ranks = load.num_ranks
+    rows_R = np.zeros(num_ranks, dtype=np.int64)
+    single = np.flatnonzero(placement.num_replicas_E == 1)
+    np.add.at(rows_R, placement.expert_to_owner_E[single], load.totals_E[single])
+    rows_J = np.zeros(table.ranks_J.size, dtype=np.int64)
+    lower_bound = max(-(-load.total // num_ranks), int(rows_R.max()))
+    owner_E, per_node = placement.expert_to_owner_E, topology.ranks_per_node
+    flow.prefer_local(load.load_RE, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
+    flow.level(table.start_M, table.ranks_J, rows_J, rows_R, lower_bound)
+    segments_4G = flow.decompose(load.load_RE, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
+    segments_4G[0] = table.experts_M[segments_4G[0]]
+    return Split(load, placement, segments_4G)
+
+
+def split_local_even(load: ExpertLoad, placement: Placement, topology: Topology) -> Split:
+    """Split as Hecate and LAER-MoE do, without looking at other experts' loads.
+
+    A source rank that holds the expert keeps its tokens; else the holders of its node share them evenly; else all holders do.
+    The remainder goes to the first holders.
+    """
+    _check(load, placement, topology)
+    node_R = topology.node_of_rank_R
+    pieces = [_no_segments()]
+    for expert in np.flatnonzero(placement.num_replicas_E > 1):
+        holds_R = placement.replicas_RE[:, expert]
+        holders = np.flatnonzero(holds_R)
+        allowed_RH = node_R[:, None] == node_R[holders][None, :]
+        allowed_RH |= ~allowed_RH.any(axis=1, keepdims=True)
+        allowed_RH = np.where(holds_R[:, None], np.arange(load.num_ranks)[:, None] == holders[None, :], allowed_RH)
+        count_R = allowed_RH.sum(axis=1)
+        share_R, rest_R = np.divmod(load.load_RE[:, expert], count_R)
+        position_RH = np.cumsum(allowed_RH, axis=1) - 1
+        rows_RH = np.where(allowed_RH, share_R[:, None] + (position_RH < rest_R[:, None]), 0)
+        src, column = np.nonzero(rows_RH)
+        pieces.append(np.stack([np.full(src.size, expert), src, holders[column], rows_RH[src, column]]))
+    return Split(load, placement, np.concatenate(pieces, axis=1))

@@ -1,0 +1,236 @@
+"""The planner's value types: what a layer is, what was routed, who holds which copies, and the question to solve.
+
+Shape letters: E experts, R ranks. All values are frozen, checked once, and compare and hash by content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .content import MAX_TOTAL, ByContent, as_counts, check_ids, check_positive_int, check_seconds, freeze
+from .topology import Topology
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one MoE layer. `bytes_per_element` is what travels (rows and copies); gradients are reduced in fp32 by default."""
+
+    num_experts: int
+    top_k: int
+    dim: int
+    ffn_dim: int
+    num_matrices: int = 3
+    bytes_per_element: int = 4
+    gradient_bytes_per_element: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "dim", "ffn_dim", "num_matrices", "bytes_per_element", "gradient_bytes_per_element"):
+            check_positive_int(name, getattr(self, name))
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}; lower top_k")
+
+    @property
+    def parameters_per_expert(self) -> int:
+        """Weights of one expert."""
+        return self.num_matrices * self.dim * self.ffn_dim
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one copy of an expert as it travels."""
+        return self.parameters_per_expert * self.bytes_per_element
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one copy's gradient as it is reduced."""
+        return self.parameters_per_expert * self.gradient_bytes_per_element
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token row."""
+        return self.dim * self.bytes_per_element
+
+    @property
+    def flops_per_row(self) -> int:
+        """Forward FLOPs of one assignment (token, expert)."""
+        return 2 * self.parameters_per_expert
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLoad(ByContent):
+    """Assignments counted per source rank and expert: `load_RE` int64 [R, E]."""
+
+    load_RE: np.ndarray
+
+    def __post_init__(self) -> None:
+        load_RE = as_counts("load_RE", self.load_RE, ndim=2)
+        if load_RE.min() < 0:
+            raise ValueError(
+                f"load_RE must not be negative, got {int(load_RE.min())}; count assignments per source rank and expert"
+            )
+        if float(load_RE.max()) * load_RE.size > MAX_TOTAL and load_RE.sum(dtype=np.float64) > MAX_TOTAL:
+            raise ValueError(
+                f"load_RE sums to {load_RE.sum(dtype=np.float64):.3g} assignments, above {MAX_TOTAL}; check its dtype"
+            )
+        freeze(self, "load_RE", load_RE)
+
+    @property
+    def num_ranks(self) -> int:
+        """Source ranks."""
+        return int(self.load_RE.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return int(self.load_RE.shape[1])
+
+    @cached_property
+    def totals_E(self) -> np.ndarray:
+        """Assignments of every expert over all source ranks, int64 [E], read-only."""
+        totals_E = self.load_RE.sum(axis=0)
+        totals_E.setflags(write=False)
+        return totals_E
+
+    @cached_property
+    def total(self) -> int:
+        """All assignments."""
+        return int(self.totals_E.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Placement(ByContent):
+    """Who holds which experts of one layer in this step.
+
+    expert_to_owner_E: int64 [E], the rank that keeps the weights. replicas_RE: bool [R, E], every holder, owners included.
+    """
+
+    expert_to_owner_E: np.ndarray
+    replicas_RE: np.ndarray
+
+    def __post_init__(self) -> None:
+        owner_E = as_counts("expert_to_owner_E", self.expert_to_owner_E, ndim=1)
+        replicas_RE = np.asarray(self.replicas_RE)
+        if replicas_RE.dtype != np.bool_ or replicas_RE.ndim != 2 or replicas_RE.shape[1:] != owner_E.shape:
+            shape = f"{replicas_RE.dtype} {replicas_RE.shape}"
+            raise ValueError(f"replicas_RE must be bool [R, {owner_E.size}] to match expert_to_owner_E, got {shape}")
+        check_ids("expert_to_owner_E", owner_E, replicas_RE.shape[0], "ranks")
+        held_E = replicas_RE[owner_E, np.arange(owner_E.size)]
+        if not held_E.all():
+            expert = int(np.argmin(held_E))
+            raise ValueError(f"replicas_RE leaves out expert {expert} at its owner, rank {owner_E[expert]}; include every owner")
+        freeze(self, "expert_to_owner_E", owner_E)
+        freeze(self, "replicas_RE", np.array(replicas_RE, order="C"))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks."""
+        return int(self.replicas_RE.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return int(self.replicas_RE.shape[1])
+
+    @cached_property
+    def num_replicas_E(self) -> np.ndarray:
+        """Holders of every expert, the owner included, int64 [E], read-only."""
+        counts_E = self.replicas_RE.sum(axis=0, dtype=np.int64)
+        counts_E.setflags(write=False)
+        return counts_E
+
+    @cached_property
+    def copies_RE(self) -> np.ndarray:
+        """Temporary copies: replicas less ownership, bool [R, E], read-only."""
+        copies_RE = self.replicas_RE.copy()
+        copies_RE[self.expert_to_owner_E, np.arange(self.num_experts)] = False
+        copies_RE.setflags(write=False)
+        return copies_RE
+
+    @property
+    def num_copies(self) -> int:
+        """Temporary copies over all ranks."""
+        return int(self.num_replicas_E.sum()) - self.num_experts
+
+    @classmethod
+    def owners_only(cls, expert_to_owner_E: np.ndarray, num_ranks: int) -> Placement:
+        """Build the placement without copies: plain expert parallelism."""
+        owner_E = as_counts("expert_to_owner_E", expert_to_owner_E, ndim=1)
+        check_ids("expert_to_owner_E", owner_E, check_positive_int("num_ranks", num_ranks), "ranks")
+        replicas_RE = np.zeros((num_ranks, owner_E.size), dtype=np.bool_)
+        replicas_RE[owner_E, np.arange(owner_E.size)] = True
+        return cls(owner_E, replicas_RE)
+
+    @classmethod
+    def everywhere(cls, expert_to_owner_E: np.ndarray, num_ranks: int) -> Placement:
+        """Build the placement with every expert on every rank."""
+        owner_E = as_counts("expert_to_owner_E", expert_to_owner_E, ndim=1)
+        return cls(owner_E, np.ones((check_positive_int("num_ranks", num_ranks), owner_E.size), dtype=np.bool_))
+
+
+@dataclass(frozen=True, eq=False)
+class Problem(ByContent):
+    """One layer's question: this load, these owners, this machine; which copies?
+
+    slots: most copies a rank may hold. gathers: 1 when copies stay until backward, 2 when they are materialized again.
+    overlap_s: seconds of other work before the layer that hide its gather. backward_multiplier: expert FLOPs of a step over
+    those of a forward (3, or 4 with recompute). min_rows_per_copy: smallest group a solver may move to a copy, None for its own
+    choice. move_horizon_steps: steps over which a change of owner is written off. state_multiplier: bytes that move with an
+    owner over the bytes of its fp32 weights (3 with both Adam moments).
+    """
+
+    load: ExpertLoad
+    expert_to_owner_E: np.ndarray
+    topology: Topology
+    shape: LayerShape
+    slots: int
+    gathers: int = 1
+    overlap_s: float = 0.0
+    backward_multiplier: int = 3
+    min_rows_per_copy: int | None = None
+    move_horizon_steps: int = 100
+    state_multiplier: float = 3.0
+
+    def __post_init__(self) -> None:
+        owner_E = as_counts("expert_to_owner_E", self.expert_to_owner_E, ndim=1)
+        num_ranks, num_experts = self.load.load_RE.shape
+        if num_ranks != self.topology.num_ranks:
+            raise ValueError(f"the load counts {num_ranks} ranks, the topology has {self.topology.num_ranks}; give matching ones")
+        if num_experts != self.shape.num_experts:
+            raise ValueError(
+                f"the load counts {num_experts} experts, the shape says {self.shape.num_experts}; give matching ones"
+            )
+        if owner_E.size != num_experts:
+            raise ValueError(
+                f"expert_to_owner_E names {owner_E.size} owners for {num_experts} experts; give one owner per expert"
+            )
+        check_ids("expert_to_owner_E", owner_E, num_ranks, "ranks")
+        check_positive_int("slots", self.slots, minimum=0)
+        if self.gathers not in (1, 2):
+            raise ValueError(f"gathers must be 1 (copies are kept) or 2 (materialized again), got {self.gathers!r}")
+        check_seconds("overlap_s", self.overlap_s)
+        check_positive_int("backward_multiplier", self.backward_multiplier)
+        if self.min_rows_per_copy is not None:
+            check_positive_int("min_rows_per_copy", self.min_rows_per_copy)
+        check_positive_int("move_horizon_steps", self.move_horizon_steps)
+        check_seconds("state_multiplier", self.state_multiplier)
+        freeze(self, "expert_to_owner_E", owner_E)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks."""
+        return self.load.num_ranks
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return self.load.num_experts
+
+    @cached_property
+    def owned_rows_R(self) -> np.ndarray:
+        """Rows every rank computes when nothing is copied, int64 [R], read-only."""
+        rows_R = np.zeros(self.num_ranks, dtype=np.int64)
+        np.add.at(rows_R, self.expert_to_owner_E, self.load.totals_E)
+        rows_R.setflags(write=False)
+        return rows_R
