@@ -1,0 +1,139 @@
+"""The expert FFN over ragged groups: `y = (silu(x Wg) * (x Wu) * row_weight) Wd`, forward and backward.
+
+The row weights (the router's gates) multiply h before the down product, so y comes out weighted and the gate
+gradients fall out of the activation's backward. The forward keeps the pre-activation only; the backward recomputes h.
+
+Rows go through in chunks: a chunk is large enough for the matrix products to run at full rate and small enough for
+its intermediates to be reused from one workspace, allocated once per call.
+
+Shapes: N rows, D model dim, F expert ffn dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .grouped_gemm import add_wgrad, check_groups, group_slices
+from .swiglu import SwigluGrads, swiglu, swiglu_backward
+
+# Upper bound on the rows of one chunk on the CPU.
+_CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to."""
+
+    gate_up: Sequence[Tensor]
+    down: Sequence[Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.gate_up or len(self.gate_up) != len(self.down):
+            raise ValueError(
+                f"{len(self.gate_up)} gate_up and {len(self.down)} down matrices; give one pair per group, at least one"
+            )
+
+
+@dataclass(frozen=True)
+class GroupedFFNOutput:
+    """Forward result: the weighted output, and the pre-activation that the backward needs."""
+
+    y_ND: Tensor
+    gate_up_N2F: Tensor
+
+
+@dataclass(frozen=True)
+class GroupedFFNGrads:
+    """Gradients of rows and row weights; weight gradients were added in place."""
+
+    dx_ND: Tensor
+    drow_weights_N: Tensor
+
+
+def grouped_ffn(
+    x_ND: Tensor,
+    row_weights_N: Tensor,
+    weights: FFNWeights,
+    group_sizes: Sequence[int],
+    *,
+    out: GroupedFFNOutput | None = None,
+) -> GroupedFFNOutput:
+    """Run each group's rows through its expert; rows are sorted by group. No autograd. `out` names buffers to fill."""
+    check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
+    N, D = x_ND.shape
+    F = weights.down[0].shape[1]
+    if out is None:
+        out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
+    chunks = list(_row_chunks(group_sizes, x_ND.device))
+    workspace = x_ND.new_empty(_max_rows(chunks), F)
+    for group, rows in chunks:
+        gate_up = out.gate_up_N2F[rows]
+        torch.mm(x_ND[rows], weights.gate_up[group].t(), out=gate_up)
+        h = swiglu(gate_up, row_weights_N[rows], out=workspace[: len(gate_up)])
+        torch.mm(h, weights.down[group].t(), out=out.y_ND[rows])
+    return out
+
+
+def grouped_ffn_backward(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_N2F: Tensor,
+    row_weights_N: Tensor,
+    weights: FFNWeights,
+    grads: FFNWeights | None,
+    group_sizes: Sequence[int],
+    *,
+    alpha: float = 1.0,
+    out: GroupedFFNGrads | None = None,
+) -> GroupedFFNGrads:
+    """Backward of `grouped_ffn`: returns the row gradients and adds `alpha` times the weight gradients to `grads`.
+
+    `grads` holds fp32 views, one pair per group, added to in place; None when the experts are frozen. Groups without
+    rows leave theirs untouched. `alpha` scales the weight gradients only.
+    """
+    check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
+    F = weights.down[0].shape[1]
+    if out is None:
+        out = GroupedFFNGrads(
+            dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)
+        )
+    chunks = list(_row_chunks(group_sizes, x_ND.device))
+    # One allocation for dh, h (F wide each) and dgate_up (2F wide): the allocator keeps and recycles a single block.
+    max_rows = _max_rows(chunks)
+    dh_buffer, h_buffer, dgate_up_buffer = x_ND.new_empty(4 * max_rows * F).split([max_rows * F, max_rows * F, 2 * max_rows * F])
+    for group, rows in chunks:
+        num_rows = rows.stop - rows.start
+        dh = torch.mm(dy_ND[rows], weights.down[group], out=dh_buffer[: num_rows * F].view(num_rows, F))
+        inner = swiglu_backward(
+            dh,
+            gate_up_N2F[rows],
+            row_weights_N[rows],
+            out=SwigluGrads(
+                dgate_up_N2F=dgate_up_buffer[: num_rows * 2 * F].view(num_rows, 2 * F),
+                drow_weights_N=out.drow_weights_N[rows],
+                h_NF=h_buffer[: num_rows * F].view(num_rows, F),
+            ),
+        )
+        torch.mm(inner.dgate_up_N2F, weights.gate_up[group], out=out.dx_ND[rows])
+        if grads is not None:
+            add_wgrad(grads.down[group], dy_ND[rows], inner.h_NF, alpha=alpha)
+            add_wgrad(grads.gate_up[group], inner.dgate_up_N2F, x_ND[rows], alpha=alpha)
+    return out
+
+
+def _row_chunks(group_sizes: Sequence[int], device: torch.device) -> Iterator[tuple[int, slice]]:
+    """Yield (group, slice of rows): groups longer than `_CHUNK_ROWS` in equal parts on the CPU, whole ones elsewhere."""
+    for group, rows in group_slices(group_sizes):
+        size = rows.stop - rows.start
+        num_parts = -(-size // _CHUNK_ROWS) if device.type == "cpu" else 1
+        for part in range(num_parts):
+            yield group, slice(rows.start + size * part // num_parts, rows.start + size * (part + 1) // num_parts)
+
+
+def _max_rows(chunks: Sequence[tuple[int, slice]]) -> int:
+    """Rows of the largest chunk, 0 without chunks."""
+    return max((rows.stop - rows.start for _, rows in chunks), default=0)

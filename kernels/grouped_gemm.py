@@ -1,0 +1,91 @@
+"""Ragged matrix products, one per group of rows: forward, input gradient, weight gradient.
+
+Rows are sorted by group; `group_sizes` (host integers) says how many rows each group has. Weights are a sequence of
+2-D tensors, one per group: rows of a bank, slots, or any views of them, so that nothing is packed. The CPU twin is
+one BLAS call per group that has rows.
+
+Shapes: N rows, I input width, O output width, weights [O, I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def grouped_gemm(x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
+    """Return `y_NO`: for each group g, its rows times `weights[g].T` ([O, I]). No autograd."""
+    return grouped_gemm_torch(x_NI, weights, group_sizes, out=out)
+
+
+def grouped_gemm_dgrad(
+    dy_NO: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None
+) -> Tensor:
+    """Return `dx_NI`: for each group g, its rows of `dy_NO` times `weights[g]` ([O, I])."""
+    return grouped_gemm_dgrad_torch(dy_NO, weights, group_sizes, out=out)
+
+
+def grouped_gemm_wgrad(
+    dy_NO: Tensor, x_NI: Tensor, group_sizes: Sequence[int], grads: Sequence[Tensor], *, alpha: float = 1.0
+) -> None:
+    """Add `alpha * dy.T @ x` of each group to `grads[g]` ([O, I]) in place; empty groups leave theirs untouched.
+
+    Products are accumulated in the dtype of the gradients (fp32), also for half-precision rows.
+    """
+    grouped_gemm_wgrad_torch(dy_NO, x_NI, group_sizes, grads, alpha=alpha)
+
+
+def grouped_gemm_torch(
+    x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None
+) -> Tensor:
+    """Torch twin of `grouped_gemm`."""
+    check_groups(x_NI.shape[0], weights, group_sizes)
+    y_NO = x_NI.new_empty(x_NI.shape[0], weights[0].shape[0]) if out is None else out
+    for group, rows in group_slices(group_sizes):
+        torch.mm(x_NI[rows], weights[group].t(), out=y_NO[rows])
+    return y_NO
+
+
+def grouped_gemm_dgrad_torch(
+    dy_NO: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None
+) -> Tensor:
+    """Torch twin of `grouped_gemm_dgrad`."""
+    check_groups(dy_NO.shape[0], weights, group_sizes)
+    dx_NI = dy_NO.new_empty(dy_NO.shape[0], weights[0].shape[1]) if out is None else out
+    for group, rows in group_slices(group_sizes):
+        torch.mm(dy_NO[rows], weights[group], out=dx_NI[rows])
+    return dx_NI
+
+
+def grouped_gemm_wgrad_torch(
+    dy_NO: Tensor, x_NI: Tensor, group_sizes: Sequence[int], grads: Sequence[Tensor], *, alpha: float = 1.0
+) -> None:
+    """Torch twin of `grouped_gemm_wgrad`."""
+    check_groups(dy_NO.shape[0], grads, group_sizes)
+    for group, rows in group_slices(group_sizes):
+        add_wgrad(grads[group], dy_NO[rows], x_NI[rows], alpha=alpha)
+
+
+def add_wgrad(grad_OI: Tensor, dy_nO: Tensor, x_nI: Tensor, *, alpha: float = 1.0) -> None:
+    """`grad_OI += alpha * dy_nO.T @ x_nI` in the dtype of `grad_OI`, for the rows of one group."""
+    # No CPU product takes half-precision operands and an fp32 result, and rounding the product would lose the sum's bits.
+    grad_OI.addmm_(dy_nO.to(grad_OI.dtype).t(), x_nI.to(grad_OI.dtype), alpha=alpha)
+
+
+def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield (group, slice of its rows) for every group that has rows."""
+    start = 0
+    for group, size in enumerate(group_sizes):
+        if size > 0:
+            yield group, slice(start, start + size)
+        start += size
+
+
+def check_groups(num_rows: int, weights: Sequence[Tensor], group_sizes: Sequence[int]) -> None:
+    """Raise ValueError unless sizes, weights and rows belong together."""
+    if not weights or len(weights) != len(group_sizes):
+        raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group, at least one")
+    if min(group_sizes) < 0 or sum(group_sizes) != num_rows:
+        raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")

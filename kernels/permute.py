@@ -1,0 +1,106 @@
+"""Rows from token order to slot order and back: `gather_rows` and its transpose `sum_rows`.
+
+Dispatch copies token rows into slot order (a token may appear several times); combine sums the results of each token.
+Both are described by one int vector, `row_ids_N`: routed row n belongs to row `row_ids_N[n]` of the other side.
+Summation follows the bag's own order and is done in fp32, so that results are bitwise repeatable.
+
+Shapes: M rows on the token side, N routed rows, D model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# A temporary of this size is recycled by the allocator; larger ones are mapped afresh and pay a page fault per 4 KiB.
+_TEMPORARY_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Groups of row positions in CSR form: bag m holds `indices[offsets[m]:offsets[m + 1]]`, in this order.
+
+    Example: `row_ids_N = [2, 0, 2]` with `num_rows = 3` gives `indices = [1, 0, 2]`, `offsets = [0, 1, 1, 3]`.
+    """
+
+    indices: Tensor  # int32 [N]
+    offsets: Tensor  # int32 [num_bags + 1]
+
+    def __post_init__(self) -> None:
+        if self.indices.dim() != 1 or self.offsets.dim() != 1 or self.offsets.numel() < 1:
+            raise ValueError(
+                f"Bags needs 1-D indices and 1-D offsets with at least one element, got shapes "
+                f"{tuple(self.indices.shape)} and {tuple(self.offsets.shape)}; build them with bags_of"
+            )
+        if self.indices.dtype != torch.int32 or self.offsets.dtype != torch.int32:
+            raise ValueError(f"Bags holds int32, got {self.indices.dtype} and {self.offsets.dtype}; build them with bags_of")
+
+    @property
+    def num_bags(self) -> int:
+        """Number of bags, empty ones included."""
+        return self.offsets.numel() - 1
+
+
+def bags_of(row_ids_N: Tensor, num_rows: int) -> Bags:
+    """Group the positions n by `row_ids_N[n]` (values in [0, num_rows)); positions ascend inside a bag."""
+    N = row_ids_N.numel()
+    if max(N, num_rows) >= 2**31:
+        raise ValueError(f"bags_of counts in int32, got {N} row ids and num_rows={num_rows}; split the batch")
+    counts = torch.bincount(row_ids_N, minlength=num_rows)
+    if counts.numel() > num_rows:
+        raise ValueError(f"row_ids_N reaches {counts.numel() - 1}, but num_rows is {num_rows}; ids must be in [0, num_rows)")
+    offsets = torch.zeros(num_rows + 1, dtype=torch.int32, device=row_ids_N.device)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
+    # One plain sort of (id, position) packed into an int64: keys are unique, so no stable sort is needed, and numpy's
+    # vectorised sort is several times faster than a stable argsort.
+    keys = (row_ids_N.long() << 32) | torch.arange(N, device=row_ids_N.device)
+    keys = torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else torch.sort(keys).values
+    return Bags(indices=(keys & 0x7FFFFFFF).int(), offsets=offsets)
+
+
+def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return `rows_ND` with `rows_ND[n] = x_MD[row_ids_N[n]]`; the transpose of `sum_rows`. No autograd."""
+    return gather_rows_torch(x_MD, row_ids_N, out=out)
+
+
+def sum_rows(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tensor:
+    """Return `x_MD` with `x_MD[m]` the sum of the rows in bag m, zeros where the bag is empty. No autograd.
+
+    The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`.
+    """
+    return sum_rows_torch(rows_ND, bags, out=out)
+
+
+def gather_rows_torch(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Torch twin of `gather_rows`."""
+    if out is None:
+        return torch.index_select(x_MD, 0, row_ids_N)
+    return torch.index_select(x_MD, 0, row_ids_N, out=out)
+
+
+def sum_rows_torch(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tensor:
+    """Torch twin of `sum_rows`: `embedding_bag`, which sums in the bag's order in fp32."""
+    if out is None:
+        return _sum_bags(rows_ND, bags.indices, bags.offsets)
+    num_bags, D = out.shape
+    if bags.indices.numel() == num_bags and torch.equal(bags.offsets, torch.arange(num_bags + 1, dtype=torch.int32)):
+        return torch.index_select(rows_ND, 0, bags.indices, out=out)
+    # embedding_bag has no out=, so it fills a small temporary, one block of bags at a time.
+    block = max(1, _TEMPORARY_BYTES // max(1, D * rows_ND.element_size()))
+    starts = list(range(0, num_bags, block))
+    bounds = bags.offsets[[*starts, num_bags]].tolist()
+    for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
+        stop = min(start + block, num_bags)
+        out[start:stop] = _sum_bags(rows_ND, bags.indices[first:last], bags.offsets[start : stop + 1] - first)
+    return out
+
+
+def _sum_bags(rows_ND: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    """`embedding_bag` in sum mode; `offsets` start at 0 and end at the number of indices."""
+    if indices.numel() == 0:
+        return rows_ND.new_zeros(offsets.numel() - 1, rows_ND.shape[1])
+    return F.embedding_bag(indices, rows_ND, offsets, mode="sum", include_last_offset=True)

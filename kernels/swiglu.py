@@ -1,0 +1,137 @@
+"""SwiGLU with row weights: `h = silu(gate) * up * row_weight`, and its backward from the pre-activation.
+
+The CPU twin walks over blocks of rows small enough for the second-level cache, so that the several elementwise passes
+cost one pass over memory. Half-precision inputs are computed in fp32 and rounded once.
+
+Shapes: N rows, F expert ffn dim; gate_up_N2F holds gate in its first F columns and up in its last F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of one [rows, F] block: five such fp32 blocks (gate, up, dh, two temporaries) stay in a 2 MiB cache.
+_BLOCK_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class SwigluGrads:
+    """What `swiglu_backward` returns: both input gradients and the recomputed forward output."""
+
+    dgate_up_N2F: Tensor
+    drow_weights_N: Tensor | None
+    h_NF: Tensor
+
+
+def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Return `h_NF = silu(gate) * up`, times `row_weights_N[:, None]` when weights are given. No autograd."""
+    return swiglu_torch(gate_up_N2F, row_weights_N, out=out)
+
+
+def swiglu_backward(
+    dh_NF: Tensor, gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: SwigluGrads | None = None
+) -> SwigluGrads:
+    """Return the gradients of `swiglu` for `dh_NF`, and its output h again (the down product's wgrad needs it).
+
+    `out` names buffers to write into; they must not overlap the inputs.
+    """
+    return swiglu_backward_torch(dh_NF, gate_up_N2F, row_weights_N, out=out)
+
+
+def swiglu_torch(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Torch twin of `swiglu`."""
+    N, F = _rows_and_width(gate_up_N2F)
+    h_NF = gate_up_N2F.new_empty(N, F) if out is None else out
+    compute_dtype = _compute_dtype(gate_up_N2F)
+    for rows in _row_blocks(gate_up_N2F):
+        gate, up = gate_up_N2F[rows].to(compute_dtype).chunk(2, dim=1)
+        h = h_NF[rows] if h_NF.dtype == compute_dtype else torch.empty_like(gate)
+        torch.ops.aten.silu.out(gate, out=h)
+        h.mul_(up)
+        if row_weights_N is not None:
+            h.mul_(row_weights_N[rows, None])
+        if h_NF.dtype != compute_dtype:
+            h_NF[rows] = h
+    return h_NF
+
+
+def swiglu_backward_torch(
+    dh_NF: Tensor, gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: SwigluGrads | None = None
+) -> SwigluGrads:
+    """Torch twin of `swiglu_backward`."""
+    N, F = _rows_and_width(gate_up_N2F)
+    if dh_NF.shape != (N, F):
+        raise ValueError(f"dh_NF has shape {tuple(dh_NF.shape)}, gate_up_N2F asks for {(N, F)}")
+    grads = _new_grads(gate_up_N2F, row_weights_N) if out is None else out
+    for rows in _row_blocks(gate_up_N2F):
+        _backward_block(
+            dh_NF[rows],
+            gate_up_N2F[rows],
+            None if row_weights_N is None else row_weights_N[rows],
+            SwigluGrads(
+                grads.dgate_up_N2F[rows],
+                None if grads.drow_weights_N is None else grads.drow_weights_N[rows],
+                grads.h_NF[rows],
+            ),
+        )
+    return grads
+
+
+def _backward_block(dh_nF: Tensor, gate_up_n2F: Tensor, row_weights_n: Tensor | None, out: SwigluGrads) -> None:
+    """The backward of one block of rows, written into `out`; all temporaries have the block's size."""
+    compute_dtype = _compute_dtype(gate_up_n2F)
+    dh = dh_nF.to(compute_dtype)
+    gate, up = gate_up_n2F.to(compute_dtype).chunk(2, dim=1)
+    is_direct = out.dgate_up_N2F.dtype == compute_dtype
+    dgate_up = out.dgate_up_N2F if is_direct else torch.empty_like(gate_up_n2F, dtype=compute_dtype)
+    dgate, dup = dgate_up.chunk(2, dim=1)
+
+    activated = torch.nn.functional.silu(gate)
+    dh_up = dh * up
+    if row_weights_n is not None:
+        if out.drow_weights_N is not None:
+            torch.mul(dh_up, activated, out=dgate)  # dgate is scratch here
+            out.drow_weights_N.copy_(dgate.sum(dim=1))
+        activated.mul_(row_weights_n[:, None])
+        dh_up.mul_(row_weights_n[:, None])
+    torch.mul(dh, activated, out=dup)
+    torch.ops.aten.silu_backward.grad_input(dh_up, gate, grad_input=dgate)
+    if is_direct:
+        torch.mul(activated, up, out=out.h_NF)
+    else:
+        out.h_NF.copy_(activated.mul_(up))
+        out.dgate_up_N2F.copy_(dgate_up)
+
+
+def _new_grads(gate_up_N2F: Tensor, row_weights_N: Tensor | None) -> SwigluGrads:
+    """Buffers for `swiglu_backward`, uninitialised."""
+    N, F = _rows_and_width(gate_up_N2F)
+    return SwigluGrads(
+        dgate_up_N2F=torch.empty_like(gate_up_N2F, memory_format=torch.contiguous_format),
+        drow_weights_N=None if row_weights_N is None else torch.empty_like(row_weights_N),
+        h_NF=gate_up_N2F.new_empty(N, F),
+    )
+
+
+def _rows_and_width(gate_up_N2F: Tensor) -> tuple[int, int]:
+    """(N, F) of a gate_up matrix."""
+    if gate_up_N2F.dim() != 2 or gate_up_N2F.shape[1] % 2:
+        raise ValueError(f"gate_up_N2F must be [N, 2F], got {tuple(gate_up_N2F.shape)}; gate and up lie side by side")
+    return gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """fp32 for half precision, else the tensor's own dtype."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+def _row_blocks(gate_up_N2F: Tensor) -> Iterator[slice]:
+    """Slices of rows: cache-sized on the CPU, everything at once elsewhere."""
+    N, F = _rows_and_width(gate_up_N2F)
+    block = max(1, _BLOCK_ELEMENTS // max(1, F)) if gate_up_N2F.device.type == "cpu" else max(1, N)
+    for start in range(0, N, block):
+        yield slice(start, min(start + block, N))
