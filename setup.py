@@ -1,5 +1,7 @@
 """moesaic: load-adaptive Mixture-of-Experts training. The repository root is the package `moesaic`."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 FOLDERS = ["runtime", "collectives", "placement", "kernels", "launch", "benchmarks"]
@@ -8,7 +10,7 @@ setup(
     name="moesaic",
     version="0.1.0",
     description="Load-adaptive Mixture-of-Experts training: fully sharded, sparsely materialized experts",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

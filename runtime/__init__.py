@@ -1,1 +1,41 @@
-"""moesaic.runtime"""
+"""One training step, a file a stage, plus the wrapping of models and the state that lasts.
+
+layer.py          the forward: the pipeline, one line a stage
+router.py         which experts, with which weights; balancing and z-loss
+predict.py        the next load from past loads
+planning.py       predicted load -> placement, exact load -> split
+bank.py           every expert once: weights and gradients of the experts this rank owns
+materialize.py    copies in, their gradients home
+dispatch.py       rows to their experts and back
+experts.py        the local experts' SwiGLU
+layer_pass.py     one forward and its backward; replay under activation checkpointing
+layer_runtime.py  what one layer has of all this
+overlap.py        when gathers are launched
+group.py          the ranks, their transports, their machine
+adapters.py       MoE blocks of other models
+shard.py          shard_experts
+handle.py         what the user's loop calls
+state.py          state under logical names
+metrics.py        balance, copies, bytes
+stages.py         profiler ranges and stage clocks
+config.py         what a user chooses
+"""
+
+from .adapters import Adapter, register_adapter
+from .config import RouterConfig, RuntimeConfig
+from .handle import Handle
+from .layer import MoELayer
+from .router import Router, Routing
+from .shard import shard_experts
+
+__all__ = [
+    "Adapter",
+    "Handle",
+    "MoELayer",
+    "Router",
+    "RouterConfig",
+    "Routing",
+    "RuntimeConfig",
+    "register_adapter",
+    "shard_experts",
+]

@@ -1,0 +1,88 @@
+"""The transport over torch.distributed: Gloo for CPU tensors, NCCL for CUDA tensors."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..traffic import Traffic
+from ..transport import Buffer, CollectiveError, Pending
+
+
+class _Works:
+    """Outstanding torch.distributed works of one exchange."""
+
+    def __init__(self, works: list[dist.Work], timeout: timedelta, description: str):
+        self._works = works
+        self._timeout = timeout
+        self._description = description
+
+    def wait(self) -> None:
+        works, self._works = self._works, []
+        try:
+            for work in works:
+                work.wait(self._timeout)
+        except RuntimeError as error:
+            raise CollectiveError(f"{self._description}: {str(error).splitlines()[0]}") from error
+
+
+class C10dTransport:
+    """Point-to-point messages of a torch.distributed process group.
+
+    Args:
+        group: the process group; ranks below are ranks in it. Give each transport a group of its own, so that
+            experts in flight and tokens in flight are matched apart.
+        timeout_s: seconds after which a wait fails.
+    """
+
+    name = "c10d"
+
+    def __init__(self, group: dist.ProcessGroup, *, timeout_s: float):
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self.traffic = Traffic(self.world_size)
+        self._timeout_s = timeout_s
+        self._coalesce = dist.get_backend(group) == "nccl"
+
+    def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
+        """Launch every message; see `Transport.exchange`."""
+        sends = [buffer for buffer in sends if buffer.tensor.numel()]
+        recvs = [buffer for buffer in recvs if buffer.tensor.numel()]
+        for buffer in sends:
+            self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
+        works: list[dist.Work] = []
+        if self._coalesce:
+            # NCCL deadlocks unless the messages of one exchange are one group call.
+            ops = [dist.P2POp(dist.irecv, b.tensor, group=self.group, group_peer=b.peer) for b in recvs]
+            ops += [dist.P2POp(dist.isend, b.tensor, group=self.group, group_peer=b.peer) for b in sends]
+            works = dist.batch_isend_irecv(ops) if ops else []
+        else:
+            for b in recvs:
+                works.append(_launched(dist.irecv(b.tensor, group=self.group, group_src=b.peer)))
+            for b in sends:
+                works.append(_launched(dist.isend(b.tensor, group=self.group, group_dst=b.peer)))
+        return _Works(works, timedelta(seconds=self._timeout_s), self._describe(sends, recvs, op, where))
+
+    def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
+        """Gather int64 [n] from every rank: [R, n]."""
+        gathered = torch.empty(self.world_size * values.numel(), dtype=torch.int64, device=values.device)
+        work = _launched(dist.all_gather_into_tensor(gathered, values, group=self.group, async_op=True))
+        description = f"rank {self.rank}: gather of {values.numel()} integers{where and ' at ' + where}"
+        _Works([work], timedelta(seconds=self._timeout_s), description).wait()
+        return gathered.view(self.world_size, -1)
+
+    def _describe(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], op: str, where: str) -> str:
+        to = ", ".join(f"{b.tensor.nbytes} B to rank {b.peer}" for b in sends)
+        of = ", ".join(f"{b.tensor.nbytes} B from rank {b.peer}" for b in recvs)
+        place = f" at {where}" if where else ""
+        what = f"sending {to or 'nothing'}; expecting {of or 'nothing'}"
+        return f"rank {self.rank}: {op}{place} did not complete within {self._timeout_s:g} s ({what})"
+
+
+def _launched(work: dist.Work | None) -> dist.Work:
+    """torch returns no work to a rank outside the group, which this transport's rank never is."""
+    assert work is not None
+    return work

@@ -1,0 +1,135 @@
+"""The bank: every expert's master weights and gradient, kept once, on the rank that owns it.
+
+A bank spans all MoE layers whose experts have one shape. Its parameters have one row per expert that this rank owns, in
+the row order of the owner map, so any optimizer sees ordinary parameters. Gradients are written into rows of `.grad`
+by the expert backward and by the sparse reduce; the parameters are never inputs of the autograd graph.
+
+Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert ffn dim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..placement import OwnerMap
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The shape of one SwiGLU expert: gate_up [2F, D] (gate first, then up) and down [D, F]."""
+
+    dim: int
+    ffn_dim: int
+
+    @property
+    def num_elements(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.dim * self.ffn_dim
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertTensors:
+    """Two tensors in the shape of one expert: its weights, or its gradients. Views, never copies."""
+
+    gate_up: Tensor  # [2F, D]
+    down: Tensor  # [D, F]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Both, in the order in which they travel."""
+        return self.gate_up, self.down
+
+
+class Bank(nn.Module):
+    """The experts that rank `rank` owns under `owners`, all layers together.
+
+    Args:
+        shape: of one expert.
+        owners: the owner map over the bank's layers; counts per rank may differ, zero included.
+        rank: this rank.
+        device, dtype: of the master weights.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        owners: OwnerMap,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.shape = shape
+        self.owners = owners
+        self.rank = rank
+        num_rows = int(owners.num_rows_R[rank])
+        D, F = shape.dim, shape.ffn_dim
+        self.gate_up = nn.Parameter(torch.empty(num_rows, 2 * F, D, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(num_rows, D, F, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every weight from the uniform distribution that `nn.Linear` uses, row by row in row order."""
+        for weights in (self.gate_up, self.down):
+            bound = weights.shape[-1] ** -0.5
+            weights.uniform_(-bound, bound)
+
+    def row_of(self, layer: int, expert: int) -> int:
+        """The row of an expert that this rank owns."""
+        assert self.owners.expert_to_owner_LE[layer, expert] == self.rank, f"layer {layer} expert {expert} is not owned here"
+        return int(self.owners.expert_to_row_LE[layer, expert])
+
+    def weights(self, layer: int, expert: int) -> ExpertTensors:
+        """Weights of an owned expert, in place."""
+        row = self.row_of(layer, expert)
+        return ExpertTensors(self.gate_up.data[row], self.down.data[row])
+
+    def grads(self, layer: int, expert: int) -> ExpertTensors:
+        """Gradient of an owned expert, in place; see `ensure_grads`."""
+        row = self.row_of(layer, expert)
+        assert self.gate_up.grad is not None and self.down.grad is not None
+        return ExpertTensors(self.gate_up.grad[row], self.down.grad[row])
+
+    def ensure_grads(self) -> None:
+        """Give every trainable parameter a gradient of zeros if it has none, as `zero_grad` leaves it."""
+        for parameter in (self.gate_up, self.down):
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the experts learn. Both weights do, or neither."""
+        return self.gate_up.requires_grad
+
+    @torch.no_grad()
+    def load_rows(self, experts: Mapping[tuple[int, int], ExpertTensors]) -> None:
+        """Copy weights into rows: (layer, expert) to tensors, owned experts only."""
+        for (layer, expert), source in experts.items():
+            for target, tensor in zip(self.weights(layer, expert).tensors(), source.tensors(), strict=True):
+                target.copy_(tensor)
+
+
+class SlotPool:
+    """Expert-sized buffers that materializations borrow: copies of weights, and their gradients.
+
+    A buffer comes back when its last use has been enqueued. One that is never given back, because its graph was dropped
+    without a backward, is simply freed: the pool holds only the free ones.
+    """
+
+    def __init__(self, shape: ExpertShape):
+        self._shape = shape
+        self._free: list[ExpertTensors] = []
+
+    def acquire(self, like: Tensor) -> ExpertTensors:
+        """A buffer with undefined content on the device and with the dtype of `like`."""
+        for i, buffer in enumerate(self._free):
+            if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
+                return self._free.pop(i)
+        D, F = self._shape.dim, self._shape.ffn_dim
+        return ExpertTensors(like.new_empty(2 * F, D), like.new_empty(D, F))
+
+    def release(self, buffer: ExpertTensors) -> None:
+        """Give a buffer back."""
+        self._free.append(buffer)

@@ -1,0 +1,55 @@
+"""What a user chooses about routing and about the runtime. Frozen values that check themselves."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose experts."""
+
+    normalize_weights: bool = True
+    """Gate weights of a token's K experts sum to one (Mixtral); else they are the softmax over all experts (Switch)."""
+    aux_loss_coef: float = 0.01
+    """Weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, equation 4); 0 turns it off."""
+    aux_loss_scope: Literal["micro_batch", "global_batch"] = "global_batch"
+    """Whose expert frequencies the balancing loss uses: this rank's micro-batch, or the micro-batches of all ranks."""
+    z_loss_coef: float = 0.0
+    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, equation 5); 0 turns it off."""
+    force_balance: bool = False
+    """Ignore the scores and spread assignments evenly: the upper bound of a benchmark, never for training."""
+
+    def __post_init__(self) -> None:
+        for name in ("aux_loss_coef", "z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"router.{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.aux_loss_scope not in ("micro_batch", "global_batch"):
+            raise ValueError(f"router.aux_loss_scope is {self.aux_loss_scope!r}; choose 'micro_batch' or 'global_batch'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How experts are placed and moved."""
+
+    policy: str = "quota"
+    """Solver that places the copies: 'static' (none), 'hecate', 'quota', or another name of `moesaic.placement.SOLVERS`."""
+    split: Literal["exact", "local_even"] = "exact"
+    """How tokens are split over copies: the exact min-max split, or Hecate's rule (local first, then even)."""
+    slots: int = 2
+    """Copies of other ranks' experts that a rank may hold per MoE layer."""
+    predictor: Literal["best", "last", "window", "ema"] = "best"
+    """How the next load is predicted from the past; 'best' uses whichever had the smallest recent error."""
+    shard_dense: bool = True
+    """Shard everything but the experts with FSDP2 `fully_shard`; False leaves the rest of the model to you."""
+    timeout_s: float = 300.0
+    """Seconds after which a wait for other ranks fails."""
+
+    def __post_init__(self) -> None:
+        if self.slots < 0:
+            raise ValueError(f"runtime.slots is {self.slots}; it must be 0 (no copies) or more")
+        if self.timeout_s <= 0:
+            raise ValueError(f"runtime.timeout_s is {self.timeout_s}; it must be more than 0 seconds")
+        if self.split not in ("exact", "local_even"):
+            raise ValueError(f"runtime.split is {self.split!r}; choose 'exact' or 'local_even'")
+        if self.predictor not in ("best", "last", "window", "ema"):
+            raise ValueError(f"runtime.predictor is {self.predictor!r}; choose 'best', 'last', 'window' or 'ema'")

@@ -1,0 +1,71 @@
+"""The ranks that share experts: how they talk, and what the planner knows of the machine they run on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..collectives import C10dTransport, LocalTransport, Transport
+from ..placement import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class RankGroup:
+    """The ranks of one FSSDP group.
+
+    Token rows and expert weights travel on transports of their own, so that copies in flight for the next layer are
+    never mistaken for the rows of this one.
+    """
+
+    tokens: Transport
+    experts: Transport
+    topology: Topology
+
+    def __post_init__(self) -> None:
+        sizes = (self.tokens.world_size, self.experts.world_size, self.topology.num_ranks)
+        if len(set(sizes)) != 1:
+            raise ValueError(
+                f"the token transport has {sizes[0]} ranks, the expert transport {sizes[1]}, the topology {sizes[2]}; "
+                "give a topology of the group's size"
+            )
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return self.tokens.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the group."""
+        return self.tokens.world_size
+
+
+def single_rank_group() -> RankGroup:
+    """A group of one, without a process group: what a layer has before it is sharded."""
+    return RankGroup(LocalTransport(), LocalTransport(), Topology.preset("cpu", 1))
+
+
+def group_of_process_group(group: dist.ProcessGroup, *, timeout_s: float, topology: Topology | None = None) -> RankGroup:
+    """The ranks of a torch process group. Collective: every rank of `group` must call it.
+
+    Without a `topology` the preset of the device is used, with as many nodes as torchrun's LOCAL_WORLD_SIZE implies. The
+    preset, not a measurement, so that plans, and with them results, do not change from run to run.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    tokens, experts = (C10dTransport(dist.new_group(ranks), timeout_s=timeout_s) for _ in range(2))
+    topology = topology or default_topology(len(ranks), on_cuda=dist.get_backend(group) == "nccl")
+    return RankGroup(tokens, experts, topology)
+
+
+def default_topology(num_ranks: int, *, on_cuda: bool) -> Topology:
+    """The preset for this kind of device, its nodes filled as the launcher said."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    ranks_per_node = local if 0 < local < num_ranks and num_ranks % local == 0 else num_ranks
+    preset = "cpu"
+    if on_cuda:
+        major, _ = torch.cuda.get_device_capability()
+        preset = {8: "a100", 9: "h100"}.get(major, "b200")
+    return Topology.preset(preset, num_nodes=num_ranks // ranks_per_node, ranks_per_node=ranks_per_node)

@@ -1,0 +1,128 @@
+"""The handle of a wrapped model: what the user's loop calls, and what it may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..placement import OwnerMap
+from .bank import Bank
+from .group import RankGroup
+from .layer import MoELayer
+from .metrics import step_metrics
+from .stages import StageClock
+from .state import load_state, prepare_optimizer, state_of
+
+
+class Handle:
+    """Returned by `shard_experts`; one per model."""
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, MoELayer], banks: Sequence[Bank], group: RankGroup, clock: StageClock
+    ):
+        self.model = model
+        self.layers = dict(layers)
+        self.banks = list(banks)
+        self.group = group
+        self.clock = clock
+        self._step = 0
+        self._metrics: dict[str, float] = {}
+        self._loads: list[np.ndarray] = []
+
+    def aux_loss(self) -> Tensor:
+        """The router losses of the last forward, summed over layers: add it to your loss. Coefficients are applied."""
+        losses = [layer.aux_loss for layer in self.layers.values() if layer.aux_loss is not None]
+        if not losses:
+            raise RuntimeError("aux_loss() before any forward; call the model first")
+        return torch.stack(losses).sum()
+
+    def step(self) -> None:
+        """Close a training step, after `optimizer.step()`: metrics are taken, and what was sent ahead is dropped."""
+        counters = [layer.runtime.counters for layer in self.layers.values()]
+        traffic = {self.group.tokens.traffic, self.group.experts.traffic}
+        self._metrics = step_metrics(counters, _sum(t.total_bytes() for t in traffic))
+        self._loads = [
+            np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
+            for layer, c in zip(self.layers.values(), counters, strict=True)
+        ]
+        self._step += 1
+        for layer in self.layers.values():
+            layer.aux_loss = None
+            layer.runtime.counters.reset()
+            layer.runtime.drop_prefetched()
+            layer.runtime.step = self._step
+        for t in traffic:
+            t.reset()
+
+    def metrics(self) -> dict[str, float]:
+        """The last closed step in numbers; the keys are those of `metrics.step_metrics`."""
+        return dict(self._metrics)
+
+    def loads(self) -> np.ndarray:
+        """Assignments of the last closed step by layer, source rank and expert, int64 [L, R, E]; layers must agree on E."""
+        return np.stack(self._loads)
+
+    @property
+    def placement(self) -> list[OwnerMap]:
+        """The owner map of every bank."""
+        return [bank.owners for bank in self.banks]
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale all gradients so that their global 2-norm is at most `max_norm`; return the norm before, the same everywhere.
+
+        Like `torch.nn.utils.clip_grad_norm_` on the unsharded model: expert gradients, which exist once, and shards of dense
+        ones are summed over ranks; parameters that every rank holds whole count once.
+        """
+        expert_parameters = {id(p) for bank in self.banks for p in bank.parameters()}
+        grads: list[Tensor] = []
+        square = torch.zeros((), dtype=torch.float64, device=self._device)
+        for parameter in self.model.parameters():
+            grad = parameter.grad
+            if grad is None:
+                continue
+            is_shared_out = isinstance(grad, DTensor) or id(parameter) in expert_parameters
+            local = grad.to_local() if isinstance(grad, DTensor) else grad
+            grads.append(local)
+            if is_shared_out or self.group.rank == 0:
+                square += torch.linalg.vector_norm(local, dtype=torch.float32).double().square()
+        # Summed in rank order on every rank: bitwise the same everywhere.
+        squares_R = self.group.tokens.all_gather_ints(square.view(1).view(torch.int64), where="clip_grad_norm_")
+        norm = squares_R.view(torch.float64).sum().sqrt()
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(f"the gradient norm is {norm.item()}; look for the overflow, or pass error_if_nonfinite=False")
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        for grad in grads:
+            grad.mul_(scale)
+        return norm.float()
+
+    def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+        """Weights (and optimizer state) under logical names, as live tensors; see `state.state_of`."""
+        return state_of(self.model, self.layers, optimizer)
+
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Copy weights (and optimizer state) from a state that holds at least this rank's part; see `state.load_state`."""
+        for layer in self.layers.values():
+            layer.runtime.drop_prefetched()
+        load_state(state, self.model, self.layers, optimizer)
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Create the state of an optimizer that has not stepped yet, so that it can be loaded in place."""
+        prepare_optimizer(optimizer)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.banks[0].gate_up.device
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for op, count in part.items():
+            total[op] = total.get(op, 0) + count
+    return total

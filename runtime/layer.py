@@ -1,0 +1,84 @@
+"""The Mixture-of-Experts layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..placement import OwnerMap, get_solver
+from .bank import Bank, ExpertShape, SlotPool
+from .config import RouterConfig, RuntimeConfig
+from .group import single_rank_group
+from .layer_runtime import LayerRuntime
+from .router import Router, TopKRouter
+from .stages import StageClock
+
+
+class MoELayer(nn.Module):
+    """A dropless MoE feed-forward layer of SwiGLU experts: y = sum_k weight_k * expert_k(x).
+
+    It runs as built on one process. `shard_experts` moves its experts into a bank that the ranks share; the forward below is
+    the same then.
+
+    Args:
+        dim, ffn_dim: D and F; one expert is gate_up [2F, D] and down [D, F].
+        num_experts, top_k: E, and K of them per token.
+        router: how tokens choose, or a router module of your own.
+        device, dtype: of the experts' weights. The router's weight is created with torch's defaults.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        router: RouterConfig | Router | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not isinstance(router, Router):
+            router = TopKRouter(dim, num_experts, top_k, router or RouterConfig())
+        self.dim = dim
+        self.ffn_dim = ffn_dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.router = router
+        shape = ExpertShape(dim, ffn_dim)
+        self.experts: Bank | None = Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype)
+        self.experts.reset_parameters()
+        self.aux_loss: Tensor | None = None
+        """The router's losses of the last forward, differentiable; `Handle.aux_loss` sums them over layers."""
+        config = RuntimeConfig(policy="static", slots=0)
+        self.runtime = LayerRuntime(
+            "layer",
+            self.experts,
+            0,
+            top_k,
+            group=single_rank_group(),
+            solver=get_solver(config.policy),
+            config=config,
+            pool=SlotPool(shape),
+            clock=StageClock(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to every token of `x` [..., D]."""
+        runtime = self.runtime
+        x_TD = x.reshape(-1, self.dim)
+        this = runtime.begin()
+        x_TD, token = runtime.enter(x_TD, this)
+        routing = runtime.route(self.router, x_TD, this)
+        load = runtime.measure(routing, this)
+        runtime.plan(load, this, is_training=self.training)
+        token = runtime.materialize(token, this)
+        rows_ND, row_weights_N = runtime.dispatch(x_TD, routing, this)
+        rows_ND = runtime.experts(rows_ND, row_weights_N, token, this)
+        y_TD = runtime.combine(rows_ND, this)
+        # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.
+        aux_loss = self.router.loss(routing, load, runtime.group.rank)
+        if not this.is_replay:
+            self.aux_loss = aux_loss
+        return y_TD.view_as(x)

@@ -1,0 +1,156 @@
+"""What one MoE layer has of the runtime: its place in the bank, its planner, its passes and its counters."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..placement import ExpertLoad, LayerShape, Solver
+from .bank import Bank, SlotPool
+from .config import RuntimeConfig
+from .dispatch import combine, dispatch
+from .experts import experts
+from .group import RankGroup
+from .layer_pass import LayerPass, pass_being_recomputed
+from .materialize import begin_materialize, enter, materialize, release_copies
+from .metrics import LayerCounters
+from .planning import LayerPlanner
+from .router import Router, Routing
+from .stages import StageClock
+
+
+class LayerRuntime:
+    """Everything a layer needs to run its experts on the ranks of a group.
+
+    Args:
+        name: the layer's name in its model, for errors and profiles.
+        bank, layer: the bank that holds the layer's experts, and the layer's index in its owner map.
+        top_k: experts per token.
+        group: the ranks.
+        solver: places the copies.
+        config: slots, split rule, predictor.
+        pool: lends slots; one per bank.
+        clock: times the stages; one per model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bank: Bank,
+        layer: int,
+        top_k: int,
+        *,
+        group: RankGroup,
+        solver: Solver,
+        config: RuntimeConfig,
+        pool: SlotPool,
+        clock: StageClock,
+    ):
+        self.name = name
+        self.bank = bank
+        self.layer = layer
+        self.group = group
+        self.pool = pool
+        self.clock = clock
+        self.counters = LayerCounters()
+        owners_E = bank.owners.expert_to_owner_LE[layer]
+        self.num_experts = int(owners_E.size)
+        self.owned_experts = tuple(int(e) for e in np.flatnonzero(owners_E == group.rank))
+        element_bytes = bank.gate_up.element_size()
+        shape = LayerShape(
+            num_experts=self.num_experts,
+            top_k=top_k,
+            dim=bank.shape.dim,
+            ffn_dim=bank.shape.ffn_dim,
+            bytes_per_element=element_bytes,
+            gradient_bytes_per_element=element_bytes,
+        )
+        self.planner = LayerPlanner(owners_E, group.topology, shape, solver, config)
+        self.step = 0
+        self._prefetched: LayerPass | None = None
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """The clock and profiler range of one stage of this layer."""
+        return self.clock.stage(name, self.name)
+
+    def experts_here(self, layer_pass: LayerPass) -> tuple[int, ...]:
+        """The experts this rank computes in a pass, in group order."""
+        return layer_pass.plan.experts_of(self.group.rank)
+
+    def prefetch(self) -> None:
+        """Place the next forward's copies and launch their gather. Every rank must call it at the same point."""
+        self.drop_prefetched()
+        self._prefetched = self._launch()
+
+    def drop_prefetched(self) -> None:
+        """Take back a gather whose forward never came, before weights change."""
+        if self._prefetched is not None:
+            release_copies(self, self._prefetched)
+            self._prefetched = None
+
+    def begin(self) -> LayerPass:
+        """The pass of the forward that starts now: the prefetched one, a new one, or the one that is being recomputed."""
+        replayed = pass_being_recomputed(self)
+        if replayed is not None:
+            return replayed
+        layer_pass, self._prefetched = self._prefetched or self._launch(), None
+        return layer_pass
+
+    def enter(self, x_TD: Tensor, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
+        """Tie the pass into the autograd graph; see `materialize.enter`."""
+        return enter(x_TD, self, layer_pass)
+
+    def route(self, router: Router, x_TD: Tensor, layer_pass: LayerPass) -> Routing:
+        """Choose experts; a recomputation repeats the choice that was made."""
+        with self.stage("route"):
+            routing = router(x_TD, layer_pass.topk_ids_TK)
+            layer_pass.topk_ids_TK = routing.topk_ids_TK
+            return routing
+
+    def measure(self, routing: Routing, layer_pass: LayerPass) -> ExpertLoad:
+        """The exact load of the layer on all ranks: int64 counts, gathered."""
+        if layer_pass.load is None:
+            with self.stage("plan"):
+                counts_E = routing.counts_E(self.num_experts)
+                load_RE = self.group.tokens.all_gather_ints(counts_E, where=layer_pass.where)
+                layer_pass.load = ExpertLoad(load_RE.cpu().numpy())
+        return layer_pass.load
+
+    def plan(self, load: ExpertLoad, layer_pass: LayerPass, *, is_training: bool) -> None:
+        """Split the exact load over the pass's copies, and learn from it in training."""
+        if layer_pass.plan.split is not None:
+            return
+        with self.stage("plan"):
+            layer_pass.plan = self.planner.split(layer_pass.plan, load)
+            if is_training:
+                self.planner.observe(load)
+                self.counters.count(layer_pass.plan, load)
+
+    def materialize(self, token: Tensor, layer_pass: LayerPass) -> Tensor:
+        """Have the copies at hand; see `materialize.materialize`."""
+        return materialize(token, self, layer_pass)
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
+        """Send rows to where they are computed; see `dispatch.dispatch`."""
+        return dispatch(x_TD, routing.weights_TK, self, layer_pass)
+
+    def experts(self, x_ND: Tensor, row_weights_N: Tensor, token: Tensor, layer_pass: LayerPass) -> Tensor:
+        """Run the local experts; see `experts.experts`."""
+        return experts(x_ND, row_weights_N, token, self, layer_pass)
+
+    def combine(self, y_ND: Tensor, layer_pass: LayerPass) -> Tensor:
+        """Bring results home; see `dispatch.combine`. Without a backward to come, the slots are free again."""
+        y_TD = combine(y_ND, self, layer_pass)
+        if not torch.is_grad_enabled():
+            release_copies(self, layer_pass)
+        return y_TD
+
+    def _launch(self) -> LayerPass:
+        with self.stage("plan"):
+            layer_pass = LayerPass(where=f"step {self.step}, {self.name}", plan=self.planner.place())
+        with self.stage("materialize"):
+            begin_materialize(self, layer_pass)
+        return layer_pass

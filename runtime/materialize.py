@@ -1,0 +1,151 @@
+"""Materialize: copies of experts fill slots in forward; their gradients flow back to the owners in backward.
+
+Forward waits for the SparseAllGather that was launched earlier; backward launches the SparseReduceScatter, its transpose,
+which adds straight into the gradient rows of the owners' banks (Hecate, arXiv 2502.02581, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..collectives import sparse_all_gather, sparse_reduce_scatter
+from ..kernels import FFNWeights
+from .bank import ExpertTensors
+from .layer_pass import LayerPass
+
+if TYPE_CHECKING:
+    from .layer_runtime import LayerRuntime
+
+
+def begin_materialize(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
+    """Borrow slots for this rank's copies and launch the gather that fills them."""
+    bank, rank = runtime.bank, runtime.group.rank
+    copies = layer_pass.plan.copies_of(rank)
+    layer_pass.copies = {e: runtime.pool.acquire(like=bank.gate_up.data) for e in copies}
+    layer_pass.gather = sparse_all_gather(
+        layer_pass.plan.gather,
+        runtime.group.experts,
+        {e: bank.weights(runtime.layer, e).tensors() for e in runtime.owned_experts},
+        {e: slot.tensors() for e, slot in layer_pass.copies.items()},
+        where=layer_pass.where,
+    )
+
+
+def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
+    """Launch the reduce of the copies' gradients. The weights in the slots are not needed any more."""
+    bank = runtime.bank
+    release_copies(runtime, layer_pass)
+    if bank.is_trainable:
+        bank.ensure_grads()
+        layer_pass.reduce = sparse_reduce_scatter(
+            layer_pass.plan.gather,
+            runtime.group.experts,
+            {e: slot.tensors() for e, slot in layer_pass.copy_grads.items()},
+            {e: bank.grads(runtime.layer, e).tensors() for e in runtime.owned_experts},
+            where=layer_pass.where,
+        )
+
+
+def finish_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
+    """Wait until the owners' gradient rows hold every contribution."""
+    if layer_pass.reduce is not None:
+        layer_pass.reduce.wait()
+        layer_pass.reduce = None
+    for slot in layer_pass.copy_grads.values():
+        runtime.pool.release(slot)
+    layer_pass.copy_grads = {}
+
+
+def release_copies(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
+    """Give the slots back. They must have been filled: a message may still be writing otherwise."""
+    wait_for_copies(layer_pass)
+    for slot in layer_pass.copies.values():
+        runtime.pool.release(slot)
+    layer_pass.copies = {}
+
+
+def wait_for_copies(layer_pass: LayerPass) -> None:
+    """Return when the slots are filled."""
+    if layer_pass.gather is not None:
+        layer_pass.gather.wait()
+        layer_pass.gather = None
+
+
+def materialized_weights(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights:
+    """The weights of this rank's experts in group order: owned ones in place in the bank, copies in their slots."""
+    experts = [layer_pass.copies.get(e) or runtime.bank.weights(runtime.layer, e) for e in runtime.experts_here(layer_pass)]
+    return FFNWeights([e.gate_up for e in experts], [e.down for e in experts])
+
+
+def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights | None:
+    """Where the gradients of this rank's experts are added, in group order; None when experts are frozen.
+
+    Owned experts: their rows of the bank's gradient. Copies: zeroed buffers, which the reduce sends to the owners.
+    """
+    bank = runtime.bank
+    if not bank.is_trainable:
+        return None
+    bank.ensure_grads()
+    targets: list[ExpertTensors] = []
+    for e in runtime.experts_here(layer_pass):
+        if e in layer_pass.copies:
+            grads = runtime.pool.acquire(like=bank.gate_up.data)
+            for tensor in grads.tensors():
+                tensor.zero_()
+            layer_pass.copy_grads[e] = grads
+            targets.append(grads)
+        else:
+            targets.append(bank.grads(runtime.layer, e))
+    return FFNWeights([t.gate_up for t in targets], [t.down for t in targets])
+
+
+class _Enter(torch.autograd.Function):
+    """The identity at a layer's door: marks the graph with the pass, and is the last of the layer's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, anchor: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
+        ctx.moesaic_mark = (runtime, layer_pass)
+        return x_TD.view_as(x_TD), anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, dx_TD: Tensor, d_anchor: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        runtime, layer_pass = ctx.moesaic_mark
+        with runtime.stage("reduce"):
+            finish_reduce(runtime, layer_pass)
+        layer_pass.is_finished = True
+        return dx_TD, d_anchor, None, None
+
+
+class _Materialize(torch.autograd.Function):
+    """The identity on the pass's token. Forward waits for the gather, backward launches the reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
+        ctx.runtime, ctx.layer_pass = runtime, layer_pass
+        with runtime.stage("materialize"):
+            wait_for_copies(layer_pass)
+        return token.view_as(token)
+
+    @staticmethod
+    def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, None, None]:
+        with ctx.runtime.stage("reduce"):
+            begin_reduce(ctx.runtime, ctx.layer_pass)
+        return d_token, None, None
+
+
+def enter(x_TD: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
+    """Open a pass in the autograd graph: `x_TD` unchanged, and a token that ties the later stages together.
+
+    The token, a scalar that requires grad, makes the backward of every stage run on every rank, also where no input of the
+    layer requires grad or no token arrived: all ranks must enter every collective.
+    """
+    anchor = torch.zeros((), device=x_TD.device, requires_grad=torch.is_grad_enabled())
+    return _Enter.apply(x_TD, anchor, runtime, layer_pass)
+
+
+def materialize(token: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
+    """Have this rank's copies at hand; see the module's docstring."""
+    return _Materialize.apply(token, runtime, layer_pass)

@@ -1,0 +1,67 @@
+"""What a step looked like: load balance with and without copies, copies, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..placement import ExpertLoad
+from .planning import Plan
+
+
+class LayerCounters:
+    """Sums over the training forwards of one layer since the step began. The same on every rank."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new step."""
+        self.num_forwards = 0
+        self.num_copies = 0
+        self.load_RE: np.ndarray | None = None
+        self._imbalance: list[float] = []
+        self._imbalance_static: list[float] = []
+
+    def count(self, plan: Plan, load: ExpertLoad) -> None:
+        """Take in one forward."""
+        assert plan.split is not None
+        owned_rows_R = np.bincount(plan.placement.expert_to_owner_E, weights=load.totals_E, minlength=load.num_ranks)
+        self.num_forwards += 1
+        self.num_copies += plan.placement.num_copies
+        self.load_RE = load.load_RE if self.load_RE is None else self.load_RE + load.load_RE
+        self._imbalance.append(max_over_mean(plan.split.rows_RE.sum(axis=1)))
+        self._imbalance_static.append(max_over_mean(owned_rows_R))
+
+    def summary(self) -> dict[str, float]:
+        """Means over the step's forwards; see `step_metrics` for the keys."""
+        assert self.load_RE is not None and self.num_forwards
+        return {
+            "max_over_mean": float(np.mean(self._imbalance)),
+            "max_over_mean_static": float(np.mean(self._imbalance_static)),
+            "expert_max_over_mean": max_over_mean(self.load_RE.sum(axis=0)),
+            "copies_per_layer": self.num_copies / self.num_forwards,
+            "dead_experts": float(np.count_nonzero(self.load_RE.sum(axis=0) == 0)),
+        }
+
+
+def max_over_mean(counts: np.ndarray) -> float:
+    """The busiest over the mean, 1.0 when nothing was counted."""
+    total = float(counts.sum())
+    return float(counts.max()) * counts.size / total if total else 1.0
+
+
+def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: dict[str, int]) -> dict[str, float]:
+    """One step as flat numbers, means over the MoE layers that ran.
+
+    max_over_mean          rows of the busiest rank over the mean rank, as computed (with copies)
+    max_over_mean_static   the same had every expert stayed on its owner: plain expert parallelism on the same routing
+    expert_max_over_mean   the busiest expert over the mean expert
+    copies_per_layer       copies made, over all ranks
+    dead_experts           experts that got no token in the step
+    bytes_<op>             bytes that this rank sent: gather, reduce, describe, dispatch, combine, and the two backwards
+    """
+    summaries = [counters.summary() for counters in layers if counters.num_forwards]
+    metrics = {key: float(np.mean([summary[key] for summary in summaries])) for key in (summaries[0] if summaries else ())}
+    return metrics | {f"bytes_{op}": float(count) for op, count in sorted(bytes_by_op.items())}

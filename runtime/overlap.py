@@ -1,0 +1,40 @@
+"""When gathers are launched: early enough that the copies travel under other work.
+
+The copies of MoE layer l are launched when layer l-1 is done, so they travel under whatever lies between (the attention
+of layer l); those of the first layer when the model's forward begins. Only this file knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from .layer import MoELayer
+from .layer_pass import is_recomputing
+
+
+def prefetch_in_order(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Hook `model` and its MoE layers, given in the order in which forward meets them.
+
+    A layer that runs without having been prefetched launches its own gather, so another order is slower but not wrong.
+    """
+
+    def before_model(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if is_recomputing():
+            return
+        # A forward that broke off, or skipped a layer, may have left gathers of weights that have changed since.
+        for layer in layers:
+            layer.runtime.drop_prefetched()
+        layers[0].runtime.prefetch()
+
+    model.register_forward_pre_hook(before_model)
+    for layer, following in pairwise(layers):
+
+        def after_layer(module: nn.Module, inputs: tuple[Any, ...], output: Any, following: MoELayer = following) -> None:
+            if not is_recomputing():
+                following.runtime.prefetch()
+
+        layer.register_forward_hook(after_layer)

@@ -1,0 +1,96 @@
+"""Planning: a placement from the predicted load, early; the token split from the exact load, after the router.
+
+Every rank plans alone and reaches the same plan: the inputs are integers that all ranks gathered, the topology is part of
+the configuration, and solvers are deterministic. Nothing here is broadcast, and nothing else in the runtime plans.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..collectives import Schedule, direct_gather
+from ..placement import (
+    ExpertLoad,
+    LayerShape,
+    Placement,
+    Problem,
+    Solver,
+    Split,
+    Topology,
+    split_exact,
+    split_local_even,
+)
+from .config import RuntimeConfig
+from .predict import make_predictor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who holds which experts for one forward of one layer, how they get there, and (once routed) who computes what."""
+
+    placement: Placement
+    gather: Schedule
+    split: Split | None = None
+
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """The experts that `rank` computes, ascending: the order of its groups of rows."""
+        return tuple(int(e) for e in np.flatnonzero(self.placement.replicas_RE[rank]))
+
+    def copies_of(self, rank: int) -> tuple[int, ...]:
+        """The experts that `rank` holds a copy of, ascending."""
+        return tuple(int(e) for e in np.flatnonzero(self.placement.copies_RE[rank]))
+
+
+class LayerPlanner:
+    """Plans one MoE layer, forward after forward.
+
+    Args:
+        expert_to_owner_E: who owns this layer's experts.
+        topology, shape: of the machine and of the layer; they turn bytes and rows into seconds.
+        solver: proposes the copies.
+        config: slots, split rule, predictor.
+    """
+
+    def __init__(
+        self,
+        expert_to_owner_E: np.ndarray,
+        topology: Topology,
+        shape: LayerShape,
+        solver: Solver,
+        config: RuntimeConfig,
+    ):
+        self._owners_E = expert_to_owner_E
+        self._topology = topology
+        self._shape = shape
+        self._solver = solver
+        self._config = config
+        self._predictor = make_predictor(config.predictor)
+        self._split_rule = split_exact if config.split == "exact" else split_local_even
+        self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
+
+    def place(self) -> Plan:
+        """The placement for the next forward. Before the first load it is ownership alone."""
+        predicted = self._predictor.predict()
+        if predicted is not None and predicted.total > 0:
+            problem = Problem(
+                load=predicted,
+                expert_to_owner_E=self._owners_E,
+                topology=self._topology,
+                shape=self._shape,
+                slots=self._config.slots,
+            )
+            placement = self._solver(problem).placement
+            if placement != self._plan.placement:
+                self._plan = self._plan_of(placement)
+        return self._plan
+
+    def split(self, plan: Plan, load: ExpertLoad) -> Plan:
+        """The same plan with the exact load split over its copies."""
+        return replace(plan, split=self._split_rule(load, plan.placement, self._topology))
+
+    def observe(self, load: ExpertLoad) -> None:
+        """Learn from a measured load."""
+        self._predictor.observe(load)
+
+    def _plan_of(self, placement: Placement) -> Plan:
+        return Plan(placement, direct_gather(placement))

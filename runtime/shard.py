@@ -1,0 +1,134 @@
+"""Wrapping a model: its experts move into banks, the dense rest is sharded by FSDP2, a handle comes back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from ..placement import OwnerMap, Solver, Topology, get_solver
+from .adapters import adopt_moe_layers
+from .bank import Bank, SlotPool
+from .config import RuntimeConfig
+from .group import RankGroup, group_of_process_group
+from .handle import Handle
+from .layer import MoELayer
+from .layer_runtime import LayerRuntime
+from .overlap import prefetch_in_order
+from .stages import StageClock
+
+
+def shard_experts(
+    model: nn.Module,
+    *,
+    mesh: DeviceMesh,
+    config: RuntimeConfig | None = None,
+    topology: Topology | None = None,
+    solver: Solver | None = None,
+) -> Handle:
+    """Share the experts of `model` among the ranks of `mesh`, materialized where they help; FSDP2 shards the rest.
+
+    Collective: every rank calls it with the same weights. Build the optimizer afterwards, from `model.parameters()`; keep
+    your own loop, and call `handle.step()` after `optimizer.step()`. Each rank's loss is over its own tokens; gradients
+    become those of the mean of the ranks' losses, for experts as for everything else.
+
+    Args:
+        model: changed in place. Any module with MoE blocks that an adapter knows, at least `MoELayer`.
+        mesh: one-dimensional.
+        config: placement policy, slots, time limit.
+        topology: rates that turn bytes and rows into seconds; the preset of the device by default.
+        solver: places copies in place of `config.policy`.
+
+    Raises:
+        ValueError: no MoE block, a mesh of more than one dimension, or a model that is already sharded.
+    """
+    config = config or RuntimeConfig()
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; give a one-dimensional mesh, as in mesh['shard']"
+        )
+    solver = solver or get_solver(config.policy)
+    layers = adopt_moe_layers(model)
+    if any(layer.experts is None for layer in layers.values()):
+        raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
+    group = group_of_process_group(mesh.get_group(), timeout_s=config.timeout_s, topology=topology)
+    clock = StageClock()
+    banks = share_experts(layers, group, config=config, solver=solver, clock=clock)
+    for i, bank in enumerate(banks):
+        model.add_module(f"expert_bank_{i}", bank)
+    prefetch_in_order(model, list(layers.values()))
+    if config.shard_dense:
+        _shard_dense(model, mesh, layers, banks)
+    return Handle(model, layers, banks, group, clock)
+
+
+def share_experts(
+    layers: Mapping[str, MoELayer],
+    group: RankGroup,
+    *,
+    config: RuntimeConfig,
+    solver: Solver,
+    clock: StageClock,
+    owners: OwnerMap | None = None,
+) -> list[Bank]:
+    """Move the experts of unsharded layers into banks, one bank for each shape of expert; the layers run on them after.
+
+    `owners` replaces the contiguous owner map; it needs layers of one shape.
+    """
+    alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        assert layer.experts is not None
+        weights = layer.experts.gate_up
+        alike[(layer.dim, layer.ffn_dim, layer.num_experts, weights.dtype, weights.device, weights.requires_grad)].append(name)
+    if owners is not None and len(alike) != 1:
+        raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
+    return [
+        _share_alike({name: layers[name] for name in names}, group, config=config, solver=solver, clock=clock, owners=owners)
+        for names in alike.values()
+    ]
+
+
+def _share_alike(
+    layers: Mapping[str, MoELayer],
+    group: RankGroup,
+    *,
+    config: RuntimeConfig,
+    solver: Solver,
+    clock: StageClock,
+    owners: OwnerMap | None,
+) -> Bank:
+    first = next(iter(layers.values())).experts
+    assert first is not None
+    num_experts = first.owners.num_experts
+    owners = owners or OwnerMap.contiguous(len(layers), num_experts, group.world_size)
+    bank = Bank(first.shape, owners, group.rank, device=first.gate_up.device, dtype=first.gate_up.dtype)
+    bank.requires_grad_(first.is_trainable)
+    pool = SlotPool(first.shape)
+    for index, (name, layer) in enumerate(layers.items()):
+        whole = layer.experts
+        assert whole is not None
+        owned = [e for e in range(num_experts) if owners.expert_to_owner_LE[index, e] == group.rank]
+        bank.load_rows({(index, e): whole.weights(0, e) for e in owned})
+        layer.experts = None
+        layer.runtime = LayerRuntime(
+            name, bank, index, layer.top_k, group=group, solver=solver, config=config, pool=pool, clock=clock
+        )
+    return bank
+
+
+def _shard_dense(model: nn.Module, mesh: DeviceMesh, layers: Mapping[str, MoELayer], banks: Sequence[Bank]) -> None:
+    """FSDP2 on every element of a ModuleList that holds a MoE layer, then on the whole; banks stay as they are."""
+    ignored: set[nn.Parameter] = {parameter for bank in banks for parameter in bank.parameters()}
+    blocks: dict[str, nn.Module] = {}
+    for name in layers:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            if isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
+                blocks[".".join(parts[:end])] = model.get_submodule(".".join(parts[:end]))
+                break
+    for block in blocks.values():
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)

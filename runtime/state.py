@@ -1,0 +1,126 @@
+"""State under logical names: experts are known by layer and expert, not by rank and row.
+
+    model.<parameter or buffer name>                          the dense part, DTensors where FSDP2 sharded it
+    model.<layer>.experts.<expert>.{gate_up,down}             one expert's weights, on its owner only
+    optimizer.<parameter name>.<key>                          optimizer state of the dense part
+    optimizer.<layer>.experts.<expert>.{gate_up,down}.<key>   of one expert: the rows of its bank's state
+
+Any world size and owner map can load what any other saved, through torch.distributed.checkpoint. Values are live: views
+of the parameters and of the optimizer's tensors, so that a checkpoint is loaded in place. Hyper-parameters (learning
+rates, betas) are the optimizer's construction, not its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import MoELayer
+
+WEIGHTS = ("gate_up", "down")
+
+
+def state_of(model: nn.Module, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """This rank's part of the state: the dense part, and the experts it owns."""
+    expert_parameters = _expert_parameters(layers)
+    state: dict[str, Any] = {}
+    for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
+        if id(tensor) not in expert_parameters:
+            state[f"model.{name}"] = tensor.detach()
+    for key, row, parameter in _expert_rows(layers):
+        state[f"model.{key}"] = parameter.detach()[row]
+    if optimizer is None:
+        return state
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in expert_parameters:
+            for field, value in optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{name}.{field}"] = value
+    for key, row, parameter in _expert_rows(layers):
+        for field, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{key}.{field}"] = value[row] if _has_rows(value, parameter, field) else value
+    return state
+
+
+@torch.no_grad()
+def load_state(
+    state: Mapping[str, Any],
+    model: nn.Module,
+    layers: Mapping[str, MoELayer],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Copy `state` into the model and the optimizer. Entries of experts that live elsewhere are left alone.
+
+    Raises ValueError if something this rank needs is missing or has another shape; nothing is changed then.
+    """
+    if optimizer is not None:
+        prepare_optimizer(optimizer)
+    wanted = state_of(model, layers, optimizer)
+    missing = sorted(key for key in wanted if key not in state)
+    if missing:
+        raise ValueError(
+            f"the state lacks {len(missing)} of {len(wanted)} entries, the first is {missing[0]!r}; "
+            "load a state that was saved from this model"
+        )
+    for key, target in wanted.items():
+        if isinstance(target, Tensor) and target.shape != state[key].shape:
+            raise ValueError(
+                f"{key!r} has shape {tuple(state[key].shape)} in the state and {tuple(target.shape)} in the model; "
+                "load into the model it was saved from"
+            )
+    for key, target in wanted.items():
+        if isinstance(target, Tensor) and target is not state[key]:
+            target.copy_(state[key])
+
+
+def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer that never stepped create its state: one step with zero gradients and a learning rate of zero."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if all(p in optimizer.state for p in parameters):
+        return
+    if any(p in optimizer.state for p in parameters):
+        raise ValueError("the optimizer has state for some parameters only; load into one that has stepped all or none")
+    grads = [p.grad for p in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for p, grad in zip(parameters, grads, strict=True):
+        p.grad = grad
+
+
+def _expert_parameters(layers: Mapping[str, MoELayer]) -> set[int]:
+    return {id(p) for layer in layers.values() for p in layer.runtime.bank.parameters()}
+
+
+def _expert_rows(layers: Mapping[str, MoELayer]) -> Iterator[tuple[str, int, nn.Parameter]]:
+    """(logical name, row, bank parameter) of every weight that this rank owns."""
+    for name, layer in layers.items():
+        runtime = layer.runtime
+        for expert in runtime.owned_experts:
+            row = runtime.bank.row_of(runtime.layer, expert)
+            for weight in WEIGHTS:
+                yield f"{name}.experts.{expert}.{weight}", row, getattr(runtime.bank, weight)
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    parameters = {name for name, _ in model.named_parameters()}
+    return [(name, value) for name, value in model.state_dict().items() if name not in parameters]
+
+
+def _has_rows(value: Any, parameter: nn.Parameter, field: str) -> bool:
+    """Whether a piece of optimizer state has the bank's leading dimension, or is one number for the whole parameter."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return False
+    if value.shape[0] != parameter.shape[0]:
+        raise ValueError(
+            f"optimizer state {field!r} has {value.shape[0]} rows for a bank of {parameter.shape[0]} experts; "
+            "use an optimizer whose state keeps the leading dimension"
+        )
+    return True
