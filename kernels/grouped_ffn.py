@@ -32,10 +32,8 @@ class FFNWeights:
     down: Sequence[Tensor]
 
     def __post_init__(self) -> None:
-        if not self.gate_up or len(self.gate_up) != len(self.down):
-            raise ValueError(
-                f"{len(self.gate_up)} gate_up and {len(self.down)} down matrices; give one pair per group, at least one"
-            )
+        if len(self.gate_up) != len(self.down):
+            raise ValueError(f"{len(self.gate_up)} gate_up and {len(self.down)} down matrices; give one pair per group")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ def grouped_ffn(
     """Run each group's rows through its expert; rows are sorted by group. No autograd. `out` names buffers to fill."""
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
     N, D = x_ND.shape
-    F = weights.down[0].shape[1]
+    # A rank may have no expert of a layer, and then no rows either.
+    F = weights.down[0].shape[1] if weights.down else 0
     if out is None:
         out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
     chunks = list(_row_chunks(group_sizes, x_ND.device))
@@ -96,7 +95,7 @@ def grouped_ffn_backward(
     rows leave theirs untouched. `alpha` scales the weight gradients only.
     """
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
-    F = weights.down[0].shape[1]
+    F = gate_up_N2F.shape[1] // 2
     if out is None:
         out = GroupedFFNGrads(
             dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)

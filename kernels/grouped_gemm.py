@@ -85,7 +85,7 @@ def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 def check_groups(num_rows: int, weights: Sequence[Tensor], group_sizes: Sequence[int]) -> None:
     """Raise ValueError unless sizes, weights and rows belong together."""
-    if not weights or len(weights) != len(group_sizes):
-        raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group, at least one")
-    if min(group_sizes) < 0 or sum(group_sizes) != num_rows:
+    if len(weights) != len(group_sizes):
+        raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group")
+    if min(group_sizes, default=0) < 0 or sum(group_sizes) != num_rows:
         raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")
