@@ -70,8 +70,8 @@ class Tally:
     node_rows: int
     device_copies: int
     node_copies: int
-    device_moves: int
-    node_moves: int
+    device_moves: int = 0
+    node_moves: int = 0
 
 
 def _busiest(flow_RR: np.ndarray, topology: Topology) -> tuple[int, int]:
@@ -134,20 +134,25 @@ def cost(problem: Problem, placement: Placement, split: Split) -> Cost:
     return price(problem, tally(problem, placement, split))
 
 
-def _least_rows(problem: Problem) -> int:
+def least_rows(problem: Problem) -> int:
     """Return the smallest Z that passes a necessary condition of every placement with these owners and slots.
 
     Net imports of a rank are at most Z less what it owns, and at most its `slots` largest foreign experts; together they must
-    take what the other ranks own above Z.
+    take what the other ranks own above Z. As excess and room differ by R * Z - total, the condition reads
+    R * Z - total >= sum_r max(Z - largest - owned_r, 0).
     """
-    owned_R, totals_E = problem.owned_rows_R, problem.load.totals_E
-    largest = np.sort(totals_E)[::-1][: problem.slots].sum() if problem.slots else 0
-    low, high = -(-problem.load.total // problem.num_ranks), int(owned_R.max())
+    owned_R, totals_E, total = problem.owned_rows_R, problem.load.totals_E, problem.load.total
+    low, high = -(-total // problem.num_ranks), int(owned_R.max())
+    largest = int(np.sort(totals_E)[max(totals_E.size - problem.slots, 0) :].sum())
+
+    def fits(rows: int) -> bool:
+        return problem.num_ranks * rows - total >= int(np.maximum(rows - largest - owned_R, 0).sum())
+
+    if not problem.slots or fits(low):
+        return low if problem.slots else high
     while low < high:
         middle = (low + high) // 2
-        excess = np.maximum(owned_R - middle, 0).sum()
-        room = np.minimum(np.maximum(middle - owned_R, 0), largest).sum()
-        low, high = (low, middle) if excess <= room else (middle + 1, high)
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return low
 
 
@@ -163,11 +168,11 @@ def lower_bound(problem: Problem, *, owners_may_move: bool = False) -> Bound:
         if not problem.slots:
             max_rows = max(max_rows, int(totals_E.max()))
     else:
-        max_rows = _least_rows(problem)
+        max_rows = least_rows(problem)
     groups = int(np.count_nonzero(totals_E))
     mean_work = -(-(problem.load.total + topology.half_rate_rows * groups) // problem.num_ranks)
     busy = max_rows + (topology.half_rate_rows if max_rows else 0)
-    none = Tally(max(mean_work, busy), 0, 0, 0, 0, 0, 0)
+    none = Tally(max(mean_work, busy), 0, 0, 0, 0)
     return Bound(max_rows, price(problem, none).total_s)
 
 

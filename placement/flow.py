@@ -2,8 +2,11 @@
 
 The replicated experts are M rows of a sparse table: entries start_M[m] to start_M[m + 1] of `ranks_J` are the ranks that hold
 expert experts_M[m], ascending, and `rows_J` the rows each of them computes. Shape letters: R ranks, E experts, M replicated
-experts, J (expert, holder) entries, G segments. Integers throughout, so every machine computes the same.
+experts, J (expert, holder) entries, G segments. Integers throughout, so every machine computes the same. Loads come transposed,
+load_ER, because every loop walks one expert's ranks.
 """
+# mypy: disable-error-code=no-untyped-def
+# numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from numba import njit
 
 
 @njit(cache=True)
-def prefer_local(load_RE, experts_M, start_M, ranks_J, owner_E, ranks_per_node, rows_J, rows_R):  # type: ignore[no-untyped-def]
+def prefer_local(load_ER, experts_M, start_M, ranks_J, owner_E, ranks_per_node, rows_J, rows_R):
     """Fill rows_J with the locality-first assignment and add it to rows_R.
 
     A source rank keeps its tokens if it holds the expert; else the holders of its node share them; else the owner takes them.
     """
-    num_ranks = load_RE.shape[0]
+    num_ranks = load_ER.shape[1]
     for m in range(experts_M.size):
         expert = experts_M[m]
         begin, end = start_M[m], start_M[m + 1]
@@ -31,12 +34,12 @@ def prefer_local(load_RE, experts_M, start_M, ranks_J, owner_E, ranks_per_node, 
             holders = j - first_j
             rest = 0
             for rank in range(node_first, node_end):
-                rest += load_RE[rank, expert]
+                rest += load_ER[expert, rank]
             if holders == 0:
                 to_owner += rest
                 continue
             for i in range(first_j, j):
-                rows_J[i] = load_RE[ranks_J[i], expert]
+                rows_J[i] = load_ER[expert, ranks_J[i]]
                 rest -= rows_J[i]
             for i in range(first_j, j):
                 rows_J[i] += rest // holders + (1 if i - first_j < rest % holders else 0)
@@ -47,7 +50,7 @@ def prefer_local(load_RE, experts_M, start_M, ranks_J, owner_E, ranks_per_node, 
 
 
 @njit(cache=True)
-def _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank_start_R, rows_J, rows_R, state):  # type: ignore[no-untyped-def]
+def _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank_start_R, rows_J, rows_R, state):
     """Search breadth-first from `source` for a rank below `limit`; return it or -1.
 
     An edge u -> v exists where v holds an expert of which u computes rows. `state` is [queue, seen, entry taken, seen experts];
@@ -84,7 +87,7 @@ def _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank
 
 
 @njit(cache=True)
-def _push(source, target, limit, expert_of_J, start_M, ranks_J, rows_J, rows_R, via):  # type: ignore[no-untyped-def]
+def _push(source, target, limit, expert_of_J, start_M, ranks_J, rows_J, rows_R, via):
     """Move as many rows as fit along the path that `_shortest_path` left in `via`."""
     amount = min(rows_R[source] - limit, limit - rows_R[target])
     v = target
@@ -105,7 +108,7 @@ def _push(source, target, limit, expert_of_J, start_M, ranks_J, rows_J, rows_R, 
 
 
 @njit(cache=True)
-def level(start_M, ranks_J, rows_J, rows_R, lower_bound):  # type: ignore[no-untyped-def]
+def level(start_M, ranks_J, rows_J, rows_R, lower_bound):
     """Minimise max(rows_R) exactly by moving rows between holders of one expert; return the optimum.
 
     Z starts at a lower bound. While a rank is above Z, rows move along a shortest path to a rank below Z. If none is reachable,
@@ -145,7 +148,7 @@ def level(start_M, ranks_J, rows_J, rows_R, lower_bound):  # type: ignore[no-unt
 
 
 @njit(cache=True)
-def _match(give_R, take_R, first, end, m, segments_4G, count):  # type: ignore[no-untyped-def]
+def _match(give_R, take_R, first, end, m, segments_4G, count):
     """Match what ranks first to end still give with what they still take, both in rank order; return the new segment count."""
     src, dst = first, first
     while True:
@@ -166,20 +169,20 @@ def _match(give_R, take_R, first, end, m, segments_4G, count):  # type: ignore[n
 
 
 @njit(cache=True)
-def decompose(load_RE, experts_M, start_M, ranks_J, rows_J, ranks_per_node):  # type: ignore[no-untyped-def]
+def decompose(load_ER, experts_M, start_M, ranks_J, rows_J, ranks_per_node):
     """Say whose tokens every holder computes: own tokens first, then the node's, then the rest, each in rank order.
 
     Returns int64 [4, G]: replicated-expert index, source rank, destination rank, rows. A (source, destination) pair appears at
     most once per expert, because every phase leaves its sources or its destinations empty.
     """
-    num_ranks = load_RE.shape[0]
+    num_ranks = load_ER.shape[1]
     segments_4G = np.empty((4, 2 * num_ranks * experts_M.size + 3 * ranks_J.size), np.int64)
     give_R = np.empty(num_ranks, np.int64)
     take_R = np.empty(num_ranks, np.int64)
     count = 0
     for m in range(experts_M.size):
         for rank in range(num_ranks):
-            give_R[rank] = load_RE[rank, experts_M[m]]
+            give_R[rank] = load_ER[experts_M[m], rank]
         take_R[:] = 0
         for j in range(start_M[m], start_M[m + 1]):
             rank = ranks_J[j]

@@ -166,9 +166,9 @@ def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> S
     rows_J = np.zeros(table.ranks_J.size, dtype=np.int64)
     lower_bound = max(-(-load.total // num_ranks), int(rows_R.max()))
     owner_E, per_node = placement.expert_to_owner_E, topology.ranks_per_node
-    flow.prefer_local(load.load_RE, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
+    flow.prefer_local(load.load_ER, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
     flow.level(table.start_M, table.ranks_J, rows_J, rows_R, lower_bound)
-    segments_4G = flow.decompose(load.load_RE, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
+    segments_4G = flow.decompose(load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
     segments_4G[0] = table.experts_M[segments_4G[0]]
     return Split(load, placement, segments_4G)
 

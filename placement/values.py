@@ -94,6 +94,13 @@ class ExpertLoad(ByContent):
         return totals_E
 
     @cached_property
+    def load_ER(self) -> np.ndarray:
+        """The load by expert and source rank, int64 [E, R], contiguous, read-only."""
+        load_ER = np.ascontiguousarray(self.load_RE.T)
+        load_ER.setflags(write=False)
+        return load_ER
+
+    @cached_property
     def total(self) -> int:
         """All assignments."""
         return int(self.totals_E.sum())

@@ -1,0 +1,73 @@
+"""The online planner: an exact-load threshold search with few copies, priced in seconds.
+
+The search is UltraEP's idea (arXiv 2606.04101): find the smallest number of rows to which every rank can be brought when busy
+ranks hand rows of their largest experts to ranks with room. It fixes the copies only; who computes how many rows is then the
+exact split's answer. Plans at coarser thresholds need fewer copies, so several are priced and the cheapest is taken: copies that
+do not pay for themselves are never made, and a balanced load keeps the static placement.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from .cost import Cost, Solution, Tally, least_rows, link_seconds, price, solution
+from .values import Placement, Problem
+
+
+def _break_even_rows(problem: Problem) -> int:
+    """Return the rows whose compute takes as long as one copy's gathers and reduce across the slowest link it may use."""
+    topology, shape = problem.topology, problem.shape
+    node_items = int(topology.num_nodes > 1)
+    copy_s = problem.gathers * link_seconds(topology, shape.expert_bytes, 1, node_items)
+    copy_s += link_seconds(topology, shape.gradient_bytes, 1, node_items)
+    row_s = problem.backward_multiplier * shape.flops_per_row / topology.flops_per_s
+    return min(int(copy_s / row_s), problem.load.total) + 1
+
+
+def _min_rows_options(problem: Problem) -> np.ndarray:
+    if problem.min_rows_per_copy is not None:
+        return np.array([problem.min_rows_per_copy])
+    mean_rows = problem.load.total // problem.num_ranks
+    break_even = min(_break_even_rows(problem), max(mean_rows // 4, 1))
+    return np.array([1, break_even] if break_even > 1 else [1])
+
+
+def _cheapest(problem: Problem) -> tuple[np.ndarray, Cost]:
+    """Return the copies, int64 [2, C] as (expert, rank) columns, and the cost of the cheapest plan found."""
+    # Imported here so that importing the package compiles nothing.
+    from . import search
+
+    owner_E, totals_E, owned_R = problem.expert_to_owner_E, problem.load.totals_E, problem.owned_rows_R
+    experts = np.lexsort((-totals_E, owner_E))
+    first_R = np.searchsorted(owner_E[experts], np.arange(problem.num_ranks + 1))
+    tallies, sizes, copies = search.candidates(
+        problem.load.load_ER,
+        totals_E,
+        owner_E,
+        owned_R,
+        np.argsort(-owned_R, kind="stable"),
+        experts,
+        first_R,
+        problem.topology.ranks_per_node,
+        problem.topology.half_rate_rows,
+        problem.slots,
+        least_rows(problem),
+        _min_rows_options(problem),
+    )
+    costs = [price(problem, Tally(*row)) for row in tallies.tolist()]
+    # The first of equals, and plan 0 has no copies.
+    best = min(range(len(costs)), key=lambda i: (costs[i].total_s, sizes[i], i))
+    return copies[best, :, : sizes[best]], costs[best]
+
+
+def solve(problem: Problem) -> Solution:
+    """Copy hot experts to ranks with room where that shortens the step; at most `problem.slots` copies per rank."""
+    start = time.perf_counter()
+    copies_2C, seconds = _cheapest(problem)
+    replicas_RE = np.zeros((problem.num_ranks, problem.num_experts), dtype=np.bool_)
+    replicas_RE[problem.expert_to_owner_E, np.arange(problem.num_experts)] = True
+    replicas_RE[copies_2C[1], copies_2C[0]] = True
+    placement = Placement(problem.expert_to_owner_E, replicas_RE)
+    return solution(problem, placement, seconds, time.perf_counter() - start, "quota")
