@@ -1,0 +1,93 @@
+"""Ranks as real processes: pools that stay up between tests, one for each world size, over Gloo."""
+
+import atexit
+import importlib
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+LIMIT_S = 120.0
+
+
+class RankPool:
+    """`world_size` processes in one process group that run top-level functions of test modules together."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, store), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run `body(rank, *args)` on every rank; return the results in rank order, or raise the first failure."""
+        for pipe in self._pipes:
+            pipe.send((body.__module__, body.__qualname__, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(LIMIT_S):
+                self.stop()
+                raise TimeoutError(f"rank {rank} of {self.world_size} did not answer within {LIMIT_S:g} s")
+            answers.append(pipe.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    file_store = dist.FileStore(store, world_size)
+    dist.init_process_group("gloo", store=file_store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    while True:
+        try:
+            module, name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            pipe.send((True, getattr(importlib.import_module(module), name)(rank, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+_POOLS: dict[int, RankPool] = {}
+
+
+def run_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `body(rank, *args)` on `world_size` processes that share a process group, and return the results in rank order."""
+    if world_size not in _POOLS:
+        _POOLS[world_size] = RankPool(world_size)
+    try:
+        return _POOLS[world_size].run(body, *args)
+    except BaseException:
+        # Ranks that did not fail may still wait for the one that did: the next test gets fresh ones.
+        _POOLS.pop(world_size).stop()
+        raise
+
+
+@atexit.register
+def _stop_all() -> None:
+    for pool in _POOLS.values():
+        pool.stop()

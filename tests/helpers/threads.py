@@ -1,0 +1,114 @@
+"""Many ranks in one process: a thread a rank, messages through memory. For logic, not for transports."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.collectives import Buffer, Pending, Traffic
+from moesaic.placement import Topology
+from moesaic.runtime.group import RankGroup
+
+LIMIT_S = 60.0
+
+
+class ThreadWorld:
+    """The mailboxes of R ranks. A message is known by its channel, its two ranks and its number between them."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self.mail: dict[tuple[Any, ...], Tensor] = {}
+        self.changed = threading.Condition()
+        self.failure: BaseException | None = None
+
+    def post(self, key: tuple[Any, ...], tensor: Tensor) -> None:
+        with self.changed:
+            self.mail[key] = tensor.detach().clone()
+            self.changed.notify_all()
+
+    def take(self, key: tuple[Any, ...]) -> Tensor:
+        with self.changed:
+            arrived = self.changed.wait_for(lambda: key in self.mail or self.failure is not None, LIMIT_S)
+            if key not in self.mail:
+                raise RuntimeError(f"another rank failed: {self.failure!r}" if arrived else f"nobody sent {key}")
+            return self.mail.pop(key)
+
+
+class ThreadTransport:
+    """One rank's end. Receive buffers are poisoned until the wait, so that reading too early shows."""
+
+    name = "threads"
+
+    def __init__(self, world: ThreadWorld, rank: int, channel: str):
+        self.world, self.rank, self.channel = world, rank, channel
+        self.world_size = world.world_size
+        self.traffic = Traffic(world.world_size)
+        self._numbers: dict[tuple[int, int], int] = defaultdict(int)
+
+    def _key(self, src: int, dst: int) -> tuple[Any, ...]:
+        self._numbers[src, dst] += 1
+        return self.channel, src, dst, self._numbers[src, dst]
+
+    def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
+        expected = []
+        for buffer in recvs:
+            assert buffer.peer != self.rank
+            if buffer.tensor.numel():
+                buffer.tensor.fill_(torch.nan if buffer.tensor.is_floating_point() else -1)
+                expected.append((self._key(buffer.peer, self.rank), buffer.tensor))
+        for buffer in sends:
+            assert buffer.peer != self.rank
+            assert buffer.tensor.is_contiguous()
+            if buffer.tensor.numel():
+                self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
+                self.world.post(self._key(self.rank, buffer.peer), buffer.tensor)
+        return _Expected(self.world, expected)
+
+    def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
+        peers = [peer for peer in range(self.world_size) if peer != self.rank]
+        for peer in peers:
+            self.world.post(self._key(self.rank, peer), values)
+        gathered = {peer: self.world.take(self._key(peer, self.rank)) for peer in peers} | {self.rank: values}
+        return torch.stack([gathered[r] for r in range(self.world_size)])
+
+
+class _Expected:
+    def __init__(self, world: ThreadWorld, expected: list[tuple[tuple[Any, ...], Tensor]]):
+        self._world, self._expected = world, expected
+
+    def wait(self) -> None:
+        for key, tensor in self._expected:
+            arrived = self._world.take(key)
+            assert arrived.shape == tensor.shape, f"{key}: sent {tuple(arrived.shape)}, expected {tuple(tensor.shape)}"
+            assert arrived.dtype == tensor.dtype
+            tensor.copy_(arrived)
+        self._expected = []
+
+
+def run_threads(world_size: int, body: Callable[..., Any], *args: Any, topology: Topology | None = None) -> list[Any]:
+    """Run `body(group, *args)` on every rank; return the results in rank order."""
+    world = ThreadWorld(world_size)
+    topology = topology or Topology.preset("cpu", world_size)
+    results: list[Any] = [None] * world_size
+
+    def run(rank: int) -> None:
+        group = RankGroup(ThreadTransport(world, rank, "tokens"), ThreadTransport(world, rank, "experts"), topology)
+        try:
+            results[rank] = body(group, *args)
+        except BaseException as error:
+            with world.changed:
+                world.failure = world.failure or error
+                world.changed.notify_all()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if world.failure is not None:
+        raise world.failure
+    assert not world.mail, f"messages nobody received: {list(world.mail)}"
+    return results

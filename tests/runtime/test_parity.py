@@ -1,0 +1,175 @@
+"""Invariant 1: on any ranks, with any copies, the layers compute what the dense reference computes on one process."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moesaic import RuntimeConfig
+from moesaic.runtime.group import RankGroup
+from moesaic.runtime.shard import share_experts
+from moesaic.runtime.stages import StageClock
+from tests.helpers.cases import PLACEMENTS, Case, cases
+from tests.helpers.compare import assert_all_close, assert_bitwise
+from tests.helpers.reference import DenseMoE
+from tests.helpers.threads import run_threads
+
+NUM_BATCHES = 3
+
+
+def reference(case: Case) -> dict[str, Tensor]:
+    """Outputs, input gradients, and gradients of the mean of the ranks' losses, after all micro-batches, in fp64."""
+    layers = [DenseMoE(layer).double() for layer in case.layers()]
+    results: dict[str, Tensor] = {}
+    for batch in range(NUM_BATCHES):
+        for rank in range(case.world_size):
+            x = case.tokens(rank, batch).double().requires_grad_()
+            y = x
+            for layer in layers:
+                y = y + layer(y)
+            (rank_loss(y) / case.world_size).backward()
+            results[f"y {rank} {batch}"] = y.detach()
+            assert x.grad is not None
+            results[f"dx {rank} {batch}"] = x.grad * case.world_size
+    for i, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            results[f"d {i}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return results
+
+
+def rank_loss(y: Tensor) -> Tensor:
+    """A loss that weighs every element of the output differently."""
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + 0.1 * y.square().sum()
+
+
+def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: bool) -> dict[str, Tensor]:
+    """The same on one rank of a group. `order` says when backwards run: after each forward, or after all, newest last."""
+    layers = dict(enumerate(case.layers()))
+    for layer in layers.values():
+        layer.train()
+    banks = share_experts(
+        {str(i): layer for i, layer in layers.items()},
+        group,
+        config=RuntimeConfig(slots=2),
+        solver=case.solver(),
+        clock=StageClock(),
+        owners=case.owners(),
+    )
+    results: dict[str, Tensor] = {}
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers.values():
+            x = x + layer(x)
+        return x
+
+    def backward(batch: int, x: Tensor, y: Tensor) -> None:
+        rank_loss(y).backward()
+        results[f"y {group.rank} {batch}"] = y.detach()
+        assert x.grad is not None
+        results[f"dx {group.rank} {batch}"] = x.grad
+
+    waiting = []
+    for batch in range(NUM_BATCHES):
+        x = case.tokens(group.rank, batch).requires_grad_()
+        y = checkpoint(forward, x, use_reentrant=False) if use_checkpoint else forward(x)
+        waiting.append((batch, x, y))
+        if order == "each":
+            backward(*waiting.pop())
+    for item in waiting:
+        backward(*item)
+    for i, layer in layers.items():
+        runtime = layer.runtime
+        results[f"d {i}.router"] = torch.zeros_like(layer.router.weight) if layer.router.weight.grad is None else layer.router.weight.grad
+        for e in runtime.owned_experts:
+            grads = runtime.bank.grads(i, e)
+            results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
+            results[f"d {i}.down.{e}"] = grads.down.clone()
+    assert all(not slot.down.requires_grad for bank in banks for slot in layers[0].runtime.pool._free)
+    return results
+
+
+def merged(case: Case, per_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All ranks' results under one roof: router gradients averaged, as data parallelism does; everything else exists once."""
+    results: dict[str, Tensor] = {}
+    for name in {name for rank in per_rank for name in rank}:
+        found = [rank[name] for rank in per_rank if name in rank]
+        if name.endswith(".router"):
+            results[name] = torch.stack(found).mean(0)
+        else:
+            assert len(found) == 1, f"{name} on {len(found)} ranks"
+            results[name] = found[0]
+    return results
+
+
+def check(case: Case, order: str = "each", use_checkpoint: bool = False) -> dict[str, Any]:
+    results = merged(case, run_threads(case.world_size, train_on_ranks, case, order, use_checkpoint, topology=case.topology()))
+    assert_all_close(results, reference(case))
+    return results
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases())
+def test_any_case_equals_the_reference(case: Case) -> None:
+    """Outputs, input gradients and all parameter gradients, over three accumulated micro-batches."""
+    check(case)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_interleaved_micro_batches_keep_their_plans(case: Case) -> None:
+    """All forwards before all backwards: each backward follows its own forward's plan."""
+    check(case, order="interleaved")
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_activation_checkpointing_repeats_the_routing(case: Case) -> None:
+    """Recomputed forwards change no gradient, bit for bit, though the load predictor has moved on meanwhile."""
+    plain = check(case, order="interleaved")
+    assert_bitwise(check(case, order="interleaved", use_checkpoint=True), plain)
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases())
+def test_two_runs_are_bitwise_equal(case: Case) -> None:
+    assert_bitwise(check(case), check(case))
+
+
+NAMED = {
+    "five experts on three ranks": dict(world_size=3, num_experts=5, top_k=2, tokens_R=(5, 4, 6)),
+    "fewer experts than ranks": dict(world_size=4, num_experts=2, top_k=1, tokens_R=(3, 3, 3, 3)),
+    "a rank without tokens": dict(world_size=3, num_experts=4, top_k=2, tokens_R=(7, 0, 5)),
+    "no tokens anywhere": dict(world_size=2, num_experts=4, top_k=2, tokens_R=(0, 0)),
+    "all tokens to one expert": dict(world_size=4, num_experts=6, top_k=1, tokens_R=(6, 6, 6, 6), hot_expert=True),
+    "every expert for every token": dict(world_size=2, num_experts=3, top_k=3, tokens_R=(4, 5)),
+    "one expert": dict(world_size=2, num_experts=1, top_k=1, tokens_R=(4, 5)),
+    "one token": dict(world_size=4, num_experts=4, top_k=2, tokens_R=(0, 1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_edge_cases(name: str, placement: str) -> None:
+    given = dict(num_layers=2, hot_expert=False, any_owner=False, normalize=True, seed=3) | NAMED[name]
+    check(Case(placement=placement, **given))  # type: ignore[arg-type]
+
+
+def test_sixteen_ranks() -> None:
+    """More ranks than any test machine has cores, with copies drawn anew for every forward."""
+    check(
+        Case(
+            world_size=16,
+            num_experts=24,
+            top_k=4,
+            num_layers=2,
+            tokens_R=tuple(range(16)),
+            placement="random",
+            hot_expert=True,
+            any_owner=True,
+            normalize=True,
+            seed=5,
+        )
+    )
