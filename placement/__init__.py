@@ -1,6 +1,7 @@
 """Placement: loads, owners, copies, the token split, cost, and the solvers. numpy only; no process group, no device."""
 
 from .cost import Bound, Cost, Solution, cost, lower_bound
+from .hecate import hecate_owners
 from .owners import Move, OwnerMap
 from .registry import SOLVERS, Solver, get_solver
 from .split import Split, split_exact, split_local_even
@@ -23,6 +24,7 @@ __all__ = [
     "Topology",
     "cost",
     "get_solver",
+    "hecate_owners",
     "lower_bound",
     "split_exact",
     "split_local_even",

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import quota, static
+from . import hecate, quota, static
 from .cost import Solution
 from .values import Problem
 
@@ -15,6 +15,7 @@ Solver = Callable[[Problem], Solution]
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         "static": static.solve,
+        "hecate": hecate.solve,
         "quota": quota.solve,
     }
 )
