@@ -101,21 +101,18 @@ def grouped_ffn_backward(
             dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)
         )
     chunks = list(_row_chunks(group_sizes, x_ND.device))
-    # One allocation for dh, h (F wide each) and dgate_up (2F wide): the allocator keeps and recycles a single block.
+    # One allocation for dh (later h) and dgate_up: the allocator keeps and recycles a single block.
     max_rows = _max_rows(chunks)
-    dh_buffer, h_buffer, dgate_up_buffer = x_ND.new_empty(4 * max_rows * F).split([max_rows * F, max_rows * F, 2 * max_rows * F])
+    dh_buffer, dgate_up_buffer = x_ND.new_empty(3 * max_rows * F).split([max_rows * F, 2 * max_rows * F])
     for group, rows in chunks:
         num_rows = rows.stop - rows.start
         dh = torch.mm(dy_ND[rows], weights.down[group], out=dh_buffer[: num_rows * F].view(num_rows, F))
+        dgate_up = dgate_up_buffer[: num_rows * 2 * F].view(num_rows, 2 * F)
         inner = swiglu_backward(
             dh,
             gate_up_N2F[rows],
             row_weights_N[rows],
-            out=SwigluGrads(
-                dgate_up_N2F=dgate_up_buffer[: num_rows * 2 * F].view(num_rows, 2 * F),
-                drow_weights_N=out.drow_weights_N[rows],
-                h_NF=h_buffer[: num_rows * F].view(num_rows, F),
-            ),
+            out=SwigluGrads(dgate_up_N2F=dgate_up, drow_weights_N=out.drow_weights_N[rows], h_NF=dh),
         )
         torch.mm(inner.dgate_up_N2F, weights.gate_up[group], out=out.dx_ND[rows])
         if grads is not None:

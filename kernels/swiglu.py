@@ -1,7 +1,7 @@
 """SwiGLU with row weights: `h = silu(gate) * up * row_weight`, and its backward from the pre-activation.
 
-The CPU twin walks over blocks of rows small enough for the second-level cache, so that the several elementwise passes
-cost one pass over memory. Half-precision inputs are computed in fp32 and rounded once.
+Half-precision inputs are computed in fp32 and rounded once. On the CPU one compiled pass (swiglu_cpu.py) does the work of
+torch's eleven; the torch twin walks over blocks of rows small enough for the second-level cache.
 
 Shapes: N rows, F expert ffn dim; gate_up_N2F holds gate in its first F columns and up in its last F.
 """
@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+# The compiled pass runs on one thread; with more threads than this torch's own passes finish sooner.
+_COMPILED_MAX_THREADS = 4
 # Elements of one [rows, F] block: five such fp32 blocks (gate, up, dh, two temporaries) stay in a 2 MiB cache.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -29,7 +32,13 @@ class SwigluGrads:
 
 def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return `h_NF = silu(gate) * up`, times `row_weights_N[:, None]` when weights are given. No autograd."""
-    return swiglu_torch(gate_up_N2F, row_weights_N, out=out)
+    h_NF = gate_up_N2F.new_empty(_hidden_shape(gate_up_N2F)) if out is None else out
+    if not _takes_compiled_pass(row_weights_N, gate_up_N2F, h_NF):
+        return swiglu_torch(gate_up_N2F, row_weights_N, out=h_NF)
+    from .swiglu_cpu import swiglu_rows
+
+    swiglu_rows(_array(gate_up_N2F), _weights_array(row_weights_N, len(h_NF)), _array(h_NF))
+    return h_NF
 
 
 def swiglu_backward(
@@ -37,15 +46,28 @@ def swiglu_backward(
 ) -> SwigluGrads:
     """Return the gradients of `swiglu` for `dh_NF`, and its output h again (the down product's wgrad needs it).
 
-    `out` names buffers to write into; they must not overlap the inputs.
+    `out` names buffers to write into; of the inputs only `dh_NF` may serve as one, as `out.h_NF`.
     """
-    return swiglu_backward_torch(dh_NF, gate_up_N2F, row_weights_N, out=out)
+    _check_dh(dh_NF, gate_up_N2F)
+    grads = _new_grads(gate_up_N2F, row_weights_N) if out is None else out
+    if not _takes_compiled_pass(row_weights_N, gate_up_N2F, dh_NF, grads.dgate_up_N2F, grads.h_NF):
+        return swiglu_backward_torch(dh_NF, gate_up_N2F, row_weights_N, out=grads)
+    from .swiglu_cpu import swiglu_backward_rows
+
+    swiglu_backward_rows(
+        _array(dh_NF),
+        _array(gate_up_N2F),
+        _weights_array(row_weights_N, len(dh_NF)),
+        _array(grads.dgate_up_N2F),
+        _weights_array(grads.drow_weights_N, len(dh_NF)),
+        _array(grads.h_NF),
+    )
+    return grads
 
 
 def swiglu_torch(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Torch twin of `swiglu`."""
-    N, F = _rows_and_width(gate_up_N2F)
-    h_NF = gate_up_N2F.new_empty(N, F) if out is None else out
+    h_NF = gate_up_N2F.new_empty(_hidden_shape(gate_up_N2F)) if out is None else out
     compute_dtype = _compute_dtype(gate_up_N2F)
     for rows in _row_blocks(gate_up_N2F):
         gate, up = gate_up_N2F[rows].to(compute_dtype).chunk(2, dim=1)
@@ -63,9 +85,7 @@ def swiglu_backward_torch(
     dh_NF: Tensor, gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: SwigluGrads | None = None
 ) -> SwigluGrads:
     """Torch twin of `swiglu_backward`."""
-    N, F = _rows_and_width(gate_up_N2F)
-    if dh_NF.shape != (N, F):
-        raise ValueError(f"dh_NF has shape {tuple(dh_NF.shape)}, gate_up_N2F asks for {(N, F)}")
+    _check_dh(dh_NF, gate_up_N2F)
     grads = _new_grads(gate_up_N2F, row_weights_N) if out is None else out
     for rows in _row_blocks(gate_up_N2F):
         _backward_block(
@@ -109,19 +129,50 @@ def _backward_block(dh_nF: Tensor, gate_up_n2F: Tensor, row_weights_n: Tensor | 
 
 def _new_grads(gate_up_N2F: Tensor, row_weights_N: Tensor | None) -> SwigluGrads:
     """Buffers for `swiglu_backward`, uninitialised."""
-    N, F = _rows_and_width(gate_up_N2F)
     return SwigluGrads(
         dgate_up_N2F=torch.empty_like(gate_up_N2F, memory_format=torch.contiguous_format),
         drow_weights_N=None if row_weights_N is None else torch.empty_like(row_weights_N),
-        h_NF=gate_up_N2F.new_empty(N, F),
+        h_NF=gate_up_N2F.new_empty(_hidden_shape(gate_up_N2F)),
     )
 
 
-def _rows_and_width(gate_up_N2F: Tensor) -> tuple[int, int]:
+def _hidden_shape(gate_up_N2F: Tensor) -> tuple[int, int]:
     """(N, F) of a gate_up matrix."""
     if gate_up_N2F.dim() != 2 or gate_up_N2F.shape[1] % 2:
         raise ValueError(f"gate_up_N2F must be [N, 2F], got {tuple(gate_up_N2F.shape)}; gate and up lie side by side")
     return gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2
+
+
+def _check_dh(dh_NF: Tensor, gate_up_N2F: Tensor) -> None:
+    """Raise ValueError unless both belong together."""
+    if dh_NF.shape != _hidden_shape(gate_up_N2F) or dh_NF.dtype != gate_up_N2F.dtype:
+        raise ValueError(
+            f"dh_NF is {dh_NF.dtype} {tuple(dh_NF.shape)}, but gate_up_N2F asks for "
+            f"{gate_up_N2F.dtype} {_hidden_shape(gate_up_N2F)}"
+        )
+
+
+def _takes_compiled_pass(row_weights_N: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether the compiled CPU pass serves these tensors: fp32 or bf16, contiguous, few enough threads."""
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all(tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
+        and (row_weights_N is None or (row_weights_N.dtype == torch.float32 and row_weights_N.is_contiguous()))
+        and torch.get_num_threads() <= _COMPILED_MAX_THREADS
+    )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy sees it; bfloat16 as int16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _weights_array(row_weights_N: Tensor | None, num_rows: int) -> np.ndarray:
+    """Row weights for the compiled pass: ones where there are none (also a place for a gradient nobody wants)."""
+    return np.ones(num_rows, dtype=np.float32) if row_weights_N is None else _array(row_weights_N)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -131,7 +182,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _row_blocks(gate_up_N2F: Tensor) -> Iterator[slice]:
     """Slices of rows: cache-sized on the CPU, everything at once elsewhere."""
-    N, F = _rows_and_width(gate_up_N2F)
+    N, F = _hidden_shape(gate_up_N2F)
     block = max(1, _BLOCK_ELEMENTS // max(1, F)) if gate_up_N2F.device.type == "cpu" else max(1, N)
     for start in range(0, N, block):
         yield slice(start, min(start + block, N))

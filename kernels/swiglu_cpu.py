@@ -1,0 +1,110 @@
+"""Compiled single-pass SwiGLU for the CPU. Import this module lazily: it imports numba, and a first call compiles.
+
+Torch needs three passes forward and eight backward; at small model widths these cost a tenth of the matrix products.
+Here each element is read and written once, and the exponential is a polynomial that the compiler vectorises. Arrays are
+float32, or bfloat16 seen as int16 (numpy has no such type); arithmetic is float32, rounded once on the way out.
+
+Shapes: N rows, F expert ffn dim.
+"""
+
+# The compiler gives these functions their types, which Python annotations cannot say.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+_LOG2_E = np.float32(1.4426950408889634)
+# Taylor coefficients of 2**f, which on [-0.5, 0.5] leave a relative error below 1.2e-7.
+_C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(np.log(2) ** k / float(np.prod(np.arange(1.0, k + 1)))) for k in range(7))
+_ONE = np.float32(1.0)
+_MAX_EXPONENT = np.float32(126.0)
+# Adding 1.5 * 2**23 and taking it away again rounds a float32 to the nearest integer.
+_ROUND = np.float32(12582912.0)
+
+
+@intrinsic
+def _float_of_bits(typingctx, bits):
+    """Reinterpret an int32 as a float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def _load(typingctx, element):
+    """An array element as float32: itself, or the bfloat16 whose bits an int16 holds."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(element), codegen
+
+
+@intrinsic
+def _store(typingctx, value, like):
+    """A float32 in the element type of `like`: itself, or rounded to nearest even as the bits of a bfloat16."""
+
+    def codegen(context, builder, signature, args):
+        if signature.return_type == types.float32:
+            return args[0]
+        i32 = ir.IntType(32)
+        bits = builder.bitcast(args[0], i32)
+        is_odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(i32(0x7FFF), is_odd)), i32(16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, i32(0x7FC0), rounded), ir.IntType(16))
+
+    return like(types.float32, like), codegen
+
+
+@njit(cache=True, inline="always")
+def _sigmoid(x):
+    """1 / (1 + exp(-x)), with the exponent clamped to what float32 can hold; a NaN stays for the caller's product."""
+    z = min(max(-_LOG2_E * x, -_MAX_EXPONENT), _MAX_EXPONENT)
+    n = (z + _ROUND) - _ROUND
+    f = z - n
+    fraction = (((((_C6 * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
+    power = _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return _ONE / (_ONE + fraction * power)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def swiglu_rows(gate_up_N2F, row_weights_N, h_NF):
+    """h = silu(gate) * up * row_weight."""
+    N, F = h_NF.shape
+    for n in range(N):
+        weight = row_weights_N[n]
+        gate, up, h = gate_up_N2F[n, :F], gate_up_N2F[n, F:], h_NF[n]
+        for f in range(F):
+            g = _load(gate[f])
+            h[f] = _store(g * _sigmoid(g) * _load(up[f]) * weight, h[f])
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
+def swiglu_backward_rows(dh_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N, h_NF):
+    """Both gradients and h; the sum over f of a row's weight gradient is vectorised, in one fixed order."""
+    N, F = h_NF.shape
+    for n in range(N):
+        weight = row_weights_N[n]
+        gate, up, dh, h = gate_up_N2F[n, :F], gate_up_N2F[n, F:], dh_NF[n], h_NF[n]
+        dgate, dup = dgate_up_N2F[n, :F], dgate_up_N2F[n, F:]
+        dweight = np.float32(0.0)
+        for f in range(F):
+            g, u, d = _load(gate[f]), _load(up[f]), _load(dh[f])
+            s = _sigmoid(g)
+            activated = g * s
+            d_up = d * activated
+            dweight += d_up * u
+            h[f] = _store(activated * u * weight, h[f])
+            dup[f] = _store(d_up * weight, dup[f])
+            dgate[f] = _store(d * u * weight * (s + activated * (_ONE - s)), dgate[f])
+        drow_weights_N[n] = dweight

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from moesaic.kernels import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
+from torch import Tensor
+from torch.nn import functional
+
+GROUP_SIZES = {
+    "one row": [1],
+    "odd": [7, 1, 63],
+    "empty groups": [0, 129, 0, 7, 0],
+    "longer than a chunk": [0, 1025, 0, 1, 2049],
+    "no rows": [0, 0],
+}
+SHAPES = [(1, 1), (7, 5), (33, 63)]  # D, F
+# Of the sum of magnitudes behind a value; bfloat16 rounds three times on the longest path.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A value in fp64, and the largest sum of magnitudes that rounding errors of its elements are measured by."""
+
+    value: Tensor
+    magnitude: float
+
+
+class Case:
+    """Random rows, weights and gradient buffers, and the same computed in fp64, group by group, gradients by autograd."""
+
+    def __init__(self, sizes: list[int], D: int, F: int, dtype: torch.dtype) -> None:
+        N = sum(sizes)
+        self.sizes = sizes
+        self.x_ND, self.dy_ND, self.row_weights_N = torch.randn(N, D, dtype=dtype), torch.randn(N, D, dtype=dtype), torch.rand(N)
+        self.weights = FFNWeights(
+            [torch.randn(2 * F, D, dtype=dtype) for _ in sizes], [torch.randn(D, F, dtype=dtype) for _ in sizes]
+        )
+        self.start_grads = FFNWeights([torch.randn(2 * F, D) for _ in sizes], [torch.randn(D, F) for _ in sizes])
+
+    def grads(self) -> FFNWeights:
+        """A fresh copy of the gradient buffers, which start out filled."""
+        return FFNWeights([g.clone() for g in self.start_grads.gate_up], [g.clone() for g in self.start_grads.down])
+
+    def naive(self, alpha: float) -> dict[str, Expected]:
+        """Every result by name, in fp64."""
+        x, row_weights = self.x_ND.double().requires_grad_(), self.row_weights_N.double().requires_grad_()
+        outputs, named = [], {}
+        start = 0
+        for group, size in enumerate(self.sizes):
+            rows = slice(start, start + size)
+            start += size
+            gate_up_w, down_w = self.weights.gate_up[group].double(), self.weights.down[group].double()
+            gate_up = (x[rows] @ gate_up_w.t()).requires_grad_()
+            gate, up = gate_up.chunk(2, dim=1)
+            h = functional.silu(gate) * up * row_weights[rows, None]
+            outputs.append(h @ down_w.t())
+            dy = self.dy_ND[rows].double()
+            (dgate_up,) = torch.autograd.grad(outputs[-1], gate_up, dy, retain_graph=True)
+            for name, left, right in ((f"gate_up {group}", dgate_up, x[rows]), (f"down {group}", dy, h)):
+                start_grad = getattr(self.start_grads, name.split()[0])[group].double()
+                named[name] = Expected(
+                    (start_grad + alpha * left.t() @ right).detach(),
+                    (start_grad.abs() + alpha * left.abs().t() @ right.abs()).max().item(),
+                )
+        y = torch.cat(outputs)
+        dx, drow_weights = torch.autograd.grad(y, (x, row_weights), self.dy_ND.double())
+        for name, value in (("y", y.detach()), ("dx", dx), ("drow_weights", drow_weights)):
+            named[name] = Expected(value, value.abs().max().item() if value.numel() else 1.0)
+        return named
+
+
+def assert_close(name: str, actual: Tensor, expected: Expected, tolerance: float) -> None:
+    assert actual.shape == expected.value.shape, name
+    assert actual.isfinite().all(), name
+    error = (actual.double() - expected.value).abs().max().item() if actual.numel() else 0.0
+    assert error <= tolerance * expected.magnitude, f"{name}: {error:.3e} > {tolerance:.1e} x {expected.magnitude:.3e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("D,F", SHAPES)
+@pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
+def test_output_and_every_gradient(sizes: list[int], D: int, F: int, dtype: torch.dtype) -> None:
+    case = Case(sizes, D, F, dtype)
+    expected, grads = case.naive(alpha=0.5), case.grads()
+    output = grouped_ffn(case.x_ND, case.row_weights_N, case.weights, sizes)
+    inner = grouped_ffn_backward(
+        case.dy_ND, case.x_ND, output.gate_up_N2F, case.row_weights_N, case.weights, grads, sizes, alpha=0.5
+    )
+    actual = {"y": output.y_ND, "dx": inner.dx_ND, "drow_weights": inner.drow_weights_N}
+    for group in range(len(sizes)):
+        actual[f"gate_up {group}"], actual[f"down {group}"] = grads.gate_up[group], grads.down[group]
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert_close(name, actual[name], expected[name], TOLERANCE[dtype])
+
+
+def test_out_buffers_frozen_experts_and_bank_views() -> None:
+    """`out` is filled and returned; without `grads` rows get the same gradients; weights may be views of a bank."""
+    case = Case([3, 0, 9], 6, 10, torch.float32)
+    bank = FFNWeights(torch.stack(list(case.weights.gate_up)), torch.stack(list(case.weights.down)))  # type: ignore[arg-type]
+    views = FFNWeights(list(bank.gate_up), list(bank.down))
+    plain = grouped_ffn(case.x_ND, case.row_weights_N, case.weights, case.sizes)
+    out = GroupedFFNOutput(torch.empty(12, 6), torch.empty(12, 20))
+    assert grouped_ffn(case.x_ND, case.row_weights_N, views, case.sizes, out=out) is out
+    assert torch.equal(out.y_ND, plain.y_ND)
+    arguments = (case.dy_ND, case.x_ND, plain.gate_up_N2F, case.row_weights_N, views)
+    trained = grouped_ffn_backward(*arguments, case.grads(), case.sizes)
+    buffers = GroupedFFNGrads(torch.empty(12, 6), torch.empty(12))
+    assert grouped_ffn_backward(*arguments, None, case.sizes, out=buffers) is buffers
+    assert torch.equal(buffers.dx_ND, trained.dx_ND)
+    assert torch.equal(buffers.drow_weights_N, trained.drow_weights_N)
+
+
+def test_twice_is_bitwise_equal() -> None:
+    case = Case([129, 0, 1100], 33, 64, torch.float32)
+    runs = []
+    for _ in range(2):
+        grads = case.grads()
+        output = grouped_ffn(case.x_ND, case.row_weights_N, case.weights, case.sizes)
+        inner = grouped_ffn_backward(
+            case.dy_ND, case.x_ND, output.gate_up_N2F, case.row_weights_N, case.weights, grads, case.sizes
+        )
+        runs.append([output.y_ND, inner.dx_ND, inner.drow_weights_N, *grads.gate_up, *grads.down])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_group_sizes_and_weights_must_fit() -> None:
+    case = Case([3, 2], 4, 6, torch.float32)
+    with pytest.raises(ValueError, match="sum to 4, but there are 5 rows"):
+        grouped_ffn(case.x_ND, case.row_weights_N, case.weights, [3, 1])
+    with pytest.raises(ValueError, match="2 gate_up and 1 down"):
+        FFNWeights(case.weights.gate_up, case.weights.down[:1])

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from moesaic.kernels import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from moesaic.kernels.grouped_gemm import grouped_gemm_dgrad_torch, grouped_gemm_torch, grouped_gemm_wgrad_torch
+from torch import Tensor
+
+GROUP_SIZES = {
+    "one row": [1],
+    "odd": [7, 1, 63],
+    "empty groups": [0, 129, 0, 0, 7, 0],
+    "all in one": [0, 0, 1025, 0],
+    "no rows": [0, 0],
+}
+SHAPES = [(1, 1), (7, 63), (65, 33)]  # I, O
+# Relative to the largest value; half precision rounds its fp32 sum once.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
+
+IMPLEMENTATIONS = [
+    (grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad),
+    (grouped_gemm_torch, grouped_gemm_dgrad_torch, grouped_gemm_wgrad_torch),
+]
+
+
+def naive_groups(group_sizes: list[int]) -> list[int]:
+    """The group of each row."""
+    return [group for group, size in enumerate(group_sizes) for _ in range(size)]
+
+
+def naive_forward(x_NI: Tensor, weights: list[Tensor], group_sizes: list[int]) -> Tensor:
+    y_NO = torch.zeros(len(x_NI), weights[0].shape[0], dtype=torch.float64)
+    for n, group in enumerate(naive_groups(group_sizes)):
+        y_NO[n] = (weights[group].double() * x_NI[n].double()).sum(dim=1)
+    return y_NO
+
+
+def naive_dgrad(dy_NO: Tensor, weights: list[Tensor], group_sizes: list[int]) -> Tensor:
+    dx_NI = torch.zeros(len(dy_NO), weights[0].shape[1], dtype=torch.float64)
+    for n, group in enumerate(naive_groups(group_sizes)):
+        dx_NI[n] = (weights[group].double() * dy_NO[n].double()[:, None]).sum(dim=0)
+    return dx_NI
+
+
+def naive_wgrad(dy_NO: Tensor, x_NI: Tensor, group_sizes: list[int], grads: list[Tensor], alpha: float) -> list[Tensor]:
+    sums = [grad.double() for grad in grads]
+    for n, group in enumerate(naive_groups(group_sizes)):
+        sums[group] = sums[group] + alpha * dy_NO[n].double()[:, None] * x_NI[n].double()[None, :]
+    return sums
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape, name
+    if actual.numel() == 0:
+        return
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    assert error <= tolerance, f"{name}: {error:.3e} > {tolerance:.1e}"
+
+
+@pytest.mark.parametrize("forward,dgrad,wgrad", IMPLEMENTATIONS, ids=["public", "twin"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("in_dim,out_dim", SHAPES)
+@pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
+def test_forward_and_both_gradients(sizes, in_dim, out_dim, dtype, forward, dgrad, wgrad) -> None:  # type: ignore[no-untyped-def]
+    num_rows, tolerance = sum(sizes), TOLERANCE[dtype]
+    grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x_NI, dy_NO = torch.randn(num_rows, in_dim, dtype=dtype), torch.randn(num_rows, out_dim, dtype=dtype)
+    weights = [torch.randn(out_dim, in_dim, dtype=dtype) for _ in sizes]
+    grads = [torch.randn(out_dim, in_dim, dtype=grad_dtype) for _ in sizes]
+    expected_grads = naive_wgrad(dy_NO, x_NI, sizes, grads, alpha=0.5)
+    assert_close("y", forward(x_NI, weights, sizes), naive_forward(x_NI, weights, sizes), tolerance)
+    assert_close("dx", dgrad(dy_NO, weights, sizes), naive_dgrad(dy_NO, weights, sizes), tolerance)
+    wgrad(dy_NO, x_NI, sizes, grads, alpha=0.5)
+    # The weight gradient is summed in fp32 from half-precision rows, so it is held to fp32's tolerance.
+    for group, (grad, expected) in enumerate(zip(grads, expected_grads, strict=True)):
+        assert_close(f"grad {group}", grad, expected, TOLERANCE[grad_dtype])
+
+
+@pytest.mark.parametrize("forward,dgrad,wgrad", IMPLEMENTATIONS, ids=["public", "twin"])
+def test_strided_operands_and_out_buffers(forward, dgrad, wgrad) -> None:  # type: ignore[no-untyped-def]
+    """Weights and gradients as rows of a bank and transposed views, rows as columns of a wider matrix."""
+    sizes = [5, 0, 8]
+    bank, grad_bank = torch.randn(4, 6, 10), torch.zeros(4, 6, 10)
+    wide_x, wide_dy = torch.randn(13, 14), torch.randn(13, 20)
+    x_NI, dy_NO = wide_x[:, 2:12], wide_dy[:, ::2][:, :6]
+    weights = [bank[3], bank[0], torch.randn(10, 6).t()]
+    grads = [grad_bank[3], grad_bank[0], torch.zeros(10, 6).t()]
+    y_NO, dx_NI = torch.empty(13, 6), torch.empty(13, 10)
+    assert forward(x_NI, weights, sizes, out=y_NO) is y_NO
+    assert dgrad(dy_NO, weights, sizes, out=dx_NI) is dx_NI
+    wgrad(dy_NO, x_NI, sizes, grads)
+    assert_close("y", y_NO, naive_forward(x_NI, weights, sizes), 1e-5)
+    assert_close("dx", dx_NI, naive_dgrad(dy_NO, weights, sizes), 1e-5)
+    expected = naive_wgrad(dy_NO, x_NI, sizes, [torch.zeros(6, 10)] * 3, 1.0)
+    for group in range(3):
+        assert_close(f"grad {group}", grads[group], expected[group], 1e-5)
+    assert torch.equal(grad_bank[1:3], torch.zeros(2, 6, 10))
+
+
+@pytest.mark.parametrize("wgrad", [implementation[2] for implementation in IMPLEMENTATIONS], ids=["public", "twin"])
+def test_empty_groups_leave_their_gradients_untouched(wgrad) -> None:  # type: ignore[no-untyped-def]
+    grads = [torch.full((3, 2), float("nan")), torch.zeros(3, 2)]
+    wgrad(torch.randn(4, 3), torch.randn(4, 2), [0, 4], grads)
+    assert grads[0].isnan().all()
+    assert grads[1].isfinite().all()
+
+
+@pytest.mark.parametrize("forward,dgrad,wgrad", IMPLEMENTATIONS, ids=["public", "twin"])
+def test_twice_is_bitwise_equal(forward, dgrad, wgrad) -> None:  # type: ignore[no-untyped-def]
+    sizes = [129, 0, 63]
+    x_NI, dy_NO = torch.randn(192, 65), torch.randn(192, 31)
+    weights = [torch.randn(31, 65) for _ in sizes]
+    grads = [[torch.zeros(31, 65) for _ in sizes] for _ in range(2)]
+    assert torch.equal(forward(x_NI, weights, sizes), forward(x_NI, weights, sizes))
+    assert torch.equal(dgrad(dy_NO, weights, sizes), dgrad(dy_NO, weights, sizes))
+    for grad in grads:
+        wgrad(dy_NO, x_NI, sizes, grad)
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    weights = [torch.randn(2, 3), torch.randn(2, 3)]
+    with pytest.raises(ValueError, match="sum to 5, but there are 4 rows"):
+        grouped_gemm(torch.randn(4, 3), weights, [2, 3])
+    with pytest.raises(ValueError, match="1 group sizes but 2 weights"):
+        grouped_gemm_dgrad(torch.randn(4, 2), weights, [4])
+    with pytest.raises(ValueError, match="must be >= 0"):
+        grouped_gemm_wgrad(torch.randn(4, 2), torch.randn(4, 3), [5, -1], weights)
