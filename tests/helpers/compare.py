@@ -18,7 +18,9 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, rtol: float = 1e-5
 
 def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float = 1e-5) -> None:
     """The same names, every tensor close."""
-    assert actual.keys() == expected.keys(), f"only here {actual.keys() - expected.keys()}, missing {expected.keys() - actual.keys()}"
+    assert actual.keys() == expected.keys(), (
+        f"only here {actual.keys() - expected.keys()}, missing {expected.keys() - actual.keys()}"
+    )
     for name in expected:
         assert_close(name, actual[name], expected[name], rtol)
 
@@ -27,4 +29,6 @@ def assert_bitwise(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     """The same names, every bit equal."""
     assert actual.keys() == expected.keys()
     for name in expected:
-        assert torch.equal(actual[name], expected[name]), f"{name} differs, by at most {(actual[name] - expected[name]).abs().max():.3g}"
+        assert torch.equal(actual[name], expected[name]), (
+            f"{name} differs, by at most {(actual[name] - expected[name]).abs().max():.3g}"
+        )

@@ -82,7 +82,9 @@ def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: boo
         backward(*item)
     for i, layer in layers.items():
         runtime = layer.runtime
-        results[f"d {i}.router"] = torch.zeros_like(layer.router.weight) if layer.router.weight.grad is None else layer.router.weight.grad
+        results[f"d {i}.router"] = (
+            torch.zeros_like(layer.router.weight) if layer.router.weight.grad is None else layer.router.weight.grad
+        )
         for e in runtime.owned_experts:
             grads = runtime.bank.grads(i, e)
             results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
