@@ -6,6 +6,7 @@ from .owners import Move, OwnerMap
 from .registry import SOLVERS, Solver, get_solver
 from .split import Split, split_exact, split_local_even
 from .topology import Topology
+from .traces import Trace, TraceMeta, TraceWriter, write_trace
 from .values import ExpertLoad, LayerShape, Placement, Problem
 
 __all__ = [
@@ -22,10 +23,14 @@ __all__ = [
     "Solver",
     "Split",
     "Topology",
+    "Trace",
+    "TraceMeta",
+    "TraceWriter",
     "cost",
     "get_solver",
     "hecate_owners",
     "lower_bound",
     "split_exact",
     "split_local_even",
+    "write_trace",
 ]
