@@ -1,0 +1,151 @@
+"""What every solver promises, and what quota and hecate promise beyond it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from moesaic.placement import (
+    SOLVERS,
+    ExpertLoad,
+    LayerShape,
+    OwnerMap,
+    Problem,
+    Topology,
+    cost,
+    get_solver,
+    hecate_owners,
+    split_exact,
+)
+from moesaic.placement import hecate as hecate_module
+from tests.placement.cases import problems, zipf_problem
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+@settings(deadline=None, max_examples=60)
+@given(problem=problems())
+def test_every_solver(name, problem):
+    """Slots are respected, the cost is the model's own, the bound holds, the problem is not changed, a second run agrees."""
+    before = hash(problem)
+    answer = get_solver(name)(problem)
+    assert answer.solver == name
+    assert (answer.placement.copies_RE.sum(axis=1) <= problem.slots).all()
+    split = split_exact(problem.load, answer.placement, problem.topology)
+    assert answer.cost == cost(problem, answer.placement, split)
+    assert answer.bound.max_rows <= split.max_rows
+    assert answer.bound.total_s <= answer.cost.total_s * (1 + 1e-12)
+    assert 0 <= answer.gap <= 1
+    assert answer.seconds >= 0
+    assert hash(problem) == before
+    again = get_solver(name)(problem)
+    assert (again.placement, again.cost, again.bound) == (answer.placement, answer.cost, answer.bound)
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems())
+def test_quota_keeps_owners_and_never_costs_more_than_no_copies(problem):
+    answer, static = get_solver("quota")(problem), get_solver("static")(problem)
+    assert (answer.placement.expert_to_owner_E == problem.expert_to_owner_E).all()
+    assert answer.cost.total_s <= static.cost.total_s
+    if answer.cost.total_s == static.cost.total_s:
+        assert answer.placement.num_copies == 0
+
+
+@pytest.mark.parametrize("num_ranks, num_experts", [(8, 64), (16, 32), (64, 256)])
+@pytest.mark.parametrize("skew", [0.5, 1.0, 1.5])
+def test_quota_balances_with_few_copies_when_copies_are_free(num_ranks, num_experts, skew):
+    problem = zipf_problem(num_ranks, num_experts, skew, slots=2)
+    answer = get_solver("quota")(problem)
+    static = get_solver("static")(problem)
+    assert 0 < answer.placement.num_copies <= num_ranks * 2
+    assert answer.cost.compute_s < static.cost.compute_s
+    balanced = split_exact(problem.load, answer.placement, problem.topology).max_over_mean
+    assert balanced <= max(1.03, 0.05 * split_exact(problem.load, static.placement, problem.topology).max_over_mean)
+
+
+def test_quota_makes_no_copy_that_does_not_pay():
+    """A balanced load, a load whose copies would cost more than they save, one rank, no slots: static."""
+    flat = Problem(
+        ExpertLoad(np.full((4, 8), 100)), np.repeat(np.arange(4), 2), Topology.preset("h100", 4), LayerShape(8, 2, 64, 64), 2
+    )
+    slow = dataclasses.replace(Topology.preset("h100", 8), device_bytes_per_s=1e6)
+    few_tokens = ExpertLoad(np.where(np.eye(8, 64, dtype=bool), 9, 0))
+    slow_links = dataclasses.replace(zipf_problem(8, 64, 1.0, slots=2, overlap_s=0.0), topology=slow, load=few_tokens)
+    alone = zipf_problem(1, 16, 1.0, slots=2)
+    no_slots = zipf_problem(8, 64, 1.0, slots=0)
+    for problem in (flat, slow_links, alone, no_slots):
+        assert get_solver("quota")(problem).placement.num_copies == 0
+
+
+def test_quota_respects_the_smallest_group():
+    problem = dataclasses.replace(zipf_problem(8, 64, 1.0, slots=2), min_rows_per_copy=10**9)
+    assert get_solver("quota")(problem).placement.num_copies == 0
+
+
+def test_quota_shares_one_hot_expert():
+    """All tokens go to one expert of rank 0: it is copied to every rank and the split is even."""
+    load = ExpertLoad(np.tile(np.array([4096, 0, 0, 0]), (4, 1)))
+    problem = Problem(load, np.arange(4), Topology.preset("h100", 4), LayerShape(4, 1, 1024, 4096), 1, overlap_s=1.0)
+    placement = get_solver("quota")(problem).placement
+    assert placement.replicas_RE[:, 0].all()
+    assert placement.num_copies == 3
+    assert split_exact(load, placement, problem.topology).max_over_mean == 1.0
+
+
+def test_hecate_copies_the_top_everywhere_when_memory_allows():
+    """Algorithm 1, first branch: t = 2 experts fit into 2 slots."""
+    load = ExpertLoad(np.array([[1, 9, 2, 8], [1, 9, 2, 8]]))
+    problem = Problem(load, np.array([0, 0, 1, 1]), Topology.preset("h100", 2), LayerShape(4, 1, 16, 16), slots=2)
+    placement = hecate_module.solve(problem, degree=2).placement
+    assert placement.replicas_RE.tolist() == [[True, True, False, True], [False, True, True, True]]
+
+
+def test_hecate_spreads_by_load_over_nodes_when_memory_is_tight():
+    """Algorithm 1, second branch: 4 slots over loads 6 : 2 give 3 copies and 1; copies go to the other node first."""
+    load = ExpertLoad(np.array([[6, 2, 0, 0], [0] * 4, [0] * 4, [0] * 4]))
+    problem = Problem(load, np.arange(4), Topology.parse("2x2"), LayerShape(4, 1, 16, 16), slots=1)
+    placement = hecate_module.solve(problem, degree=2).placement
+    assert placement.copies_RE.tolist() == [
+        [False, True, False, False],
+        [True, False, False, False],
+        [True, False, False, False],
+        [True, False, False, False],
+    ]
+
+
+def test_hecate_degree_follows_the_overlap():
+    """t = seconds x rate / expert bytes; nothing hides under nothing, and never more than all experts."""
+    problem = zipf_problem(16, 64, 1.0, slots=2, overlap_s=0.0)
+    assert hecate_module.overlap_degree(problem) == 0
+    assert hecate_module.solve(problem).placement.num_copies == 0
+    one = problem.shape.expert_bytes / problem.topology.node_bytes_per_s
+    assert hecate_module.overlap_degree(dataclasses.replace(problem, overlap_s=3.5 * one)) == 3
+    assert hecate_module.overlap_degree(dataclasses.replace(problem, overlap_s=1e6)) == 64
+
+
+def test_hecate_owners_spread_cold_experts():
+    """Algorithm 2 by hand: 1 layer, 6 experts, 2 ranks, the 2 hottest left for last; cold loads 5, 4, 3, 2 pair up."""
+    owners = hecate_owners(np.array([[90, 80, 5, 4, 3, 2]]), Topology.preset("h100", 2), degree=2)
+    assert owners.expert_to_owner_LE.tolist() == [[0, 1, 0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("num_layers, num_experts, num_ranks, degree", [(3, 8, 4, 2), (3, 5, 3, 1), (2, 3, 4, 0), (4, 6, 8, 6)])
+def test_hecate_owners_fill_ranks_evenly(num_layers, num_experts, num_ranks, degree):
+    loads_LE = np.random.default_rng(3).integers(0, 100, (num_layers, num_experts))
+    topology = Topology.preset(
+        "h100", num_nodes=1 if num_ranks % 2 else 2, ranks_per_node=num_ranks if num_ranks % 2 else num_ranks // 2
+    )
+    owners = hecate_owners(loads_LE, topology, degree)
+    assert isinstance(owners, OwnerMap)
+    assert owners.num_rows_R.max() - owners.num_rows_R.min() <= 1
+    assert owners.num_rows_R.sum() == num_layers * num_experts
+
+
+def test_hecate_owners_refuse_bad_loads():
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        hecate_owners(np.array([[1, -1]]), Topology.preset("cpu", 2), degree=1)
+    with pytest.raises(ValueError, match="degree must be an integer of at least 0, got -1"):
+        hecate_owners(np.array([[1, 1]]), Topology.preset("cpu", 2), degree=-1)
