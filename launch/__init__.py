@@ -1,1 +1,13 @@
-"""moesaic.launch"""
+"""Process start-up, the training entry point, and the `moesaic` command line.
+
+config.py      the whole configuration, from TOML and --set
+process.py     one process: rank, device, group, memory, signals
+data.py        bytes of text, windows, batches by position
+model.py       the demo transformer
+train.py       the loop
+checkpoint.py  save and resume, any world size
+records.py     the run folder: metrics, trace, progress bar, summary
+doctor.py      what works on this machine
+cli.py         the table of commands
+entry.py       errors and exit status at the outermost edge
+"""

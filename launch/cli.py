@@ -1,0 +1,72 @@
+"""The `moesaic` command: a table of commands, each imported only when it runs."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import MappingProxyType
+
+import click
+
+from .entry import run_command
+
+
+@dataclass(frozen=True)
+class LazyCommand:
+    """Where a command lives, and its line in the overview."""
+
+    target: str
+    """module:attribute of a click command."""
+    summary: str
+
+    def load(self) -> click.Command:
+        """Import the command."""
+        module, _, attribute = self.target.partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command), self.target
+        return command
+
+
+COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
+    {
+        "train": LazyCommand("moesaic.launch.train:command", "Train the demo language model."),
+        "doctor": LazyCommand("moesaic.launch.doctor:command", "Show what is installed and what works on this machine."),
+    }
+)
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one only to run it: `moesaic --help` needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name, imported now."""
+        return COMMANDS[cmd_name].load() if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that `args` begins with; a wrong name gets the nearest right one."""
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and near:
+            ctx.fail(f"unknown command '{args[0]}'; did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The overview, written from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(version("moesaic"), prog_name="moesaic")
+def cli() -> None:
+    """Load-adaptive Mixture-of-Experts training."""
+
+
+def main() -> None:
+    """The console script: exit status 0 done, 1 failed, 2 wrong use."""
+    sys.exit(run_command(cli))

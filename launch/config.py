@@ -1,0 +1,286 @@
+"""The whole configuration of a training run: nested frozen dataclasses, read from TOML and `--set section.key=value`.
+
+Every field carries its meaning and unit; the defaults are the demo. A wrong key, type or bound is a `ValueError` of one
+line that names the key, where it was given, and the cure.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..placement import get_solver
+from ..runtime import RouterConfig, RuntimeConfig
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """[run]: the name of the run, where its files go, and its seed."""
+
+    name: str = "demo"
+    """Name of the run's folder inside `folder`; if it exists, the next free of name-2, name-3, ... is taken."""
+    folder: str = "runs"
+    """Folder that holds the run folders."""
+    seed: CountOrZero = 1
+    """Seed of the model's initial weights and of the order of the training text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """[model]: the transformer over bytes."""
+
+    dim: Count = 128
+    """Model dimension D."""
+    num_layers: Count = 4
+    """Transformer layers L, each with one MoE feed-forward."""
+    num_heads: Count = 4
+    """Attention heads; dim / num_heads must be even (rotary pairs)."""
+    ffn_dim: Count = 256
+    """Hidden dimension F of one expert."""
+    num_experts: Count = 8
+    """Experts E of one layer."""
+    top_k: Count = 2
+    """Experts K that each token is routed to."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary frequencies."""
+    activation_checkpoint: bool = False
+    """Keep only each block's input and recompute the block in backward: less memory, about a third more compute."""
+
+    def __post_init__(self) -> None:
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(
+                f"model.dim {self.dim} does not divide into {self.num_heads} heads of an even size: "
+                f"make it a multiple of {2 * self.num_heads}"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.top_k {self.top_k} is more than model.num_experts {self.num_experts}: lower it or add experts"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """[data]: the text and how it is cut."""
+
+    path: str = ""
+    """A text file, or a folder whose text files are joined; empty: the source of Python's standard library."""
+    pattern: str = "*"
+    """Which files of a folder are taken, as a glob on the file name."""
+    cache_folder: str = ""
+    """Where the joined text is kept, memory-mapped; empty: $XDG_CACHE_HOME/moesaic, else ~/.cache/moesaic."""
+    seq_len: Count = 256
+    """Bytes that the model sees at once."""
+    val_fraction: OpenShare = 0.05
+    """Share of the text kept for validation, cut at a document's edge where there are several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """[optim]: AdamW and its learning-rate schedule (linear warm-up, then cosine decay)."""
+
+    lr: Positive = 3e-3
+    """Peak learning rate."""
+    min_lr_share: Share = 0.05
+    """The last step's learning rate, as a share of the peak."""
+    warmup_steps: CountOrZero = 20
+    """Steps of linear warm-up."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of matrices and expert weights; vectors have none."""
+    clip_norm: NonNegative = 1.0
+    """The global gradient norm is clipped to this; 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """[train]: the length of the run and its batches."""
+
+    steps: Count = 300
+    """Optimizer steps."""
+    batch_size: Count = 32
+    """Windows of seq_len bytes per optimizer step, over all ranks and micro-batches."""
+    micro_batches: Count = 1
+    """Gradient accumulation: the batch is cut into this many forward and backward passes."""
+    eval_every: CountOrZero = 100
+    """Steps between evaluations on the validation text; 0: only before the first step and after the last."""
+    eval_batches: Count = 4
+    """Micro-batches of one evaluation, the same windows each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """[checkpoint]: saving and resuming; any world size can load any checkpoint."""
+
+    every: CountOrZero = 0
+    """Steps between checkpoints; 0: none. With checkpoints on, a run that is told to stop saves one more."""
+    resume: str = ""
+    """A checkpoint folder (runs/NAME/checkpoints/step-N) to go on from; empty: start afresh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """[launch]: the processes and the device."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch sees one, else cpu."""
+    init_method: str = "env://"
+    """How ranks meet: env:// (torchrun's variables) or file:///PATH on a disk that all ranks share. Alone it is not used."""
+    num_threads: CountOrZero = 0
+    """CPU threads per rank; 0: OMP_NUM_THREADS where the user set it, else cores / ranks on this machine."""
+    reuse_memory: bool = True
+    """Linux CPU: let malloc keep freed activations for the next step instead of returning their pages to the system."""
+    progress: bool = True
+    """Show a progress bar on rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run. Field order is the order of the sections in the file."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_size % self.train.micro_batches:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} does not divide into {self.train.micro_batches} micro-batches: "
+                f"make it a multiple of train.micro_batches"
+            )
+        get_solver(self.runtime.policy)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise `ValueError` unless every micro-batch divides evenly over `world_size` ranks."""
+        unit = world_size * self.train.micro_batches
+        if self.train.batch_size % unit:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} does not divide over {world_size} ranks x "
+                f"{self.train.micro_batches} micro-batches: make it a multiple of {unit}"
+            )
+
+    def to_toml(self) -> str:
+        """The configuration as TOML; `load_config` reads it back to an equal value."""
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One value that the user gave, and where."""
+
+    value: Any
+    source: str
+
+
+def load_config(path: str | Path | None = None, assignments: Sequence[str] = ()) -> Config:
+    """Defaults, then the TOML file at `path`, then each `section.key=value` of `assignments`, in this order.
+
+    A value is read as TOML (`0.1`, `true`, `"text"`), else taken as text. Raises `ValueError` with one line that names
+    the key, its source and the cure; `OSError` if the file cannot be read.
+    """
+    given: dict[str, _Given] = {}
+    if path is not None:
+        given.update(_read_file(Path(path)))
+    for assignment in assignments:
+        given.update(_read_assignment(assignment))
+    for key, entry in given.items():
+        _check_key(key, entry.source)
+
+    sections = {}
+    for section, cls in _sections().items():
+        prefix = f"{section}."
+        values = {key.removeprefix(prefix): entry for key, entry in given.items() if key.startswith(prefix)}
+        sections[section] = _build_section(section, cls, values)
+    return Config(**sections)
+
+
+def _read_file(path: Path) -> dict[str, _Given]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    given = {}
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"'{section}' in {path} stands outside a section: put it under one of {', '.join(_sections())}")
+        if section not in _sections():
+            raise ValueError(f"unknown section [{section}] in {path}{_nearest(section, _sections())}")
+        given.update({f"{section}.{key}": _Given(value, str(path)) for key, value in table.items()})
+    return given
+
+
+def _read_assignment(assignment: str) -> dict[str, _Given]:
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ValueError(f"--set {assignment}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return {key.strip(): _Given(value, f"--set {assignment}")}
+
+
+def _check_key(key: str, source: str) -> None:
+    known = [f"{section}.{f.name}" for section, cls in _sections().items() for f in dataclasses.fields(cls)]
+    if key in known:
+        return
+    section = key.partition(".")[0]
+    siblings = [name for name in known if name.startswith(f"{section}.")]
+    raise ValueError(f"unknown key '{key}' in {source}{_nearest(key, known, listed=siblings or _sections())}")
+
+
+def _build_section(section: str, cls: type, values: Mapping[str, _Given]) -> Any:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    checked = {name: _check_value(f"{section}.{name}", hints[name], entry) for name, entry in values.items()}
+    try:
+        return cls(**checked)
+    except ValueError as error:
+        sources = ", ".join(dict.fromkeys(entry.source for entry in values.values()))
+        raise ValueError(f"{error} (from {sources})") from None
+
+
+def _check_value(key: str, hint: Any, entry: _Given) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(entry.value, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Input ")
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        nearest = _nearest(entry.value, choices) if choices and isinstance(entry.value, str) else ""
+        raise ValueError(f"{key} = {entry.value!r} {problem}{nearest} (from {entry.source})") from None
+
+
+def _sections() -> Mapping[str, type]:
+    """Section name to its dataclass, in file order."""
+    return types.MappingProxyType(typing.get_type_hints(Config))
+
+
+def _nearest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """A hint that names the nearest of `known`; if none is near, all of `listed` (default: `known`)."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(listed or known)}"

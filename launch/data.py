@@ -1,0 +1,252 @@
+"""Byte-level text: documents joined into one memory-mapped file, cut into windows, dealt to ranks.
+
+```
+documents -> joined text -> train | validation -> windows of seq_len + 1 bytes -> permutation -> global batch -> rank's rows
+```
+The global batch at a position depends on the seed and the position alone, never on the world size; rank r of R takes rows
+[r * B / R, (r + 1) * B / R) of it, so ranks are disjoint and a run resumes from one integer.
+"""
+
+# B windows of a batch, L sequence length, V vocabulary (256 bytes)
+
+import hashlib
+import json
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import DataConfig
+
+# Folders of the standard library that some machines lack, or that hold generated or installed files.
+_STDLIB_SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file of the text: where it lies and the name that orders it (its path inside the text's folder)."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """The joined text on disk: bytes [0, train_bytes) are for training, the rest for validation.
+
+    `digest` is the SHA-256 of the content and of the cut, equal on all machines that hold the same text.
+    """
+
+    path: Path
+    num_documents: int
+    num_bytes: int
+    train_bytes: int
+    digest: str
+
+    def train(self) -> np.ndarray:
+        """The training part, uint8 [train_bytes], memory-mapped read-only."""
+        return np.memmap(self.path, dtype=np.uint8, mode="r", shape=(self.train_bytes,))
+
+    def validation(self) -> np.ndarray:
+        """The validation part, uint8 [num_bytes - train_bytes], memory-mapped read-only."""
+        return np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.train_bytes, shape=(self.num_bytes - self.train_bytes,))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model input and the byte that follows each of its bytes, int64 [B, L] each."""
+
+    ids_BL: Tensor
+    targets_BL: Tensor
+
+
+def find_documents(config: DataConfig) -> list[Document]:
+    """The files of the text in a fixed, well-mixed order: by the SHA-256 of their names, so that a cut of the joined text
+    takes a fair sample of the folders. Raises `ValueError` if there is no such path or no such file."""
+    if config.path:
+        root, pattern, skipped = Path(config.path).expanduser(), config.pattern, frozenset[str]()
+    else:
+        root, pattern, skipped = Path(sysconfig.get_path("stdlib")), "*.py", _STDLIB_SKIPPED
+    if root.is_file():
+        return [Document(root, root.name)]
+    if not root.is_dir():
+        raise ValueError(f"data.path {str(root)!r} does not exist: give a text file or a folder of text files")
+    documents = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped and not name.startswith(".")]
+        paths = [Path(folder, name) for name in files if not name.startswith(".")]
+        documents += [
+            Document(path, path.relative_to(root).as_posix()) for path in paths if path.match(pattern) and path.is_file()
+        ]
+    if not documents:
+        raise ValueError(f"data.path {str(root)!r} holds no file that matches data.pattern {pattern!r}")
+    return sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
+
+
+def cut_point(sizes: list[int], val_fraction: float) -> int:
+    """Bytes of training text: the document edge nearest to the wanted cut, but inside the text.
+
+    Where the nearest edge misses the wanted validation size by more than half (one long document), the cut is made
+    inside the document. Example: sizes [50, 30, 15, 5] with 0.1 cut at 95; a single document of 100 at 90.
+    """
+    total = sum(sizes)
+    wanted = total - round(val_fraction * total)
+    edges = np.cumsum(sizes)[:-1]
+    if len(edges):
+        nearest = int(edges[np.abs(edges - wanted).argmin()])
+        if 2 * abs(nearest - wanted) <= total - wanted:
+            return nearest
+    return wanted
+
+
+def prepare_text(config: DataConfig) -> Text:
+    """Join the documents into the cache, or find them there; the file appears whole or not at all.
+
+    Every rank of a machine may call this at once. Raises `ValueError` for a missing or too short text, `OSError` if the
+    text cannot be read or the cache cannot be written.
+    """
+    documents = find_documents(config)
+    stats = [document.path.stat() for document in documents]
+    listing = [[str(d.path.resolve()), stat.st_size, stat.st_mtime_ns] for d, stat in zip(documents, stats, strict=True)]
+    key = hashlib.sha256(json.dumps([listing, config.val_fraction]).encode()).hexdigest()[:16]
+    joined_path = cache_folder(config) / f"text-{key}.bin"
+    record_path = joined_path.with_suffix(".json")
+    if not record_path.exists():
+        joined_path.parent.mkdir(parents=True, exist_ok=True)
+        _join(documents, config.val_fraction, joined_path, record_path)
+    record = json.loads(record_path.read_text(encoding="utf-8"))
+    text = Text(joined_path, **record)
+    _check_length(text, config)
+    return text
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where joined texts are kept."""
+    if config.cache_folder:
+        return Path(config.cache_folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "moesaic"
+
+
+def _join(documents: list[Document], val_fraction: float, joined_path: Path, record_path: Path) -> None:
+    digest, sizes = hashlib.sha256(), []
+    with tempfile.NamedTemporaryFile(dir=joined_path.parent, prefix=joined_path.stem, suffix=".tmp", delete=False) as file:
+        try:
+            for document in documents:
+                content = document.path.read_bytes()
+                digest.update(content)
+                sizes.append(len(content))
+                file.write(content)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    train_bytes = cut_point(sizes, val_fraction)
+    digest.update(str(train_bytes).encode())
+    record = {"num_documents": len(sizes), "num_bytes": sum(sizes), "train_bytes": train_bytes, "digest": digest.hexdigest()}
+    os.replace(file.name, joined_path)
+    # The record comes last: its presence says that the text is whole.
+    partial = Path(f"{file.name}.json")
+    partial.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(partial, record_path)
+
+
+def _check_length(text: Text, config: DataConfig) -> None:
+    window = config.seq_len + 1
+    for part, num_bytes in (("training", text.train_bytes), ("validation", text.num_bytes - text.train_bytes)):
+        if num_bytes < window:
+            raise ValueError(
+                f"the {part} text has {num_bytes} bytes, one window needs {window} (data.seq_len + 1): "
+                f"give more text in data.path or a smaller data.seq_len"
+            )
+
+
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `size` windows in one epoch, int64 [size]; equal on every platform and NumPy release."""
+    # RandomState, not Generator: NumPy promises that its streams never change, and a resumed run relies on that.
+    return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, epoch]).permutation(size)
+
+
+class Windows:
+    """A text as numbered windows; window i reads bytes [i * L, i * L + L + 1), the last one only as a target."""
+
+    def __init__(self, text_bytes: np.ndarray, seq_len: int) -> None:
+        self.text_bytes = text_bytes
+        self.seq_len = seq_len
+        self.num_windows = (len(text_bytes) - 1) // seq_len
+
+    def read(self, window_ids_B: np.ndarray) -> Batch:
+        """The batch of these windows."""
+        L = self.seq_len
+        rows = np.stack([self.text_bytes[i * L : i * L + L + 1] for i in window_ids_B.tolist()])
+        bytes_BL = torch.from_numpy(rows.astype(np.int64))
+        return Batch(bytes_BL[:, :-1], bytes_BL[:, 1:])
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch of `batch_size` windows is cut: first into micro-batches, then each over the ranks."""
+
+    batch_size: int
+    micro_batches: int
+    rank: int
+    world_size: int
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Windows of one micro-batch on one rank."""
+        return self.batch_size // (self.micro_batches * self.world_size)
+
+    def rows(self, micro_batch: int) -> range:
+        """This rank's rows of the global batch in one micro-batch."""
+        first = (micro_batch * self.world_size + self.rank) * self.rows_per_rank
+        return range(first, first + self.rows_per_rank)
+
+
+class TrainingData:
+    """Batches of the training text by position; `position` counts the windows that all ranks have consumed.
+
+    Each epoch visits every window once in its own order; a batch may span two epochs.
+    """
+
+    def __init__(self, windows: Windows, shape: BatchShape, *, seed: int, position: int = 0) -> None:
+        self.windows = windows
+        self.shape = shape
+        self.seed = seed
+        self.position = position
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def next_step(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the next global batch; the position moves on when the last one is taken."""
+        for micro_batch in range(self.shape.micro_batches):
+            yield self.windows.read(self.window_ids(self.shape.rows(micro_batch)))
+        self.position += self.shape.batch_size
+
+    def window_ids(self, rows: range) -> np.ndarray:
+        """Windows at these rows of the global batch that starts at the current position."""
+        size = self.windows.num_windows
+        return np.array([self._order_of((self.position + row) // size)[(self.position + row) % size] for row in rows])
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.windows.num_windows, self.seed, epoch)
+        return self._order
+
+
+def validation_batches(windows: Windows, shape: BatchShape, num_batches: int) -> list[Batch]:
+    """This rank's share of the same `num_batches` global micro-batches each time, their windows spread evenly over the text.
+
+    A short validation text repeats windows rather than giving ranks unequal work.
+    """
+    global_rows = shape.rows_per_rank * shape.world_size
+    spread = np.linspace(0, windows.num_windows, num_batches * global_rows, endpoint=False).astype(np.int64)
+    per_rank = spread.reshape(num_batches, shape.world_size, shape.rows_per_rank)
+    return [windows.read(per_rank[batch, shape.rank]) for batch in range(num_batches)]

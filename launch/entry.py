@@ -1,0 +1,47 @@
+"""What every command shares at its outermost edge: wrong use becomes one line and exit status 2, never a traceback."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import click
+
+USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+
+class MachineError(ValueError):
+    """Wrong input that another machine of the same run may not see: the first rank of each machine prints it."""
+
+
+def run_command(command: click.Command, args: Sequence[str] | None = None, name: str = "moesaic") -> int:
+    """Run a click command and return the process's exit status.
+
+    The command returns its status (None is 0). A `ValueError` or a wrong use of the command line prints one line on
+    rank 0 and gives 2 on every rank; anything else is ours to fix and keeps its traceback (status 1).
+    """
+    # The names that torch 2.13 deprecates are the only ones torch 2.11 has; a user can do nothing about them.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    try:
+        status = command.main(args=args, prog_name=name, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        _report(error.format_message(), name)
+        return USAGE_STATUS
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED_STATUS
+    except MachineError as error:
+        _report(str(error), name, rank_variable="LOCAL_RANK")
+        return USAGE_STATUS
+    except ValueError as error:
+        _report(str(error), name)
+        return USAGE_STATUS
+    return status if isinstance(status, int) else 0
+
+
+def _report(message: str, name: str, rank_variable: str = "RANK") -> None:
+    if os.environ.get(rank_variable, "0") == "0":
+        line = " ".join(message.split())
+        print(f"{name}: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,223 @@
+"""One process of a run: who it is, where it computes, how it meets the others, how it is stopped.
+
+A rank finds itself in the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE); without them it is
+alone, with a process group of size 1 that opens no port. Nothing here happens at import.
+"""
+
+import ctypes
+import datetime
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from types import FrameType
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .config import LaunchConfig
+
+T = TypeVar("T")
+
+# mallopt parameters of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+# A launcher may pass one Ctrl-C on twice (terminal and parent); a second signal within this time is the first one's echo.
+_ECHO_S = 0.5
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place in the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    """Ranks of the run on this machine."""
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes."""
+        return self.rank == 0
+
+
+def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
+    """Read rank and world size from `env` and choose the device. Raises `ValueError` for variables or a device that cannot be."""
+    rank, world_size = _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1)
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        raise ValueError("only one of RANK and WORLD_SIZE is set: start with torchrun, or set both or neither")
+    local_rank = _integer(env, "LOCAL_RANK", rank)
+    local_world_size = _integer(env, "LOCAL_WORLD_SIZE", world_size)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK {rank} does not fit WORLD_SIZE {world_size}: ranks are 0 to WORLD_SIZE - 1")
+    if not 0 <= local_rank < local_world_size <= world_size:
+        raise ValueError(f"LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_world_size} does not fit WORLD_SIZE {world_size}")
+    return Process(rank, world_size, local_rank, local_world_size, _choose_device(config.device, local_rank, local_world_size))
+
+
+def _integer(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise ValueError(f"the environment variable {name} is {text!r}, expected a whole number") from None
+
+
+def _choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if local_world_size > num_devices:
+        raise ValueError(
+            f"{local_world_size} rank(s) on this machine, {num_devices} CUDA device(s) that torch sees: "
+            f"start at most one rank per device, or give --set launch.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -> Iterator[DeviceMesh]:
+    """A process group over all ranks, as a 1-D mesh; left in order at the end.
+
+    After an unexpected exception the group is not destroyed: waiting for ranks that may be stuck would hide the error.
+    """
+    on_cuda = process.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(process.device)
+    backend, timeout = "nccl" if on_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
+    if process.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, init_method=config.init_method, rank=process.rank, world_size=process.world_size, timeout=timeout
+        )
+    try:
+        yield init_device_mesh(process.device.type, (process.world_size,), mesh_dim_names=("ranks",))
+    except ValueError:
+        dist.destroy_process_group()
+        raise
+    # The rank that serves the key-value store must not leave while others still use it.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def agreed(process: Process, action: Callable[[], T]) -> T:
+    """Run `action` on this rank; return its result if it worked on every rank, else raise the same `ValueError` on all.
+
+    For wrong input that only some ranks can see, such as a text that is missing on one machine. All ranks must call it;
+    `action` must not communicate.
+    """
+    result, problem = None, ""
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems = _gather(process, problem)
+    ranks = [rank for rank, text in enumerate(problems) if text]
+    if ranks:
+        where = "" if len(ranks) == process.world_size else f" (rank {', '.join(map(str, ranks))} of {process.world_size})"
+        raise ValueError(problems[ranks[0]] + where)
+    return cast(T, result)
+
+
+def check_same(process: Process, what: str, text: str) -> None:
+    """Raise `ValueError`, the same on every rank, unless `text` is equal everywhere. All ranks must call it."""
+    texts = _gather(process, text)
+    for rank, other in enumerate(texts):
+        if other != texts[0]:
+            lines = zip_longest(texts[0].splitlines(), other.splitlines(), fillvalue="nothing")
+            mine, theirs = next((a, b) for a, b in lines if a != b)
+            raise ValueError(f"{what} differs between ranks: {mine} on rank 0, {theirs} on rank {rank}")
+
+
+def from_first(process: Process, value: str) -> str:
+    """Rank 0's `value`, on every rank. All ranks must call it."""
+    return _gather(process, value)[0]
+
+
+def _gather(process: Process, value: str) -> list[str]:
+    values: list[str] = [""] * process.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def set_threads(process: Process, config: LaunchConfig, env: Mapping[str, str]) -> int:
+    """Set and return the CPU threads of this rank.
+
+    torchrun sets OMP_NUM_THREADS to 1 where the user did not; that 1 counts as unset, so `launch.num_threads = 1` is the
+    way to ask for one thread under torchrun.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in env and env.get("OMP_NUM_THREADS") == "1" and process.local_world_size > 1
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    elif "OMP_NUM_THREADS" not in env or by_torchrun:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // process.local_world_size))
+    return torch.get_num_threads()
+
+
+def reuse_memory(process: Process, config: LaunchConfig) -> bool:
+    """Let glibc's malloc keep freed blocks of up to 1 GiB for the next step; returns whether that was done.
+
+    By default each block above 32 MiB is a mapping of its own: the kernel zeroes its pages at every allocation, which
+    doubles to triples the time of an elementwise operation on such a tensor. Below 32 MiB malloc adapts by itself.
+    """
+    if not config.reuse_memory or process.device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a request to stop at the next step boundary, while the `with` block runs.
+
+    `signum` is the first signal received, or 0. A second one ends the process at once, even where the main thread waits
+    inside a collective: Python hands each signal's number to a pipe at once, and a thread of ours reads it.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._received_s = 0.0
+
+    def __enter__(self) -> "StopSignal":
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
+        self._old_handlers = {number: signal.signal(number, _ignore) for number in self.signals}
+        self._old_wakeup_fd = signal.set_wakeup_fd(self._write_fd)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.set_wakeup_fd(self._old_wakeup_fd)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        os.close(self._write_fd)
+        self._watcher.join()
+        os.close(self._read_fd)
+
+    def _watch(self) -> None:
+        while received := os.read(self._read_fd, 1):
+            signum, now_s = received[0], time.monotonic()
+            if signum not in self.signals:
+                continue
+            if not self.signum:
+                self.signum, self._received_s = signum, now_s
+            elif now_s - self._received_s > _ECHO_S:
+                os._exit(128 + signum)
+
+
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    """The handler must exist for the wake-up pipe to be written; the watching thread does the work."""

@@ -1,0 +1,202 @@
+"""What a run leaves behind, and what it shows: its folder, metrics, routing trace, progress bar and summary.
+
+```
+runs/NAME/config.toml       the resolved configuration
+runs/NAME/metrics.jsonl     one JSON object per step
+runs/NAME/trace.npz         routing loads of every step, for `moesaic place` and `moesaic trace`
+runs/NAME/summary.json      the numbers of the printed summary
+runs/NAME/checkpoints/      step-N folders
+```
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from ..placement import TraceMeta, TraceWriter
+from .config import Config, RunConfig
+from .process import Process
+
+
+def create_run_folder(config: RunConfig) -> Path:
+    """Make and return a folder of this run's own: NAME, or the first free of NAME-2, NAME-3, ...; nothing is ever overwritten."""
+    parent = Path(config.folder).expanduser()
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / (config.name if number == 1 else f"{config.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics.jsonl; the handle's metrics of the step stand beside these keys."""
+
+    step: int
+    """Optimizer steps done."""
+    loss: float
+    """Mean training cross-entropy of the global batch, nats per byte."""
+    aux_loss: float
+    """The router's losses, coefficients applied, mean over ranks."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate of the step."""
+    seconds: float
+    """Wall time of the step on rank 0, without evaluation and checkpoints."""
+    tokens_per_s: float
+    """Over all ranks."""
+    bytes_sent: float
+    """Bytes that all ranks sent for experts and token rows."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a few numbers; printed at its end and written to summary.json."""
+
+    steps: int
+    first_val_loss: float
+    last_val_loss: float
+    tokens_per_s: float
+    max_over_mean_static: float
+    max_over_mean: float
+    copies_per_layer: float
+    bytes_sent_per_step: float
+    seconds: float
+    folder: str
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"steps                  {self.steps} in {self.seconds:.0f} s",
+                f"validation loss        {self.first_val_loss:.3f} -> {self.last_val_loss:.3f} nats per byte",
+                f"throughput             {self.tokens_per_s:,.0f} tokens/s (median step)",
+                f"max/mean rank load     {self.max_over_mean_static:.3f} under static EP, {self.max_over_mean:.3f} under FSSDP"
+                " (mean over steps, same routing)",
+                f"copies per layer       {self.copies_per_layer:.2f}",
+                f"sent per step          {self.bytes_sent_per_step / 1e6:.2f} MB over all ranks",
+                f"files                  {self.folder}",
+            )
+        )
+
+
+class Records:
+    """Rank 0's record of a run, as a context manager: leaving it closes every file, after an error too.
+
+    On other ranks every call does nothing, so that the loop has no `if rank == 0`.
+    """
+
+    def __init__(self, folder: Path, config: Config, process: Process, *, first_step: int) -> None:
+        self.folder = folder
+        self._rows: list[dict[str, float]] = []
+        self._val_losses: list[float] = []
+        self._closing = ExitStack()
+        self._metrics: TextIO | None = None
+        self._trace: TraceWriter | None = None
+        self._bar: tqdm | None = None
+        if not process.is_first:
+            return
+        (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed on exit)
+        self._closing.enter_context(self._metrics)
+        self._trace = self._closing.enter_context(TraceWriter(folder / "trace.npz", _trace_meta(config, process)))
+        self._bar = self._closing.enter_context(
+            tqdm(
+                total=config.train.steps,
+                initial=first_step,
+                unit="step",
+                disable=not config.launch.progress,
+                # A log file gets a line now and then, a terminal a smooth bar.
+                mininterval=0.2 if sys.stderr.isatty() else 15.0,
+                dynamic_ncols=True,
+            )
+        )
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closing.close()
+
+    def add(self, record: StepRecord, metrics: Mapping[str, float], loads_LRE: np.ndarray, *, val_loss: float | None) -> None:
+        """Take in one step: a metrics line, a trace entry, the bar."""
+        if self._metrics is None or self._trace is None or self._bar is None:
+            return
+        row = asdict(record) | dict(metrics)
+        if val_loss is not None:
+            row["val_loss"] = val_loss
+            self._val_losses.append(val_loss)
+        print(json.dumps(row), file=self._metrics)
+        self._rows.append(row)
+        self._trace.append(loads_LRE)
+        self._bar.set_postfix(self._postfix(row), refresh=False)
+        self._bar.update()
+
+    def add_validation(self, step: int, val_loss: float) -> None:
+        """Take in the evaluation before the first step."""
+        if self._metrics is not None:
+            print(json.dumps({"step": step, "val_loss": val_loss}), file=self._metrics)
+            self._val_losses.append(val_loss)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+
+    def _postfix(self, row: Mapping[str, float]) -> dict[str, str]:
+        return {
+            "loss": f"{row['loss']:.3f}",
+            "val": f"{self._val_losses[-1]:.3f}",
+            "tok/s": f"{row['tokens_per_s']:,.0f}",
+            "load": f"{row['max_over_mean']:.2f} (static {row['max_over_mean_static']:.2f})",
+            "copies": f"{row['copies_per_layer']:.1f}",
+        }
+
+    def summary(self) -> Summary | None:
+        """Write summary.json and return its content; None on other ranks and before the first step."""
+        if not self._rows:
+            return None
+
+        def mean(key: str) -> float:
+            return statistics.fmean(row[key] for row in self._rows)
+
+        summary = Summary(
+            steps=len(self._rows),
+            first_val_loss=self._val_losses[0],
+            last_val_loss=self._val_losses[-1],
+            tokens_per_s=statistics.median(row["tokens_per_s"] for row in self._rows),
+            max_over_mean_static=mean("max_over_mean_static"),
+            max_over_mean=mean("max_over_mean"),
+            copies_per_layer=mean("copies_per_layer"),
+            bytes_sent_per_step=mean("bytes_sent"),
+            seconds=sum(row["seconds"] for row in self._rows),
+            folder=str(self.folder),
+        )
+        (self.folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        return summary
+
+
+def _trace_meta(config: Config, process: Process) -> TraceMeta:
+    model = config.model
+    return TraceMeta(
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        num_ranks=process.world_size,
+        dim=model.dim,
+        ffn_dim=model.ffn_dim,
+        source=f"moesaic train {config.run.name}",
+    )

@@ -1,0 +1,272 @@
+"""Train the demo language model: `python -m moesaic.launch.train`, `torchrun ... -m moesaic.launch.train`, `moesaic train`.
+
+`train(config)` reads from top to bottom: who am I, the text, the run folder, the model, then the loop.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..runtime import shard_experts
+from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
+from .config import Config, OptimConfig, load_config
+from .data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
+from .entry import MachineError, run_command
+from .model import VOCAB_SIZE, build_model
+from .process import (
+    Process,
+    StopSignal,
+    agreed,
+    check_same,
+    find_process,
+    from_first,
+    process_group,
+    reuse_memory,
+    set_threads,
+)
+from .records import Records, StepRecord, create_run_folder
+
+
+def train(config: Config) -> int:
+    """Run the configuration on this rank, with all others; return the exit status (0, or 128 + the signal that stopped it).
+
+    Raises `ValueError`, the same on every rank, for what the user can put right.
+    """
+    process = find_process(config.launch, os.environ)
+    config.check_world_size(process.world_size)
+    set_threads(process, config.launch, os.environ)
+    reuse_memory(process, config.launch)
+    with process_group(process, config.launch, timeout_s=config.runtime.timeout_s) as mesh:
+        check_same(process, "the configuration", config.to_toml())
+        text = _shared_text(process, config)
+        resume = Path(config.checkpoint.resume).expanduser() if config.checkpoint.resume else None
+        progress = agreed(process, lambda: read_progress(resume, config, text)) if resume else None
+        trainer = Trainer(config, process, mesh, text, progress)
+        if resume:
+            load_checkpoint(resume, trainer.handle, trainer.optimizer)
+        folder = Path(
+            from_first(process, agreed(process, lambda: str(create_run_folder(config.run)) if process.is_first else ""))
+        )
+        if process.is_first:
+            click.echo(_describe(config, process, text, trainer, folder))
+        with Records(folder, config, process, first_step=trainer.step) as records:
+            signum = trainer.run(records)
+        summary = records.summary()
+        if summary is not None:
+            stopped = f"stopped by {signal.Signals(signum).name} after step {trainer.step}\n" if signum else ""
+            click.echo(f"{stopped}{summary}")
+    return 128 + signum if signum else 0
+
+
+def _shared_text(process: Process, config: Config) -> Text:
+    """The text, joined by one rank per machine, found by the others; the same content on all machines."""
+    agreed(process, lambda: prepare_text(config.data) if process.local_rank == 0 else None)
+    text = agreed(process, lambda: prepare_text(config.data))
+    check_same(process, "the text (data.path)", text.digest)
+    return text
+
+
+def _describe(config: Config, process: Process, text: Text, trainer: "Trainer", folder: Path) -> str:
+    return (
+        f"moesaic: {process.world_size} rank(s) on {process.device.type}, {torch.get_num_threads()} thread(s) each; "
+        f"{trainer.num_parameters / 1e6:.1f} M parameters, {config.model.num_layers} layers, {config.model.num_experts} experts, "
+        f"top-{config.model.top_k}; text: {text.num_documents} file(s), {text.num_bytes / 1e6:.1f} MB; "
+        f"policy {config.runtime.policy}; files in {folder}"
+    )
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all ranks agree on at the end of a step."""
+
+    loss: float
+    aux_loss: float
+    bytes_sent: float
+    signum: int
+
+
+class Trainer:
+    """Model, optimizer and data of one rank, and the loop over them."""
+
+    def __init__(self, config: Config, process: Process, mesh: DeviceMesh, text: Text, progress: Progress | None) -> None:
+        self.config = config
+        self.process = process
+        self.text = text
+        model = build_model(config.model, config.router, seq_len=config.data.seq_len, seed=config.run.seed)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model = model.to(process.device)
+        self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime)
+        self.optimizer = build_optimizer(self.model, config.optim)
+
+        self.tokens_per_step = config.train.batch_size * config.data.seq_len
+        shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
+        self.step = progress.step if progress else 0
+        self.data = TrainingData(
+            Windows(text.train(), config.data.seq_len),
+            shape,
+            seed=config.run.seed,
+            position=progress.position if progress else 0,
+        )
+        self.val_batches = validation_batches(Windows(text.validation(), config.data.seq_len), shape, config.train.eval_batches)
+
+    def run(self, records: Records) -> int:
+        """Train until the configured step or a stop signal; return the signal's number, or 0."""
+        config = self.config
+        with StopSignal() as stop:
+            records.add_validation(self.step, self.evaluate())
+            while self.step < config.train.steps:
+                try:
+                    signum = self._train_step(records, stop)
+                except ValueError as error:
+                    # A ValueError says that the user can put it right; here it is ours.
+                    raise RuntimeError(f"rank {self.process.rank}, step {self.step}: {error}") from error
+                if signum:
+                    return signum
+        return 0
+
+    def _train_step(self, records: Records, stop: StopSignal) -> int:
+        """One optimizer step with all that is due after it; returns the signal all ranks agreed to stop for, or 0."""
+        config = self.config
+        start_s = time.perf_counter()
+
+        # Phase 1: gradients of one global batch
+        lr = self._set_learning_rate()
+        losses = self._forward_backward()
+        grad_norm = self.handle.clip_grad_norm_(config.optim.clip_norm or math.inf)
+
+        # Phase 2: update
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.handle.step()
+        self.step += 1
+
+        # Phase 3: agree on what happened, and whether to stop
+        metrics = self.handle.metrics()
+        totals = self._agree(losses, metrics, stop.signum)
+        seconds = time.perf_counter() - start_s
+
+        # Phase 4: evaluate, record, save
+        is_last = self.step == config.train.steps or totals.signum != 0
+        val_loss = self.evaluate() if is_last or _is_due(self.step, config.train.eval_every) else None
+        record = StepRecord(
+            step=self.step,
+            loss=totals.loss,
+            aux_loss=totals.aux_loss,
+            grad_norm=float(grad_norm),
+            lr=lr,
+            seconds=seconds,
+            tokens_per_s=self.tokens_per_step / seconds,
+            bytes_sent=totals.bytes_sent,
+        )
+        records.add(record, metrics, self.handle.loads(), val_loss=val_loss)
+        if config.checkpoint.every and (is_last or _is_due(self.step, config.checkpoint.every)):
+            self.save(records)
+        return totals.signum
+
+    def _forward_backward(self) -> Tensor:
+        """Gradients of one global batch; returns this rank's mean cross-entropy and router loss, fp32 [2]."""
+        num_micro_batches = self.config.train.micro_batches
+        losses = torch.zeros(2, device=self.process.device)
+        for batch in self.data.next_step():
+            loss = self._cross_entropy(batch)
+            aux_loss = self.handle.aux_loss()
+            ((loss + aux_loss) / num_micro_batches).backward()
+            losses += torch.stack((loss.detach(), aux_loss.detach())) / num_micro_batches
+        return losses
+
+    def _cross_entropy(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the batch, nats per byte."""
+        device = self.process.device
+        logits_BLV = self.model(batch.ids_BL.to(device))
+        return F.cross_entropy(logits_BLV.view(-1, VOCAB_SIZE).float(), batch.targets_BL.to(device).reshape(-1))
+
+    def _set_learning_rate(self) -> float:
+        lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _agree(self, losses: Tensor, metrics: Mapping[str, float], signum: int) -> StepTotals:
+        """The step's one extra collective: mean losses, total bytes, and whether any rank was told to stop."""
+        bytes_sent = sum(value for key, value in metrics.items() if key.startswith("bytes_"))
+        stops = [float(signum == number) for number in StopSignal.signals]
+        local = torch.tensor([*losses.tolist(), bytes_sent, *stops], dtype=torch.float64, device=self.process.device)
+        dist.all_reduce(local)
+        loss, aux_loss, bytes_sent, *stops = local.tolist()
+        stopped_by = [int(number) for number, count in zip(StopSignal.signals, stops, strict=True) if count]
+        world_size = self.process.world_size
+        return StepTotals(loss / world_size, aux_loss / world_size, bytes_sent, stopped_by[0] if stopped_by else 0)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy of the fixed validation windows over all ranks, nats per byte. Collective."""
+        self.model.eval()
+        total = torch.stack([self._cross_entropy(batch) for batch in self.val_batches]).double().sum()
+        dist.all_reduce(total)
+        self.model.train()
+        return float(total) / (len(self.val_batches) * self.process.world_size)
+
+    def save(self, records: Records) -> None:
+        """Write a checkpoint into the run folder. Collective."""
+        progress = progress_of(self.config, self.text, step=self.step, position=self.data.position)
+        folder = save_checkpoint(records.folder / "checkpoints", self.handle, self.optimizer, progress)
+        records.say(f"checkpoint {folder}")
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether something that happens after each `every` steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the wrapped model; weight decay for matrices and experts, none for vectors."""
+    # FSDP2's sharded parameters and the experts' plain ones may not share one fused call.
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        groups[isinstance(parameter, DTensor), parameter.ndim >= 2].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "weight_decay": config.weight_decay * decays} for (_, decays), group in groups.items()],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Rate of the step after `step` steps: linear warm-up to `lr`, then a half cosine to `min_lr_share` of it at the last."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.min_lr_share + (1 - config.min_lr_share) * cosine)
+
+
+@click.command("train")
+@click.option("--config", "path", type=click.Path(dir_okay=False), help="Configuration file (TOML).")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one value, as in --set train.steps=50.")
+def command(path: str | None, assignments: tuple[str, ...]) -> int:
+    """Train the demo language model, alone or under torchrun; the defaults are the demo."""
+    try:
+        config = load_config(path, assignments)
+    except OSError as error:
+        raise MachineError(f"--config {path}: {error.strerror}") from None
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))
