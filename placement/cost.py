@@ -134,7 +134,7 @@ def cost(problem: Problem, placement: Placement, split: Split) -> Cost:
     return price(problem, tally(problem, placement, split))
 
 
-def least_rows(problem: Problem) -> int:
+def _least_rows(problem: Problem) -> int:
     """Return the smallest Z that passes a necessary condition of every placement with these owners and slots.
 
     Net imports of a rank are at most Z less what it owns, and at most its `slots` largest foreign experts; together they must
@@ -168,7 +168,7 @@ def lower_bound(problem: Problem, *, owners_may_move: bool = False) -> Bound:
         if not problem.slots:
             max_rows = max(max_rows, int(totals_E.max()))
     else:
-        max_rows = least_rows(problem)
+        max_rows = _least_rows(problem)
     groups = int(np.count_nonzero(totals_E))
     mean_work = -(-(problem.load.total + topology.half_rate_rows * groups) // problem.num_ranks)
     busy = max_rows + (topology.half_rate_rows if max_rows else 0)
@@ -176,10 +176,7 @@ def lower_bound(problem: Problem, *, owners_may_move: bool = False) -> Bound:
     return Bound(max_rows, price(problem, none).total_s)
 
 
-def solution(
-    problem: Problem, placement: Placement, cost: Cost, seconds: float, solver: str, *, owners_may_move: bool = False
-) -> Solution:
-    """Assemble a solver's answer with its bound and gap."""
-    bound = lower_bound(problem, owners_may_move=owners_may_move)
+def solution(placement: Placement, cost: Cost, bound: Bound, seconds: float, solver: str) -> Solution:
+    """Assemble a solver's answer with its gap."""
     gap = max(0.0, 1.0 - bound.total_s / cost.total_s) if cost.total_s > 0 else 0.0
     return Solution(placement, cost, bound, gap, seconds, solver)

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from .content import as_counts, check_positive_int
-from .cost import Solution, cost, solution
+from .cost import Solution, cost, lower_bound, solution
 from .owners import OwnerMap
 from .split import split_exact
 from .topology import Topology
@@ -77,7 +77,7 @@ def solve(problem: Problem, *, degree: int | None = None) -> Solution:
         _spread(problem, top_experts, memory, replicas_RE)
     placement = Placement(problem.expert_to_owner_E, replicas_RE)
     seconds = cost(problem, placement, split_exact(problem.load, placement, problem.topology))
-    return solution(problem, placement, seconds, time.perf_counter() - start, "hecate")
+    return solution(placement, seconds, lower_bound(problem), time.perf_counter() - start, "hecate")
 
 
 def hecate_owners(loads_LE: np.ndarray, topology: Topology, degree: int) -> OwnerMap:

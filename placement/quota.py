@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from .cost import Cost, Solution, Tally, least_rows, link_seconds, price, solution
+from .cost import Bound, Cost, Solution, Tally, link_seconds, lower_bound, price, solution
 from .values import Placement, Problem
 
 
@@ -26,15 +26,18 @@ def _break_even_rows(problem: Problem) -> int:
     return min(int(copy_s / row_s), problem.load.total) + 1
 
 
-def _min_rows_options(problem: Problem) -> np.ndarray:
-    if problem.min_rows_per_copy is not None:
-        return np.array([problem.min_rows_per_copy])
-    mean_rows = problem.load.total // problem.num_ranks
-    break_even = min(_break_even_rows(problem), max(mean_rows // 4, 1))
-    return np.array([1, break_even] if break_even > 1 else [1])
+def _plans_to_try(problem: Problem) -> np.ndarray:
+    """Return int64 [2, P]: the smallest group moved and the threshold's rise, in 32nds, of every plan to price."""
+    smallest = problem.min_rows_per_copy or 1
+    plans = [(smallest, 0), (smallest, 1), (smallest, 4), (smallest, 16), (smallest, 40)]
+    if problem.min_rows_per_copy is None:
+        # Groups that pay for their copy by compute alone; a quarter of the mean rank is large enough for any machine.
+        mean_rows = problem.load.total // problem.num_ranks
+        plans += [(max(1, min(_break_even_rows(problem), mean_rows // 4)), rise) for rise in (1, 8)]
+    return np.array(plans).T
 
 
-def _cheapest(problem: Problem) -> tuple[np.ndarray, Cost]:
+def _cheapest(problem: Problem, bound: Bound) -> tuple[np.ndarray, Cost]:
     """Return the copies, int64 [2, C] as (expert, rank) columns, and the cost of the cheapest plan found."""
     # Imported here so that importing the package compiles nothing.
     from . import search
@@ -53,8 +56,8 @@ def _cheapest(problem: Problem) -> tuple[np.ndarray, Cost]:
         problem.topology.ranks_per_node,
         problem.topology.half_rate_rows,
         problem.slots,
-        least_rows(problem),
-        _min_rows_options(problem),
+        bound.max_rows,
+        *_plans_to_try(problem),
     )
     costs = [price(problem, Tally(*row)) for row in tallies.tolist()]
     # The first of equals, and plan 0 has no copies.
@@ -65,9 +68,10 @@ def _cheapest(problem: Problem) -> tuple[np.ndarray, Cost]:
 def solve(problem: Problem) -> Solution:
     """Copy hot experts to ranks with room where that shortens the step; at most `problem.slots` copies per rank."""
     start = time.perf_counter()
-    copies_2C, seconds = _cheapest(problem)
+    bound = lower_bound(problem)
+    copies_2C, seconds = _cheapest(problem, bound)
     replicas_RE = np.zeros((problem.num_ranks, problem.num_experts), dtype=np.bool_)
     replicas_RE[problem.expert_to_owner_E, np.arange(problem.num_experts)] = True
     replicas_RE[copies_2C[1], copies_2C[0]] = True
     placement = Placement(problem.expert_to_owner_E, replicas_RE)
-    return solution(problem, placement, seconds, time.perf_counter() - start, "quota")
+    return solution(placement, seconds, bound, time.perf_counter() - start, "quota")

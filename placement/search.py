@@ -43,12 +43,14 @@ class Traffic(NamedTuple):
 def _pick_host(layer, rank, expert, amount, threshold, rows_R, free_R, hosts_R):
     """Return the rank that can take most of `amount` rows; among equals one of the same node, then the idlest; -1 for none."""
     best, best_rows, best_near, best_room = -1, 0, False, 0
+    node_first = rank // layer.ranks_per_node * layer.ranks_per_node
+    node_end = node_first + layer.ranks_per_node
     for other in range(rows_R.size):
         room = threshold - rows_R[other]
         if room <= 0 or free_R[other] == 0 or hosts_R[other] == expert:
             continue
         rows = min(amount, room)
-        near = other // layer.ranks_per_node == rank // layer.ranks_per_node
+        near = node_first <= other < node_end
         if rows > best_rows or (rows == best_rows and (near > best_near or (near == best_near and room > best_room))):
             best, best_rows, best_near, best_room = other, rows, near, room
     return best
@@ -235,18 +237,29 @@ def _score(layer, static, copies_2C, tally_5):
 
 @njit(cache=True)
 def candidates(
-    load_ER, totals_E, owner_E, owned_R, ranks, experts, first_R, ranks_per_node, half_rate_rows, slots, least_rows, min_rows_O
+    load_ER,
+    totals_E,
+    owner_E,
+    owned_R,
+    ranks,
+    experts,
+    first_R,
+    ranks_per_node,
+    half_rate_rows,
+    slots,
+    least_rows,
+    min_rows_P,
+    rise_P,
 ):
-    """Build and score plans at several thresholds for every smallest group in `min_rows_O`; plan 0 has no copies.
+    """Build and score one plan for every entry of `min_rows_P` (smallest group moved) and `rise_P` (threshold).
 
-    The arguments up to `slots` are `Layer`'s. Returns tallies int64 [P, 5], the number of copies [P], and the copies
-    [P, 2, R * slots] as (expert, rank) columns.
+    A threshold is the smallest one reached with the first entry's groups, raised by rise_P 32nds. The arguments up to `slots`
+    are `Layer`'s. Returns tallies int64 [P, 5], the number of copies [P], and the copies [P, 2, R * slots] as (expert, rank)
+    columns; plan 0 has no copies, and plans that failed or repeat the one before are left out.
     """
     layer = Layer(load_ER, totals_E, owner_E, owned_R, ranks, experts, first_R, ranks_per_node, half_rate_rows, slots)
     num_ranks = owned_R.size
-    # Thresholds in 32nds above the smallest one: balance costs copies, so coarser plans may be cheaper.
-    steps = np.array([0, 1, 4, 16])
-    most = 1 + min_rows_O.size * steps.size
+    most = 1 + min_rows_P.size
     tallies = np.zeros((most, 5), np.int64)
     sizes = np.zeros(most, np.int64)
     copies = np.zeros((most, 2, num_ranks * slots), np.int64)
@@ -255,13 +268,12 @@ def candidates(
     count = 1
     # A quarter of a percent of the mean rank: finer thresholds cost time and change no plan worth having.
     tolerance = max(owned_R.sum() // num_ranks // 400, 1)
-    for min_rows in min_rows_O:
-        lowest = _smallest_threshold(layer, least_rows, tolerance, min_rows, copies[count])
-        for step in steps:
-            size = _export(layer, lowest + lowest * step // 32, min_rows, copies[count])
-            if size <= 0 or (size == sizes[count - 1] and (copies[count, :, :size] == copies[count - 1, :, :size]).all()):
-                continue
-            sizes[count] = size
-            _score(layer, static, copies[count, :, :size], tallies[count])
-            count += 1
+    lowest = _smallest_threshold(layer, least_rows, tolerance, min_rows_P[0], copies[count])
+    for p in range(min_rows_P.size):
+        size = _export(layer, lowest + lowest * rise_P[p] // 32, min_rows_P[p], copies[count])
+        if size <= 0 or (size == sizes[count - 1] and (copies[count, :, :size] == copies[count - 1, :, :size]).all()):
+            continue
+        sizes[count] = size
+        _score(layer, static, copies[count, :, :size], tallies[count])
+        count += 1
     return tallies[:count], sizes[:count], copies[:count]

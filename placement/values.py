@@ -32,27 +32,27 @@ class LayerShape:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}; lower top_k")
 
-    @property
+    @cached_property
     def parameters_per_expert(self) -> int:
         """Weights of one expert."""
         return self.num_matrices * self.dim * self.ffn_dim
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
         """Bytes of one copy of an expert as it travels."""
         return self.parameters_per_expert * self.bytes_per_element
 
-    @property
+    @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of one copy's gradient as it is reduced."""
         return self.parameters_per_expert * self.gradient_bytes_per_element
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one token row."""
         return self.dim * self.bytes_per_element
 
-    @property
+    @cached_property
     def flops_per_row(self) -> int:
         """Forward FLOPs of one assignment (token, expert)."""
         return 2 * self.parameters_per_expert
