@@ -4,6 +4,7 @@ The byte accounting, the tests and the executor all read the same schedule. A sc
 is made of (the weight matrices of one expert) is the caller's business.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,23 @@ class Schedule:
         """The reverse collective: every message the other way, the last round first."""
         rounds = tuple(tuple(sorted(Message(m.item, m.dst, m.src) for m in messages)) for messages in reversed(self.rounds))
         return Schedule(self.num_ranks, rounds)
+
+    def limit_receives(self, limit: int) -> "Schedule":
+        """The same messages in order, in rounds in which no rank receives more than `limit`: so much staging is enough."""
+        assert limit > 0 or not self.rounds
+        rounds: list[tuple[Message, ...]] = []
+        for messages in self.rounds:
+            received: dict[int, int] = defaultdict(int)
+            parts: dict[int, list[Message]] = defaultdict(list)
+            for message in messages:
+                parts[received[message.dst] // limit].append(message)
+                received[message.dst] += 1
+            rounds += [tuple(parts[i]) for i in sorted(parts)]
+        return Schedule(self.num_ranks, tuple(rounds))
+
+    def most_received(self, rank: int) -> int:
+        """The most messages that `rank` receives in one round."""
+        return max((sum(m.dst == rank for m in messages) for messages in self.rounds), default=0)
 
     def messages(self) -> Iterator[Message]:
         """Every message, in order."""

@@ -8,9 +8,7 @@ Shape letters: M rows, D columns, R ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from .schedule import Message, Schedule
@@ -21,20 +19,33 @@ Item = Sequence[Tensor]
 
 
 class _Rounds:
-    """A schedule on its way: launches a round, and the next one once the round has arrived."""
+    """A schedule on its way: each round is launched when the one before has arrived, and `after` runs on its messages."""
 
-    def __init__(self, rounds: Sequence[Callable[[], Pending]], finish: Callable[[], None] | None = None):
-        self._rounds = list(rounds)
-        self._finish = finish
-        self._current = self._rounds.pop(0)() if self._rounds else None
+    def __init__(
+        self,
+        schedule: Schedule,
+        launch: Callable[[Sequence[Message]], Pending],
+        after: Callable[[Sequence[Message]], None] | None = None,
+    ):
+        self._waiting = list(schedule.rounds)
+        self._launch = launch
+        self._after = after
+        self._current: tuple[Sequence[Message], Pending] | None = None
+        self._start_next()
 
     def wait(self) -> None:
         while self._current is not None:
-            self._current.wait()
-            self._current = self._rounds.pop(0)() if self._rounds else None
-        if self._finish is not None:
-            self._finish()
-            self._finish = None
+            messages, pending = self._current
+            pending.wait()
+            if self._after is not None:
+                self._after(messages)
+            self._start_next()
+
+    def _start_next(self) -> None:
+        self._current = None
+        if self._waiting:
+            messages = self._waiting.pop(0)
+            self._current = messages, self._launch(messages)
 
 
 def sparse_all_gather(
@@ -60,7 +71,7 @@ def sparse_all_gather(
         recvs = [Buffer(t, m.src) for m in messages if m.dst == transport.rank for t in copies[m.item]]
         return transport.exchange(sends, recvs, op=op, where=where)
 
-    return _Rounds([partial(launch, messages) for messages in schedule.rounds])
+    return _Rounds(schedule, launch)
 
 
 def sparse_reduce_scatter(
@@ -68,6 +79,7 @@ def sparse_reduce_scatter(
     transport: Transport,
     contributions: Mapping[int, Item],
     totals: Mapping[int, Item],
+    staging: Sequence[Item],
     *,
     op: str = "reduce",
     where: str = "",
@@ -77,27 +89,28 @@ def sparse_reduce_scatter(
     The sum has a fixed order: the owner's total as it stands, then the contributions in rank order, in the total's dtype.
 
     Args:
-        schedule: the *gather* schedule (one round); it is transposed here.
+        schedule: the transposed gather schedule, from copies to owners without relays, the same on every rank.
         contributions: this rank's addends for items it holds copies of; read until the wait returns.
-        totals: the owned items that are added to when the wait returns.
+        totals: the owned items that are added to, round by round.
+        staging: items to receive into, at least `schedule.most_received(rank)` of them.
     """
-    reverse = schedule.transpose()
-    assert len(reverse.rounds) <= 1, "a schedule with relays sums on the way"
-    messages = [m for m in reverse.messages() if m.dst == transport.rank]
-    arrived = [(m.item, [torch.empty_like(t) for t in totals[m.item]], m.src) for m in messages]
+    rank = transport.rank
+    assert len(staging) >= schedule.most_received(rank), "too little staging"
 
-    def launch() -> Pending:
-        sends = [Buffer(t, m.dst) for m in reverse.messages() if m.src == transport.rank for t in contributions[m.item]]
-        recvs = [Buffer(t, src) for _, tensors, src in arrived for t in tensors]
+    def launch(messages: Sequence[Message]) -> Pending:
+        sends = [Buffer(t, m.dst) for m in messages if m.src == rank for t in contributions[m.item]]
+        received = [m for m in messages if m.dst == rank]
+        recvs = [Buffer(t, m.src) for m, item in zip(received, staging, strict=False) for t in item]
         return transport.exchange(sends, recvs, op=op, where=where)
 
-    def add_up() -> None:
+    def add_up(messages: Sequence[Message]) -> None:
         # Messages are sorted by item, then by source rank: the order of the sum.
-        for item, tensors, _ in arrived:
-            for total, addend in zip(totals[item], tensors, strict=True):
+        received = [m for m in messages if m.dst == rank]
+        for m, item in zip(received, staging, strict=False):
+            for total, addend in zip(totals[m.item], item, strict=True):
                 total.add_(addend)
 
-    return _Rounds([launch] if reverse.rounds else [], add_up)
+    return _Rounds(schedule, launch, add_up)
 
 
 def all_to_all_rows(

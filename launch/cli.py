@@ -32,6 +32,7 @@ class LazyCommand:
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "train": LazyCommand("moesaic.launch.train:command", "Train the demo language model."),
+        "bench": LazyCommand("moesaic.benchmarks.cli:bench", "Measure this machine: ratios within one run."),
         "doctor": LazyCommand("moesaic.launch.doctor:command", "Show what is installed and what works on this machine."),
     }
 )

@@ -9,6 +9,7 @@ Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert f
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class ExpertShape:
         return 3 * self.dim * self.ffn_dim
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExpertTensors:
     """Two tensors in the shape of one expert: its weights, or its gradients. Views, never copies."""
 
@@ -99,6 +100,11 @@ class Bank(nn.Module):
                 parameter.grad = torch.zeros_like(parameter)
 
     @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights."""
+        return self.shape.num_elements * self.gate_up.element_size()
+
+    @property
     def is_trainable(self) -> bool:
         """Whether the experts learn. Both weights do, or neither."""
         return self.gate_up.requires_grad
@@ -111,16 +117,28 @@ class Bank(nn.Module):
                 target.copy_(tensor)
 
 
+def slot_bound(num_layers: int, slots: int) -> int:
+    """Expert-sized buffers that one forward in flight and its backward may hold when copies are kept until backward.
+
+    Every layer its copies; the layer in backward the gradients of its copies, and as much staging for others': (L + 2) * slots.
+    """
+    return (num_layers + 2) * slots
+
+
 class SlotPool:
     """Expert-sized buffers that materializations borrow: copies of weights, and their gradients.
 
     A buffer comes back when its last use has been enqueued. One that is never given back, because its graph was dropped
     without a backward, is simply freed: the pool holds only the free ones.
+
+    `peak_slots` is the largest number of buffers that ever existed at once, lent or free; see `slot_bound`.
     """
 
     def __init__(self, shape: ExpertShape):
         self._shape = shape
         self._free: list[ExpertTensors] = []
+        self._alive: WeakSet[ExpertTensors] = WeakSet()
+        self.peak_slots = 0
 
     def acquire(self, like: Tensor) -> ExpertTensors:
         """A buffer with undefined content on the device and with the dtype of `like`."""
@@ -128,7 +146,10 @@ class SlotPool:
             if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
                 return self._free.pop(i)
         D, F = self._shape.dim, self._shape.ffn_dim
-        return ExpertTensors(like.new_empty(2 * F, D), like.new_empty(D, F))
+        buffer = ExpertTensors(like.new_empty(2 * F, D), like.new_empty(D, F))
+        self._alive.add(buffer)
+        self.peak_slots = max(self.peak_slots, len(self._alive))
+        return buffer
 
     def release(self, buffer: ExpertTensors) -> None:
         """Give a buffer back."""

@@ -41,12 +41,16 @@ class RuntimeConfig:
     """How the next load is predicted from the past; 'best' uses whichever had the smallest recent error."""
     shard_dense: bool = True
     """Shard everything but the experts with FSDP2 `fully_shard`; False leaves the rest of the model to you."""
+    overlap_s: float = 0.0
+    """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it."""
     timeout_s: float = 300.0
     """Seconds after which a wait for other ranks fails."""
 
     def __post_init__(self) -> None:
         if self.slots < 0:
             raise ValueError(f"runtime.slots is {self.slots}; it must be 0 (no copies) or more")
+        if self.overlap_s < 0:
+            raise ValueError(f"runtime.overlap_s is {self.overlap_s}; it must be 0 or more seconds")
         if self.timeout_s <= 0:
             raise ValueError(f"runtime.timeout_s is {self.timeout_s}; it must be more than 0 seconds")
         if self.split not in ("exact", "local_even"):

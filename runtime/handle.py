@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..placement import OwnerMap
-from .bank import Bank
+from .bank import Bank, slot_bound
+from .config import RuntimeConfig
 from .group import RankGroup
 from .layer import MoELayer
 from .metrics import step_metrics
@@ -23,12 +24,19 @@ class Handle:
     """Returned by `shard_experts`; one per model."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, MoELayer], banks: Sequence[Bank], group: RankGroup, clock: StageClock
+        self,
+        model: nn.Module,
+        layers: Mapping[str, MoELayer],
+        banks: Sequence[Bank],
+        group: RankGroup,
+        config: RuntimeConfig,
+        clock: StageClock,
     ):
         self.model = model
         self.layers = dict(layers)
         self.banks = list(banks)
         self.group = group
+        self.config = config
         self.clock = clock
         self._step = 0
         self._metrics: dict[str, float] = {}
@@ -58,6 +66,23 @@ class Handle:
             layer.runtime.step = self._step
         for t in traffic:
             t.reset()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of expert state on this rank, apart from the optimizer's.
+
+        expert_bytes: master weights and gradients of the experts owned here. slot_bytes_bound: the most that copies, their
+        gradients and staging can take for one forward in flight, predicted from the slot budget. slot_bytes_peak: the most
+        they did take so far.
+        """
+        runtimes = [layer.runtime for layer in self.layers.values()]
+        peaks = {runtime.pool: runtime.pool.peak_slots * runtime.bank.expert_bytes for runtime in runtimes}
+        return {
+            "expert_bytes": sum(2 * p.nbytes for bank in self.banks for p in bank.parameters()),
+            "slot_bytes_bound": sum(
+                slot_bound(bank.owners.num_layers, self.config.slots) * bank.expert_bytes for bank in self.banks
+            ),
+            "slot_bytes_peak": sum(peaks.values()),
+        }
 
     def metrics(self) -> dict[str, float]:
         """The last closed step in numbers; the keys are those of `metrics.step_metrics`."""

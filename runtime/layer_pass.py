@@ -33,6 +33,7 @@ class LayerPass:
     gather: Pending | None = None
     copy_grads: dict[int, ExpertTensors] = field(default_factory=dict)
     reduce: Pending | None = None
+    staging: list[ExpertTensors] = field(default_factory=list)  # where the reduce receives others' gradients
     topk_ids_TK: Tensor | None = None
     load: ExpertLoad | None = None
     handle: DispatchHandle | None = None

@@ -40,11 +40,14 @@ def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     release_copies(runtime, layer_pass)
     if bank.is_trainable:
         bank.ensure_grads()
+        schedule = layer_pass.plan.reduce
+        layer_pass.staging = [runtime.pool.acquire(bank.gate_up.data) for _ in range(schedule.most_received(bank.rank))]
         layer_pass.reduce = sparse_reduce_scatter(
-            layer_pass.plan.gather,
+            schedule,
             runtime.group.experts,
             {e: slot.tensors() for e, slot in layer_pass.copy_grads.items()},
             {e: bank.grads(runtime.layer, e).tensors() for e in runtime.owned_experts},
+            [slot.tensors() for slot in layer_pass.staging],
             where=layer_pass.where,
         )
 
@@ -54,9 +57,9 @@ def finish_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     if layer_pass.reduce is not None:
         layer_pass.reduce.wait()
         layer_pass.reduce = None
-    for slot in layer_pass.copy_grads.values():
+    for slot in (*layer_pass.copy_grads.values(), *layer_pass.staging):
         runtime.pool.release(slot)
-    layer_pass.copy_grads = {}
+    layer_pass.copy_grads, layer_pass.staging = {}, []
 
 
 def release_copies(runtime: LayerRuntime, layer_pass: LayerPass) -> None:

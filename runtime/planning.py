@@ -30,6 +30,7 @@ class Plan:
 
     placement: Placement
     gather: Schedule
+    reduce: Schedule
     split: Split | None = None
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
@@ -78,9 +79,11 @@ class LayerPlanner:
                 topology=self._topology,
                 shape=self._shape,
                 slots=self._config.slots,
+                overlap_s=self._config.overlap_s,
             )
             placement = self._solver(problem).placement
             if placement != self._plan.placement:
+                self._check_budget(placement)
                 self._plan = self._plan_of(placement)
         return self._plan
 
@@ -92,5 +95,15 @@ class LayerPlanner:
         """Learn from a measured load."""
         self._predictor.observe(load)
 
+    def _check_budget(self, placement: Placement) -> None:
+        copies_R = placement.copies_RE.sum(axis=1)
+        if copies_R.max() > self._config.slots:
+            rank = int(copies_R.argmax())
+            raise ValueError(
+                f"the solver put {copies_R[rank]} copies on rank {rank}, which has {self._config.slots} slots; "
+                "raise runtime.slots, or mend the solver"
+            )
+
     def _plan_of(self, placement: Placement) -> Plan:
-        return Plan(placement, direct_gather(placement))
+        gather = direct_gather(placement)
+        return Plan(placement, gather, gather.transpose().limit_receives(self._config.slots))

@@ -62,7 +62,7 @@ def shard_experts(
     prefetch_in_order(model, list(layers.values()))
     if config.shard_dense:
         _shard_dense(model, mesh, layers, banks)
-    return Handle(model, layers, banks, group, clock)
+    return Handle(model, layers, banks, group, config, clock)
 
 
 def share_experts(

@@ -68,11 +68,11 @@ class C10dTransport:
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Gather int64 [n] from every rank: [R, n]."""
-        gathered = torch.empty(self.world_size * values.numel(), dtype=torch.int64, device=values.device)
-        work = _launched(dist.all_gather_into_tensor(gathered, values, group=self.group, async_op=True))
+        gathered = torch.empty(self.world_size, values.numel(), dtype=torch.int64, device=values.device)
+        work = _launched(dist.all_gather(list(gathered.unbind()), values, group=self.group, async_op=True))
         description = f"rank {self.rank}: gather of {values.numel()} integers{where and ' at ' + where}"
         _Works([work], timedelta(seconds=self._timeout_s), description).wait()
-        return gathered.view(self.world_size, -1)
+        return gathered
 
     def _describe(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], op: str, where: str) -> str:
         to = ", ".join(f"{b.tensor.nbytes} B to rank {b.peer}" for b in sends)

@@ -14,7 +14,7 @@ from moesaic import MoELayer, RouterConfig, Routing
 from moesaic.placement import OwnerMap, Placement, Problem, Topology, get_solver
 from moesaic.runtime.router import TopKRouter
 
-PLACEMENTS = ("static", "everywhere", "random", "quota")
+PLACEMENTS = ("static", "everywhere", "random", "hecate", "quota")
 
 
 class BiasedRouter(TopKRouter):
@@ -46,6 +46,11 @@ class Case:
     seed: int
     dim: int = 8
     ffn_dim: int = 12
+
+    @property
+    def slots(self) -> int:
+        """The budget: two copies a rank for the solvers, as many as they like for the placements that ignore it."""
+        return 2 if self.placement in ("static", "hecate", "quota") else self.num_experts
 
     def layers(self) -> list[MoELayer]:
         """The unsharded layers, the same wherever they are made."""

@@ -45,7 +45,9 @@ SOLVERS = {"static": None, "everywhere": everywhere, "random": random_copies}
 def wrapped(solver: str = "random", **options: Any) -> tuple[Model, Handle]:
     model = make_model(**options)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    handle = shard_experts(model, mesh=mesh, config=RuntimeConfig(policy="static", timeout_s=60), solver=SOLVERS[solver])
+    handle = shard_experts(
+        model, mesh=mesh, config=RuntimeConfig(policy="static", slots=NUM_EXPERTS, timeout_s=60), solver=SOLVERS[solver]
+    )
     return model, handle
 
 

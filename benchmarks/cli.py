@@ -1,0 +1,31 @@
+"""`moesaic bench`: one command a benchmark."""
+
+from __future__ import annotations
+
+import click
+
+from . import step
+from .rows import publish
+
+JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+
+
+@click.group()
+def bench() -> None:
+    """Measure this machine: ratios within one run."""
+
+
+@bench.command("step")
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes, one thread each.")
+@click.option("--experts", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--hidden", type=click.IntRange(min=1), default=512, show_default=True, help="Model dim D.")
+@click.option("--ffn", type=click.IntRange(min=1), default=1024, show_default=True, help="Expert ffn dim F.")
+@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens per rank.")
+@click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--skew", type=click.FloatRange(min=0), default=1.2, show_default=True, help="Zipf exponent of expert popularity.")
+@click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold.")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Timed steps of each policy.")
+@JSON_OPTION
+def step_command(json_path: str | None, **case: int | float) -> None:
+    """One MoE layer, forward, backward and AdamW, by placement policy; the hot experts all live on rank 0."""
+    publish("step", step.run(step.StepCase(**case)), step.COLUMNS, json_path)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""What every benchmark prints: rows of flat objects, as a table or as JSON, with the machine and the commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory, GPU and versions."""
+    machine: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def commit_of_source() -> str:
+    """The commit the package runs from, with `+changes` if the tree differs from it; empty outside a git checkout."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
+    """Print `columns` of the rows as a table, and write whole rows as JSON to `json_path`.
+
+    `-` stands for standard output, where nothing but the JSON goes then. A file is replaced only when it is complete.
+    """
+    document = {
+        "schema": f"moesaic.bench.{name}/1",
+        "command": " ".join(["moesaic", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "commit": commit_of_source(),
+        "rows": list(rows),
+    }
+    text = json.dumps(document, indent=1)
+    if json_path == "-":
+        print(text)
+        return
+    print(table(rows, columns))
+    if json_path is not None:
+        path = Path(json_path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Right-aligned text columns."""
+    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,278 @@
+"""One MoE layer's training step on R processes of one machine, by placement policy.
+
+The policies run interleaved, round by round, on the same weights, tokens and routing. Expert popularity follows a Zipf
+law, expert e before expert e + 1, so that the contiguous owner map puts the hot experts on rank 0. The `ideal` policy is
+static placement under a perfectly balanced routing of equal cost; the floor is the bare matrix products of one rank at
+perfect balance, on all ranks at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..placement.hecate import solve as hecate
+from ..runtime import Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
+from ..runtime.router import TopKRouter, balanced_ids
+
+POLICIES: dict[str, RuntimeConfig] = {
+    "static": RuntimeConfig(policy="static", slots=0, shard_dense=False),
+    # Hecate as published: the hottest experts on every rank, as many as there are slots, and the even split over copies.
+    "hecate": RuntimeConfig(policy="hecate", split="local_even", shard_dense=False),
+    "quota": RuntimeConfig(policy="quota", shard_dense=False),
+    "ideal": RuntimeConfig(policy="static", slots=0, shard_dense=False),
+}
+COLUMNS = (
+    "policy",
+    "tokens_per_s",
+    "tokens_per_s_min",
+    "tokens_per_s_max",
+    "ratio_to_static",
+    "ratio_to_ideal",
+    "ratio_to_floor",
+    "experts_ratio_to_floor",
+    "max_over_mean",
+    "copies",
+    "bytes_cross_rank",
+)
+# Different routings that the rounds go through, so that a policy must predict and cannot just remember.
+NUM_ROUTINGS = 4
+WARM_UP_ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCase:
+    """What is measured. `tokens` are per rank."""
+
+    ranks: int
+    experts: int
+    hidden: int
+    ffn: int
+    tokens: int
+    top_k: int
+    skew: float
+    slots: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.experts:
+            raise ValueError(f"--top-k is {self.top_k} with {self.experts} experts; it must be from 1 to {self.experts}")
+
+
+class GivenRouter(Router):
+    """A softmax router that does all its work and then takes the experts it is told."""
+
+    def __init__(self, router: TopKRouter, routings: list[Tensor]):
+        super().__init__()
+        self.router = router
+        self.routings = routings
+        self.round = 0
+
+    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor | None = None) -> Routing:
+        """Route as told in the current round."""
+        scored = self.router(x_TD)
+        ids_TK = self.routings[self.round % len(self.routings)]
+        assert scored.logits_TE is not None
+        return Routing(ids_TK, scored.logits_TE.gather(1, ids_TK).softmax(dim=-1), scored.logits_TE)
+
+
+def zipf_ids(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> Tensor:
+    """K different experts a token, drawn without replacement with odds (e + 1) ** -skew: int64 [T, K].
+
+    Gumbel top-k (Kool et al., arXiv 1903.06059): the K largest of log-odds plus Gumbel noise are such a draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    log_odds_E = -skew * torch.arange(1, experts + 1).log()
+    noise_TE = -torch.empty(tokens, experts).exponential_(generator=generator).log()
+    return (log_odds_E + noise_TE).topk(top_k, dim=-1).indices
+
+
+def run(case: StepCase) -> list[dict[str, Any]]:
+    """Measure a case; one row a policy."""
+    # Freed activations stay with the process: page faults would cost more than the stages that are compared.
+    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+    context = multiprocessing.get_context("spawn")
+    answers: SimpleQueue[Any] = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes = [context.Process(target=_rank, args=(rank, case, store, answers)) for rank in range(case.ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"the ranks of the benchmark ended with {[process.exitcode for process in processes]}")
+        return _rows(case, answers.get())
+
+
+def _rank(rank: int, case: StepCase, store: str, answers: SimpleQueue[Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, case.ranks),
+        rank=rank,
+        world_size=case.ranks,
+        timeout=timedelta(seconds=300),
+    )
+    measured = _measure(rank, case)
+    everybody: list[Any] = [None] * case.ranks
+    dist.all_gather_object(everybody, measured)
+    if rank == 0:
+        answers.put(everybody)
+    dist.destroy_process_group()
+
+
+class _Policy:
+    """One policy's layer, optimizer and counters on this rank."""
+
+    def __init__(self, name: str, rank: int, case: StepCase):
+        torch.manual_seed(0)
+        config = POLICIES[name]
+        if config.slots:
+            config = RuntimeConfig(policy=config.policy, split=config.split, slots=case.slots, shard_dense=False)
+        seeds = [1000 * rank + i for i in range(NUM_ROUTINGS)]
+        if name == "ideal":
+            routings = [balanced_ids(case.tokens, case.experts, case.top_k, seed=seed) for seed in seeds]
+        else:
+            routings = [zipf_ids(case.tokens, case.experts, case.top_k, case.skew, seed) for seed in seeds]
+        scores = TopKRouter(case.hidden, case.experts, case.top_k, RouterConfig(aux_loss_coef=0.0))
+        self.router = GivenRouter(scores, routings)
+        layer = MoELayer(case.hidden, case.ffn, case.experts, case.top_k, router=self.router)
+        self.model = nn.ModuleDict({"moe": layer})
+        mesh = init_device_mesh("cpu", (case.ranks,))
+        solver = partial(hecate, degree=case.slots) if name == "hecate" else None
+        self.handle: Handle = shard_experts(self.model, mesh=mesh, config=config, solver=solver)
+        self.layer = layer
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.handle.clock.enabled = True
+        self.seconds: list[float] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def step(self, x_TD: Tensor, dy_TD: Tensor, round_index: int) -> Tensor:
+        self.router.round = round_index
+        y_TD = self.layer(x_TD)
+        y_TD.backward(dy_TD)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.handle.step()
+        return y_TD.detach()
+
+
+def _measure(rank: int, case: StepCase) -> dict[str, Any]:
+    policies = {name: _Policy(name, rank, case) for name in POLICIES}
+    generator = torch.Generator().manual_seed(rank)
+    x_TD = torch.randn(case.tokens, case.hidden, generator=generator).requires_grad_()
+    dy_TD = torch.randn(case.tokens, case.hidden, generator=generator) / case.tokens
+    floor = _floor(case)
+    floor_seconds: list[float] = []
+    names = list(policies)
+    for round_index in range(WARM_UP_ROUNDS + case.rounds):
+        is_timed = round_index >= WARM_UP_ROUNDS
+        outputs: dict[str, Tensor] = {}
+        # Each round starts with another policy, so that none is always measured after the same neighbour.
+        for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
+            policy = policies[name]
+            if round_index == WARM_UP_ROUNDS:
+                policy.handle.clock.seconds.clear()
+            x_TD.grad = None
+            seconds, outputs[name] = _timed(partial(policy.step, x_TD, dy_TD, round_index))
+            if is_timed:
+                policy.seconds.append(seconds)
+                policy.metrics.append(policy.handle.metrics())
+        if not is_timed:
+            # The gate: with copies or without, the layers went through the same steps and say the same.
+            for name in ("hecate", "quota"):
+                torch.testing.assert_close(outputs[name], outputs["static"], rtol=1e-4, atol=1e-4)
+        else:
+            floor_seconds.append(_timed(floor)[0])
+    return {
+        "seconds": {name: policy.seconds for name, policy in policies.items()},
+        "metrics": {name: policy.metrics for name, policy in policies.items()},
+        "stage_s": {name: {k: v / case.rounds for k, v in p.handle.clock.seconds.items()} for name, p in policies.items()},
+        "floor": floor_seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the last rank is done, from a common start."""
+    dist.barrier()
+    start = time.perf_counter()
+    result = work()
+    dist.barrier()
+    return time.perf_counter() - start, result
+
+
+def _floor(case: StepCase) -> Callable[[], None]:
+    """The six matrix products of a SwiGLU expert step, for all rows of a balanced rank at once, into ready buffers."""
+    rows, D, F = case.tokens * case.top_k, case.hidden, case.ffn
+    x, h, gate_up = torch.randn(rows, D), torch.randn(rows, F), torch.randn(rows, 2 * F)
+    w_gate_up, w_down = torch.randn(2 * F, D), torch.randn(D, F)
+    dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+
+    def products() -> None:
+        torch.mm(x, w_gate_up.t(), out=gate_up)
+        torch.mm(h, w_down.t(), out=x)
+        torch.mm(x, w_down, out=h)
+        torch.mm(x.t(), h, out=dw_down)
+        torch.mm(gate_up, w_gate_up, out=x)
+        torch.mm(gate_up.t(), x, out=dw_gate_up)
+        for tensor in (x, h, gate_up):
+            tensor.fill_(0.5)  # keeps the numbers finite from round to round
+
+    return products
+
+
+def _rows(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    seconds = {name: np.max([m["seconds"][name] for m in everybody], axis=0) for name in POLICIES}
+    floor = np.max([m["floor"] for m in everybody], axis=0)
+    rows = []
+    for name in POLICIES:
+        tokens_per_s = case.ranks * case.tokens / seconds[name]
+        stage_s = {k: float(np.mean([m["stage_s"][name].get(k, 0.0) for m in everybody])) for k in everybody[0]["stage_s"][name]}
+        metrics = [step for m in everybody for step in m["metrics"][name]]
+        rows.append(
+            {
+                "policy": name,
+                "ranks": case.ranks,
+                "experts": case.experts,
+                "hidden": case.hidden,
+                "ffn": case.ffn,
+                "tokens": case.tokens,
+                "top_k": case.top_k,
+                "skew": case.skew,
+                "slots": case.slots,
+                "rounds": case.rounds,
+                "tokens_per_s": float(np.median(tokens_per_s)),
+                "tokens_per_s_min": float(tokens_per_s.min()),
+                "tokens_per_s_max": float(tokens_per_s.max()),
+                "ratio_to_static": float(np.median(seconds["static"] / seconds[name])),
+                "ratio_to_ideal": float(np.median(seconds["ideal"] / seconds[name])),
+                "ratio_to_floor": float(np.median(floor / seconds[name])),
+                "experts_ratio_to_floor": float(np.median(floor)) / stage_s["experts"],
+                "max_over_mean": float(np.mean([step["max_over_mean"] for step in metrics])),
+                "copies": float(np.mean([step["copies_per_layer"] for step in metrics])),
+                "bytes_cross_rank": sum(v for s in metrics for k, v in s.items() if k.startswith("bytes_")) / case.rounds,
+                "peak_rss_bytes": max(m["peak_rss_bytes"] for m in everybody),
+                "stage_s": stage_s,
+                "floor_s": float(np.median(floor)),
+            }
+        )
+    return rows

@@ -1,0 +1,95 @@
+"""Dispatch: what travels, once; and the index arithmetic against plain loops."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesaic import MoELayer, RouterConfig, RuntimeConfig
+from moesaic.placement import ExpertLoad, Placement, get_solver, split_exact
+from moesaic.runtime.dispatch import segment_transpose
+from moesaic.runtime.group import RankGroup
+from moesaic.runtime.shard import share_experts
+from moesaic.runtime.stages import StageClock
+from tests.helpers.cases import Case, cases
+from tests.helpers.threads import run_threads
+
+
+@given(counts=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), max_size=5))
+def test_segment_transpose_regroups(counts: list[list[int]]) -> None:
+    """The elements of segment (a, b), in order, for every b and then every a."""
+    counts_AB = np.array(counts, np.int64).reshape(-1, 3)
+    segments: dict[tuple[int, int], list[int]] = {}
+    position = 0
+    for a, row in enumerate(counts_AB):
+        for b, size in enumerate(row):
+            segments[a, b] = list(range(position, position + size))
+            position += size
+    expected = [i for b in range(3) for a in range(len(counts_AB)) for i in segments[a, b]]
+    assert segment_transpose(counts_AB, torch.device("cpu")).tolist() == expected
+
+
+def forward_and_count(group: RankGroup, case: Case) -> tuple[dict[str, int], int, np.ndarray, np.ndarray]:
+    """One forward and backward of one layer after a warm-up that lets copies appear."""
+    (layer,) = case.layers()
+    solver, clock = case.solver(), StageClock()
+    share_experts({"moe": layer}, group, config=RuntimeConfig(slots=case.slots), solver=solver, clock=clock, owners=case.owners())
+    layer(case.tokens(group.rank, 0))
+    group.tokens.traffic.reset()
+    x = case.tokens(group.rank, 1).requires_grad_()
+    y = layer(x)
+    plan = layer.runtime.planner._plan
+    y.sum().backward()
+    traffic = group.tokens.traffic
+    own = layer.router(x.detach()).topk_ids_TK.numpy()
+    return traffic.total_bytes(), sum(traffic.messages_R("dispatch")), own, plan.placement.replicas_RE
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_a_row_crosses_once_and_returns_once(case: Case) -> None:
+    """Bytes of every direction are those of the distinct (token, rank) pairs; replayed here by a loop over tokens."""
+    case = replace(case, num_layers=1)
+    results = run_threads(case.world_size, forward_and_count, case, topology=case.topology())
+    load_RE = np.stack([np.bincount(ids.ravel(), minlength=case.num_experts) for _, _, ids, _ in results])
+    placement = Placement(case.owners().expert_to_owner_LE[0], results[0][3])
+    split = split_exact(ExpertLoad(load_RE), placement, case.topology())
+    row_bytes = case.dim * 4
+    returned = 0
+    for rank, (sent_bytes, messages, ids_TK, _) in enumerate(results):
+        queues = {e: [d for d in range(case.world_size) for _ in range(split.sends(rank)[e, d])] for e in range(case.num_experts)}
+        pairs = Counter((t, queues[e].pop(0)) for t, row in enumerate(ids_TK.tolist()) for e in row)
+        crossing = {(t, d) for t, d in pairs if d != rank}
+        returned += len(crossing)
+        assert sent_bytes.get("dispatch", 0) == len(crossing) * row_bytes
+        assert sent_bytes.get("combine_backward", 0) == len(crossing) * row_bytes
+        assert messages == len({d for _, d in crossing})
+    assert sum(r[0].get("combine", 0) for r in results) == returned * row_bytes
+
+
+def test_a_layer_without_tokens_still_enters_every_collective() -> None:
+    """Zero tokens on every rank but one, and a rank that owns nothing: no rank is left waiting."""
+    case = Case(4, 3, 2, 1, (0, 0, 5, 0), "quota", hot_expert=True, any_owner=False, normalize=True, seed=1)
+    results = run_threads(4, forward_and_count, case, topology=case.topology())
+    assert len(results) == 4
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (2, 3, 8), (2, 0, 8)])
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    """The layer works on [..., D]."""
+    layer = MoELayer(8, 12, 3, 2, router=RouterConfig())
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    (y.sum() + layer.aux_loss).backward()
+    assert y.shape == x.shape
+    assert x.grad is not None
+    assert layer.experts.gate_up.grad is not None
+
+
+def test_policies_are_found_by_name() -> None:
+    with pytest.raises(ValueError, match="did you mean 'quota'"):
+        get_solver("quotta")

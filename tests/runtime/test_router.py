@@ -1,0 +1,127 @@
+"""The router: choice, weights, losses over any number of ranks, and the forced balance."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moesaic import RouterConfig
+from moesaic.placement import ExpertLoad
+from moesaic.runtime.router import TopKRouter, balanced_ids
+
+D, E, K = 6, 5, 2
+
+
+def make_router(**options: object) -> TopKRouter:
+    torch.manual_seed(0)
+    return TopKRouter(D, E, K, RouterConfig(**options))  # type: ignore[arg-type]
+
+
+def load_of(router: TopKRouter, parts: list[Tensor]) -> ExpertLoad:
+    return ExpertLoad(torch.stack([router(x).counts_E(E) for x in parts]).numpy())
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weights_are_those_of_the_best_experts(normalize: bool) -> None:
+    router = make_router(normalize_weights=normalize)
+    x_TD = torch.randn(7, D)
+    routing = router(x_TD)
+    for t in range(7):
+        scores_E = (router.weight @ x_TD[t]).softmax(0)
+        best = sorted(range(E), key=lambda e: -scores_E[e])[:K]
+        assert routing.topk_ids_TK[t].tolist() == best
+        weights_K = scores_E[best] / (scores_E[best].sum() if normalize else 1.0)
+        torch.testing.assert_close(routing.weights_TK[t], weights_K)
+
+
+def test_replay_keeps_the_choice() -> None:
+    """Given ids are used as they are, whatever the scores say."""
+    router = make_router()
+    ids_TK = torch.tensor([[0, 1], [4, 2]])
+    routing = router(torch.randn(2, D), ids_TK)
+    assert torch.equal(routing.topk_ids_TK, ids_TK)
+    torch.testing.assert_close(routing.weights_TK.sum(1), torch.ones(2))
+
+
+def test_logits_are_fp32_for_a_half_precision_model() -> None:
+    router = make_router().bfloat16()
+    routing = router(torch.randn(3, D).bfloat16())
+    assert routing.logits_TE is not None
+    assert routing.logits_TE.dtype == routing.weights_TK.dtype == torch.float32
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4), scope=st.sampled_from(["micro_batch", "global_batch"]))
+def test_losses_of_the_ranks_average_to_the_definition(sizes: list[int], scope: str) -> None:
+    """Balancing loss and z-loss, value and gradient: the mean over ranks is the loss of the whole batch (global scope), or
+    the mean of the ranks' own losses (micro-batch scope)."""
+    router = make_router(aux_loss_coef=0.3, z_loss_coef=0.2, aux_loss_scope=scope)
+    generator = torch.Generator().manual_seed(sum(sizes))
+    parts = [torch.randn(n, D, generator=generator) for n in sizes]
+    load = load_of(router, parts)
+    actual = torch.stack([router.loss(router(x), load, r) for r, x in enumerate(parts)]).mean()
+
+    def definition(x_TD: Tensor) -> Tensor:
+        logits_TE = x_TD @ router.weight.T
+        if not len(x_TD):
+            return logits_TE.sum()
+        counts_E = router(x_TD).counts_E(E).double()
+        balance = E * (counts_E / counts_E.sum() * logits_TE.double().softmax(1).mean(0)).sum()
+        return 0.3 * balance + 0.2 * logits_TE.double().logsumexp(1).square().mean()
+
+    batches = [torch.cat(parts)] if scope == "global_batch" else parts
+    expected = torch.stack([definition(x).double() for x in batches]).mean()
+    assert actual.detach().item() == pytest.approx(expected.detach().item(), rel=1e-5, abs=1e-7)
+    (actual_grad,) = torch.autograd.grad(actual, router.weight)
+    (expected_grad,) = torch.autograd.grad(expected, router.weight)
+    torch.testing.assert_close(actual_grad, expected_grad.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_balanced_routing_has_the_smallest_balancing_loss() -> None:
+    """It equals its coefficient when every expert gets the same."""
+    router = make_router(aux_loss_coef=0.5, force_balance=True)
+    with torch.no_grad():
+        router.weight.zero_()
+    x_TD = torch.randn(10, D)
+    assert router.loss(router(x_TD), load_of(router, [x_TD]), 0).item() == pytest.approx(0.5)
+
+
+@settings(deadline=None)
+@given(num_tokens=st.integers(0, 100), num_experts=st.integers(1, 12), data=st.data())
+def test_balanced_ids_are_balanced(num_tokens: int, num_experts: int, data: st.DataObject) -> None:
+    """Different experts for each token; counts as even as whole blocks of E tokens allow."""
+    top_k = data.draw(st.integers(1, num_experts))
+    ids_TK = balanced_ids(num_tokens, num_experts, top_k, seed=data.draw(st.integers(0, 99)))
+    assert ids_TK.shape == (num_tokens, top_k)
+    assert all(len(set(row)) == top_k for row in ids_TK.tolist())
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts)
+    assert counts_E.max() - counts_E.min() <= top_k
+    if num_tokens % num_experts == 0:
+        assert counts_E.max() == counts_E.min()
+
+
+def test_balanced_ids_pair_experts_evenly() -> None:
+    """Neighbours are chosen together no more often than others: otherwise fewer rows would cross than in real routing."""
+    ids_TK = balanced_ids(20_000, 8, 2)
+    together = torch.zeros(8, 8).index_put_((ids_TK[:, 0], ids_TK[:, 1]), torch.ones(20_000), accumulate=True)
+    pairs = (together + together.T)[~torch.eye(8, dtype=torch.bool)]
+    assert pairs.max() / pairs.mean() < 1.25
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(aux_loss_coef=-1.0), "aux_loss_coef is -1.0"),
+        (dict(z_loss_coef=-0.5), "z_loss_coef is -0.5"),
+        (dict(aux_loss_scope="world"), "aux_loss_scope is 'world'"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RouterConfig(**options)  # type: ignore[arg-type]
+
+
+def test_top_k_must_fit() -> None:
+    with pytest.raises(ValueError, match="top_k is 6 with 5 experts"):
+        TopKRouter(D, E, 6, RouterConfig())
