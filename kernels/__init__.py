@@ -2,15 +2,20 @@
 
 from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .pack_rows import accumulate_rows, pack_rows
 from .permute import Bags, bags_of, gather_rows, sum_rows
+from .split_tokens import split_tokens
 from .swiglu import SwigluGrads, swiglu, swiglu_backward
+from .topk_gate import Gate, topk_gate, topk_gate_backward
 
 __all__ = [
     "Bags",
     "FFNWeights",
+    "Gate",
     "GroupedFFNGrads",
     "GroupedFFNOutput",
     "SwigluGrads",
+    "accumulate_rows",
     "bags_of",
     "gather_rows",
     "grouped_ffn",
@@ -18,7 +23,11 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
+    "pack_rows",
+    "split_tokens",
     "sum_rows",
     "swiglu",
     "swiglu_backward",
+    "topk_gate",
+    "topk_gate_backward",
 ]

@@ -3,8 +3,9 @@
 The row weights (the router's gates) multiply h before the down product, so y comes out weighted and the gate
 gradients fall out of the activation's backward. The forward keeps the pre-activation only; the backward recomputes h.
 
-Rows go through in chunks: a chunk is large enough for the matrix products to run at full rate and small enough for
-its intermediates to be reused from one workspace, allocated once per call.
+On the CPU rows go through in chunks: a chunk is large enough for the matrix products to run at full rate and small
+enough for its intermediates to be reused from one workspace, allocated once per call. Elsewhere the ops run one after
+the other over all rows, each one launch.
 
 Shapes: N rows, D model dim, F expert ffn dim.
 """
@@ -17,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grouped_gemm import add_wgrad, check_groups, group_slices
+from .grouped_gemm import add_wgrad, check_groups, group_slices, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .swiglu import SwigluGrads, swiglu, swiglu_backward
 
-# Upper bound on the rows of one chunk on the CPU.
+# Upper bound on the rows of one chunk.
 _CHUNK_ROWS = 1024
 
 
@@ -67,7 +68,11 @@ def grouped_ffn(
     F = weights.down[0].shape[1] if weights.down else 0
     if out is None:
         out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
-    chunks = list(_row_chunks(group_sizes, x_ND.device))
+    if x_ND.device.type != "cpu":
+        grouped_gemm(x_ND, weights.gate_up, group_sizes, out=out.gate_up_N2F)
+        grouped_gemm(swiglu(out.gate_up_N2F, row_weights_N), weights.down, group_sizes, out=out.y_ND)
+        return out
+    chunks = list(_row_chunks(group_sizes))
     workspace = x_ND.new_empty(_max_rows(chunks), F)
     for group, rows in chunks:
         gate_up = out.gate_up_N2F[rows]
@@ -100,7 +105,16 @@ def grouped_ffn_backward(
         out = GroupedFFNGrads(
             dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)
         )
-    chunks = list(_row_chunks(group_sizes, x_ND.device))
+    if x_ND.device.type != "cpu":
+        dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
+        buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
+        inner = swiglu_backward(dh_NF, gate_up_N2F, row_weights_N, out=buffers)
+        grouped_gemm_dgrad(inner.dgate_up_N2F, weights.gate_up, group_sizes, out=out.dx_ND)
+        if grads is not None:
+            grouped_gemm_wgrad(dy_ND, inner.h_NF, group_sizes, grads.down, alpha=alpha)
+            grouped_gemm_wgrad(inner.dgate_up_N2F, x_ND, group_sizes, grads.gate_up, alpha=alpha)
+        return out
+    chunks = list(_row_chunks(group_sizes))
     # One allocation for dh (later h) and dgate_up: the allocator keeps and recycles a single block.
     max_rows = _max_rows(chunks)
     dh_buffer, dgate_up_buffer = x_ND.new_empty(3 * max_rows * F).split([max_rows * F, 2 * max_rows * F])
@@ -108,12 +122,8 @@ def grouped_ffn_backward(
         num_rows = rows.stop - rows.start
         dh = torch.mm(dy_ND[rows], weights.down[group], out=dh_buffer[: num_rows * F].view(num_rows, F))
         dgate_up = dgate_up_buffer[: num_rows * 2 * F].view(num_rows, 2 * F)
-        inner = swiglu_backward(
-            dh,
-            gate_up_N2F[rows],
-            row_weights_N[rows],
-            out=SwigluGrads(dgate_up_N2F=dgate_up, drow_weights_N=out.drow_weights_N[rows], h_NF=dh),
-        )
+        buffers = SwigluGrads(dgate_up_N2F=dgate_up, drow_weights_N=out.drow_weights_N[rows], h_NF=dh)
+        inner = swiglu_backward(dh, gate_up_N2F[rows], row_weights_N[rows], out=buffers)
         torch.mm(inner.dgate_up_N2F, weights.gate_up[group], out=out.dx_ND[rows])
         if grads is not None:
             add_wgrad(grads.down[group], dy_ND[rows], inner.h_NF, alpha=alpha)
@@ -121,11 +131,11 @@ def grouped_ffn_backward(
     return out
 
 
-def _row_chunks(group_sizes: Sequence[int], device: torch.device) -> Iterator[tuple[int, slice]]:
-    """Yield (group, slice of rows): groups longer than `_CHUNK_ROWS` in equal parts on the CPU, whole ones elsewhere."""
+def _row_chunks(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield (group, slice of rows); a group longer than `_CHUNK_ROWS` comes in equal parts."""
     for group, rows in group_slices(group_sizes):
         size = rows.stop - rows.start
-        num_parts = -(-size // _CHUNK_ROWS) if device.type == "cpu" else 1
+        num_parts = -(-size // _CHUNK_ROWS)
         for part in range(num_parts):
             yield group, slice(rows.start + size * part // num_parts, rows.start + size * (part + 1) // num_parts)
 

@@ -17,14 +17,24 @@ from torch import Tensor
 
 def grouped_gemm(x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Return `y_NO`: for each group g, its rows times `weights[g].T` ([O, I]). No autograd."""
-    return grouped_gemm_torch(x_NI, weights, group_sizes, out=out)
+    if x_NI.device.type != "cuda":
+        return grouped_gemm_torch(x_NI, weights, group_sizes, out=out)
+    from .grouped_gemm_triton import grouped_gemm_triton
+
+    check_groups(x_NI.shape[0], weights, group_sizes)
+    return grouped_gemm_triton(x_NI, weights, group_sizes, out=out)
 
 
 def grouped_gemm_dgrad(
     dy_NO: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None
 ) -> Tensor:
     """Return `dx_NI`: for each group g, its rows of `dy_NO` times `weights[g]` ([O, I])."""
-    return grouped_gemm_dgrad_torch(dy_NO, weights, group_sizes, out=out)
+    if dy_NO.device.type != "cuda":
+        return grouped_gemm_dgrad_torch(dy_NO, weights, group_sizes, out=out)
+    from .grouped_gemm_triton import grouped_gemm_dgrad_triton
+
+    check_groups(dy_NO.shape[0], weights, group_sizes)
+    return grouped_gemm_dgrad_triton(dy_NO, weights, group_sizes, out=out)
 
 
 def grouped_gemm_wgrad(
@@ -34,7 +44,13 @@ def grouped_gemm_wgrad(
 
     Products are accumulated in the dtype of the gradients (fp32), also for half-precision rows.
     """
-    grouped_gemm_wgrad_torch(dy_NO, x_NI, group_sizes, grads, alpha=alpha)
+    if dy_NO.device.type != "cuda":
+        grouped_gemm_wgrad_torch(dy_NO, x_NI, group_sizes, grads, alpha=alpha)
+        return
+    from .grouped_gemm_triton import grouped_gemm_wgrad_triton
+
+    check_groups(dy_NO.shape[0], grads, group_sizes)
+    grouped_gemm_wgrad_triton(dy_NO, x_NI, group_sizes, grads, alpha=alpha)
 
 
 def grouped_gemm_torch(

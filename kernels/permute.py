@@ -10,6 +10,7 @@ Shapes: M rows on the token side, N routed rows, D model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,7 +65,11 @@ def bags_of(row_ids_N: Tensor, num_rows: int) -> Bags:
 
 def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return `rows_ND` with `rows_ND[n] = x_MD[row_ids_N[n]]`; the transpose of `sum_rows`. No autograd."""
-    return gather_rows_torch(x_MD, row_ids_N, out=out)
+    if x_MD.device.type != "cuda":
+        return gather_rows_torch(x_MD, row_ids_N, out=out)
+    from .permute_triton import gather_rows_triton
+
+    return gather_rows_triton(x_MD, row_ids_N, out=out)
 
 
 def sum_rows(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tensor:
@@ -72,7 +77,11 @@ def sum_rows(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tenso
 
     The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`.
     """
-    return sum_rows_torch(rows_ND, bags, out=out)
+    if rows_ND.device.type != "cuda":
+        return sum_rows_torch(rows_ND, bags, out=out)
+    from .permute_triton import sum_rows_triton
+
+    return sum_rows_triton(rows_ND, bags, out=out)
 
 
 def gather_rows_torch(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -93,7 +102,7 @@ def sum_rows_torch(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) ->
     block = max(1, _TEMPORARY_BYTES // max(1, D * rows_ND.element_size()))
     starts = list(range(0, num_bags, block))
     bounds = bags.offsets[[*starts, num_bags]].tolist()
-    for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
+    for start, (first, last) in zip(starts, pairwise(bounds), strict=True):
         stop = min(start + block, num_bags)
         out[start:stop] = _sum_bags(rows_ND, bags.indices[first:last], bags.offsets[start : stop + 1] - first)
     return out

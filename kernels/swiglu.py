@@ -33,6 +33,10 @@ class SwigluGrads:
 def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return `h_NF = silu(gate) * up`, times `row_weights_N[:, None]` when weights are given. No autograd."""
     h_NF = gate_up_N2F.new_empty(_hidden_shape(gate_up_N2F)) if out is None else out
+    if gate_up_N2F.device.type == "cuda":
+        from .swiglu_triton import swiglu_triton
+
+        return swiglu_triton(gate_up_N2F, row_weights_N, h_NF)
     if not _takes_compiled_pass(row_weights_N, gate_up_N2F, h_NF):
         return swiglu_torch(gate_up_N2F, row_weights_N, out=h_NF)
     from .swiglu_cpu import swiglu_rows
@@ -50,6 +54,10 @@ def swiglu_backward(
     """
     _check_dh(dh_NF, gate_up_N2F)
     grads = _new_grads(gate_up_N2F, row_weights_N) if out is None else out
+    if gate_up_N2F.device.type == "cuda":
+        from .swiglu_triton import swiglu_backward_triton
+
+        return swiglu_backward_triton(dh_NF, gate_up_N2F, row_weights_N, grads)
     if not _takes_compiled_pass(row_weights_N, gate_up_N2F, dh_NF, grads.dgate_up_N2F, grads.h_NF):
         return swiglu_backward_torch(dh_NF, gate_up_N2F, row_weights_N, out=grads)
     from .swiglu_cpu import swiglu_backward_rows
@@ -156,8 +164,7 @@ def _takes_compiled_pass(row_weights_N: Tensor | None, *tensors: Tensor) -> bool
     """Whether the compiled CPU pass serves these tensors: fp32 or bf16, contiguous, few enough threads."""
     first = tensors[0]
     return (
-        first.device.type == "cpu"
-        and first.dtype in (torch.float32, torch.bfloat16)
+        first.dtype in (torch.float32, torch.bfloat16)
         and all(tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
         and (row_weights_N is None or (row_weights_N.dtype == torch.float32 and row_weights_N.is_contiguous()))
         and torch.get_num_threads() <= _COMPILED_MAX_THREADS

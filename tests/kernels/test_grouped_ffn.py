@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from moesaic.kernels import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
 from torch import Tensor
 from torch.nn import functional
+
+from moesaic.kernels import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
 
 GROUP_SIZES = {
     "one row": [1],

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from moesaic.kernels import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from moesaic.kernels.grouped_gemm import grouped_gemm_dgrad_torch, grouped_gemm_torch, grouped_gemm_wgrad_torch
-from torch import Tensor
 
 GROUP_SIZES = {
     "one row": [1],

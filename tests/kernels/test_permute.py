@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moesaic.kernels import Bags, bags_of, gather_rows, sum_rows
 from torch import Tensor
+
+from moesaic.kernels import Bags, bags_of, gather_rows, sum_rows
 
 SIZES = [(1, 1, 1), (7, 3, 5), (63, 129, 7), (129, 63, 64), (1025, 300, 33)]  # N, M, D
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from moesaic.kernels import SwigluGrads, swiglu, swiglu_backward
 from moesaic.kernels.swiglu import swiglu_backward_torch, swiglu_torch
-from torch import Tensor
 
 SIZES = [(1, 1), (7, 63), (63, 7), (129, 1), (65, 129), (3, 1025), (1025, 64)]  # N, F
 IMPLEMENTATIONS = [(swiglu, swiglu_backward), (swiglu_torch, swiglu_backward_torch)]

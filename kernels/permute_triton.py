@@ -1,0 +1,111 @@
+"""Triton kernels of `gather_rows` and `sum_rows`. Import this module lazily: it imports triton.
+
+Shapes: M rows on the token side, N routed rows, D model dim.
+"""
+
+# The compiler gives kernels their types, which Python annotations cannot say.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .permute import Bags
+
+# Elements of one program's tile: enough bytes in flight to fill the memory pipe, few enough registers for 8 warps.
+_TILE_ELEMENTS = 4096
+
+
+@triton.jit
+def _gather_rows_kernel(
+    x_ptr, ids_ptr, out_ptr, num_rows, width, stride_x, stride_out, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Copy rows. With ids = [2, 0]: out[0] = x[2], out[1] = x[0]."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (n < num_rows)[:, None] & (d < width)[None, :]
+    ids = tl.load(ids_ptr + n, mask=n < num_rows, other=0).to(tl.int64)
+    rows = tl.load(x_ptr + ids[:, None] * stride_x + d[None, :], mask=mask)
+    tl.store(out_ptr + n[:, None] * stride_out + d[None, :], rows, mask=mask)
+
+
+@triton.jit
+def _sum_rows_kernel(
+    rows_ptr,
+    indices_ptr,
+    offsets_ptr,
+    out_ptr,
+    width,
+    stride_rows,
+    stride_out,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum one bag, in its order. With indices = [1, 0, 2], offsets = [0, 1, 1, 3]:
+
+    out[0] = rows[1]; out[1] = 0; out[2] = rows[0] + rows[2].
+    """
+    m = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), dtype=ACCUMULATE)
+    for i in range(tl.load(offsets_ptr + m), tl.load(offsets_ptr + m + 1)):
+        n = tl.load(indices_ptr + i).to(tl.int64)
+        total += tl.load(rows_ptr + n * stride_rows + d, mask=d < width, other=0.0).to(ACCUMULATE)
+    tl.store(out_ptr + m * stride_out + d, total.to(out_ptr.dtype.element_ty), mask=d < width)
+
+
+def gather_rows_triton(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Launch `_gather_rows_kernel`."""
+    x_MD = unit_stride(x_MD)
+    N, D = row_ids_N.numel(), x_MD.shape[1]
+    out = x_MD.new_empty(N, D) if out is None else out
+    _check_out(out, (N, D), x_MD)
+    if N == 0 or D == 0:
+        return out
+    block_d = min(triton.next_power_of_2(D), _TILE_ELEMENTS)
+    block_n = max(1, min(_TILE_ELEMENTS // block_d, triton.next_power_of_2(N)))
+    grid = (triton.cdiv(N, block_n), triton.cdiv(D, block_d))
+    _gather_rows_kernel[grid](
+        x_MD, row_ids_N.contiguous(), out, N, D, x_MD.stride(0), out.stride(0), BLOCK_N=block_n, BLOCK_D=block_d, num_warps=8
+    )
+    return out
+
+
+def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tensor:
+    """Launch `_sum_rows_kernel`."""
+    rows_ND = unit_stride(rows_ND)
+    D = rows_ND.shape[1]
+    out = rows_ND.new_empty(bags.num_bags, D) if out is None else out
+    _check_out(out, (bags.num_bags, D), rows_ND)
+    if out.numel() == 0:
+        return out
+    block_d = min(triton.next_power_of_2(D), _TILE_ELEMENTS)
+    _sum_rows_kernel[(bags.num_bags, triton.cdiv(D, block_d))](
+        rows_ND,
+        bags.indices,
+        bags.offsets,
+        out,
+        D,
+        rows_ND.stride(0),
+        out.stride(0),
+        ACCUMULATE=tl.float64 if rows_ND.dtype == torch.float64 else tl.float32,
+        BLOCK_D=block_d,
+        num_warps=min(8, max(1, block_d // 128)),
+    )
+    return out
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_out(out: Tensor, shape: tuple[int, int], like: Tensor) -> None:
+    """Raise ValueError unless `out` can be written row by row."""
+    if out.shape != shape or out.dtype != like.dtype or out.stride(1) != 1:
+        raise ValueError(
+            f"out must be {like.dtype} {shape} with contiguous rows, got {out.dtype} {tuple(out.shape)} {out.stride()}"
+        )

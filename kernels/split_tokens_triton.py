@@ -1,0 +1,106 @@
+"""Triton kernels of `split_tokens`: a counting sort without atomics and without a host synchronisation.
+
+Import this module lazily: it imports triton. Shapes: N assignments, E experts, R ranks, C blocks of assignments.
+"""
+
+# The compiler gives kernels their types, which Python annotations cannot say.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_N = 128
+
+
+@triton.jit
+def _count_kernel(ids_ptr, counts_ptr, num_rows, num_experts, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Count each expert's assignments in one block. With ids = [1, 0, 1]: counts = [1, 2]."""
+    block = tl.program_id(0).to(tl.int64)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    ids = tl.load(ids_ptr + n, mask=n < num_rows, other=-1).to(tl.int32)
+    for start in range(0, num_experts, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        counts = tl.sum((ids[:, None] == e[None, :]).to(tl.int32), axis=0)
+        tl.store(counts_ptr + block * num_experts + e, counts, mask=e < num_experts)
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr,
+    before_ptr,
+    piece_end_ptr,
+    shift_ptr,
+    order_ptr,
+    num_rows,
+    num_experts,
+    num_ranks,
+    BLOCK_N: tl.constexpr,
+    LOG_RANKS: tl.constexpr,
+):
+    """Write each assignment of one block to its place in sending order.
+
+    With ids = [1, 0, 1], flow = [[0, 1], [1, 1]]: the positions within the expert are [0, 0, 1], the destinations
+    [0, 1, 1], the places [0, 1, 2].
+    """
+    block = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_N)
+    n = block * BLOCK_N + lane
+    is_row = n < num_rows
+    ids = tl.load(ids_ptr + n, mask=is_row, other=-1).to(tl.int32)
+    is_earlier = (ids[:, None] == ids[None, :]) & (lane[None, :] < lane[:, None])
+    position = tl.sum(is_earlier.to(tl.int32), axis=1)
+    position += tl.load(before_ptr + block * num_experts + ids, mask=is_row, other=0)
+
+    # Bisection: the first rank whose piece of this expert ends beyond the position.
+    low = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    high = tl.zeros((BLOCK_N,), dtype=tl.int32) + num_ranks - 1
+    for _ in tl.static_range(LOG_RANKS):
+        middle = (low + high) // 2
+        end = tl.load(piece_end_ptr + ids * num_ranks + middle, mask=is_row, other=0)
+        is_beyond = end > position
+        high = tl.where(is_beyond, middle, high)
+        low = tl.where(is_beyond, low, tl.minimum(middle + 1, high))
+    place = position + tl.load(shift_ptr + ids * num_ranks + low, mask=is_row, other=0)
+    tl.store(order_ptr + place, n, mask=is_row)
+
+
+def split_tokens_triton(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
+    """Two launches and four small scans; all on the device."""
+    E, R = flow_ER.shape
+    N = topk_ids_TK.numel()
+    if N >= 2**31:
+        raise ValueError(f"split_tokens counts in int32, got {N} assignments; split the batch")
+    order_N = torch.empty(N, dtype=torch.int64, device=topk_ids_TK.device)
+    if N == 0:
+        return order_N
+    ids_N = topk_ids_TK.reshape(-1)
+    num_blocks = triton.cdiv(N, _BLOCK_N)
+    counts_CE = torch.empty(num_blocks, E, dtype=torch.int32, device=ids_N.device)
+    _count_kernel[(num_blocks,)](
+        ids_N, counts_CE, N, E, BLOCK_N=_BLOCK_N, BLOCK_E=min(triton.next_power_of_2(E), 64), num_warps=4
+    )
+    before_CE = counts_CE.cumsum(dim=0, dtype=torch.int32) - counts_CE
+
+    flow_ER = flow_ER.to(torch.int32)
+    piece_end_ER = flow_ER.cumsum(dim=1, dtype=torch.int32)
+    flow_RE = flow_ER.t().contiguous()
+    run_start_RE = (flow_RE.view(-1).cumsum(dim=0, dtype=torch.int32) - flow_RE.view(-1)).view(R, E)
+    shift_ER = (run_start_RE.t() - (piece_end_ER - flow_ER)).contiguous()
+    _place_kernel[(num_blocks,)](
+        ids_N,
+        before_CE,
+        piece_end_ER,
+        shift_ER,
+        order_N,
+        N,
+        E,
+        R,
+        BLOCK_N=_BLOCK_N,
+        LOG_RANKS=max(1, R.bit_length()),
+        num_warps=4,
+    )
+    return order_N

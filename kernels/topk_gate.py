@@ -1,0 +1,127 @@
+"""The router's gate: scores, top-k choice, weights, log-sum-exp and load histogram from the logits, and its backward.
+
+Shapes: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Score = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the router decided for every token."""
+
+    topk_ids_TK: Tensor  # int64, best first
+    weights_TK: Tensor  # float32
+    lse_T: Tensor  # float32, log-sum-exp of the logits: the z-loss is the mean of its square
+    load_E: Tensor  # int64, assignments per expert
+
+
+def topk_gate(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    normalize: bool = True,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+) -> Gate:
+    """Choose `top_k` experts per token by score and weigh them by score; equal scores go to the lower expert id.
+
+    `score` is the softmax over all experts or the sigmoid of each logit. `normalize` makes a token's weights sum to one.
+    `bias_E` is added to the scores for the choice only (balancing without an auxiliary loss). No autograd.
+    """
+    _check(logits_TE, top_k, score, bias_E)
+    if logits_TE.device.type != "cuda":
+        return topk_gate_torch(logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E)
+    from .topk_gate_triton import topk_gate_triton
+
+    return topk_gate_triton(logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E)
+
+
+def topk_gate_backward(
+    dweights_TK: Tensor,
+    dlse_T: Tensor | None,
+    logits_TE: Tensor,
+    topk_ids_TK: Tensor,
+    *,
+    normalize: bool = True,
+    score: Score = "softmax",
+) -> Tensor:
+    """Return `dlogits_TE` from the gradients of weights and log-sum-exp; the choice itself has no gradient."""
+    _check(logits_TE, topk_ids_TK.shape[1], score, None)
+    if logits_TE.device.type != "cuda":
+        return topk_gate_backward_torch(dweights_TK, dlse_T, logits_TE, topk_ids_TK, normalize=normalize, score=score)
+    from .topk_gate_triton import topk_gate_backward_triton
+
+    return topk_gate_backward_triton(dweights_TK, dlse_T, logits_TE, topk_ids_TK, normalize=normalize, score=score)
+
+
+def topk_gate_torch(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    normalize: bool = True,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+) -> Gate:
+    """Torch twin of `topk_gate`: `top_k` rounds of max, which names the first of equal values as torch.topk doesn't."""
+    T, E = logits_TE.shape
+    scores_TE = logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+    # Without a bias the logits order the experts as the scores do, and don't tie where scores round to the same value.
+    choice_TE = logits_TE.clone() if bias_E is None else scores_TE + bias_E
+    topk_ids_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
+    for k in range(top_k):
+        best_T1 = choice_TE.max(dim=1, keepdim=True).indices
+        topk_ids_TK[:, k : k + 1] = best_T1
+        choice_TE.scatter_(1, best_T1, -torch.inf)
+    weights_TK = scores_TE.gather(1, topk_ids_TK)
+    if normalize:
+        weights_TK /= weights_TK.sum(dim=1, keepdim=True)
+    return Gate(topk_ids_TK, weights_TK, logits_TE.logsumexp(dim=1), torch.bincount(topk_ids_TK.flatten(), minlength=E))
+
+
+def topk_gate_backward_torch(
+    dweights_TK: Tensor,
+    dlse_T: Tensor | None,
+    logits_TE: Tensor,
+    topk_ids_TK: Tensor,
+    *,
+    normalize: bool = True,
+    score: Score = "softmax",
+) -> Tensor:
+    """Torch twin of `topk_gate_backward`."""
+    scores_TE = logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+    chosen_TK = scores_TE.gather(1, topk_ids_TK)
+    dchosen_TK = dweights_TK
+    if normalize:
+        total_T1 = chosen_TK.sum(dim=1, keepdim=True)
+        weights_TK = chosen_TK / total_T1
+        dchosen_TK = (dweights_TK - (dweights_TK * weights_TK).sum(dim=1, keepdim=True)) / total_T1
+    if score == "sigmoid":
+        dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, topk_ids_TK, dchosen_TK * chosen_TK * (1.0 - chosen_TK))
+    else:
+        dlogits_TE = scores_TE * -(dchosen_TK * chosen_TK).sum(dim=1, keepdim=True)
+        dlogits_TE.scatter_add_(1, topk_ids_TK, dchosen_TK * chosen_TK)
+    if dlse_T is not None:
+        probs_TE = scores_TE if score == "softmax" else logits_TE.softmax(dim=1)
+        dlogits_TE.addcmul_(probs_TE, dlse_T[:, None])
+    return dlogits_TE
+
+
+def _check(logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None) -> None:
+    """Raise ValueError for arguments the gate can't serve."""
+    if logits_TE.dim() != 2 or logits_TE.dtype != torch.float32:
+        raise ValueError(f"logits must be float32 [T, E], got {logits_TE.dtype} {tuple(logits_TE.shape)}; cast them first")
+    if not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"top_k is {top_k}, but there are {logits_TE.shape[1]} experts; it must be between 1 and that")
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score is {score!r}, must be 'softmax' or 'sigmoid'")
+    if bias_E is not None and (bias_E.shape != logits_TE.shape[1:] or bias_E.dtype != torch.float32):
+        raise ValueError(f"bias_E must be float32 [{logits_TE.shape[1]}], got {bias_E.dtype} {tuple(bias_E.shape)}")

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels import split_tokens
+
+CASES = [(1, 1, 1, 1), (7, 2, 3, 2), (63, 1, 5, 3), (129, 4, 16, 8), (1025, 2, 7, 1)]  # T, K, E, R
+
+
+def random_flow(topk_ids_TK: Tensor, E: int, R: int) -> Tensor:
+    """Each expert's load cut into R random pieces, some of them empty."""
+    flow_ER = torch.zeros(E, R, dtype=torch.int64)
+    for expert in topk_ids_TK.flatten().tolist():
+        flow_ER[expert, torch.randint(0, R, (1,)) // 2 * 2 % R] += 1
+    return flow_ER
+
+
+def naive_split(topk_ids_TK: Tensor, flow_ER: Tensor) -> list[int]:
+    """Walk over the assignments, give each the first rank with room, then sort."""
+    room = flow_ER.tolist()
+    keyed = []
+    for n, expert in enumerate(topk_ids_TK.flatten().tolist()):
+        rank = next(r for r, left in enumerate(room[expert]) if left > 0)
+        room[expert][rank] -= 1
+        keyed.append((rank, expert, n))
+    return [n for _, _, n in sorted(keyed)]
+
+
+@pytest.mark.parametrize("T,K,E,R", CASES)
+def test_order_follows_the_flow(T: int, K: int, E: int, R: int) -> None:
+    topk_ids_TK = torch.randint(0, E, (T, K))
+    flow_ER = random_flow(topk_ids_TK, E, R)
+    order_N = split_tokens(topk_ids_TK, flow_ER)
+    assert order_N.tolist() == naive_split(topk_ids_TK, flow_ER)
+    assert sorted(order_N.tolist()) == list(range(T * K))
+    assert torch.equal(order_N, split_tokens(topk_ids_TK.int(), flow_ER.int()))
+
+
+def test_the_documented_example() -> None:
+    assert split_tokens(torch.tensor([[1], [0], [1]]), torch.tensor([[0, 1], [1, 1]])).tolist() == [0, 1, 2]
+
+
+def test_no_tokens() -> None:
+    assert split_tokens(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64)).shape == (0,)
+
+
+def test_a_flow_that_does_not_sum_to_the_load_is_named() -> None:
+    with pytest.raises(ValueError, match=r"flow sums to \[1, 1\] per expert, but the tokens chose \[0, 2\]"):
+        split_tokens(torch.tensor([[1], [1]]), torch.tensor([[1, 0], [0, 1]]))

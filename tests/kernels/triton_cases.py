@@ -1,0 +1,183 @@
+"""Each Triton kernel against its torch twin: run compiled where there is a GPU, else through Triton's interpreter.
+
+Not collected by itself: test_triton.py runs it in a process of its own, since TRITON_INTERPRET must be set before triton is
+imported. The interpreter multiplies bfloat16 operands as integers and casts to bfloat16 by truncation, so there half
+precision is float16.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels import bags_of
+from moesaic.kernels.grouped_gemm import grouped_gemm_dgrad_torch, grouped_gemm_torch, grouped_gemm_wgrad_torch
+from moesaic.kernels.grouped_gemm_triton import (
+    FLOAT_CONFIGS,
+    HALF_CONFIGS,
+    TileConfig,
+    grouped_gemm_dgrad_triton,
+    grouped_gemm_triton,
+    grouped_gemm_wgrad_triton,
+)
+from moesaic.kernels.pack_rows import accumulate_rows_torch, pack_rows_torch
+from moesaic.kernels.pack_rows_triton import accumulate_rows_triton, pack_rows_triton
+from moesaic.kernels.permute_triton import gather_rows_triton, sum_rows_triton
+from moesaic.kernels.split_tokens import split_tokens_torch
+from moesaic.kernels.split_tokens_triton import split_tokens_triton
+from moesaic.kernels.swiglu import SwigluGrads, swiglu_backward_torch, swiglu_torch
+from moesaic.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
+from moesaic.kernels.topk_gate import topk_gate_backward_torch, topk_gate_torch
+from moesaic.kernels.topk_gate_triton import topk_gate_backward_triton, topk_gate_triton
+from tests.kernels.test_split_tokens import random_flow
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+DTYPES = [torch.float32, HALF]
+GROUP_SIZES = {"one row": [1], "odd": [7, 1, 63], "empty groups": [0, 129, 0, 0, 5], "all in one": [0, 0, 150], "no rows": [0, 0]}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    assert actual.shape == expected.shape, name
+    if actual.numel():
+        error = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        assert error <= tolerance, f"{name}: {error:.3e} > {tolerance:.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N,M,D", [(1, 1, 1), (63, 7, 5), (65, 129, 64), (9, 5, 5000), (0, 3, 4)])
+def test_permute(N: int, M: int, D: int, dtype: torch.dtype) -> None:
+    x_MD, rows_ND = torch.randn(M, D, dtype=dtype, device=DEVICE), torch.randn(N, D, device=DEVICE).to(dtype)
+    row_ids_N = torch.randint(0, M, (N,), device=DEVICE)
+    expected = x_MD[row_ids_N]
+    assert torch.equal(gather_rows_triton(x_MD, row_ids_N), expected)
+    assert torch.equal(gather_rows_triton(x_MD.t().contiguous().t(), row_ids_N.int()), expected)
+    bags = bags_of(row_ids_N, M)
+    sums = torch.zeros(M, D, device=DEVICE)
+    for n, m in enumerate(row_ids_N.tolist()):
+        sums[m] += rows_ND[n].float()
+    assert torch.equal(sum_rows_triton(rows_ND, bags), sums.to(dtype))
+    wide = torch.empty(M, 2 * D, dtype=dtype, device=DEVICE)
+    assert torch.equal(sum_rows_triton(rows_ND, bags, out=wide[:, D:]), sums.to(dtype))
+
+
+@pytest.mark.parametrize("has_weights", [True, False], ids=["weighted", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N,F", [(1, 1), (7, 63), (65, 129), (3, 4100), (0, 5)])
+def test_swiglu(N: int, F: int, dtype: torch.dtype, has_weights: bool) -> None:
+    gate_up_N2F, dh_NF = torch.randn(N, 2 * F, device=DEVICE).to(dtype), torch.randn(N, F, device=DEVICE).to(dtype)
+    weights_N = torch.rand(N, device=DEVICE) if has_weights else None
+    expected = swiglu_backward_torch(dh_NF, gate_up_N2F, weights_N)
+    h_NF = torch.empty(N, F, dtype=dtype, device=DEVICE)
+    assert_close("h", swiglu_triton(gate_up_N2F, weights_N, h_NF), swiglu_torch(gate_up_N2F, weights_N), TOLERANCE[dtype])
+    dh_copy_NF = dh_NF.clone()
+    dweights_N = torch.empty(N, device=DEVICE) if has_weights else None
+    buffers = SwigluGrads(torch.empty_like(gate_up_N2F), dweights_N, dh_copy_NF)
+    grads = swiglu_backward_triton(dh_copy_NF, gate_up_N2F, weights_N, buffers)
+    assert_close("dgate_up", grads.dgate_up_N2F, expected.dgate_up_N2F, TOLERANCE[dtype])
+    assert_close("h over dh", grads.h_NF, expected.h_NF, TOLERANCE[dtype])
+    if expected.drow_weights_N is not None and grads.drow_weights_N is not None:
+        assert_close("drow_weights", grads.drow_weights_N, expected.drow_weights_N, 1e-5)
+
+
+def _check_products(sizes: list[int], in_dim: int, out_dim: int, dtype: torch.dtype, config: TileConfig | None) -> None:
+    N = sum(sizes)
+    x_NI, dy_NO = torch.randn(N, in_dim, device=DEVICE).to(dtype), torch.randn(N, out_dim, device=DEVICE).to(dtype)
+    bank = torch.randn(len(sizes) + 1, out_dim, in_dim, device=DEVICE).to(dtype)
+    weights = [bank[len(sizes) - group] for group in range(len(sizes))]
+    grads = [torch.randn(out_dim, in_dim, device=DEVICE) for _ in sizes]
+    expected_grads = [grad.clone() for grad in grads]
+    tolerance = TOLERANCE[dtype]
+    assert_close(
+        "y", grouped_gemm_triton(x_NI, weights, sizes, config=config), grouped_gemm_torch(x_NI, weights, sizes), tolerance
+    )
+    assert_close(
+        "dx",
+        grouped_gemm_dgrad_triton(dy_NO, weights, sizes, config=config),
+        grouped_gemm_dgrad_torch(dy_NO, weights, sizes),
+        tolerance,
+    )
+    grouped_gemm_wgrad_triton(dy_NO, x_NI, sizes, grads, alpha=0.5, config=config)
+    grouped_gemm_wgrad_torch(dy_NO, x_NI, sizes, expected_grads, alpha=0.5)
+    for group, size in enumerate(sizes):
+        assert_close(f"grad {group}", grads[group], expected_grads[group], 1e-5)
+        assert size or torch.equal(grads[group], expected_grads[group])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_dim,out_dim", [(1, 1), (33, 65), (65, 40)])
+@pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
+def test_grouped_gemm(sizes: list[int], in_dim: int, out_dim: int, dtype: torch.dtype) -> None:
+    _check_products(sizes, in_dim, out_dim, dtype, None)
+
+
+@pytest.mark.parametrize("config", [*FLOAT_CONFIGS, *HALF_CONFIGS], ids=str)
+def test_every_tile_config(config: TileConfig) -> None:
+    _check_products([70, 0, 3], 40, 136, torch.float32 if config in FLOAT_CONFIGS else HALF, config)
+
+
+def test_grouped_gemm_takes_transposed_weights_and_names_what_it_cannot() -> None:
+    x_NI, weights = torch.randn(9, 16, device=DEVICE), [torch.randn(16, 8, device=DEVICE).t() for _ in range(2)]
+    assert_close("y", grouped_gemm_triton(x_NI, weights, [4, 5]), grouped_gemm_torch(x_NI, weights, [4, 5]), 1e-5)
+    with pytest.raises(ValueError, match="matrix 1 is"):
+        grouped_gemm_triton(x_NI, [weights[0], weights[1].contiguous()], [4, 5])
+    with pytest.raises(ValueError, match="take float32, bfloat16 or float16, got"):
+        grouped_gemm_triton(x_NI.double(), weights, [4, 5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pack_and_accumulate(dtype: torch.dtype) -> None:
+    bank, ids_N = torch.randn(5, 70, 65, device=DEVICE), torch.tensor([3, 0, 3], device=DEVICE)
+    out = torch.empty(3, 70, 65, dtype=dtype, device=DEVICE)
+    assert torch.equal(pack_rows_triton(bank, ids_N, out=out), pack_rows_torch(bank, ids_N, out=torch.empty_like(out)))
+    bags, expected = bags_of(ids_N, 5), bank.clone()
+    accumulate_rows_torch(expected, bags, out, alpha=0.5)
+    accumulate_rows_triton(bank, bags, out, alpha=0.5)
+    assert torch.equal(bank, expected)
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("T,E,K", [(1, 1, 1), (65, 7, 3), (33, 64, 8)])
+def test_topk_gate(T: int, E: int, K: int, score: str, normalize: bool, has_bias: bool) -> None:
+    logits_TE, bias_E = torch.randn(T, E, device=DEVICE), torch.randn(E, device=DEVICE) if has_bias else None
+    gate = topk_gate_triton(logits_TE, K, normalize=normalize, score=score, bias_E=bias_E)
+    expected = topk_gate_torch(logits_TE, K, normalize=normalize, score=score, bias_E=bias_E)
+    assert torch.equal(gate.topk_ids_TK, expected.topk_ids_TK)
+    assert torch.equal(gate.load_E, expected.load_E)
+    assert_close("weights", gate.weights_TK, expected.weights_TK, 1e-6)
+    assert_close("lse", gate.lse_T, expected.lse_T, 1e-6)
+    for dlse_T in (None, torch.randn(T, device=DEVICE)):
+        arguments = (torch.randn(T, K, device=DEVICE), dlse_T, logits_TE, gate.topk_ids_TK)
+        actual = topk_gate_backward_triton(*arguments, normalize=normalize, score=score)
+        expected_grad = topk_gate_backward_torch(*arguments, normalize=normalize, score=score)
+        torch.testing.assert_close(actual, expected_grad, rtol=1e-5, atol=2e-6)
+
+
+def test_topk_gate_gives_equal_logits_to_the_lower_ids() -> None:
+    gate = topk_gate_triton(torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=DEVICE), 2, normalize=True, score="softmax", bias_E=None)
+    assert gate.topk_ids_TK.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("T,K,E,R", [(1, 1, 1, 1), (7, 2, 3, 2), (129, 4, 100, 8), (300, 2, 7, 5), (0, 2, 3, 2)])
+def test_split_tokens(T: int, K: int, E: int, R: int) -> None:
+    topk_ids_TK = torch.randint(0, E, (T, K))
+    flow_ER = random_flow(topk_ids_TK, E, R)
+    order_N = split_tokens_triton(topk_ids_TK.to(DEVICE), flow_ER.to(DEVICE))
+    assert torch.equal(order_N.cpu(), split_tokens_torch(topk_ids_TK, flow_ER))
+
+
+def test_twice_is_bitwise_equal() -> None:
+    sizes = [70, 0, 41]
+    x_NI, dy_NO = torch.randn(111, 65, device=DEVICE), torch.randn(111, 33, device=DEVICE)
+    grads = [[torch.zeros(33, 65, device=DEVICE) for _ in sizes] for _ in range(2)]
+    for grad in grads:
+        grouped_gemm_wgrad_triton(dy_NO, x_NI, sizes, grad)
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
+    rows_ND, bags = torch.randn(200, 33, device=DEVICE), bags_of(torch.randint(0, 5, (200,), device=DEVICE), 5)
+    assert torch.equal(sum_rows_triton(rows_ND, bags), sum_rows_triton(rows_ND, bags))
