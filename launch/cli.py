@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by name and imports one only to run it: `moesaic --help` needs no torch."""
+    """A group that knows its commands by name and imports one only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, in the table's order."""

@@ -246,12 +246,18 @@ def _read_assignment(assignment: str) -> dict[str, _Given]:
 
 
 def _check_key(key: str, source: str) -> None:
-    known = [f"{section}.{f.name}" for section, cls in _sections().items() for f in dataclasses.fields(cls)]
-    if key in known:
+    known = {section: [f.name for f in dataclasses.fields(cls)] for section, cls in _sections().items()}
+    section, _, name = key.partition(".")
+    if name in known.get(section, ()):
         return
-    section = key.partition(".")[0]
-    siblings = [name for name in known if name.startswith(f"{section}.")]
-    raise ValueError(f"unknown key '{key}' in {source}{_nearest(key, known, listed=siblings or _sections())}")
+    # A typing error in the name, the right name in the wrong section, or a typing error anywhere, in this order.
+    near = [f"{section}.{match}" for match in difflib.get_close_matches(name, known.get(section, ()), n=1)]
+    near += [f"{other}.{name}" for other, names in known.items() if name in names]
+    if section not in known:
+        near += difflib.get_close_matches(key, [f"{other}.{n}" for other, names in known.items() for n in names], n=1)
+    listed = [f"{section}.{n}" for n in known[section]] if section in known else list(known)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(listed)}"
+    raise ValueError(f"unknown key '{key}' in {source}; {hint}")
 
 
 def _build_section(section: str, cls: type, values: Mapping[str, _Given]) -> Any:
@@ -279,8 +285,8 @@ def _sections() -> Mapping[str, type]:
     return types.MappingProxyType(typing.get_type_hints(Config))
 
 
-def _nearest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
-    """A hint that names the nearest of `known`; if none is near, all of `listed` (default: `known`)."""
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest of `known`; if none is near, all of them."""
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(listed or known)}"
+    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(known)}"

@@ -1,0 +1,110 @@
+"""The command line: lazy commands, exit statuses, one line for wrong use."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from moesaic.launch.cli import COMMANDS, cli
+from moesaic.launch.entry import run_command
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that a wrong use prints."""
+    assert run_command(cli, args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_table_exists(name: str) -> None:
+    command = COMMANDS[name].load()
+    assert isinstance(command, click.Command)
+    assert command.name == name
+    assert command.help
+
+
+def test_overview_imports_no_command() -> None:
+    script = """
+import sys
+from moesaic.launch.cli import main
+try:
+    main()
+finally:
+    heavy = {"moesaic.launch.train", "moesaic.launch.doctor", "moesaic.launch.config"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    ended = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for name, lazy in COMMANDS.items():
+        assert name in ended.stdout
+        assert lazy.summary in ended.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli, ["--version"]) == 0
+    assert capsys.readouterr().out.startswith("moesaic, version ")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["zzz"], "No such command 'zzz'."),
+        (["train", "--sett", "a=1"], "No such option"),
+        (["train", "extra"], "unexpected extra argument"),
+        (["train", "--set", "model.dimm=3"], "unknown key 'model.dimm' in --set model.dimm=3; did you mean 'model.dim'?"),
+        (["train", "--config", "/nowhere/run.toml"], "--config /nowhere/run.toml: No such file or directory"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    assert message in error_of(capsys, *args)
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 prints what every rank sees; a missing file is printed once per machine."""
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run_command(cli, ["train", "--set", "model.dimm=3"]) == 2
+    assert capsys.readouterr().err == ""
+    assert "/nowhere" in error_of(capsys, "train", "--config", "/nowhere")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_command(cli, ["train", "--config", "/nowhere"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_messages_are_one_line_and_statuses_pass_through(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    @click.argument("what")
+    def command(what: str) -> int:
+        if what == "wrong":
+            raise ValueError("two\n  lines")
+        if what == "interrupt":
+            raise KeyboardInterrupt
+        return int(what)
+
+    assert run_command(command, ["wrong"]) == 2
+    assert capsys.readouterr().err == "moesaic: two lines\n"
+    assert run_command(command, ["143"]) == 143
+    assert run_command(command, ["interrupt"]) == 130
+    with pytest.raises(ZeroDivisionError):
+        run_command(click.command()(lambda: 1 // 0), [])
+
+
+def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "doctor.json"
+    assert run_command(cli, ["doctor", "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert report["command"] == "doctor"
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["c10d gloo"] == {"what": "transport", "name": "c10d gloo", "status": "works", "works": True}
+    assert rows["torch"]["works"]
+    assert all(name in text for name in rows)
+    assert run_command(cli, ["doctor", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == report["rows"]

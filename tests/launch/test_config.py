@@ -1,0 +1,182 @@
+"""The configuration: defaults, sources, and errors that name key, place and cure in one line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.launch.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LaunchConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    load_config,
+)
+from moesaic.runtime import RouterConfig, RuntimeConfig
+
+
+def message_of(path: Path | None, *assignments: str) -> str:
+    """The error of a wrong configuration."""
+    with pytest.raises(ValueError) as caught:
+        load_config(path, assignments)
+    return str(caught.value)
+
+
+def test_defaults_need_no_file() -> None:
+    assert load_config() == Config()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Defaults, then the file, then each --set in order."""
+    path = tmp_path / "run.toml"
+    path.write_text("[train]\nsteps = 7\nbatch_size = 4\n[data]\npath = 'a'\n")
+    config = load_config(path, ["train.steps=8", "train.steps=9"])
+    assert (config.train.steps, config.train.batch_size, config.data.path) == (9, 4, "a")
+    assert config.model == ModelConfig()
+
+
+@pytest.mark.parametrize(
+    "assignment, section, key, value",
+    [
+        ("optim.lr=1e-4", "optim", "lr", 1e-4),
+        ("optim.lr=1", "optim", "lr", 1.0),
+        ("train.steps=1_000", "train", "steps", 1000),
+        ("model.activation_checkpoint=true", "model", "activation_checkpoint", True),
+        ("data.path=/texts/a=b c.txt", "data", "path", "/texts/a=b c.txt"),
+        ('data.path="quoted"', "data", "path", "quoted"),
+        ("data.path=", "data", "path", ""),
+        ("runtime.policy=static", "runtime", "policy", "static"),
+        ("router.aux_loss_coef=0", "router", "aux_loss_coef", 0.0),
+    ],
+)
+def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str, value: object) -> None:
+    assert getattr(getattr(load_config(None, [assignment]), section), key) == value
+
+
+@pytest.mark.parametrize(
+    "assignment, parts",
+    [
+        ("model.dimm=3", ["unknown key 'model.dimm'", "did you mean 'model.dim'?"]),
+        ("mdoel.dim=3", ["unknown key 'mdoel.dim'", "did you mean 'model.dim'?"]),
+        ("train.zzz=3", ["unknown key 'train.zzz'", "known: train.steps, train.batch_size"]),
+        ("train.dim=3", ["unknown key 'train.dim'", "did you mean 'model.dim'?"]),
+        ("zzz=3", ["unknown key 'zzz'", "known: run, model, router"]),
+        ("train.steps", ["expected section.key=value"]),
+        ("model.dim=0", ["model.dim = 0", "greater than or equal to 1"]),
+        ("model.dim=3.5", ["model.dim = 3.5", "valid integer"]),
+        ("model.dim=true", ["model.dim = True", "valid integer"]),
+        ("model.dim=big", ["model.dim = 'big'", "valid integer"]),
+        ("optim.beta2=1.0", ["optim.beta2 = 1.0", "less than 1"]),
+        ("optim.lr=nan", ["optim.lr = nan", "finite"]),
+        ("launch.device=cuds", ["launch.device = 'cuds'", "'auto', 'cpu' or 'cuda'", "did you mean 'cuda'?"]),
+        ("data.val_fraction=1", ["data.val_fraction", "less than 1"]),
+        ("model.dim=130", ["model.dim 130", "4 heads", "multiple of 8"]),
+        ("model.top_k=9", ["model.top_k 9", "model.num_experts 8"]),
+        ("train.micro_batches=3", ["train.batch_size", "3 micro-batches"]),
+        ("runtime.slots=-1", ["runtime.slots", "-1"]),
+        ("runtime.split=exactt", ["runtime.split = 'exactt'", "did you mean 'exact'?"]),
+        ("runtime.policy=quotas", ["quotas", "did you mean 'quota'?"]),
+        ("router.aux_loss_coef=-1.0", ["router.aux_loss_coef", "-1.0"]),
+    ],
+)
+def test_wrong_set_names_key_place_and_cure(assignment: str, parts: list[str]) -> None:
+    message = message_of(None, assignment)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_errors_of_one_value_name_their_source(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\ndim = 0\n")
+    assert message_of(path).endswith(f"(from {path})")
+    assert message_of(None, "model.dim=0").endswith("(from --set model.dim=0)")
+    assert message_of(None, "runtime.slots=-2").endswith("(from --set runtime.slots=-2)")
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("[modle]\ndim = 8\n", ["unknown section [modle]", "did you mean 'model'?"]),
+        ("[model]\ndimm = 8\n", ["unknown key 'model.dimm'", "did you mean 'model.dim'?"]),
+        ("steps = 8\n", ["'steps'", "outside a section"]),
+        ("[model\n", ["is not TOML", "line 1"]),
+    ],
+)
+def test_wrong_file_names_key_and_file(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    message = message_of(path)
+    assert "\n" not in message
+    for part in (*parts, str(path)):
+        assert part in message
+
+
+def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("world_size, micro_batches, fits", [(1, 1, True), (4, 2, True), (3, 1, False), (8, 2, False)])
+def test_batch_must_divide_over_ranks(world_size: int, micro_batches: int, fits: bool) -> None:
+    config = Config(train=TrainConfig(batch_size=8, micro_batches=micro_batches))
+    if fits:
+        config.check_world_size(world_size)
+    else:
+        with pytest.raises(ValueError, match=rf"train.batch_size 8 .* {world_size} ranks x {micro_batches} micro-batches"):
+            config.check_world_size(world_size)
+
+
+positive = st.floats(min_value=1e-12, max_value=1e12)
+share = st.floats(min_value=0, max_value=1)
+count = st.integers(min_value=1, max_value=2**40)
+text = st.text(st.characters(codec="utf-8"), max_size=20)
+configs = st.builds(
+    Config,
+    run=st.builds(RunConfig, name=text, folder=text, seed=st.integers(0, 2**40)),
+    model=st.builds(
+        ModelConfig,
+        dim=st.integers(1, 64).map(lambda n: 8 * n),
+        num_layers=count,
+        ffn_dim=count,
+        num_experts=st.integers(2, 512),
+        rope_theta=positive,
+        activation_checkpoint=st.booleans(),
+    ),
+    router=st.builds(RouterConfig, normalize_weights=st.booleans(), aux_loss_coef=share, z_loss_coef=share),
+    runtime=st.builds(RuntimeConfig, slots=st.integers(0, 64), timeout_s=positive, shard_dense=st.booleans()),
+    data=st.builds(DataConfig, path=text, pattern=text, cache_folder=text, seq_len=count),
+    optim=st.builds(OptimConfig, lr=positive, min_lr_share=share, weight_decay=positive),
+    train=st.builds(TrainConfig, steps=count, batch_size=count, eval_every=st.integers(0, 9)),
+    checkpoint=st.builds(CheckpointConfig, every=st.integers(0, 9), resume=text),
+    launch=st.builds(LaunchConfig, init_method=text, num_threads=st.integers(0, 9)),
+)
+
+
+@given(config=configs)
+def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
+    """The config.toml of a run is the run's configuration, to the last bit."""
+    path = tmp_path_factory.mktemp("toml") / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_every_value_is_documented() -> None:
+    """A comment below each field says what it means."""
+    import ast
+
+    import moesaic.launch.config as module
+
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "Config":
+            for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(statement, ast.AnnAssign):
+                    assert isinstance(following, ast.Expr), f"{node.name}.{ast.unparse(statement.target)}"
+    assert all(field.default_factory is not dataclasses.MISSING for field in dataclasses.fields(Config))

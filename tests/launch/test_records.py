@@ -1,0 +1,93 @@
+"""The run folder: nobody's files are overwritten, and what is written can be read back."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moesaic.launch.config import Config, LaunchConfig, ModelConfig, RunConfig, load_config
+from moesaic.launch.process import Process
+from moesaic.launch.records import Records, StepRecord, create_run_folder
+from moesaic.placement import Trace
+
+
+def record_of(step: int) -> StepRecord:
+    return StepRecord(step, loss=3.0, aux_loss=0.1, grad_norm=1.0, lr=0.1, seconds=0.5, tokens_per_s=100.0 * step, bytes_sent=8.0)
+
+
+METRICS = {"max_over_mean": 1.1, "max_over_mean_static": 1.5, "copies_per_layer": 2.0}
+
+
+def tiny_config(folder: Path) -> Config:
+    model = ModelConfig(dim=8, num_layers=2, num_heads=1, ffn_dim=8, num_experts=3, top_k=2)
+    return Config(run=RunConfig(name="tiny", folder=str(folder)), model=model, launch=LaunchConfig(progress=False))
+
+
+def process_of(rank: int) -> Process:
+    return Process(rank, 2, rank, 2, torch.device("cpu"))
+
+
+def test_the_next_free_name_is_taken(tmp_path: Path) -> None:
+    """NAME, NAME-2, NAME-3; a file of that name counts as taken, and a gap is filled."""
+    config = RunConfig(name="a", folder=str(tmp_path / "runs"))
+    assert create_run_folder(config).name == "a"
+    (tmp_path / "runs" / "a-2").write_text("not a run")
+    (tmp_path / "runs" / "a-4").mkdir()
+    assert [create_run_folder(config).name for _ in range(3)] == ["a-3", "a-5", "a-6"]
+    assert (tmp_path / "runs" / "a-2").read_text() == "not a run"
+
+
+def test_runs_that_start_together_get_different_folders(tmp_path: Path) -> None:
+    config = RunConfig(name="a", folder=str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: create_run_folder(config), range(16)))
+    assert len(set(folders)) == 16
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    """config.toml, one metrics line per step, the trace, and a summary of medians and means."""
+    config = tiny_config(tmp_path)
+    loads_SLRE = np.array([[[[2, 2, 0], [1, 1, 2]]] * 2, [[[4, 0, 0], [0, 2, 2]]] * 2])
+    with Records(tmp_path, config, process_of(0), first_step=0) as records:
+        records.add_validation(0, 5.5)
+        for step, loads_LRE in enumerate(loads_SLRE, start=1):
+            records.add(record_of(step), METRICS, loads_LRE, val_loss=2.5 if step == 2 else None)
+    summary = records.summary()
+    assert load_config(tmp_path / "config.toml") == config
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row.get("val_loss") for row in rows] == [5.5, None, 2.5]
+    assert rows[1]["max_over_mean_static"] == 1.5
+    trace = Trace(tmp_path / "trace.npz")
+    assert (trace.meta.num_ranks, trace.meta.dim) == (2, 8)
+    assert np.array_equal(np.stack(list(trace.steps())), loads_SLRE)
+    assert summary is not None
+    assert (summary.first_val_loss, summary.last_val_loss, summary.tokens_per_s, summary.steps) == (5.5, 2.5, 150.0, 2)
+    assert json.loads((tmp_path / "summary.json").read_text())["max_over_mean"] == pytest.approx(1.1)
+    assert "5.500 -> 2.500 nats per byte" in str(summary)
+    assert "1.500 under static EP, 1.100 under FSSDP" in str(summary)
+
+
+def test_an_error_loses_no_steps(tmp_path: Path) -> None:
+    def stumble() -> None:
+        with Records(tmp_path, tiny_config(tmp_path), process_of(0), first_step=0) as records:
+            records.add_validation(0, 5.5)
+            records.add(record_of(1), METRICS, np.full((2, 2, 3), 2), val_loss=None)
+            raise RuntimeError("stumbled")
+
+    with pytest.raises(RuntimeError, match="stumbled"):
+        stumble()
+    assert Trace(tmp_path / "trace.npz").num_steps == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with Records(tmp_path, tiny_config(tmp_path), process_of(1), first_step=0) as records:
+        records.add_validation(0, 5.5)
+        records.add(record_of(1), METRICS, np.ones((2, 2, 3), dtype=np.int64), val_loss=None)
+        records.say("nothing")
+    assert records.summary() is None
+    assert list(tmp_path.iterdir()) == []

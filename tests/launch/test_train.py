@@ -1,0 +1,182 @@
+"""The training program as it runs: real processes, a tiny model on a small text."""
+
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moesaic.launch.config import OptimConfig, load_config
+from moesaic.launch.entry import run_command
+from moesaic.launch.train import build_optimizer, command, learning_rate
+from moesaic.placement import Trace
+from tests.launch.ranks import metrics_of, set_options, start_ranks, tiny_values, train_tiny, wait_for
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a text that a model can learn something from."""
+    words = np.random.default_rng(0).choice(["router ", "expert ", "slot ", "bank ", "owner\n"], size=3000)
+    (tmp_path / "text.txt").write_text("".join(words))
+    return tmp_path
+
+
+def losses_of(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics_of(run) if "loss" in row]
+
+
+def test_a_run_from_start_to_end(folder: Path) -> None:
+    """Two ranks learn, leave every file behind, do the same again bitwise; one rank goes on from their checkpoint."""
+    values = ["train.steps=8", "checkpoint.every=4", "train.eval_every=4", "train.micro_batches=3", "optim.lr=0.01"]
+    first, second = train_tiny(2, values, folder)
+    run = folder / "runs" / "demo"
+    assert f"files in {run}" in first.stdout
+    assert "validation loss" in first.stdout
+    assert second.stdout == ""
+    assert second.stderr == ""
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows] == list(range(9))
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 4, 8]
+    assert rows[8]["val_loss"] < rows[0]["val_loss"] - 0.3
+    assert {"lr", "grad_norm", "tokens_per_s", "bytes_sent", "max_over_mean", "copies_per_layer"} <= rows[1].keys()
+    trace = Trace(run / "trace.npz")
+    assert (trace.num_steps, trace.meta.num_ranks) == (8, 2)
+    for loads_LRE in trace.steps():
+        assert (loads_LRE.sum(axis=(1, 2)) == 12 * 16 * 2).all()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000008"]
+    assert load_config(run / "config.toml").train.steps == 8
+
+    train_tiny(2, values, folder)
+    assert losses_of(folder / "runs" / "demo-2") == losses_of(run)
+
+    train_tiny(1, [*values, f"checkpoint.resume={run}/checkpoints/step-000004"], folder)
+    resumed = metrics_of(folder / "runs" / "demo-3")
+    assert [row["step"] for row in resumed] == [4, 5, 6, 7, 8]
+    np.testing.assert_allclose(losses_of(folder / "runs" / "demo-3"), losses_of(run)[4:], rtol=1e-4)
+    assert resumed[0]["val_loss"] == pytest.approx(rows[4]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("signum, told", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_a_signal_to_one_rank_ends_all_at_a_step(folder: Path, signum: signal.Signals, told: int) -> None:
+    """Every rank ends with 128 + the signal; metrics, trace and a last checkpoint are whole and agree."""
+    values = [*tiny_values(folder), "train.steps=1000000", "train.eval_every=0", "checkpoint.every=1000000"]
+    processes = start_ranks(2, set_options(values), folder)
+    metrics = folder / "runs" / "demo" / "metrics.jsonl"
+    deadline_s = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+        assert time.monotonic() < deadline_s
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[told].send_signal(signum)
+    ended = wait_for(processes)
+    assert [end.status for end in ended] == [128 + signum] * 2, ended
+    assert [end.stderr for end in ended] == ["", ""]
+    rows = metrics_of(folder / "runs" / "demo")
+    last = int(rows[-1]["step"])
+    assert f"stopped by {signum.name} after step {last}" in ended[0].stdout
+    assert "val_loss" in rows[-1]
+    assert Trace(folder / "runs" / "demo" / "trace.npz").num_steps == last
+    assert (folder / "runs" / "demo" / "checkpoints" / f"step-{last:06d}" / "progress.json").exists()
+
+
+def test_wrong_use_ends_every_rank_with_one_line(folder: Path) -> None:
+    """Seen by all ranks before they meet: rank 0 prints, both end with 2, and nothing was written."""
+    first, second = wait_for(start_ranks(2, set_options([*tiny_values(folder), "runtime.slots=-1"]), folder))
+    assert (first.status, second.status) == (2, 2)
+    assert first.stderr.count("\n") == 1
+    assert "runtime.slots" in first.stderr
+    assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
+    assert not (folder / "runs").exists()
+
+
+def test_a_text_that_one_rank_cannot_see(folder: Path) -> None:
+    """Ranks in different folders, one without the text: all end together with one line that names the rank."""
+    other = folder / "other"
+    other.mkdir()
+    values = [*tiny_values(folder), "data.path=text.txt"]
+    first, second = wait_for(start_ranks(2, set_options(values), folder, [folder, other]))
+    assert (first.status, second.status) == (2, 2)
+    assert first.stderr == (
+        "moesaic: data.path 'text.txt' does not exist: give a text file or a folder of text files (rank 1 of 2)\n"
+    )
+    assert second.stderr == ""
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "values, env, message",
+    [
+        (["data.path=/nowhere"], {}, "data.path '/nowhere' does not exist"),
+        (["data.seq_len=100000"], {}, "one window needs 100001"),
+        (["launch.device=cuda"], {}, "CUDA device(s)"),
+        (["train.batch_size=7"], {"RANK": "0", "WORLD_SIZE": "2"}, "train.batch_size 7 does not divide over 2 ranks"),
+        ([], {"RANK": "0"}, "only one of RANK and WORLD_SIZE"),
+        (["checkpoint.resume=/nowhere"], {}, "checkpoint.resume '/nowhere' is no checkpoint"),
+        (["run.folder=/proc/nowhere"], {}, "/proc/nowhere"),
+    ],
+)
+def test_wrong_input_alone(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    values: list[str],
+    env: dict[str, str],
+    message: str,
+) -> None:
+    """In this process: one line, status 2, and the process group is gone again."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
+    assert run_command(command, set_options([*options, *values])) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_checkpoint_of_another_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another model, text or seed, or a finished run: one line that names the difference."""
+    train_tiny(1, ["train.steps=2", "checkpoint.every=2"], folder)
+    resume = f"checkpoint.resume={folder}/runs/demo/checkpoints/step-000002"
+    (folder / "other.txt").write_text("another text " * 100)
+    for values, message in (
+        (["model.ffn_dim=24"], "the checkpoint has model.ffn_dim = 16, this run 24"),
+        (["run.seed=9"], "run.seed: 1, this run 9"),
+        (["data.seq_len=8"], "data.seq_len: 16, this run 8"),
+        ([f"data.path={folder}/other.txt"], "the text (data.path)"),
+        (["train.steps=2"], "the checkpoint is at step 2 of train.steps 2"),
+    ):
+        options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
+        assert run_command(command, set_options([*options, "train.steps=4", resume, *values])) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert message in captured.err
+    assert [path.name for path in (folder / "runs").iterdir()] == ["demo"]
+
+
+def test_learning_rate() -> None:
+    """Linear to the peak over the warm-up, then a half cosine to the last step's share."""
+    config = OptimConfig(lr=1.0, warmup_steps=4, min_lr_share=0.1)
+    rates = [learning_rate(config, step, 15) for step in range(15)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[9] == pytest.approx(0.55)
+    assert rates[14] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    no_warmup = OptimConfig(lr=1.0, warmup_steps=0, min_lr_share=0.0)
+    assert [learning_rate(no_warmup, step, 1) for step in range(1)] == [1.0]
+
+
+def test_vectors_do_not_decay() -> None:
+    """With zero gradients a step shrinks matrices by lr * weight_decay and leaves vectors as they are."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimConfig(lr=0.5, weight_decay=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if parameter.ndim > 1 else 1.0), msg=name)
