@@ -13,10 +13,11 @@ rows, 0.59 at 512, 0.79 at 8192) within 0.06 from 256 rows up. The backward pass
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 
-from .split import Split
+from .split import Split, split_exact
 from .topology import Topology
 from .values import Placement, Problem
 
@@ -180,3 +181,10 @@ def solution(placement: Placement, cost: Cost, bound: Bound, seconds: float, sol
     """Assemble a solver's answer with its gap."""
     gap = max(0.0, 1.0 - bound.total_s / cost.total_s) if cost.total_s > 0 else 0.0
     return Solution(placement, cost, bound, gap, seconds, solver)
+
+
+def evaluate(problem: Problem, placement: Placement, start: float, solver: str, *, owners_may_move: bool = False) -> Solution:
+    """Price a solver's placement under the exact split; `start` is the solver's perf_counter at its beginning."""
+    seconds = cost(problem, placement, split_exact(problem.load, placement, problem.topology))
+    bound = lower_bound(problem, owners_may_move=owners_may_move)
+    return solution(placement, seconds, bound, perf_counter() - start, solver)

@@ -5,14 +5,13 @@ Shape letters: L layers, E experts, R ranks, N nodes.
 
 from __future__ import annotations
 
-import time
+from time import perf_counter
 
 import numpy as np
 
 from .content import as_counts, check_positive_int
-from .cost import Solution, cost, lower_bound, solution
+from .cost import Solution, evaluate
 from .owners import OwnerMap
-from .split import split_exact
 from .topology import Topology
 from .values import Placement, Problem
 
@@ -64,7 +63,7 @@ def solve(problem: Problem, *, degree: int | None = None) -> Solution:
     `degree` is t, the number of experts considered; by default as many as hide under `problem.overlap_s`. Memory is
     `problem.slots`. Never more than `slots` copies on a rank.
     """
-    start = time.perf_counter()
+    start = perf_counter()
     degree = (
         overlap_degree(problem) if degree is None else min(check_positive_int("degree", degree, minimum=0), problem.num_experts)
     )
@@ -75,9 +74,7 @@ def solve(problem: Problem, *, degree: int | None = None) -> Solution:
         replicas_RE[:, top_experts] = True
     elif memory:
         _spread(problem, top_experts, memory, replicas_RE)
-    placement = Placement(problem.expert_to_owner_E, replicas_RE)
-    seconds = cost(problem, placement, split_exact(problem.load, placement, problem.topology))
-    return solution(placement, seconds, lower_bound(problem), time.perf_counter() - start, "hecate")
+    return evaluate(problem, Placement(problem.expert_to_owner_E, replicas_RE), start, "hecate")
 
 
 def hecate_owners(loads_LE: np.ndarray, topology: Topology, degree: int) -> OwnerMap:

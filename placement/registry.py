@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import hecate, quota, static
+from . import eplb, exhaustive, flexmoe, hecate, laer, permutation, quota, static
 from .cost import Solution
 from .values import Problem
 
@@ -15,8 +15,15 @@ Solver = Callable[[Problem], Solution]
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         "static": static.solve,
+        "lpt": permutation.solve_lpt,
+        "smartmoe": permutation.solve_smartmoe,
+        "eplb": eplb.solve,
+        "eplb_hierarchical": eplb.solve_hierarchical,
+        "flexmoe": flexmoe.solve,
+        "laer": laer.solve,
         "hecate": hecate.solve,
         "quota": quota.solve,
+        "exhaustive": exhaustive.solve,
     }
 )
 
