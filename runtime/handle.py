@@ -42,6 +42,16 @@ class Handle:
         self._metrics: dict[str, float] = {}
         self._loads: list[np.ndarray] = []
 
+    def parameter_groups(self) -> list[dict[str, list[nn.Parameter]]]:
+        """The model's parameters for an optimizer, dense ones and experts apart.
+
+        FSDP2's dense parameters are DTensors and the banks' are not; `foreach` and `fused` optimizers, the default on CUDA,
+        cannot take both in one group.
+        """
+        experts = [p for bank in self.banks for p in bank.parameters()]
+        ids = {id(p) for p in experts}
+        return [{"params": [p for p in self.model.parameters() if id(p) not in ids]}, {"params": experts}]
+
     def aux_loss(self) -> Tensor:
         """The router losses of the last forward, summed over layers: add it to your loss. Coefficients are applied."""
         losses = [layer.aux_loss for layer in self.layers.values() if layer.aux_loss is not None]

@@ -73,8 +73,9 @@ class MoELayer(nn.Module):
         routing = runtime.route(self.router, x_TD, this)
         load = runtime.measure(routing, this)
         runtime.plan(load, this, is_training=self.training)
-        token = runtime.materialize(token, this)
         rows_ND, row_weights_N = runtime.dispatch(x_TD, routing, this)
+        # After dispatch, so that the gather also travels under it, and in backward the reduce under dispatch's transpose.
+        token = runtime.materialize(token, this)
         rows_ND = runtime.experts(rows_ND, row_weights_N, token, this)
         y_TD = runtime.combine(rows_ND, this)
         # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.

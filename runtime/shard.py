@@ -31,7 +31,7 @@ def shard_experts(
 ) -> Handle:
     """Share the experts of `model` among the ranks of `mesh`, materialized where they help; FSDP2 shards the rest.
 
-    Collective: every rank calls it with the same weights. Build the optimizer afterwards, from `model.parameters()`; keep
+    Collective: every rank calls it with the same weights. Build the optimizer afterwards, from `handle.parameter_groups()`; keep
     your own loop, and call `handle.step()` after `optimizer.step()`. Each rank's loss is over its own tokens; gradients
     become those of the mean of the ranks' losses, for experts as for everything else.
 
@@ -57,8 +57,6 @@ def shard_experts(
     group = group_of_process_group(mesh.get_group(), timeout_s=config.timeout_s, topology=topology)
     clock = StageClock()
     banks = share_experts(layers, group, config=config, solver=solver, clock=clock)
-    for i, bank in enumerate(banks):
-        model.add_module(f"expert_bank_{i}", bank)
     prefetch_in_order(model, list(layers.values()))
     if config.shard_dense:
         _shard_dense(model, mesh, layers, banks)
@@ -76,6 +74,7 @@ def share_experts(
 ) -> list[Bank]:
     """Move the experts of unsharded layers into banks, one bank for each shape of expert; the layers run on them after.
 
+    A bank becomes a submodule, `bank`, of the first of its layers, where `model.parameters()` finds it.
     `owners` replaces the contiguous owner map; it needs layers of one shape.
     """
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
@@ -106,6 +105,7 @@ def _share_alike(
     owners = owners or OwnerMap.contiguous(len(layers), num_experts, group.world_size)
     bank = Bank(first.shape, owners, group.rank, device=first.gate_up.device, dtype=first.gate_up.dtype)
     bank.requires_grad_(first.is_trainable)
+    next(iter(layers.values())).add_module("bank", bank)
     pool = SlotPool(first.shape)
     for index, (name, layer) in enumerate(layers.items()):
         whole = layer.experts
