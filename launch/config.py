@@ -144,7 +144,7 @@ class LaunchConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch sees one, else cpu."""
     init_method: str = "env://"
-    """How ranks meet: env:// (torchrun's variables) or file:///PATH on a disk that all ranks share. Alone it is not used."""
+    """How ranks meet: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
     num_threads: CountOrZero = 0
     """CPU threads per rank; 0: OMP_NUM_THREADS where the user set it, else cores / ranks on this machine."""
     reuse_memory: bool = True

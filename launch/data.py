@@ -110,8 +110,8 @@ def cut_point(sizes: list[int], val_fraction: float) -> int:
 def prepare_text(config: DataConfig) -> Text:
     """Join the documents into the cache, or find them there; the file appears whole or not at all.
 
-    Every rank of a machine may call this at once. Raises `ValueError` for a missing or too short text, `OSError` if the
-    text cannot be read or the cache cannot be written.
+    Every rank of a machine may call this at once. Raises `ValueError` for a missing or too short text, and if the text
+    cannot be read or the cache cannot be written.
     """
     documents = find_documents(config)
     stats = [document.path.stat() for document in documents]
@@ -120,8 +120,14 @@ def prepare_text(config: DataConfig) -> Text:
     joined_path = cache_folder(config) / f"text-{key}.bin"
     record_path = joined_path.with_suffix(".json")
     if not record_path.exists():
-        joined_path.parent.mkdir(parents=True, exist_ok=True)
-        _join(documents, config.val_fraction, joined_path, record_path)
+        try:
+            joined_path.parent.mkdir(parents=True, exist_ok=True)
+            _join(documents, config.val_fraction, joined_path, record_path)
+        except OSError as error:
+            raise ValueError(
+                f"cannot join the text in {str(joined_path.parent)!r} ({error}): set data.cache_folder to a folder with "
+                f"{sum(stat.st_size for stat in stats) / 1e6:.1f} MB to spare"
+            ) from None
     record = json.loads(record_path.read_text(encoding="utf-8"))
     text = Text(joined_path, **record)
     _check_length(text, config)

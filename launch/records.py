@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -27,18 +27,22 @@ from .process import Process
 
 
 def create_run_folder(config: RunConfig) -> Path:
-    """Make and return a folder of this run's own: NAME, or the first free of NAME-2, NAME-3, ...; nothing is ever overwritten."""
+    """Make and return a folder of this run's own: NAME, or the first free of NAME-2, NAME-3, ...; nothing is ever overwritten.
+
+    Raises `ValueError` if no folder can be made there.
+    """
     parent = Path(config.folder).expanduser()
-    parent.mkdir(parents=True, exist_ok=True)
     number = 1
-    while True:
-        folder = parent / (config.name if number == 1 else f"{config.name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = parent / (config.name if number == 1 else f"{config.name}-{number}")
             number += 1
-        else:
-            return folder
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise ValueError(f"cannot make a run folder in {str(parent)!r} ({error.strerror}): set run.folder to another") from None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,15 @@ def test_the_next_free_name_is_taken(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "a-2").read_text() == "not a run"
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """A file where the parent should be: one line with the cure, no endless search for a free name."""
+    (tmp_path / "runs").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"cannot make a run folder in .*runs/a.* set run.folder to another"):
+        create_run_folder(RunConfig(name="b", folder=str(tmp_path / "runs" / "a")))
+    with pytest.raises(ValueError, match=r"cannot make a run folder"):
+        create_run_folder(RunConfig(name="b", folder=str(tmp_path / "runs")))
+
+
 def test_runs_that_start_together_get_different_folders(tmp_path: Path) -> None:
     config = RunConfig(name="a", folder=str(tmp_path))
     with ThreadPoolExecutor(8) as pool:
