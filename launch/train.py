@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ..runtime import shard_experts
 from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
@@ -111,7 +109,7 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = model.to(process.device)
         self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.handle.parameter_groups(), config.optim)
 
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
@@ -236,19 +234,15 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the wrapped model; weight decay for matrices and experts, none for vectors."""
-    # FSDP2's sharded parameters and the experts' plain ones may not share one fused call.
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        groups[isinstance(parameter, DTensor), parameter.ndim >= 2].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": group, "weight_decay": config.weight_decay * decays} for (_, decays), group in groups.items()],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+def build_optimizer(parameter_groups: Iterable[Mapping[str, Sequence[nn.Parameter]]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the groups of `Handle.parameter_groups`, each cut in two: matrices decay, vectors do not."""
+    groups = []
+    for group in parameter_groups:
+        for weight_decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
+            parameters = [parameter for parameter in group["params"] if (parameter.ndim >= 2) == is_matrix]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": weight_decay})
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

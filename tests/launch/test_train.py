@@ -13,7 +13,7 @@ from moesaic.launch.config import OptimConfig, load_config
 from moesaic.launch.entry import run_command
 from moesaic.launch.train import build_optimizer, command, learning_rate
 from moesaic.placement import Trace
-from tests.launch.ranks import metrics_of, set_options, start_ranks, tiny_values, train_tiny, wait_for
+from tests.launch.ranks import LIMIT_S, metrics_of, set_options, start_ranks, tiny_values, train_tiny, wait_for
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_signal_to_one_rank_ends_all_at_a_step(folder: Path, signum: signal.Si
     values = [*tiny_values(folder), "train.steps=1000000", "train.eval_every=0", "checkpoint.every=1000000"]
     processes = start_ranks(2, set_options(values), folder)
     metrics = folder / "runs" / "demo" / "metrics.jsonl"
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + LIMIT_S
     while not metrics.exists() or metrics.read_text().count("\n") < 4:
         assert time.monotonic() < deadline_s
         assert all(process.poll() is None for process in processes)
@@ -174,7 +174,7 @@ def test_vectors_do_not_decay() -> None:
     """With zero gradients a step shrinks matrices by lr * weight_decay and leaves vectors as they are."""
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimConfig(lr=0.5, weight_decay=0.1))
+    optimizer = build_optimizer([{"params": list(model.parameters())}], OptimConfig(lr=0.5, weight_decay=0.1))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
