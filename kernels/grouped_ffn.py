@@ -92,12 +92,14 @@ def grouped_ffn_backward(
     group_sizes: Sequence[int],
     *,
     alpha: float = 1.0,
+    overwrite: Sequence[bool] | None = None,
     out: GroupedFFNGrads | None = None,
 ) -> GroupedFFNGrads:
     """Backward of `grouped_ffn`: returns the row gradients and adds `alpha` times the weight gradients to `grads`.
 
     `grads` holds fp32 views, one pair per group, added to in place; None when the experts are frozen. Groups without
-    rows leave theirs untouched. `alpha` scales the weight gradients only.
+    rows leave theirs untouched. `alpha` scales the weight gradients only. Groups marked in `overwrite` have buffers that
+    hold nothing yet: theirs are set, not added to, and set to zero where the group has no rows.
     """
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
     F = gate_up_N2F.shape[1] // 2
@@ -105,6 +107,13 @@ def grouped_ffn_backward(
         out = GroupedFFNGrads(
             dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)
         )
+    is_fresh = list(overwrite) if grads is not None and overwrite is not None else [False] * len(group_sizes)
+    if grads is not None:
+        for group, size in enumerate(group_sizes):
+            if is_fresh[group] and (size == 0 or x_ND.device.type != "cpu"):
+                grads.gate_up[group].zero_()
+                grads.down[group].zero_()
+                is_fresh[group] = False
     if x_ND.device.type != "cpu":
         dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
         buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
@@ -126,8 +135,9 @@ def grouped_ffn_backward(
         inner = swiglu_backward(dh, gate_up_N2F[rows], row_weights_N[rows], out=buffers)
         torch.mm(inner.dgate_up_N2F, weights.gate_up[group], out=out.dx_ND[rows])
         if grads is not None:
-            add_wgrad(grads.down[group], dy_ND[rows], inner.h_NF, alpha=alpha)
-            add_wgrad(grads.gate_up[group], inner.dgate_up_N2F, x_ND[rows], alpha=alpha)
+            add_wgrad(grads.down[group], dy_ND[rows], inner.h_NF, alpha=alpha, overwrite=is_fresh[group])
+            add_wgrad(grads.gate_up[group], inner.dgate_up_N2F, x_ND[rows], alpha=alpha, overwrite=is_fresh[group])
+            is_fresh[group] = False
     return out
 
 

@@ -84,10 +84,10 @@ def grouped_gemm_wgrad_torch(
         add_wgrad(grads[group], dy_NO[rows], x_NI[rows], alpha=alpha)
 
 
-def add_wgrad(grad_OI: Tensor, dy_nO: Tensor, x_nI: Tensor, *, alpha: float = 1.0) -> None:
-    """`grad_OI += alpha * dy_nO.T @ x_nI` in the dtype of `grad_OI`, for the rows of one group."""
+def add_wgrad(grad_OI: Tensor, dy_nO: Tensor, x_nI: Tensor, *, alpha: float = 1.0, overwrite: bool = False) -> None:
+    """`grad_OI += alpha * dy_nO.T @ x_nI`, or `=` to overwrite, in the dtype of `grad_OI`, for the rows of one group."""
     # No CPU product takes half-precision operands and an fp32 result, and rounding the product would lose the sum's bits.
-    grad_OI.addmm_(dy_nO.to(grad_OI.dtype).t(), x_nI.to(grad_OI.dtype), alpha=alpha)
+    grad_OI.addmm_(dy_nO.to(grad_OI.dtype).t(), x_nI.to(grad_OI.dtype), beta=0 if overwrite else 1, alpha=alpha)
 
 
 def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -54,6 +54,7 @@ class _Experts(torch.autograd.Function):
                 layer_pass.handle.group_sizes,
                 # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
                 alpha=1.0 / runtime.group.world_size,
+                overwrite=[e in layer_pass.copies for e in runtime.experts_here(layer_pass)],
             )
         return grads.dx_ND, grads.drow_weights_N, x_ND.new_zeros((), dtype=torch.float32), None, None
 

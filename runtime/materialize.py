@@ -84,9 +84,10 @@ def materialized_weights(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWei
 
 
 def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights | None:
-    """Where the gradients of this rank's experts are added, in group order; None when experts are frozen.
+    """Where the gradients of this rank's experts go, in group order; None when experts are frozen.
 
-    Owned experts: their rows of the bank's gradient. Copies: zeroed buffers, which the reduce sends to the owners.
+    Owned experts: their rows of the bank's gradient, to be added to. Copies: borrowed buffers, to be overwritten, which
+    the reduce sends to the owners.
     """
     bank = runtime.bank
     if not bank.is_trainable:
@@ -95,11 +96,8 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights
     targets: list[ExpertTensors] = []
     for e in runtime.experts_here(layer_pass):
         if e in layer_pass.copies:
-            grads = runtime.pool.acquire(like=bank.gate_up.data)
-            for tensor in grads.tensors():
-                tensor.zero_()
-            layer_pass.copy_grads[e] = grads
-            targets.append(grads)
+            layer_pass.copy_grads[e] = runtime.pool.acquire(like=bank.gate_up.data)
+            targets.append(layer_pass.copy_grads[e])
         else:
             targets.append(bank.grads(runtime.layer, e))
     return FFNWeights([t.gate_up for t in targets], [t.down for t in targets])

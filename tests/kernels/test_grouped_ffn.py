@@ -115,6 +115,34 @@ def test_out_buffers_frozen_experts_and_bank_views() -> None:
     assert torch.equal(buffers.drow_weights_N, trained.drow_weights_N)
 
 
+@pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES.keys())
+def test_overwritten_buffers_start_from_nothing(sizes: list[int]) -> None:
+    """Every other group's buffers hold NaN: the result is what zeros would have given, bit for bit, without rows too."""
+    case = Case(sizes, 7, 5, torch.float32)
+    forward = grouped_ffn(case.x_ND, case.row_weights_N, case.weights, sizes)
+    overwrite = [group % 2 == 0 for group in range(len(sizes))]
+    results = []
+    for fill in (torch.nan, 0.0):
+        grads = case.grads()
+        for group in range(0, len(sizes), 2):
+            grads.gate_up[group].fill_(fill)
+            grads.down[group].fill_(fill)
+        grouped_ffn_backward(
+            case.dy_ND,
+            case.x_ND,
+            forward.gate_up_N2F,
+            case.row_weights_N,
+            case.weights,
+            grads,
+            sizes,
+            alpha=0.5,
+            overwrite=overwrite if fill != 0.0 else None,
+        )
+        results.append([*grads.gate_up, *grads.down])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_twice_is_bitwise_equal() -> None:
     case = Case([129, 0, 1100], 33, 64, torch.float32)
     runs = []
