@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import eplb, exhaustive, flexmoe, hecate, laer, permutation, quota, static
+from . import eplb, exhaustive, flexmoe, hecate, laer, milp, permutation, quota, static
 from .cost import Solution
 from .values import Problem
 
@@ -23,6 +23,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "laer": laer.solve,
         "hecate": hecate.solve,
         "quota": quota.solve,
+        "milp": milp.solve,
         "exhaustive": exhaustive.solve,
     }
 )

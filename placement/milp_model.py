@@ -1,0 +1,254 @@
+"""The placement of one layer as a mixed-integer program in PuLP. Import this module lazily: it imports PuLP and HiGHS.
+
+For expert e and rank r:
+    owner[e,r], copy[e,r] in {0,1}   r owns e, r holds a copy of e; the fractions below are >= 0
+    group[e,r]                       e has rows at its owner r (a copy without rows never pays, so copies always count)
+    rows[e,r], own[e,r]              rows of e computed on r, and those of them that come from r itself (own_node likewise)
+Minimised is cost.py's model term by term, in units of `seconds`: compute of the busiest rank, dispatch and copies and moves over
+the busiest device and node link, less what hides. The split is free here: fractional, and chosen with the whole cost in
+view. So the optimum is a lower bound on the cost of every placement under the exact split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pulp
+
+from .values import Placement, Problem
+
+Table = dict[tuple[int, int], pulp.LpVariable]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine returned: the best placement it found, if any, and its proven bound in seconds (0 if it proved none)."""
+
+    placement: Placement | None
+    bound_s: float
+
+
+class _WarmHighs(pulp.HiGHS):
+    """PuLP's HiGHS with a start from the variables' values, and with Ctrl-C ending the search instead of the program."""
+
+    def callSolver(self, lp: pulp.LpProblem) -> None:
+        known = [(v.index, v.varValue) for v in lp.variables() if v.cat == pulp.LpInteger and v.varValue is not None]
+        if known:
+            index, value = zip(*known, strict=True)
+            lp.solverModel.setSolution(len(index), np.array(index, dtype=np.int32), np.array(value, dtype=np.float64))
+        lp.solverModel.HandleKeyboardInterrupt = True
+        lp.solverModel.solve()
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One exchange: transfer time of its busiest link in objective units, and whether anything is sent."""
+
+    transfer: pulp.LpVariable
+    used: pulp.LpVariable
+
+    def time(self, latency: float, larger: float = 1.0) -> pulp.LpAffineExpression:
+        """Return the exchange's time; `larger` scales its bytes."""
+        return larger * self.transfer + latency * self.used
+
+
+@dataclass
+class Model:
+    """The program of one problem. `seconds` is the unit of its objective, best the cost of a known placement."""
+
+    problem: Problem
+    seconds: float
+    move_owners: bool
+    program: pulp.LpProblem = field(init=False)
+    owner: Table = field(init=False)
+    copy: Table = field(init=False)
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        self.program = pulp.LpProblem("placement", pulp.LpMinimize)
+        # Rows are counted in mean ranks, so that coefficients stay near 1.
+        self._unit_rows = max(problem.load.total / problem.num_ranks, 1.0)
+        self._load_RE = problem.load.load_RE / self._unit_rows
+        self._latency = problem.topology.latency_s / self.seconds
+        self._experts, self._ranks = range(problem.num_experts), range(problem.num_ranks)
+        pairs = [(e, r) for e in self._experts for r in self._ranks]
+        self.owner, self.copy = self._table("owner", pairs, pulp.LpBinary), self._table("copy", pairs, pulp.LpBinary)
+        self._fix_owners()
+        rows = self._table("rows", pairs)
+        self._constrain_holders()
+        objective = [self._compute_s(rows)]
+        if problem.num_ranks > 1:
+            objective += [self._dispatch_s(rows), self._copy_s()]
+        if self.move_owners:
+            objective.append(self._move_s())
+        self.program += pulp.lpSum(objective), "seconds"
+
+    def _table(self, name: str, pairs: list[tuple[int, int]], kind: str = pulp.LpContinuous) -> Table:
+        upper = 1 if kind == pulp.LpBinary else None
+        return {(a, b): self.program.add_variable(f"{name}_{a}_{b}", 0, upper, kind) for a, b in pairs}
+
+    def _variable(self, name: str, kind: str = pulp.LpContinuous) -> pulp.LpVariable:
+        return self.program.add_variable(name, 0, 1 if kind == pulp.LpBinary else None, kind)
+
+    def _add(self, constraint: pulp.LpConstraint, name: str) -> None:
+        self.program.addConstraint(constraint, name)
+
+    def _fix_owners(self) -> None:
+        """Without moves every owner variable is a constant."""
+        if self.move_owners:
+            return
+        for (e, r), variable in self.owner.items():
+            is_owner = int(self.problem.expert_to_owner_E[e] == r)
+            variable.lowBound = variable.upBound = is_owner
+
+    def _constrain_holders(self) -> None:
+        """One owner per expert, as many owned per rank as now, at most `slots` copies per rank, no copy at the owner."""
+        owned_R = np.bincount(self.problem.expert_to_owner_E, minlength=self.problem.num_ranks)
+        for e in self._experts:
+            self._add(pulp.lpSum(self.owner[e, r] for r in self._ranks) == 1, f"one_owner_{e}")
+            for r in self._ranks:
+                self._add(self.copy[e, r] + self.owner[e, r] <= 1, f"copy_elsewhere_{e}_{r}")
+        for r in self._ranks:
+            self._add(pulp.lpSum(self.owner[e, r] for e in self._experts) == int(owned_R[r]), f"owned_{r}")
+            self._add(pulp.lpSum(self.copy[e, r] for e in self._experts) <= self.problem.slots, f"slots_{r}")
+
+    def _compute_s(self, rows: Table) -> pulp.LpAffineExpression:
+        problem, topology = self.problem, self.problem.topology
+        totals_E = self._load_RE.sum(axis=0)
+        busiest = self._variable("busiest_rows")
+        group = self._table("group", list(rows))
+        for e in self._experts:
+            self._add(pulp.lpSum(rows[e, r] for r in self._ranks) == totals_E[e], f"all_rows_{e}")
+            for r in self._ranks:
+                self._add(rows[e, r] <= totals_E[e] * (self.copy[e, r] + group[e, r]), f"held_{e}_{r}")
+                self._add(group[e, r] <= self.owner[e, r], f"group_at_owner_{e}_{r}")
+        overhead = topology.half_rate_rows / self._unit_rows
+        for r in self._ranks:
+            work = pulp.lpSum(rows[e, r] + overhead * (self.copy[e, r] + group[e, r]) for e in self._experts)
+            self._add(work <= busiest, f"busiest_{r}")
+        row_s = problem.backward_multiplier * problem.shape.flops_per_row / topology.flops_per_s
+        return busiest * (row_s * self._unit_rows / self.seconds)
+
+    def _link(self, name: str, unit_bytes: float, device: Table, node: Table) -> _Link:
+        """Add an exchange in which every device and node sends (index, 0) and receives (index, 1) that many items."""
+        topology = self.problem.topology
+        transfer, used = self._variable(f"{name}_transfer"), self._variable(f"{name}_used", pulp.LpBinary)
+        for table, rate, place in ((device, topology.device_bytes_per_s, "device"), (node, topology.node_bytes_per_s, "node")):
+            for (index, direction), items in table.items():
+                self._add(transfer >= items * (unit_bytes / rate / self.seconds), f"{name}_{place}_{index}_{direction}")
+        # Whatever is sent could at most all go through one link.
+        most = self._most_items(name) * unit_bytes / min(topology.device_bytes_per_s, topology.node_bytes_per_s)
+        self._add(transfer <= used * max(most / self.seconds, 1e-9), f"{name}_latency")
+        return _Link(transfer, used)
+
+    def _most_items(self, name: str) -> float:
+        problem = self.problem
+        if name == "dispatch":
+            return problem.load.total / self._unit_rows
+        return problem.num_experts * (problem.num_ranks if name == "copies" else 1)
+
+    def _dispatch_s(self, rows: Table) -> pulp.LpAffineExpression:
+        problem, per_node = self.problem, self.problem.topology.ranks_per_node
+        own = self._table("own", list(rows))
+        device, node = {}, {}
+        for (e, r), variable in own.items():
+            variable.upBound = self._load_RE[r, e]
+            self._add(variable <= rows[e, r], f"own_rows_{e}_{r}")
+        for r in self._ranks:
+            stays = pulp.lpSum(own[e, r] for e in self._experts)
+            device[r, 0] = float(self._load_RE[r].sum()) - stays
+            device[r, 1] = pulp.lpSum(rows[e, r] for e in self._experts) - stays
+        for n in range(problem.topology.num_nodes if problem.topology.num_nodes > 1 else 0):
+            inside = range(n * per_node, (n + 1) * per_node)
+            load_E = self._load_RE[list(inside)].sum(axis=0)
+            stays_e = []
+            for e in self._experts:
+                stays_e.append(self.program.add_variable(f"own_node_{e}_{n}", 0, load_E[e]))
+                self._add(stays_e[-1] <= pulp.lpSum(rows[e, r] for r in inside), f"own_node_rows_{e}_{n}")
+            stays = pulp.lpSum(stays_e)
+            node[n, 0] = float(load_E.sum()) - stays
+            node[n, 1] = pulp.lpSum(rows[e, r] for e in self._experts for r in inside) - stays
+        return 4 * self._link("dispatch", problem.shape.row_bytes * self._unit_rows, device, node).time(self._latency)
+
+    def _sent(self, name: str, owners: pulp.LpAffineExpression, copies: pulp.LpAffineExpression, most: int) -> pulp.LpVariable:
+        """Return a variable that is at least `copies` where `owners` is 1."""
+        sent = self._variable(name)
+        self._add(sent >= copies - most * (1 - owners), f"{name}_at_owner")
+        return sent
+
+    def _copy_s(self) -> pulp.LpAffineExpression:
+        problem, topology, shape = self.problem, self.problem.topology, self.problem.shape
+        per_node, num_ranks = topology.ranks_per_node, problem.num_ranks
+        device, node = {}, {}
+        copies = {e: pulp.lpSum(self.copy[e, r] for r in self._ranks) for e in self._experts}
+        for r in self._ranks:
+            sent = [self._sent(f"sent_{e}_{r}", self.owner[e, r], copies[e], num_ranks - 1) for e in self._experts]
+            device[r, 0] = pulp.lpSum(sent)
+            device[r, 1] = pulp.lpSum(self.copy[e, r] for e in self._experts)
+        for n in range(topology.num_nodes if topology.num_nodes > 1 else 0):
+            inside = range(n * per_node, (n + 1) * per_node)
+            sent, received = [], []
+            for e in self._experts:
+                home = pulp.lpSum(self.owner[e, r] for r in inside)
+                here = pulp.lpSum(self.copy[e, r] for r in inside)
+                sent.append(self._sent(f"sent_node_{e}_{n}", home, copies[e] - here, num_ranks - per_node))
+                received.append(self._sent(f"received_node_{e}_{n}", 1 - home, here, per_node))
+            node[n, 0], node[n, 1] = pulp.lpSum(sent), pulp.lpSum(received)
+        link = self._link("copies", shape.expert_bytes, device, node)
+        gather, reduce = link.time(self._latency), link.time(self._latency, shape.gradient_bytes / shape.expert_bytes)
+        overlap = problem.overlap_s / self.seconds
+        forward, backward = self._variable("exposed_gather"), self._variable("exposed_backward")
+        self._add(forward >= gather - overlap, "gather_hides")
+        self._add(backward >= (problem.gathers - 1) * gather + reduce - 2 * overlap, "backward_hides")
+        return forward + backward
+
+    def _move_s(self) -> pulp.LpAffineExpression:
+        problem, shape, topology = self.problem, self.problem.shape, self.problem.topology
+        current_E = problem.expert_to_owner_E
+        device, node = {}, {}
+        for r in self._ranks:
+            device[r, 0] = pulp.lpSum(1 - self.owner[e, r] for e in self._experts if current_E[e] == r)
+            device[r, 1] = pulp.lpSum(self.owner[e, r] for e in self._experts if current_E[e] != r)
+        for n in range(topology.num_nodes if topology.num_nodes > 1 else 0):
+            inside = range(n * topology.ranks_per_node, (n + 1) * topology.ranks_per_node)
+            home = {e: pulp.lpSum(self.owner[e, r] for r in inside) for e in self._experts}
+            node[n, 0] = pulp.lpSum(1 - home[e] for e in self._experts if int(current_E[e]) in inside)
+            node[n, 1] = pulp.lpSum(home[e] for e in self._experts if int(current_E[e]) not in inside)
+        state_bytes = shape.parameters_per_expert * 4 * problem.state_multiplier
+        return self._link("moves", state_bytes, device, node).time(self._latency) * (1 / problem.move_horizon_steps)
+
+    def start_from(self, placement: Placement) -> None:
+        """Give the integer variables the values of a placement; the engine works out the rest."""
+        for (e, r), variable in self.owner.items():
+            variable.setInitialValue(int(placement.expert_to_owner_E[e] == r))
+        for (e, r), variable in self.copy.items():
+            variable.setInitialValue(int(placement.copies_RE[r, e]))
+
+    def solve(self, engine: str, time_limit_s: float, relative_gap: float) -> Answer:
+        """Run an engine ("highs" or "cbc"); the start comes from `start_from`."""
+        if engine == "highs":
+            solver = _WarmHighs(msg=False, timeLimit=time_limit_s, gapRel=relative_gap, threads=1)
+        else:
+            path = pulp.PULP_CBC_CMD.pulp_cbc_path
+            solver = pulp.COIN_CMD(path=path, msg=False, timeLimit=time_limit_s, gapRel=relative_gap, threads=1, warmStart=True)
+        status = self.program.solve(solver)
+        bound = 0.0
+        if engine == "highs":
+            info = self.program.solverModel.getInfo()
+            bound = max(info.mip_dual_bound, 0.0) if np.isfinite(info.mip_dual_bound) else 0.0
+        elif self.program.sol_status == pulp.LpSolutionOptimal:
+            bound = pulp.value(self.program.objective) * (1 - relative_gap)
+        return Answer(self._placement() if status == pulp.LpStatusOptimal else None, bound * self.seconds)
+
+    def _placement(self) -> Placement | None:
+        """Read the placement out of the variables; None if the engine has no integer solution."""
+        num_experts, num_ranks = self.problem.num_experts, self.problem.num_ranks
+        holds_2RE = np.zeros((2, num_ranks, num_experts))
+        for table, holds_RE in zip((self.owner, self.copy), holds_2RE, strict=True):
+            for (e, r), variable in table.items():
+                holds_RE[r, e] = variable.varValue if variable.varValue is not None else 0.0
+        held_2RE = np.round(holds_2RE).astype(np.bool_)
+        if np.abs(holds_2RE - held_2RE).max() > 1e-4 or (held_2RE[0].sum(axis=0) != 1).any():
+            return None
+        return Placement(held_2RE[0].argmax(axis=0), held_2RE[0] | held_2RE[1])
