@@ -50,7 +50,8 @@ def swiglu_backward(
 ) -> SwigluGrads:
     """Return the gradients of `swiglu` for `dh_NF`, and its output h again (the down product's wgrad needs it).
 
-    `out` names buffers to write into; of the inputs only `dh_NF` may serve as one, as `out.h_NF`.
+    `out` names buffers to write into. `dh_NF` itself may serve as `out.h_NF`, which on the CPU saves a copy; no other input
+    may overlap one.
     """
     _check_dh(dh_NF, gate_up_N2F)
     grads = _new_grads(gate_up_N2F, row_weights_N) if out is None else out
@@ -62,13 +63,14 @@ def swiglu_backward(
         return swiglu_backward_torch(dh_NF, gate_up_N2F, row_weights_N, out=grads)
     from .swiglu_cpu import swiglu_backward_rows
 
+    if grads.h_NF.data_ptr() != dh_NF.data_ptr():
+        grads.h_NF.copy_(dh_NF)
     swiglu_backward_rows(
-        _array(dh_NF),
+        _array(grads.h_NF),
         _array(gate_up_N2F),
         _weights_array(row_weights_N, len(dh_NF)),
         _array(grads.dgate_up_N2F),
         _weights_array(grads.drow_weights_N, len(dh_NF)),
-        _array(grads.h_NF),
     )
     return grads
 

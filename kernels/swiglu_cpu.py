@@ -90,21 +90,24 @@ def swiglu_rows(gate_up_N2F, row_weights_N, h_NF):
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
-def swiglu_backward_rows(dh_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N, h_NF):
-    """Both gradients and h; the sum over f of a row's weight gradient is vectorised, in one fixed order."""
-    N, F = h_NF.shape
+def swiglu_backward_rows(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N):
+    """Both gradients, and h written over dh; the sum over f of a row's weight gradient is vectorised, in one fixed order.
+
+    One array for dh and h is not thrift alone: the compiler vectorises a loop over two arrays only where they don't overlap.
+    """
+    N, F = dh_then_h_NF.shape
     for n in range(N):
         weight = row_weights_N[n]
-        gate, up, dh, h = gate_up_N2F[n, :F], gate_up_N2F[n, F:], dh_NF[n], h_NF[n]
+        gate, up, dh_then_h = gate_up_N2F[n, :F], gate_up_N2F[n, F:], dh_then_h_NF[n]
         dgate, dup = dgate_up_N2F[n, :F], dgate_up_N2F[n, F:]
         dweight = np.float32(0.0)
         for f in range(F):
-            g, u, d = _load(gate[f]), _load(up[f]), _load(dh[f])
+            g, u, d = _load(gate[f]), _load(up[f]), _load(dh_then_h[f])
             s = _sigmoid(g)
             activated = g * s
             d_up = d * activated
             dweight += d_up * u
-            h[f] = _store(activated * u * weight, h[f])
+            dh_then_h[f] = _store(activated * u * weight, dh_then_h[f])
             dup[f] = _store(d_up * weight, dup[f])
             dgate[f] = _store(d * u * weight * (s + activated * (_ONE - s)), dgate[f])
         drow_weights_N[n] = dweight
