@@ -64,6 +64,7 @@ class Handle:
         counters = [layer.runtime.counters for layer in self.layers.values()]
         traffic = {self.group.tokens.traffic, self.group.experts.traffic}
         self._metrics = step_metrics(counters, _sum(t.total_bytes() for t in traffic))
+        self._metrics |= {key: float(count) for key, count in self.memory().items()}
         self._loads = [
             np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
             for layer, c in zip(self.layers.values(), counters, strict=True)
@@ -95,7 +96,7 @@ class Handle:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The last closed step in numbers; the keys are those of `metrics.step_metrics`."""
+        """The last closed step in numbers; the keys are those of `metrics.step_metrics` and of `memory`."""
         return dict(self._metrics)
 
     def loads(self) -> np.ndarray:

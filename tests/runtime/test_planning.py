@@ -1,0 +1,112 @@
+"""Invariants 2, 3, 5 and 6 on what planning and banks hold: one owner, one plan, no token lost, bounded memory."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+
+from moesaic import RuntimeConfig
+from moesaic.placement import ExpertLoad, LayerShape, Placement, Problem, Topology
+from moesaic.runtime.group import RankGroup
+from moesaic.runtime.planning import LayerPlanner, Plan
+from moesaic.runtime.shard import share_experts
+from moesaic.runtime.stages import StageClock
+from tests.helpers.cases import Case, cases
+from tests.helpers.ranks import run_ranks
+from tests.helpers.threads import run_threads
+from tests.runtime.test_shard import trained, wrapped
+
+
+def plans_of_three_forwards(group: RankGroup, case: Case) -> list[Plan]:
+    layers = {str(i): layer for i, layer in enumerate(case.layers())}
+    config, solver = RuntimeConfig(slots=case.slots), case.solver()
+    share_experts(layers, group, config=config, solver=solver, clock=StageClock(), owners=case.owners())
+    seen: list[Plan] = []
+    for layer in layers.values():
+        split = layer.runtime.planner.split
+        layer.runtime.planner.split = lambda plan, load, split=split: seen.append(split(plan, load)) or seen[-1]  # type: ignore[method-assign]
+    for batch in range(3):
+        x = case.tokens(group.rank, batch)
+        for layer in layers.values():
+            x = x + layer(x)
+    return seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_every_rank_reaches_the_same_plan(case: Case) -> None:
+    """Invariants 3, 5 and the budget: equal plans, every assignment computed once, by a rank that holds the expert."""
+    plans_R = run_threads(case.world_size, plans_of_three_forwards, case, topology=case.topology())
+    for plans in zip(*plans_R, strict=True):
+        assert all(plan == plans[0] for plan in plans)
+        placement, split = plans[0].placement, plans[0].split
+        assert split is not None
+        assert split.rows_RE.sum() == sum(case.tokens_R) * case.top_k
+        assert np.array_equal(split.rows_RE.sum(axis=0), split.load.totals_E)
+        assert not split.rows_RE[~placement.replicas_RE].any()
+        assert placement.copies_RE.sum(axis=1).max() <= case.slots
+
+
+def planner(solver: Any, slots: int) -> LayerPlanner:
+    owners_E = np.array([0, 0, 1, 1])
+    shape = LayerShape(num_experts=4, top_k=1, dim=4, ffn_dim=4)
+    return LayerPlanner(owners_E, Topology.preset("cpu", 2), shape, solver, RuntimeConfig(slots=slots))
+
+
+def everywhere(problem: Problem) -> Any:
+    return SimpleNamespace(placement=Placement.everywhere(problem.expert_to_owner_E, problem.num_ranks))
+
+
+def test_a_solver_that_breaks_the_budget_is_refused() -> None:
+    breaking = planner(everywhere, slots=1)
+    assert breaking.place().placement.num_copies == 0
+    breaking.observe(ExpertLoad(np.ones((2, 4), np.int64)))
+    with pytest.raises(ValueError, match="2 copies on rank 0, which has 1 slots"):
+        breaking.place()
+
+
+def count_state(rank: int) -> dict[str, int]:
+    """Elements of expert weights and of their AdamW state on this rank, and the memory report."""
+    model, optimizer, _ = trained(rank, 2)
+    layers = [block.moe.runtime for block in model.blocks]
+    parameters = list(layers[0].bank.parameters())
+    state = [value for p in parameters for value in optimizer.state[p].values() if value.ndim]
+    return {
+        "weights": sum(p.numel() for p in parameters),
+        "state": sum(value.numel() for value in state),
+        "experts": sum(len(layer.owned_experts) for layer in layers),
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_expert_and_its_state_exist_once(world_size: int) -> None:
+    """Invariant 2: 2 layers x 5 experts of 3 * 16 * 24 weights over all ranks, two moments each."""
+    counts = run_ranks(world_size, count_state)
+    assert sum(c["experts"] for c in counts) == 10
+    assert sum(c["weights"] for c in counts) == 10 * 3 * 16 * 24
+    assert sum(c["state"] for c in counts) == 2 * 10 * 3 * 16 * 24
+
+
+def memory_after_steps(rank: int, solver: str) -> dict[str, int]:
+    model, handle = wrapped(solver)
+    for _ in range(3):
+        ids = torch.randint(0, 11, (4, 6))
+        model(ids).square().sum().backward()
+        handle.step()
+    assert dist.get_world_size() == 2
+    return handle.memory()
+
+
+@pytest.mark.parametrize("solver", ["static", "random", "everywhere"])
+def test_memory_stays_within_its_prediction(solver: str) -> None:
+    """Invariant 6: what slots took at most, beside what the budget said they may take."""
+    expert_bytes = 3 * 16 * 24 * 4
+    for memory in run_ranks(2, memory_after_steps, solver):
+        assert memory["expert_bytes"] == 2 * 5 * expert_bytes
+        assert memory["slot_bytes_bound"] == (2 + 2) * 5 * expert_bytes
+        assert memory["slot_bytes_peak"] <= memory["slot_bytes_bound"]
+        assert (memory["slot_bytes_peak"] == 0) == (solver == "static")
