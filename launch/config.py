@@ -117,7 +117,7 @@ class TrainConfig:
 
     steps: Count = 300
     """Optimizer steps."""
-    batch_size: Count = 32
+    batch_size: Count = 16
     """Windows of seq_len bytes per optimizer step, over all ranks and micro-batches."""
     micro_batches: Count = 1
     """Gradient accumulation: the batch is cut into this many forward and backward passes."""
@@ -159,7 +159,8 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
+    # A weak balancing loss: it keeps experts alive, levelling the ranks is the runtime's work.
+    router: RouterConfig = field(default_factory=lambda: RouterConfig(aux_loss_coef=0.001))
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -79,6 +79,9 @@ class Summary:
     max_over_mean: float
     copies_per_layer: float
     bytes_sent_per_step: float
+    expert_bytes: float
+    slot_bytes_bound: float
+    slot_bytes_peak: float
     seconds: float
     folder: str
 
@@ -92,6 +95,8 @@ class Summary:
                 " (mean over steps, same routing)",
                 f"copies per layer       {self.copies_per_layer:.2f}",
                 f"sent per step          {self.bytes_sent_per_step / 1e6:.2f} MB over all ranks",
+                f"memory, rank 0         {self.expert_bytes / 1e6:.1f} MB of experts and gradients; slots took"
+                f" {self.slot_bytes_peak / 1e6:.1f} MB of the {self.slot_bytes_bound / 1e6:.1f} MB predicted at most",
                 f"files                  {self.folder}",
             )
         )
@@ -186,6 +191,9 @@ class Records:
             max_over_mean=mean("max_over_mean"),
             copies_per_layer=mean("copies_per_layer"),
             bytes_sent_per_step=mean("bytes_sent"),
+            expert_bytes=self._rows[-1]["expert_bytes"],
+            slot_bytes_bound=self._rows[-1]["slot_bytes_bound"],
+            slot_bytes_peak=self._rows[-1]["slot_bytes_peak"],
             seconds=sum(row["seconds"] for row in self._rows),
             folder=str(self.folder),
         )
