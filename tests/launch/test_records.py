@@ -18,7 +18,14 @@ def record_of(step: int) -> StepRecord:
     return StepRecord(step, loss=3.0, aux_loss=0.1, grad_norm=1.0, lr=0.1, seconds=0.5, tokens_per_s=100.0 * step, bytes_sent=8.0)
 
 
-METRICS = {"max_over_mean": 1.1, "max_over_mean_static": 1.5, "copies_per_layer": 2.0}
+METRICS = {
+    "max_over_mean": 1.1,
+    "max_over_mean_static": 1.5,
+    "copies_per_layer": 2.0,
+    "expert_bytes": 4e6,
+    "slot_bytes_bound": 3e6,
+    "slot_bytes_peak": 2e6,
+}
 
 
 def tiny_config(folder: Path) -> Config:
