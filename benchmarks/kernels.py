@@ -1,0 +1,197 @@
+"""Every kernel against torch and against this machine's own ceilings, measured interleaved in one run.
+
+Before a case is timed, our result is compared with torch's. Ratios are the ceiling's time, or torch's best time, over our
+time: 1 is level, more is better. The cases are in kernel_cases.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import bags_of, gather_rows, sum_rows
+from .kernel_cases import Call, Case, all_cases, shapes
+from .rows import publish
+
+COLUMNS = (
+    "op",
+    "shape",
+    "dtype",
+    "achieved",
+    "achieved_min",
+    "achieved_max",
+    "ceiling",
+    "unit",
+    "ratio_to_ceiling",
+    "ratio_to_torch",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result; the keys are the schema."""
+
+    op: str
+    shape: str
+    dtype: str
+    device: str
+    achieved: float
+    achieved_min: float
+    achieved_max: float
+    ceiling: float
+    unit: str
+    ratio_to_ceiling: float
+    ratio_to_torch: float | None
+    torch_is: str | None
+
+
+def measure(case: Case, device: str, rounds: int) -> Row:
+    """Gate on correctness, then time ours, the ceiling and torch's ways round by round."""
+    error = case.check()
+    if not error <= case.tolerance:
+        raise ValueError(f"{case.op} at {case.shape}: differs from torch by {error:.2e}, allowed is {case.tolerance:.0e}")
+    calls = {"ours": case.ours, **{f"torch {name}": call for name, call in case.torch.items()}}
+    if callable(case.ceiling):
+        calls["ceiling"] = case.ceiling
+    seconds = time_interleaved(calls, device, rounds)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    torch_names = [name for name in median if name.startswith("torch ")]
+    best = min(torch_names, key=lambda name: median[name], default=None)
+    ceiling_s = median["ceiling"] if callable(case.ceiling) else case.ceiling * 1e-6
+
+    def rate(time_s: float) -> float:
+        return time_s * 1e6 if case.unit == "us" else case.work / time_s / 1e9
+
+    return Row(
+        op=case.op,
+        shape=case.shape,
+        dtype=case.dtype,
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        achieved=rate(median["ours"]),
+        achieved_min=min(rate(t) for t in seconds["ours"]),
+        achieved_max=max(rate(t) for t in seconds["ours"]),
+        ceiling=rate(ceiling_s),
+        unit=case.unit,
+        ratio_to_ceiling=ceiling_s / median["ours"],
+        ratio_to_torch=None if best is None else median[best] / median["ours"],
+        torch_is=None if best is None else best.removeprefix("torch "),
+    )
+
+
+def time_interleaved(calls: dict[str, Call], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round; on a GPU by events, after two rounds that compile and warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    spacer = torch.empty(1 << 30 if device == "cuda" else 0, dtype=torch.uint8, device=device)
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            time_s = _time_cuda(call, spacer) if device == "cuda" else _time_cpu(call)
+            if number >= 2:
+                seconds[name].append(time_s)
+    return seconds
+
+
+def _time_cpu(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _time_cuda(call: Call, spacer: Tensor) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # About a millisecond of writing, under which the host queues the call: host time doesn't show, and the L2 cache is cold.
+    for _ in range(3):
+        spacer.zero_()
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3
+
+
+def check_offsets_past_int32(device: str) -> None:
+    """Gather and sum rows that lie more than 2**31 elements into their tensor (5 GB in bfloat16)."""
+    rows = torch.zeros(2**31 // 4096 + 8, 4096, dtype=torch.bfloat16, device=device)
+    rows[-1], rows[-2] = 3.0, 4.0
+    last = torch.tensor([rows.shape[0] - 1, rows.shape[0] - 2], device=device)
+    if gather_rows(rows, last).float().mean(dim=1).tolist() != [3.0, 4.0]:
+        raise ValueError("gather_rows reads a wrong row past 2**31 elements")
+    bags = bags_of(torch.zeros(rows.shape[0], dtype=torch.int64, device=device), 1)
+    if sum_rows(rows, bags).float().mean().item() != 7.0:
+        raise ValueError("sum_rows reads a wrong row past 2**31 elements")
+
+
+def sweep_tiles(device: str) -> list[dict[str, Any]]:
+    """Each tile of the stated space in each product and shape: what the rule in grouped_gemm_triton should choose from."""
+    from ..kernels.grouped_gemm_triton import (
+        HALF_CONFIGS,
+        grouped_gemm_dgrad_triton,
+        grouped_gemm_triton,
+        grouped_gemm_wgrad_triton,
+    )
+
+    found = []
+    for shape in shapes(device):
+        N, sizes, wide = shape.num_rows, list(shape.group_sizes), 2 * shape.F
+        x, dy = (torch.randn(N, width, device=device, dtype=torch.bfloat16) for width in (shape.D, wide))
+        weights = list(torch.randn(len(sizes), wide, shape.D, device=device, dtype=torch.bfloat16))
+        grads = list(torch.zeros(len(sizes), wide, shape.D, device=device))
+        for config in HALF_CONFIGS:
+            calls: dict[str, Call] = {
+                "forward": partial(grouped_gemm_triton, x, weights, sizes, config=config),
+                "dgrad": partial(grouped_gemm_dgrad_triton, dy, weights, sizes, config=config),
+                "wgrad": partial(grouped_gemm_wgrad_triton, dy, x, sizes, grads, config=config),
+            }
+            for name, times in time_interleaved(calls, device, 5).items():
+                tflops = 2e-12 * N * shape.D * wide / statistics.median(times)
+                found.append({"op": name, "shape": shape.name, **asdict(config), "tflops": tflops})
+    return found
+
+
+def run(device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """All rows of a device."""
+    return [asdict(measure(case, device, rounds)) for case in all_cases(device, dtype)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this file: `python -m moesaic.benchmarks.kernels --device cuda --json FILE`."""
+    parser = argparse.ArgumentParser(
+        prog="moesaic bench kernels", description="Kernels against torch and this machine's ceilings."
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each case (default 15)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU (default 1)")
+    parser.add_argument("--json", dest="json_path", metavar="FILE", help="write the rows as JSON; - for standard output")
+    parser.add_argument("--sweep", action="store_true", help="time every tile of the grouped products instead (GPU)")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no GPU; use --device cpu")
+    if options.sweep and options.device != "cuda":
+        parser.error("--sweep times Triton tiles and needs --device cuda")
+    torch.manual_seed(0)
+    if options.sweep:
+        publish(
+            "kernel_tiles",
+            sweep_tiles(options.device),
+            ("op", "shape", "block_m", "block_n", "block_k", "tflops"),
+            options.json_path,
+        )
+        return 0
+    if options.device == "cuda":
+        check_offsets_past_int32(options.device)
+    else:
+        torch.set_num_threads(options.threads)
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    publish("kernels", run(options.device, dtype, options.rounds), COLUMNS, options.json_path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
