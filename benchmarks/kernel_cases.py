@@ -9,7 +9,7 @@ Shape letters: N routed rows, D model dim, F expert ffn dim, G groups, T tokens,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -37,6 +37,7 @@ from ..kernels import (
     swiglu,
     swiglu_backward,
     topk_gate,
+    topk_gate_backward,
 )
 
 Call = Callable[[], Any]
@@ -216,6 +217,34 @@ def ffn_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
     )
 
 
+def layer_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
+    """One rank's MoE layer from logits to input gradients, against the six products of its experts and nothing else."""
+    experts = ffn_case(shape, dtype, device)
+    N, D, F, K, sizes = shape.num_rows, shape.D, shape.F, shape.top_k, list(shape.group_sizes)
+    T, G = N // K, len(sizes)
+    x, dy = (torch.randn(T, D, device=device).to(dtype) for _ in range(2))
+    logits = torch.randn(T, G, device=device)
+    row_ids = torch.randperm(T * K, device=device) % T
+    gate_up, down = ((torch.randn(G, *size, device=device) * 0.02).to(dtype) for size in ((2 * F, D), (D, F)))
+    weights = FFNWeights(list(gate_up), list(down))
+    grads = FFNWeights(list(torch.zeros_like(gate_up, dtype=torch.float32)), list(torch.zeros_like(down, dtype=torch.float32)))
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        gate = topk_gate(logits, K)
+        bags, row_weights = bags_of(row_ids, T), gate.weights_TK.flatten()
+        rows = gather_rows(x, row_ids)
+        output = grouped_ffn(rows, row_weights, weights, sizes)
+        y = sum_rows(output.y_ND, bags)
+        inner = grouped_ffn_backward(gather_rows(dy, row_ids), rows, output.gate_up_N2F, row_weights, weights, grads, sizes)
+        dlogits = topk_gate_backward(inner.drow_weights_N.view(T, K), None, logits, gate.topk_ids_TK)
+        return y, sum_rows(inner.dx_ND, bags), dlogits
+
+    def check() -> float:
+        return max(0.0 if bool(result.isfinite().all()) else float("inf") for result in ours())
+
+    return replace(experts, op="layer fwd+bwd", ours=ours, torch={}, check=check)
+
+
 def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     """The memory-bound ops: gather, sum, both ways in turn, SwiGLU and its backward."""
     N, D, F, K = shape.num_rows, shape.D, shape.F, shape.top_k
@@ -372,6 +401,7 @@ def all_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     for shape in shapes(device):
         yield from product_cases(shape, dtype, device)
         yield ffn_case(shape, dtype, device)
+        yield layer_case(shape, dtype, device)
         if shape.name.endswith("balanced"):
             yield from row_cases(shape, dtype, device)
             yield from bank_cases(shape, dtype, device)

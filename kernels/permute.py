@@ -47,20 +47,38 @@ class Bags:
 
 
 def bags_of(row_ids_N: Tensor, num_rows: int) -> Bags:
-    """Group the positions n by `row_ids_N[n]` (values in [0, num_rows)); positions ascend inside a bag."""
+    """Group the positions n by `row_ids_N[n]` (values in [0, num_rows)); positions ascend inside a bag.
+
+    On a GPU nothing is read back, so ids out of range go unnoticed there; on the CPU they raise ValueError.
+    """
     N = row_ids_N.numel()
     if max(N, num_rows) >= 2**31:
         raise ValueError(f"bags_of counts in int32, got {N} row ids and num_rows={num_rows}; split the batch")
-    counts = torch.bincount(row_ids_N, minlength=num_rows)
-    if counts.numel() > num_rows:
-        raise ValueError(f"row_ids_N reaches {counts.numel() - 1}, but num_rows is {num_rows}; ids must be in [0, num_rows)")
-    offsets = torch.zeros(num_rows + 1, dtype=torch.int32, device=row_ids_N.device)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
     # One plain sort of (id, position) packed into an int64: keys are unique, so no stable sort is needed, and numpy's
     # vectorised sort is several times faster than a stable argsort.
     keys = (row_ids_N.long() << 32) | torch.arange(N, device=row_ids_N.device)
-    keys = torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else torch.sort(keys).values
+    if row_ids_N.device.type == "cpu":
+        keys = torch.from_numpy(np.sort(keys.numpy()))
+        offsets = _offsets_by_counting(row_ids_N, num_rows)
+    else:
+        keys = torch.sort(keys).values
+        offsets = _offsets_by_search(keys >> 32, num_rows)
     return Bags(indices=(keys & 0x7FFFFFFF).int(), offsets=offsets)
+
+
+def _offsets_by_counting(row_ids_N: Tensor, num_rows: int) -> Tensor:
+    """Offsets of the bags, with ids checked against `num_rows`."""
+    counts = torch.bincount(row_ids_N, minlength=num_rows)
+    if counts.numel() > num_rows:
+        raise ValueError(f"row_ids_N reaches {counts.numel() - 1}, but num_rows is {num_rows}; ids must be in [0, num_rows)")
+    offsets = torch.zeros(num_rows + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
+    return offsets
+
+
+def _offsets_by_search(sorted_ids_N: Tensor, num_rows: int) -> Tensor:
+    """Offsets of the bags without a host synchronisation, which counting into an array of unknown size would need."""
+    return torch.searchsorted(sorted_ids_N, torch.arange(num_rows + 1, device=sorted_ids_N.device), out_int32=True)
 
 
 def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -5,7 +5,16 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from moesaic.benchmarks.kernel_cases import Shape, bank_cases, ffn_case, product_cases, router_cases, row_cases, zipf_sizes
+from moesaic.benchmarks.kernel_cases import (
+    Shape,
+    bank_cases,
+    ffn_case,
+    layer_case,
+    product_cases,
+    router_cases,
+    row_cases,
+    zipf_sizes,
+)
 from moesaic.benchmarks.kernels import measure
 
 KEYS = {"op", "shape", "dtype", "device", "achieved", "ceiling", "unit", "ratio_to_ceiling", "ratio_to_torch"}
@@ -13,7 +22,7 @@ SHAPE = Shape("tiny", D=16, F=24, group_sizes=(5, 0, 11), experts=4, top_k=2)
 
 
 def test_every_case_passes_its_gate_and_fills_a_row() -> None:
-    cases = [ffn_case(SHAPE, torch.float32, "cpu"), *router_cases("cpu")]
+    cases = [ffn_case(SHAPE, torch.float32, "cpu"), layer_case(SHAPE, torch.float32, "cpu"), *router_cases("cpu")]
     for make in (product_cases, row_cases, bank_cases):
         cases += make(SHAPE, torch.float32, "cpu")
     for case in cases:

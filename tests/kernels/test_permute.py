@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import Bags, bags_of, gather_rows, sum_rows
+from moesaic.kernels.permute import _offsets_by_counting, _offsets_by_search
 
 SIZES = [(1, 1, 1), (7, 3, 5), (63, 129, 7), (129, 63, 64), (1025, 300, 33)]  # N, M, D
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -41,6 +42,13 @@ def test_bags_group_positions_in_ascending_order(N: int, M: int, D: int) -> None
     row_ids_N = torch.randint(0, M, (N,))
     assert as_lists(bags_of(row_ids_N, M)) == naive_bags(row_ids_N, M)
     assert as_lists(bags_of(row_ids_N.int(), M)) == naive_bags(row_ids_N, M)
+
+
+@pytest.mark.parametrize("N,M,D", SIZES)
+def test_both_ways_to_the_offsets_agree(N: int, M: int, D: int) -> None:
+    row_ids_N = torch.randint(0, M, (N,))
+    assert torch.equal(_offsets_by_search(row_ids_N.sort().values, M), _offsets_by_counting(row_ids_N, M))
+    assert _offsets_by_search(row_ids_N[:0], M).tolist() == [0] * (M + 1)
 
 
 def test_bags_of_the_documented_example() -> None:
