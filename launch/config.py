@@ -212,11 +212,12 @@ def load_config(path: str | Path | None = None, assignments: Sequence[str] = ())
     for key, entry in given.items():
         _check_key(key, entry.source)
 
+    defaults = Config()
     sections = {}
-    for section, cls in _sections().items():
+    for section in _sections():
         prefix = f"{section}."
         values = {key.removeprefix(prefix): entry for key, entry in given.items() if key.startswith(prefix)}
-        sections[section] = _build_section(section, cls, values)
+        sections[section] = _replace_values(section, getattr(defaults, section), values)
     return Config(**sections)
 
 
@@ -261,11 +262,11 @@ def _check_key(key: str, source: str) -> None:
     raise ValueError(f"unknown key '{key}' in {source}; {hint}")
 
 
-def _build_section(section: str, cls: type, values: Mapping[str, _Given]) -> Any:
-    hints = typing.get_type_hints(cls, include_extras=True)
+def _replace_values(section: str, default: Any, values: Mapping[str, _Given]) -> Any:
+    hints = typing.get_type_hints(type(default), include_extras=True)
     checked = {name: _check_value(f"{section}.{name}", hints[name], entry) for name, entry in values.items()}
     try:
-        return cls(**checked)
+        return dataclasses.replace(default, **checked)
     except ValueError as error:
         sources = ", ".join(dict.fromkeys(entry.source for entry in values.values()))
         raise ValueError(f"{error} (from {sources})") from None

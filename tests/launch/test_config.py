@@ -29,7 +29,10 @@ def message_of(path: Path | None, *assignments: str) -> str:
 
 
 def test_defaults_need_no_file() -> None:
+    """And a value that is given leaves its section's other defaults, the demo's own included, as they were."""
     assert load_config() == Config()
+    router = load_config(None, ["router.z_loss_coef=0.5"]).router
+    assert router == dataclasses.replace(Config().router, z_loss_coef=0.5)
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
