@@ -2,6 +2,7 @@
 
 from .cost import Bound, Cost, Solution, cost, lower_bound
 from .hecate import hecate_owners
+from .moetuner import Hops, count_hops, tune_owners
 from .owners import Move, OwnerMap
 from .registry import SOLVERS, Solver, get_solver
 from .split import Split, split_exact, split_local_even
@@ -14,6 +15,7 @@ __all__ = [
     "Bound",
     "Cost",
     "ExpertLoad",
+    "Hops",
     "LayerShape",
     "Move",
     "OwnerMap",
@@ -27,10 +29,12 @@ __all__ = [
     "TraceMeta",
     "TraceWriter",
     "cost",
+    "count_hops",
     "get_solver",
     "hecate_owners",
     "lower_bound",
     "split_exact",
     "split_local_even",
+    "tune_owners",
     "write_trace",
 ]

@@ -16,8 +16,6 @@ from .cost import Bound, Cost, Solution, cost, lower_bound, solution
 from .split import split_exact
 from .values import Placement, Problem
 
-ENGINES = ("highs", "cbc")
-
 
 def _heuristics(problem: Problem, move_owners: bool) -> list[Placement]:
     """Return placements to start from, the current one first."""
@@ -56,11 +54,12 @@ def solve(
     With `move_owners` half of the time goes to the copies alone, a far smaller program, whose answer starts the full one.
     """
     start = perf_counter()
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; use one of {', '.join(ENGINES)}")
     check_seconds("time_limit_s", time_limit_s, positive=True)
     # Imported here so that importing the package loads no engine.
+    from .engines import make_engine
     from .milp_model import Model
+
+    make_engine(engine, time_limit_s, relative_gap)
 
     bound = lower_bound(problem, owners_may_move=move_owners)
     best = min((_priced(problem, p) for p in _heuristics(problem, move_owners)), key=lambda found: found.cost.total_s)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pulp
 
+from .engines import make_engine
 from .values import Placement, Problem
 
 Table = dict[tuple[int, int], pulp.LpVariable]
@@ -27,18 +28,6 @@ class Answer:
 
     placement: Placement | None
     bound_s: float
-
-
-class _WarmHighs(pulp.HiGHS):
-    """PuLP's HiGHS with a start from the variables' values, and with Ctrl-C ending the search instead of the program."""
-
-    def callSolver(self, lp: pulp.LpProblem) -> None:
-        known = [(v.index, v.varValue) for v in lp.variables() if v.cat == pulp.LpInteger and v.varValue is not None]
-        if known:
-            index, value = zip(*known, strict=True)
-            lp.solverModel.setSolution(len(index), np.array(index, dtype=np.int32), np.array(value, dtype=np.float64))
-        lp.solverModel.HandleKeyboardInterrupt = True
-        lp.solverModel.solve()
 
 
 @dataclass(frozen=True)
@@ -227,12 +216,7 @@ class Model:
 
     def solve(self, engine: str, time_limit_s: float, relative_gap: float) -> Answer:
         """Run an engine ("highs" or "cbc"); the start comes from `start_from`."""
-        if engine == "highs":
-            solver = _WarmHighs(msg=False, timeLimit=time_limit_s, gapRel=relative_gap, threads=1)
-        else:
-            path = pulp.PULP_CBC_CMD.pulp_cbc_path
-            solver = pulp.COIN_CMD(path=path, msg=False, timeLimit=time_limit_s, gapRel=relative_gap, threads=1, warmStart=True)
-        status = self.program.solve(solver)
+        status = self.program.solve(make_engine(engine, time_limit_s, relative_gap))
         bound = 0.0
         if engine == "highs":
             info = self.program.solverModel.getInfo()

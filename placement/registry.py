@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import eplb, exhaustive, flexmoe, hecate, laer, milp, permutation, quota, static
+from . import eplb, exhaustive, flexmoe, hecate, laer, milp, moetuner, permutation, quota, static
 from .cost import Solution
 from .values import Problem
 
@@ -24,6 +24,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "hecate": hecate.solve,
         "quota": quota.solve,
         "milp": milp.solve,
+        "moetuner": moetuner.solve,
         "exhaustive": exhaustive.solve,
     }
 )
