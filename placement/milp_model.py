@@ -32,14 +32,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Link:
-    """One exchange: transfer time of its busiest link in objective units, and whether anything is sent."""
+    """One exchange: items on its busiest link (a node link's counted at the device rate), and whether there are any.
 
-    transfer: pulp.LpVariable
+    Items, not seconds, so that coefficients stay near 1 whatever the rates; only the objective and the overlap see seconds.
+    """
+
+    items: pulp.LpVariable
     used: pulp.LpVariable
 
-    def time(self, latency: float, larger: float = 1.0) -> pulp.LpAffineExpression:
-        """Return the exchange's time; `larger` scales its bytes."""
-        return larger * self.transfer + latency * self.used
+    def time(self, per_item: float, latency: float) -> pulp.LpAffineExpression:
+        """Return the exchange's time in objective units."""
+        return per_item * self.items + latency * self.used
 
 
 @dataclass
@@ -119,23 +122,22 @@ class Model:
         row_s = problem.backward_multiplier * problem.shape.flops_per_row / topology.flops_per_s
         return busiest * (row_s * self._unit_rows / self.seconds)
 
-    def _link(self, name: str, unit_bytes: float, device: Table, node: Table) -> _Link:
-        """Add an exchange in which every device and node sends (index, 0) and receives (index, 1) that many items."""
-        topology = self.problem.topology
-        transfer, used = self._variable(f"{name}_transfer"), self._variable(f"{name}_used", pulp.LpBinary)
-        for table, rate, place in ((device, topology.device_bytes_per_s, "device"), (node, topology.node_bytes_per_s, "node")):
-            for (index, direction), items in table.items():
-                self._add(transfer >= items * (unit_bytes / rate / self.seconds), f"{name}_{place}_{index}_{direction}")
-        # Whatever is sent could at most all go through one link.
-        most = self._most_items(name) * unit_bytes / min(topology.device_bytes_per_s, topology.node_bytes_per_s)
-        self._add(transfer <= used * max(most / self.seconds, 1e-9), f"{name}_latency")
-        return _Link(transfer, used)
+    def _link(self, name: str, most: float, device: Table, node: Table) -> _Link:
+        """Add an exchange in which every device and node sends (index, 0) and receives (index, 1) that many items.
 
-    def _most_items(self, name: str) -> float:
-        problem = self.problem
-        if name == "dispatch":
-            return problem.load.total / self._unit_rows
-        return problem.num_experts * (problem.num_ranks if name == "copies" else 1)
+        `most` is at least the number of items in all.
+        """
+        slower = self.problem.topology.device_bytes_per_s / self.problem.topology.node_bytes_per_s
+        items, used = self._variable(f"{name}_items"), self._variable(f"{name}_used", pulp.LpBinary)
+        for table, weight, place in ((device, 1.0, "device"), (node, slower, "node")):
+            for (index, direction), count in table.items():
+                self._add(items >= count * weight, f"{name}_{place}_{index}_{direction}")
+        self._add(items <= used * (most * max(1.0, slower)), f"{name}_latency")
+        return _Link(items, used)
+
+    def _per_item(self, item_bytes: float) -> float:
+        """Return the objective's units per item on a device link."""
+        return item_bytes / self.problem.topology.device_bytes_per_s / self.seconds
 
     def _dispatch_s(self, rows: Table) -> pulp.LpAffineExpression:
         problem, per_node = self.problem, self.problem.topology.ranks_per_node
@@ -158,7 +160,8 @@ class Model:
             stays = pulp.lpSum(stays_e)
             node[n, 0] = float(load_E.sum()) - stays
             node[n, 1] = pulp.lpSum(rows[e, r] for e in self._experts for r in inside) - stays
-        return 4 * self._link("dispatch", problem.shape.row_bytes * self._unit_rows, device, node).time(self._latency)
+        link = self._link("dispatch", problem.load.total / self._unit_rows, device, node)
+        return 4 * link.time(self._per_item(problem.shape.row_bytes * self._unit_rows), self._latency)
 
     def _sent(self, name: str, owners: pulp.LpAffineExpression, copies: pulp.LpAffineExpression, most: int) -> pulp.LpVariable:
         """Return a variable that is at least `copies` where `owners` is 1."""
@@ -184,13 +187,16 @@ class Model:
                 sent.append(self._sent(f"sent_node_{e}_{n}", home, copies[e] - here, num_ranks - per_node))
                 received.append(self._sent(f"received_node_{e}_{n}", 1 - home, here, per_node))
             node[n, 0], node[n, 1] = pulp.lpSum(sent), pulp.lpSum(received)
-        link = self._link("copies", shape.expert_bytes, device, node)
-        gather, reduce = link.time(self._latency), link.time(self._latency, shape.gradient_bytes / shape.expert_bytes)
+        link = self._link("copies", problem.num_experts * num_ranks, device, node)
+        gather = link.time(self._per_item(shape.expert_bytes), self._latency)
+        backward = (problem.gathers - 1) * gather + link.time(self._per_item(shape.gradient_bytes), self._latency)
+        if not problem.overlap_s:
+            return gather + backward
         overlap = problem.overlap_s / self.seconds
-        forward, backward = self._variable("exposed_gather"), self._variable("exposed_backward")
-        self._add(forward >= gather - overlap, "gather_hides")
-        self._add(backward >= (problem.gathers - 1) * gather + reduce - 2 * overlap, "backward_hides")
-        return forward + backward
+        exposed_gather, exposed_backward = self._variable("exposed_gather"), self._variable("exposed_backward")
+        self._add(exposed_gather >= gather - overlap, "gather_hides")
+        self._add(exposed_backward >= backward - 2 * overlap, "backward_hides")
+        return exposed_gather + exposed_backward
 
     def _move_s(self) -> pulp.LpAffineExpression:
         problem, shape, topology = self.problem, self.problem.shape, self.problem.topology
@@ -205,7 +211,8 @@ class Model:
             node[n, 0] = pulp.lpSum(1 - home[e] for e in self._experts if int(current_E[e]) in inside)
             node[n, 1] = pulp.lpSum(home[e] for e in self._experts if int(current_E[e]) not in inside)
         state_bytes = shape.parameters_per_expert * 4 * problem.state_multiplier
-        return self._link("moves", state_bytes, device, node).time(self._latency) * (1 / problem.move_horizon_steps)
+        link = self._link("moves", problem.num_experts, device, node)
+        return link.time(self._per_item(state_bytes), self._latency) * (1 / problem.move_horizon_steps)
 
     def start_from(self, placement: Placement) -> None:
         """Give the integer variables the values of a placement; the engine works out the rest."""
