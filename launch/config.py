@@ -115,7 +115,7 @@ class OptimConfig:
 class TrainConfig:
     """[train]: the length of the run and its batches."""
 
-    steps: Count = 300
+    steps: Count = 250
     """Optimizer steps."""
     batch_size: Count = 16
     """Windows of seq_len bytes per optimizer step, over all ranks and micro-batches."""
