@@ -4,13 +4,14 @@ from .cost import Bound, Cost, Solution, cost, lower_bound
 from .hecate import hecate_owners
 from .moetuner import Hops, count_hops, tune_owners
 from .owners import Move, OwnerMap
-from .registry import SOLVERS, Solver, get_solver
+from .registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver
 from .split import Split, split_exact, split_local_even
 from .topology import Topology
 from .traces import Trace, TraceMeta, TraceWriter, write_trace
 from .values import ExpertLoad, LayerShape, Placement, Problem
 
 __all__ = [
+    "KEEPS_OWNERS",
     "SOLVERS",
     "Bound",
     "Cost",

@@ -30,11 +30,19 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 )
 
 
-def get_solver(name: str) -> Solver:
-    """Return the solver called `name`, or raise ValueError that names the nearest one."""
-    if name not in SOLVERS:
-        near = difflib.get_close_matches(str(name), SOLVERS, n=1)
-        raise ValueError(
-            f"unknown solver {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SOLVERS)}")
-        )
+# Those that only add copies: what a training step can apply at once. The others also change owners, between steps.
+KEEPS_OWNERS = frozenset({"static", "flexmoe", "laer", "hecate", "quota", "exhaustive"})
+
+
+def get_solver(name: str, *, keeps_owners: bool = False) -> Solver:
+    """Return the solver called `name`, or raise ValueError that names the nearest one.
+
+    With `keeps_owners` a solver that may change owners is refused as well.
+    """
+    known = [solver for solver in SOLVERS if solver in KEEPS_OWNERS or not keeps_owners]
+    if name in SOLVERS and name not in known:
+        raise ValueError(f"solver {name!r} changes owners, which a step cannot; use one of {', '.join(known)}")
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise ValueError(f"unknown solver {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
     return SOLVERS[name]

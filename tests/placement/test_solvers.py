@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from moesaic.placement import (
+    KEEPS_OWNERS,
     SOLVERS,
     ExpertLoad,
     LayerShape,
@@ -38,10 +39,20 @@ def test_every_solver(name, problem):
     assert answer.bound.max_rows <= split.max_rows
     assert answer.bound.total_s <= answer.cost.total_s * (1 + 1e-12)
     assert 0 <= answer.gap <= 1
+    if name in KEEPS_OWNERS:
+        assert (answer.placement.expert_to_owner_E == problem.expert_to_owner_E).all()
     assert answer.seconds >= 0
     assert hash(problem) == before
     again = get_solver(name)(problem)
     assert (again.placement, again.cost, again.bound) == (answer.placement, answer.cost, answer.bound)
+
+
+def test_a_step_refuses_solvers_that_change_owners():
+    assert get_solver("quota", keeps_owners=True) is SOLVERS["quota"]
+    with pytest.raises(ValueError, match="solver 'lpt' changes owners, which a step cannot; use one of static, flexmoe, laer, "):
+        get_solver("lpt", keeps_owners=True)
+    with pytest.raises(ValueError, match="unknown solver 'quot'; did you mean 'quota'"):
+        get_solver("quot", keeps_owners=True)
 
 
 @settings(deadline=None, max_examples=100)
