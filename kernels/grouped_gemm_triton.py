@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import unit_stride
+from .permute_triton import check_devices, unit_stride
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def grouped_gemm_triton(
     config: TileConfig | None = None,
 ) -> Tensor:
     """Launch the product with `weights[g].T`: its K is I, its N is O."""
-    _check_weights(weights, x_NI.dtype)
+    _check_weights(weights, x_NI.dtype, x_NI.device)
     stride_o, stride_i = weights[0].stride()
     return _launch_gemm(x_NI, weights, group_sizes, weights[0].shape[0], stride_i, stride_o, out, config)
 
@@ -179,7 +179,7 @@ def grouped_gemm_dgrad_triton(
     config: TileConfig | None = None,
 ) -> Tensor:
     """Launch the product with `weights[g]`: its K is O, its N is I."""
-    _check_weights(weights, dy_NO.dtype)
+    _check_weights(weights, dy_NO.dtype, dy_NO.device)
     stride_o, stride_i = weights[0].stride()
     return _launch_gemm(dy_NO, weights, group_sizes, weights[0].shape[1], stride_o, stride_i, out, config)
 
@@ -196,7 +196,8 @@ def grouped_gemm_wgrad_triton(
     """Launch `_grouped_wgrad_kernel` over the groups that have rows."""
     if dy_NO.dtype != x_NI.dtype:
         raise ValueError(f"dy_NO is {dy_NO.dtype} but x_NI is {x_NI.dtype}; cast one of them")
-    _check_weights(grads, torch.float32)
+    check_devices(dy_NO.device, x_NI=x_NI)
+    _check_weights(grads, torch.float32, dy_NO.device)
     dy_NO, x_NI = unit_stride(dy_NO), unit_stride(x_NI)
     O, I = grads[0].shape  # noqa: E741
     groups = row_tiles(group_sizes, max(1, sum(group_sizes)))
@@ -314,11 +315,12 @@ def _alignment(tensors: Sequence[Tensor]) -> int:
     return 16 if is_wide else tensors[0].element_size()
 
 
-def _check_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Raise ValueError unless all matrices have one shape, one stride and the dtype the kernel reads."""
+def _check_weights(weights: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless all matrices have one shape, one stride, and the dtype and device of the call."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"grouped products on the GPU take float32, bfloat16 or float16, got {dtype}; cast first")
     for group, weight in enumerate(weights):
+        check_devices(device, **{f"matrix {group}": weight})
         if weight.shape != weights[0].shape or weight.stride() != weights[0].stride() or weight.dtype != dtype:
             raise ValueError(
                 f"matrix {group} is {weight.dtype} {tuple(weight.shape)} {weight.stride()}, but this call needs "

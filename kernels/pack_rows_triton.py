@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .permute import Bags
+from .permute_triton import check_devices
 
 _BLOCK = 4096
 
@@ -46,6 +47,7 @@ def _accumulate_rows_kernel(bank_ptr, indices_ptr, offsets_ptr, buffer_ptr, row_
 
 def pack_rows_triton(bank: Tensor, row_ids_N: Tensor, *, out: Tensor) -> Tensor:
     """Launch `_pack_rows_kernel`; `out` is written and returned."""
+    check_devices(bank.device, row_ids_N=row_ids_N, out=out)
     _check_contiguous(bank=bank, out=out)
     row_size = bank[0].numel() if len(bank) else 0
     if out.numel() > 0:
@@ -56,6 +58,7 @@ def pack_rows_triton(bank: Tensor, row_ids_N: Tensor, *, out: Tensor) -> Tensor:
 
 def accumulate_rows_triton(bank: Tensor, bags: Bags, buffer: Tensor, *, alpha: float = 1.0) -> None:
     """Launch `_accumulate_rows_kernel`."""
+    check_devices(bank.device, indices=bags.indices, offsets=bags.offsets, buffer=buffer)
     _check_contiguous(bank=bank, buffer=buffer)
     if bank.numel() == 0 or buffer.numel() == 0:
         return

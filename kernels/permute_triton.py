@@ -59,6 +59,7 @@ def _sum_rows_kernel(
 
 def gather_rows_triton(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Launch `_gather_rows_kernel`."""
+    check_devices(x_MD.device, row_ids_N=row_ids_N, out=out)
     x_MD = unit_stride(x_MD)
     N, D = row_ids_N.numel(), x_MD.shape[1]
     out = x_MD.new_empty(N, D) if out is None else out
@@ -76,6 +77,7 @@ def gather_rows_triton(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = 
 
 def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tensor:
     """Launch `_sum_rows_kernel`."""
+    check_devices(rows_ND.device, indices=bags.indices, offsets=bags.offsets, out=out)
     rows_ND = unit_stride(rows_ND)
     D = rows_ND.shape[1]
     out = rows_ND.new_empty(bags.num_bags, D) if out is None else out
@@ -101,6 +103,13 @@ def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -
 def unit_stride(x: Tensor) -> Tensor:
     """`x` itself if its last dimension is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor on another device than the rows; a kernel would read a wild address."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but the rows are on {device}; move one of them")
 
 
 def _check_out(out: Tensor, shape: tuple[int, int], like: Tensor) -> None:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .permute_triton import check_devices
+
 _BLOCK_N = 128
 
 
@@ -70,6 +72,7 @@ def _place_kernel(
 
 def split_tokens_triton(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
     """Two launches and four small scans; all on the device."""
+    check_devices(topk_ids_TK.device, flow_ER=flow_ER)
     E, R = flow_ER.shape
     N = topk_ids_TK.numel()
     if N >= 2**31:

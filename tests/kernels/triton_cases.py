@@ -171,6 +171,17 @@ def test_split_tokens(T: int, K: int, E: int, R: int) -> None:
     assert torch.equal(order_N.cpu(), split_tokens_torch(topk_ids_TK, flow_ER))
 
 
+def test_tensors_on_two_devices_are_named() -> None:
+    elsewhere = torch.zeros(2, dtype=torch.int64, device="meta")
+    x_MD, weights = torch.randn(2, 4, device=DEVICE), [torch.empty(3, 4, device="meta")]
+    with pytest.raises(ValueError, match=r"row_ids_N is on meta, but the rows are on"):
+        gather_rows_triton(x_MD, elsewhere)
+    with pytest.raises(ValueError, match="matrix 0 is on meta, but the rows are on"):
+        grouped_gemm_triton(x_MD, weights, [2])
+    with pytest.raises(ValueError, match="flow_ER is on meta, but the rows are on"):
+        split_tokens_triton(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), elsewhere[None])
+
+
 def test_twice_is_bitwise_equal() -> None:
     sizes = [70, 0, 41]
     x_NI, dy_NO = torch.randn(111, 65, device=DEVICE), torch.randn(111, 33, device=DEVICE)
