@@ -71,7 +71,7 @@ class Split(ByContent):
         if single.size:
             order = single[np.argsort(self.placement.expert_to_owner_E[single], kind="stable")]
             owners, first = np.unique(self.placement.expert_to_owner_E[order], return_index=True)
-            flow_RR[:, owners] += np.add.reduceat(self.load.load_RE[:, order], first, axis=1)
+            flow_RR[:, owners] += np.add.reduceat(self.load.load_ER[order], first, axis=0).T
         flow_RR.setflags(write=False)
         return flow_RR
 
