@@ -8,6 +8,8 @@ VENV   := .venv
 READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
+PACKAGES := runtime collectives placement kernels launch benchmarks
+
 .PHONY: demo test lint clean
 
 $(READY): setup.py pyproject.toml constraints.txt
@@ -19,7 +21,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m moesaic.launch.train
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m moesaic.launch.train
 
 test: lint
 	$(BIN)/python -m pytest
@@ -27,7 +29,7 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=$(VENV)/src $(BIN)/mypy -p moesaic
+	MYPYPATH=$(VENV)/src $(BIN)/mypy $(PACKAGES:%=-p moesaic.%)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

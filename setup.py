@@ -22,10 +22,11 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",
         "numpy>=2.0",
         "numba>=0.61",
-        "pulp>=3.0",
+        "pulp>=3.3",
         "highspy>=1.9",
         "click>=8.1",
         "pydantic>=2.9",
+        "tomli-w>=1.1",
         "tqdm>=4.66",
     ],
     extras_require={

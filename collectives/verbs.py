@@ -54,7 +54,7 @@ def sparse_all_gather(
     owned: Mapping[int, Item],
     copies: Mapping[int, Item],
     *,
-    op: str = "gather",
+    op: str,
     where: str = "",
 ) -> Pending:
     """Copy items from their owners to the ranks that the schedule names.
@@ -81,7 +81,7 @@ def sparse_reduce_scatter(
     totals: Mapping[int, Item],
     staging: Sequence[Item],
     *,
-    op: str = "reduce",
+    op: str,
     where: str = "",
 ) -> Pending:
     """Add every rank's contribution to an item onto the owner's total: the transpose of `sparse_all_gather`.

@@ -174,7 +174,7 @@ class Config:
                 f"train.batch_size {self.train.batch_size} does not divide into {self.train.micro_batches} micro-batches: "
                 f"make it a multiple of train.micro_batches"
             )
-        get_solver(self.runtime.policy)
+        get_solver(self.runtime.policy, keeps_owners=True)
 
     def check_world_size(self, world_size: int) -> None:
         """Raise `ValueError` unless every micro-batch divides evenly over `world_size` ranks."""

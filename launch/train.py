@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from ..runtime import shard_experts
 from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
@@ -217,9 +216,6 @@ class Trainer:
         total = torch.stack([self._cross_entropy(batch) for batch in self.val_batches]).double().sum()
         dist.all_reduce(total)
         self.model.train()
-        if isinstance(self.model, FSDPModule):
-            # FSDP2 keeps the root's parameters whole after a forward without backward; the optimizer knows the shards.
-            self.model.reshard()
         return float(total) / (len(self.val_batches) * self.process.world_size)
 
     def save(self, records: Records) -> None:

@@ -66,7 +66,7 @@ class DispatchHandle:
 
 
 def build_handle(
-    topk_ids_TK: Tensor, weights_TK: Tensor, split: Split, local_experts: Sequence[int], transport: Transport, where: str
+    topk_ids_TK: Tensor, weights_TK: Tensor, split: Split, local_experts: Sequence[int], transport: Transport, op: str, where: str
 ) -> DispatchHandle:
     """Describe this rank's assignments to their destinations, and learn what comes here.
 
@@ -99,7 +99,7 @@ def build_handle(
     sent = [_describe(sent_rows_R[r], local_row_A[part], weights_A[part]) for r, part in enumerate(_slices(assignments_R))]
     received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
     received = [torch.empty(1 + 2 * n if n else 0, dtype=torch.int32, device=device) for n in received_assignments_R]
-    pending = all_to_all_rows(transport, _but(rank, sent), _but(rank, received), op="describe", where=where)
+    pending = all_to_all_rows(transport, _but(rank, sent), _but(rank, received), op=op, where=where)
     received[rank] = sent[rank]
     pending.wait()
 
@@ -216,18 +216,20 @@ class _Dispatch(torch.autograd.Function):
                     plan.split,
                     plan.experts_of(transport.rank),
                     transport,
+                    layer_pass.op("describe"),
                     layer_pass.where,
                 )
             handle = layer_pass.handle
-            rows_MD = send_rows(x_TD, handle, transport, "dispatch", layer_pass.where)
+            rows_MD = send_rows(x_TD, handle, transport, layer_pass.op("dispatch"), layer_pass.where)
             return gather_rows(rows_MD, handle.row_ids_N), handle.row_weights_N.clone()
 
     @staticmethod
     def backward(ctx: Any, dx_ND: Tensor, d_row_weights_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        handle, transport, where = ctx.layer_pass.handle, ctx.runtime.group.tokens, ctx.layer_pass.where
+        layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
+        handle, op = layer_pass.handle, layer_pass.op("dispatch_backward")
         with ctx.runtime.stage("dispatch"):
             rows_MD = sum_rows(dx_ND, handle.received_bags)
-            dx_TD, gate_grads_A = return_rows(rows_MD, handle, transport, "dispatch_backward", where, d_row_weights_N)
+            dx_TD, gate_grads_A = return_rows(rows_MD, handle, transport, op, layer_pass.where, d_row_weights_N)
         assert gate_grads_A is not None
         return dx_TD, gate_grads_A.view(handle.num_tokens, handle.top_k), None, None
 
@@ -240,13 +242,14 @@ class _Combine(torch.autograd.Function):
         assert handle is not None
         with runtime.stage("combine"):
             rows_MD = sum_rows(y_ND, handle.received_bags)
-            return return_rows(rows_MD, handle, runtime.group.tokens, "combine", layer_pass.where)[0]
+            return return_rows(rows_MD, handle, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where)[0]
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
-        handle = ctx.layer_pass.handle
+        layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
+        handle, op = layer_pass.handle, layer_pass.op("combine_backward")
         with ctx.runtime.stage("combine"):
-            rows_MD = send_rows(dy_TD.contiguous(), handle, ctx.runtime.group.tokens, "combine_backward", ctx.layer_pass.where)
+            rows_MD = send_rows(dy_TD.contiguous(), handle, transport, op, layer_pass.where)
             return gather_rows(rows_MD, handle.row_ids_N), None, None
 
 

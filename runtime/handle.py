@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..placement import OwnerMap
@@ -139,17 +140,24 @@ class Handle:
 
     def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
         """Weights (and optimizer state) under logical names, as live tensors; see `state.state_of`."""
+        self._reshard()
         return state_of(self.model, self.layers, optimizer)
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copy weights (and optimizer state) from a state that holds at least this rank's part; see `state.load_state`."""
         for layer in self.layers.values():
             layer.runtime.drop_prefetched()
+        self._reshard()
         load_state(state, self.model, self.layers, optimizer)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Create the state of an optimizer that has not stepped yet, so that it can be loaded in place."""
         prepare_optimizer(optimizer)
+
+    def _reshard(self) -> None:
+        """Give the root its shards back: FSDP2 leaves its parameters whole after a forward that had no backward."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
 
     @property
     def _device(self) -> torch.device:

@@ -58,7 +58,7 @@ class MoELayer(nn.Module):
             0,
             top_k,
             group=single_rank_group(),
-            solver=get_solver(config.policy),
+            solver=get_solver(config.policy, keeps_owners=True),
             config=config,
             pool=SlotPool(shape),
             clock=StageClock(),
@@ -68,11 +68,11 @@ class MoELayer(nn.Module):
         """Apply the layer to every token of `x` [..., D]."""
         runtime = self.runtime
         x_TD = x.reshape(-1, self.dim)
-        this = runtime.begin()
+        this = runtime.begin(is_training=self.training)
         x_TD, token = runtime.enter(x_TD, this)
         routing = runtime.route(self.router, x_TD, this)
         load = runtime.measure(routing, this)
-        runtime.plan(load, this, is_training=self.training)
+        runtime.plan(load, this)
         rows_ND, row_weights_N = runtime.dispatch(x_TD, routing, this)
         # After dispatch, so that the gather also travels under it, and in backward the reduce under dispatch's transpose.
         token = runtime.materialize(token, this)

@@ -29,6 +29,7 @@ class LayerPass:
 
     where: str  # step and layer, for errors and profiles
     plan: Plan
+    is_training: bool = True
     copies: dict[int, ExpertTensors] = field(default_factory=dict)  # this rank's slots by expert; empty once released
     gather: Pending | None = None
     copy_grads: dict[int, ExpertTensors] = field(default_factory=dict)
@@ -39,6 +40,10 @@ class LayerPass:
     handle: DispatchHandle | None = None
     is_replay: bool = False
     is_finished: bool = False
+
+    def op(self, name: str) -> str:
+        """The name under which traffic is counted: that of evaluation is kept apart from that of training steps."""
+        return name if self.is_training else f"eval_{name}"
 
 
 class ReentrantCheckpointError(RuntimeError):

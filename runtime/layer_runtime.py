@@ -80,10 +80,10 @@ class LayerRuntime:
         """The experts this rank computes in a pass, in group order."""
         return layer_pass.plan.experts_of(self.group.rank)
 
-    def prefetch(self) -> None:
+    def prefetch(self, *, is_training: bool) -> None:
         """Place the next forward's copies and launch their gather. Every rank must call it at the same point."""
         self.drop_prefetched()
-        self._prefetched = self._launch()
+        self._prefetched = self._launch(is_training)
 
     def drop_prefetched(self) -> None:
         """Take back a gather whose forward never came, before weights change."""
@@ -91,12 +91,12 @@ class LayerRuntime:
             release_copies(self, self._prefetched)
             self._prefetched = None
 
-    def begin(self) -> LayerPass:
+    def begin(self, *, is_training: bool) -> LayerPass:
         """The pass of the forward that starts now: the prefetched one, a new one, or the one that is being recomputed."""
         replayed = pass_being_recomputed(self)
         if replayed is not None:
             return replayed
-        layer_pass, self._prefetched = self._prefetched or self._launch(), None
+        layer_pass, self._prefetched = self._prefetched or self._launch(is_training), None
         return layer_pass
 
     def enter(self, x_TD: Tensor, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
@@ -119,13 +119,13 @@ class LayerRuntime:
                 layer_pass.load = ExpertLoad(load_RE.cpu().numpy())
         return layer_pass.load
 
-    def plan(self, load: ExpertLoad, layer_pass: LayerPass, *, is_training: bool) -> None:
+    def plan(self, load: ExpertLoad, layer_pass: LayerPass) -> None:
         """Split the exact load over the pass's copies, and learn from it in training."""
         if layer_pass.plan.split is not None:
             return
         with self.stage("plan"):
             layer_pass.plan = self.planner.split(layer_pass.plan, load)
-            if is_training:
+            if layer_pass.is_training:
                 self.planner.observe(load)
                 self.counters.count(layer_pass.plan, load)
 
@@ -148,9 +148,10 @@ class LayerRuntime:
             release_copies(self, layer_pass)
         return y_TD
 
-    def _launch(self) -> LayerPass:
+    def _launch(self, is_training: bool) -> LayerPass:
         with self.stage("plan"):
-            layer_pass = LayerPass(where=f"step {self.step}, {self.name}", plan=self.planner.place())
+            where = f"step {self.step}, {self.name}"
+            layer_pass = LayerPass(where, self.planner.place(), is_training)
         with self.stage("materialize"):
             begin_materialize(self, layer_pass)
         return layer_pass

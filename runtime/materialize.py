@@ -30,6 +30,7 @@ def begin_materialize(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
         runtime.group.experts,
         {e: bank.weights(runtime.layer, e).tensors() for e in runtime.owned_experts},
         {e: slot.tensors() for e, slot in layer_pass.copies.items()},
+        op=layer_pass.op("gather"),
         where=layer_pass.where,
     )
 
@@ -48,6 +49,7 @@ def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
             {e: slot.tensors() for e, slot in layer_pass.copy_grads.items()},
             {e: bank.grads(runtime.layer, e).tensors() for e in runtime.owned_experts},
             [slot.tensors() for slot in layer_pass.staging],
+            op=layer_pass.op("reduce"),
             where=layer_pass.where,
         )
 

@@ -60,8 +60,9 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: dict[str, int]) -
     expert_max_over_mean   the busiest expert over the mean expert
     copies_per_layer       copies made, over all ranks
     dead_experts           experts that got no token in the step
-    bytes_<op>             bytes that this rank sent: gather, reduce, describe, dispatch, combine, and the two backwards
+    bytes_<op>             bytes that this rank sent in training: gather, reduce, describe, dispatch, combine, the two backwards
     """
     summaries = [counters.summary() for counters in layers if counters.num_forwards]
     metrics = {key: float(np.mean([summary[key] for summary in summaries])) for key in (summaries[0] if summaries else ())}
-    return metrics | {f"bytes_{op}": float(count) for op, count in sorted(bytes_by_op.items())}
+    trained = {op: count for op, count in sorted(bytes_by_op.items()) if not op.startswith("eval_")}
+    return metrics | {f"bytes_{op}": float(count) for op, count in trained.items()}

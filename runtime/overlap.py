@@ -28,13 +28,13 @@ def prefetch_in_order(model: nn.Module, layers: Sequence[MoELayer]) -> None:
         # A forward that broke off, or skipped a layer, may have left gathers of weights that have changed since.
         for layer in layers:
             layer.runtime.drop_prefetched()
-        layers[0].runtime.prefetch()
+        layers[0].runtime.prefetch(is_training=layers[0].training)
 
     model.register_forward_pre_hook(before_model)
     for layer, following in pairwise(layers):
 
         def after_layer(module: nn.Module, inputs: tuple[Any, ...], output: Any, following: MoELayer = following) -> None:
             if not is_recomputing():
-                following.runtime.prefetch()
+                following.runtime.prefetch(is_training=following.training)
 
         layer.register_forward_hook(after_layer)

@@ -50,7 +50,7 @@ def shard_experts(
         raise ValueError(
             f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; give a one-dimensional mesh, as in mesh['shard']"
         )
-    solver = solver or get_solver(config.policy)
+    solver = solver or get_solver(config.policy, keeps_owners=True)
     layers = adopt_moe_layers(model)
     if any(layer.experts is None for layer in layers.values()):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")

@@ -49,7 +49,7 @@ def gather(transport: Transport, placement: Placement, dtype: torch.dtype) -> di
     values = items(placement, dtype)
     owned = {e: (values[e],) for e in range(placement.num_experts) if placement.expert_to_owner_E[e] == transport.rank}
     copies = {e: torch.full((ROWS, COLUMNS), torch.nan, dtype=dtype) for e in contributions(placement, transport.rank, dtype)}
-    sparse_all_gather(direct_gather(placement), transport, owned, {e: (t,) for e, t in copies.items()}).wait()
+    sparse_all_gather(direct_gather(placement), transport, owned, {e: (t,) for e, t in copies.items()}, op="gather").wait()
     return copies
 
 
@@ -68,7 +68,7 @@ def reduce_on(transport: Transport, placement: Placement, addends: Any, totals: 
     some = next(iter(totals.values()), torch.empty(0))
     staging = [(torch.full_like(some, torch.nan),) for _ in range(schedule.most_received(transport.rank))]
     assert len(staging) <= limit
-    sparse_reduce_scatter(schedule, transport, addends, {e: (t,) for e, t in totals.items()}, staging).wait()
+    sparse_reduce_scatter(schedule, transport, addends, {e: (t,) for e, t in totals.items()}, staging, op="reduce").wait()
 
 
 def assert_same(actual: dict[int, Tensor], expected: dict[int, Tensor]) -> None:

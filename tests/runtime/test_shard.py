@@ -227,6 +227,28 @@ def test_state_moves_between_world_sizes(saved_at: int, loaded_at: int, tmp_path
     assert_all_close(loaded, saved, rtol=0.0)
 
 
+def state_after_evaluation(rank: int) -> tuple[bool, dict[str, float]]:
+    """Whether the dense state is sharded, right after a forward without backward, and the training traffic it caused."""
+    model, handle = wrapped("random")
+    optimizer = make_optimizer(model, "sgd")
+    cross_entropy(model(global_batch(0)[0]), global_batch(0)[1]).backward()
+    optimizer.step()
+    handle.step()
+    model.eval()
+    with torch.no_grad():
+        model(global_batch(1)[0])
+    state = handle.state_dict(optimizer)
+    handle.step()
+    sharded = all(isinstance(state[f"model.{name}"], DTensor) for name in ("embed.weight", "head.weight", "blocks.0.mix.weight"))
+    return sharded, {key: value for key, value in handle.metrics().items() if key.startswith("bytes_")}
+
+
+def test_evaluation_leaves_state_sharded_and_is_not_counted() -> None:
+    for sharded, traffic in run_ranks(2, state_after_evaluation):
+        assert sharded
+        assert traffic == {}
+
+
 def refuse_incomplete_state(rank: int) -> str:
     _, handle = wrapped()
     state = dict(handle.state_dict())
