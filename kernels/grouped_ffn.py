@@ -22,7 +22,7 @@ from .grouped_gemm import add_wgrad, check_groups, group_slices, grouped_gemm, g
 from .swiglu import SwigluGrads, swiglu, swiglu_backward
 
 # Upper bound on the rows of one chunk.
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
