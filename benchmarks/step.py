@@ -52,6 +52,7 @@ COLUMNS = (
     "copies",
     "bytes_cross_rank",
 )
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 # Different routings that the rounds go through, so that a policy must predict and cannot just remember.
 NUM_ROUTINGS = 4
 WARM_UP_ROUNDS = 3
@@ -70,6 +71,7 @@ class StepCase:
     skew: float
     slots: int
     rounds: int
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
@@ -160,7 +162,7 @@ class _Policy:
         solver = partial(hecate, degree=case.slots) if name == "hecate" else None
         self.handle: Handle = shard_experts(self.model, mesh=mesh, config=config, solver=solver)
         self.layer = layer
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.optimizer = OPTIMIZERS[case.optimizer](self.model.parameters(), lr=1e-4, fused=True)
         self.handle.clock.enabled = True
         self.seconds: list[float] = []
         self.metrics: list[dict[str, float]] = []
@@ -260,6 +262,7 @@ def _rows(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any
                 "skew": case.skew,
                 "slots": case.slots,
                 "rounds": case.rounds,
+                "optimizer": case.optimizer,
                 "tokens_per_s": float(np.median(tokens_per_s)),
                 "tokens_per_s_min": float(tokens_per_s.min()),
                 "tokens_per_s_max": float(tokens_per_s.max()),

@@ -77,8 +77,10 @@ def build_handle(
     num_tokens, top_k = topk_ids_TK.shape
     sends_ER, recvs_RE = split.sends(rank), split.recvs(rank)
 
-    # Phase 1: which assignment goes where. Expert by expert, tokens in order fill the destinations in order.
-    by_expert_A = topk_ids_TK.flatten().argsort(stable=True)
+    # Phase 1: which assignment goes where. Expert by expert, tokens fill the destinations in rank order; those that must go
+    # to a destination anyway, for an expert held only there, come where that destination's turn is, to share one row.
+    anchors_TK = anchor_ranks(topk_ids_TK, split, rank)
+    by_expert_A = (topk_ids_TK * transport.world_size + anchors_TK).flatten().argsort(stable=True)
     assignments_A = by_expert_A[segment_transpose(sends_ER, device)]
     assignments_R = tuple(int(n) for n in sends_ER.sum(axis=0))
     destinations_A = torch.repeat_interleave(torch.tensor(assignments_R, device=device), output_size=assignments_A.numel())
@@ -128,6 +130,20 @@ def build_handle(
         row_weights_N=weights_by_source[slot_major_N],
         group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
     )
+
+
+def anchor_ranks(topk_ids_TK: Tensor, split: Split, rank: int) -> Tensor:
+    """A rank that each token's row goes to whatever the split says, int64 [T, 1]; `rank` itself where there is none.
+
+    That is the highest remote rank that is the only holder of one of the token's experts.
+    """
+    placement = split.placement
+    is_bound_E = (placement.num_replicas_E == 1) & (placement.expert_to_owner_E != rank)
+    anchor_E = torch.from_numpy(np.where(is_bound_E, placement.expert_to_owner_E, -1)).to(topk_ids_TK.device)
+    if not topk_ids_TK.numel():
+        return topk_ids_TK[:, :1]
+    anchors_TK = anchor_E[topk_ids_TK].amax(dim=1, keepdim=True)
+    return torch.where(anchors_TK < 0, rank, anchors_TK)
 
 
 def segment_transpose(counts_AB: np.ndarray, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Dispatch: what travels, once; and the index arithmetic against plain loops."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesaic import MoELayer, RouterConfig, RuntimeConfig
 from moesaic.placement import ExpertLoad, Placement, get_solver, split_exact
-from moesaic.runtime.dispatch import segment_transpose
+from moesaic.runtime.dispatch import anchor_ranks, segment_transpose
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
@@ -61,14 +62,38 @@ def test_a_row_crosses_once_and_returns_once(case: Case) -> None:
     row_bytes = case.dim * 4
     returned = 0
     for rank, (sent_bytes, messages, ids_TK, _) in enumerate(results):
-        queues = {e: [d for d in range(case.world_size) for _ in range(split.sends(rank)[e, d])] for e in range(case.num_experts)}
-        pairs = Counter((t, queues[e].pop(0)) for t, row in enumerate(ids_TK.tolist()) for e in row)
-        crossing = {(t, d) for t, d in pairs if d != rank}
+        bound = {e: int(d) for e, d in enumerate(placement.expert_to_owner_E) if placement.num_replicas_E[e] == 1 and d != rank}
+        anchors = [max([bound[e] for e in row if e in bound], default=rank) for row in ids_TK.tolist()]
+        crossing = crossing_pairs(split.sends(rank), ids_TK, rank, sorted(range(len(ids_TK)), key=lambda t: anchors[t]))
         returned += len(crossing)
         assert sent_bytes.get("dispatch", 0) == len(crossing) * row_bytes
         assert sent_bytes.get("combine_backward", 0) == len(crossing) * row_bytes
         assert messages == len({d for _, d in crossing})
     assert sum(r[0].get("combine", 0) for r in results) == returned * row_bytes
+
+
+def crossing_pairs(sends_ER: np.ndarray, ids_TK: np.ndarray, rank: int, tokens: Iterable[int]) -> set[tuple[int, int]]:
+    """(token, destination) of every row that leaves `rank` when `tokens` fill each expert's destinations in this order."""
+    queues = [[d for d, n in enumerate(row) for _ in range(n)] for row in sends_ER]
+    pairs = Counter((t, queues[e].pop(0)) for t in tokens for e in ids_TK[t])
+    return {(t, d) for t, d in pairs if d != rank}
+
+
+def test_rows_are_shared_where_they_can_be() -> None:
+    """Rank 0 must send two assignments of expert 0, which both ranks hold: it sends those of the tokens that cross anyway.
+
+    Tokens 0 and 1 choose experts 0 and 1 (both here), tokens 2 and 3 choose experts 0 and 2 (owned by rank 1 alone).
+    """
+    owners_E = np.array([0, 0, 1])
+    placement = Placement(owners_E, np.array([[True, True, False], [True, False, True]]))
+    load = ExpertLoad(np.array([[4, 2, 2], [0, 0, 0]]))
+    split = split_exact(load, placement, Case(2, 3, 2, 1, (4, 0), "static", False, False, True, 0).topology())
+    assert split.sends(0)[0].tolist() == [2, 2]
+    ids_TK = torch.tensor([[0, 1], [0, 1], [0, 2], [2, 0]])
+    anchors = anchor_ranks(ids_TK, split, rank=0).flatten().tolist()
+    assert anchors == [0, 0, 1, 1]
+    ordered = crossing_pairs(split.sends(0), ids_TK.numpy(), 0, sorted(range(4), key=lambda t: anchors[t]))
+    assert ordered == {(2, 1), (3, 1)}
 
 
 def test_a_layer_without_tokens_still_enters_every_collective() -> None:
