@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..placement import OwnerMap
+from ._compat import call_after_backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Bank(nn.Module):
         self.owners = owners
         self.rank = rank
         num_rows = int(owners.num_rows_R[rank])
+        self._empty_layers: set[int] = set()  # whose gradient rows are allocated and hold nothing yet
         D, F = shape.dim, shape.ffn_dim
         self.gate_up = nn.Parameter(torch.empty(num_rows, 2 * F, D, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(num_rows, D, F, device=device, dtype=dtype))
@@ -88,16 +90,33 @@ class Bank(nn.Module):
         return ExpertTensors(self.gate_up.data[row], self.down.data[row])
 
     def grads(self, layer: int, expert: int) -> ExpertTensors:
-        """Gradient of an owned expert, in place; see `ensure_grads`."""
+        """Gradient of an owned expert, in place; see `begin_grads`."""
         row = self.row_of(layer, expert)
         assert self.gate_up.grad is not None and self.down.grad is not None
         return ExpertTensors(self.gate_up.grad[row], self.down.grad[row])
 
-    def ensure_grads(self) -> None:
-        """Give every trainable parameter a gradient of zeros if it has none, as `zero_grad` leaves it."""
-        for parameter in (self.gate_up, self.down):
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    def begin_grads(self, layer: int) -> bool:
+        """Make room for gradients in the backward of `layer`; return whether its rows hold nothing yet.
+
+        `zero_grad` leaves parameters without a gradient. Filling a new one with zeros, only to add to them, would cost as
+        much memory traffic as the optimizer: the first backward of each layer overwrites its rows instead, and the rows of
+        layers that this backward pass never reaches become zeros when it is complete.
+        """
+        if self.gate_up.grad is None and self.down.grad is None:
+            for parameter in (self.gate_up, self.down):
+                parameter.grad = torch.empty_like(parameter)
+            self._empty_layers = set(range(self.owners.num_layers))
+            call_after_backward(self._clear_unreached)
+        is_empty = layer in self._empty_layers
+        self._empty_layers.discard(layer)
+        return is_empty
+
+    def _clear_unreached(self) -> None:
+        for row, (layer, _) in enumerate(self.owners.rows_of(self.rank)):
+            for parameter in (self.gate_up, self.down):
+                if layer in self._empty_layers and parameter.grad is not None:
+                    parameter.grad[row].zero_()
+        self._empty_layers = set()
 
     @property
     def expert_bytes(self) -> int:

@@ -44,17 +44,18 @@ class _Experts(torch.autograd.Function):
                 "run the forward again"
             )
         with runtime.stage("experts"):
+            targets = gradient_targets(runtime, layer_pass)
             grads = grouped_ffn_backward(
                 dy_ND,
                 x_ND,
                 gate_up_N2F,
                 row_weights_N,
                 materialized_weights(runtime, layer_pass),
-                gradient_targets(runtime, layer_pass),
+                targets.tensors if targets else None,
                 layer_pass.handle.group_sizes,
                 # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
                 alpha=1.0 / runtime.group.world_size,
-                overwrite=[e in layer_pass.copies for e in runtime.experts_here(layer_pass)],
+                overwrite=targets.overwrite if targets else None,
             )
         return grads.dx_ND, grads.drow_weights_N, x_ND.new_zeros((), dtype=torch.float32), None, None
 

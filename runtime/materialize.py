@@ -6,6 +6,7 @@ which adds straight into the gradient rows of the owners' banks (Hecate, arXiv 2
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from ..collectives import sparse_all_gather, sparse_reduce_scatter
 from ..kernels import FFNWeights
-from .bank import ExpertTensors
 from .layer_pass import LayerPass
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     bank = runtime.bank
     release_copies(runtime, layer_pass)
     if bank.is_trainable:
-        bank.ensure_grads()
         schedule = layer_pass.plan.reduce
         layer_pass.staging = [runtime.pool.acquire(bank.gate_up.data) for _ in range(schedule.most_received(bank.rank))]
         layer_pass.reduce = sparse_reduce_scatter(
@@ -85,24 +84,30 @@ def materialized_weights(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWei
     return FFNWeights([e.gate_up for e in experts], [e.down for e in experts])
 
 
-def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights | None:
-    """Where the gradients of this rank's experts go, in group order; None when experts are frozen.
+@dataclass(frozen=True)
+class GradientTargets:
+    """Where the gradients of this rank's experts go, in group order, and which of those buffers hold nothing yet."""
 
-    Owned experts: their rows of the bank's gradient, to be added to. Copies: borrowed buffers, to be overwritten, which
-    the reduce sends to the owners.
+    tensors: FFNWeights
+    overwrite: tuple[bool, ...]
+
+
+def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTargets | None:
+    """Owned experts: their rows of the bank's gradient. Copies: borrowed buffers, which the reduce sends to the owners.
+
+    None when the experts are frozen.
     """
     bank = runtime.bank
     if not bank.is_trainable:
         return None
-    bank.ensure_grads()
-    targets: list[ExpertTensors] = []
-    for e in runtime.experts_here(layer_pass):
-        if e in layer_pass.copies:
-            layer_pass.copy_grads[e] = runtime.pool.acquire(like=bank.gate_up.data)
-            targets.append(layer_pass.copy_grads[e])
-        else:
-            targets.append(bank.grads(runtime.layer, e))
-    return FFNWeights([t.gate_up for t in targets], [t.down for t in targets])
+    is_empty = bank.begin_grads(runtime.layer)
+    here = runtime.experts_here(layer_pass)
+    layer_pass.copy_grads = {e: runtime.pool.acquire(like=bank.gate_up.data) for e in here if e in layer_pass.copies}
+    targets = [layer_pass.copy_grads.get(e) or bank.grads(runtime.layer, e) for e in here]
+    return GradientTargets(
+        FFNWeights([t.gate_up for t in targets], [t.down for t in targets]),
+        tuple(is_empty or e in layer_pass.copies for e in here),
+    )
 
 
 class _Enter(torch.autograd.Function):
