@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import step
+from . import kernels, step
 from .rows import publish
 
 JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
@@ -30,3 +30,10 @@ def bench() -> None:
 def step_command(json_path: str | None, **case: int | float | str) -> None:
     """One MoE layer, forward, backward and optimizer, by placement policy; the hot experts all live on rank 0."""
     publish("step", step.run(step.StepCase(**case)), step.COLUMNS, json_path)  # type: ignore[arg-type]
+
+
+@bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def kernels_command(arguments: tuple[str, ...]) -> int:
+    """Every kernel against torch and this machine's ceilings; --help tells its options."""
+    return kernels.main(arguments)
