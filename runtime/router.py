@@ -3,6 +3,7 @@
 Shape letters: T tokens of this rank's micro-batch, D model dim, E experts, K choices per token, R ranks.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,12 @@ class Routing:
         return torch.bincount(self.topk_ids_TK.flatten(), minlength=num_experts)
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """What a layer asks of a router. Subclass it to bring your own."""
 
+    @abstractmethod
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor | None = None) -> Routing:
         """Route `x_TD`. Under activation checkpointing the recomputation passes the ids that were decided before."""
-        raise NotImplementedError
 
     def loss(self, routing: Routing, load: ExpertLoad, rank: int) -> Tensor:
         """The router's own losses on this rank, a scalar; the mean over ranks is what is minimised."""

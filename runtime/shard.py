@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -37,19 +38,20 @@ def shard_experts(
 
     Args:
         model: changed in place. Any module with MoE blocks that an adapter knows, at least `MoELayer`.
-        mesh: one-dimensional.
+        mesh: one-dimensional, over all ranks.
         config: placement policy, slots, time limit.
         topology: rates that turn bytes and rows into seconds; the preset of the device by default.
         solver: places copies in place of `config.policy`.
 
     Raises:
-        ValueError: no MoE block, a mesh of more than one dimension, or a model that is already sharded.
+        ValueError: no MoE block, a mesh that is not one-dimensional or leaves out ranks, or a model that is already sharded.
     """
     config = config or RuntimeConfig()
     if mesh.ndim != 1:
-        raise ValueError(
-            f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; give a one-dimensional mesh, as in mesh['shard']"
-        )
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; give a one-dimensional mesh over all ranks")
+    if mesh.size() != dist.get_world_size():
+        # Groups side by side would train apart: nothing averages expert gradients between them.
+        raise ValueError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; give a mesh over all ranks")
     solver = solver or get_solver(config.policy, keeps_owners=True)
     layers = adopt_moe_layers(model)
     if any(layer.experts is None for layer in layers.values()):

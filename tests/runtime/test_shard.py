@@ -303,12 +303,14 @@ def refuse(rank: int, what: str) -> str:
         with pytest.raises(ValueError, match="sharded already") as refused:
             shard_experts(model, mesh=mesh)
     else:
-        with pytest.raises(ValueError, match="2 dimensions") as refused:
-            shard_experts(make_model(), mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")))
+        grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        part, match = (grid, "2 dimensions") if what == "grid" else (grid["shard"], "1 of 2 ranks")
+        with pytest.raises(ValueError, match=match) as refused:
+            shard_experts(make_model(), mesh=part)
     return str(refused.value)
 
 
-@pytest.mark.parametrize("what", ["no moe", "twice", "mesh"])
+@pytest.mark.parametrize("what", ["no moe", "twice", "grid", "part of a grid"])
 def test_wrong_use_is_one_line_on_every_rank(what: str) -> None:
     messages = run_ranks(2, refuse, what)
     assert messages[0] == messages[1]
