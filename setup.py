@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-FOLDERS = ["runtime", "collectives", "placement", "kernels", "launch", "benchmarks"]
+FOLDERS = ["runtime", "collectives", "collectives.transports", "placement", "kernels", "launch", "benchmarks"]
 
 setup(
     name="moesaic",

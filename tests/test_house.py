@@ -70,6 +70,13 @@ for module in ("numba", "triton", "pulp", "highspy", "mpi4py", "transformers"):
     assert done.returncode == 0, done.stderr
 
 
+def test_setup_packs_every_folder() -> None:
+    """An editable install finds every file; a wheel holds only the packages that setup.py names."""
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    (folders,) = re.findall(r"^FOLDERS = (\[.*?\])", text, re.MULTILINE | re.DOTALL)
+    assert set(ast.literal_eval(folders)) == {".".join(path.relative_to(ROOT).parts[:-1]) for path in SOURCES}
+
+
 def test_public_names() -> None:
     """About ten names; a new one is a decision."""
     assert moesaic.__all__ == [
