@@ -42,7 +42,8 @@ class RuntimeConfig:
     shard_dense: bool = True
     """Shard everything but the experts with FSDP2 `fully_shard`; False leaves the rest of the model to you."""
     overlap_s: float = 0.0
-    """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it."""
+    """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
+    'hecate' copies only as many experts as hide, so none at 0."""
     timeout_s: float = 300.0
     """Seconds after which a wait for other ranks fails."""
 
