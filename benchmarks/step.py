@@ -8,6 +8,7 @@ perfect balance, on all ranks at once.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +111,22 @@ def run(case: StepCase) -> list[dict[str, Any]]:
     # Freed activations stay with the process: page faults would cost more than the stages that are compared.
     os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
     context = multiprocessing.get_context("spawn")
-    answers: SimpleQueue[Any] = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        processes = [context.Process(target=_rank, args=(rank, case, store, answers)) for rank in range(case.ranks)]
+        processes = [context.Process(target=_rank, args=(rank, case, folder)) for rank in range(case.ranks)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"the ranks of the benchmark ended with {[process.exitcode for process in processes]}")
-        return _rows(case, answers.get())
+        return _rows(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
 
 
-def _rank(rank: int, case: StepCase, store: str, answers: SimpleQueue[Any]) -> None:
+def _rank(rank: int, case: StepCase, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, case.ranks),
+        store=dist.FileStore(str(Path(folder) / "store"), case.ranks),
         rank=rank,
         world_size=case.ranks,
         timeout=timedelta(seconds=300),
@@ -137,7 +135,8 @@ def _rank(rank: int, case: StepCase, store: str, answers: SimpleQueue[Any]) -> N
     everybody: list[Any] = [None] * case.ranks
     dist.all_gather_object(everybody, measured)
     if rank == 0:
-        answers.put(everybody)
+        # A file, not a pipe: a parent that waits for the ranks to end does not read, and a full pipe would never let them.
+        (Path(folder) / "measured.json").write_text(json.dumps(everybody), encoding="utf-8")
     dist.destroy_process_group()
 
 

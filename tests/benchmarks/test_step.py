@@ -54,6 +54,13 @@ def test_rows_as_json(ranks: int) -> None:
     assert document["rows"][0]["ratio_to_static"] == 1.0
 
 
+def test_many_rounds_fit_through() -> None:
+    """What the ranks report outgrows a pipe's buffer: it must not hold them up."""
+    done = bench("--ranks 1 --experts 2 --hidden 4 --ffn 4 --tokens 4 --rounds 100 --json -")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["rounds"] == 100
+
+
 def test_a_table_and_a_file(tmp_path: Path) -> None:
     done = bench(f"--ranks 1 {TINY} --json {tmp_path / 'rows.json'}")
     assert done.returncode == 0, done.stderr
