@@ -4,6 +4,7 @@ from .cost import Bound, Cost, Solution, cost, lower_bound
 from .hecate import hecate_owners
 from .moetuner import Hops, count_hops, tune_owners
 from .owners import Move, OwnerMap
+from .predict import PREDICTORS, Predictor, make_predictor, prediction_error
 from .registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver
 from .split import Split, split_exact, split_local_even
 from .topology import Topology
@@ -12,6 +13,7 @@ from .values import ExpertLoad, LayerShape, Placement, Problem
 
 __all__ = [
     "KEEPS_OWNERS",
+    "PREDICTORS",
     "SOLVERS",
     "Bound",
     "Cost",
@@ -21,6 +23,7 @@ __all__ = [
     "Move",
     "OwnerMap",
     "Placement",
+    "Predictor",
     "Problem",
     "Solution",
     "Solver",
@@ -34,6 +37,8 @@ __all__ = [
     "get_solver",
     "hecate_owners",
     "lower_bound",
+    "make_predictor",
+    "prediction_error",
     "split_exact",
     "split_local_even",
     "tune_owners",

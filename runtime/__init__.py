@@ -2,7 +2,6 @@
 
 layer.py          the forward: the pipeline, one line a stage
 router.py         which experts, with which weights; balancing and z-loss
-predict.py        the next load from past loads
 planning.py       predicted load -> placement, exact load -> split
 bank.py           every expert once: weights and gradients of the experts this rank owns
 materialize.py    copies in, their gradients home

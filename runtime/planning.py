@@ -17,11 +17,11 @@ from ..placement import (
     Solver,
     Split,
     Topology,
+    make_predictor,
     split_exact,
     split_local_even,
 )
 from .config import RuntimeConfig
-from .predict import make_predictor
 
 
 @dataclass(frozen=True)

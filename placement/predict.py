@@ -4,12 +4,13 @@ All of them are deterministic functions of integers that every rank has, so all 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
 
-from ..placement import ExpertLoad
+from .values import ExpertLoad
 
 # Loads that the window predictor averages (Hecate, arXiv 2502.02581, section 4.2; LAER-MoE uses as many).
 WINDOW = 5
@@ -106,12 +107,11 @@ def prediction_error(predicted: ExpertLoad, actual: ExpertLoad) -> float:
     return 0.5 * float(np.abs(shares[0] - shares[1]).sum())
 
 
+PREDICTORS: Mapping[str, Callable[[], Predictor]] = MappingProxyType(
+    {"best": BestPredictor, "last": LastPredictor, "window": WindowPredictor, "ema": EmaPredictor}
+)
+
+
 def make_predictor(name: Literal["best", "last", "window", "ema"]) -> Predictor:
     """A fresh predictor by its configuration name."""
-    makers: dict[str, Callable[[], Predictor]] = {
-        "best": BestPredictor,
-        "last": LastPredictor,
-        "window": WindowPredictor,
-        "ema": EmaPredictor,
-    }
-    return makers[name]()
+    return PREDICTORS[name]()
