@@ -8,8 +8,18 @@ from typing import Literal
 class RouterConfig:
     """How tokens choose experts."""
 
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What a logit becomes: a softmax over all experts, or each expert's own sigmoid (DeepSeek-V3)."""
     normalize_weights: bool = True
-    """Gate weights of a token's K experts sum to one (Mixtral); else they are the softmax over all experts (Switch)."""
+    """Gate weights of a token's K experts sum to one (Mixtral); else they are the scores as they are (Switch)."""
+    weight_scale: float = 1.0
+    """Factor on the gate weights, after normalization (DeepSeek-V2's routed scaling factor)."""
+    num_groups: int = 1
+    """Groups of neighbouring experts among which a token chooses first (group-limited choice, arXiv 2405.04434); 1 turns it off."""
+    groups_per_token: int = 1
+    """Groups that a token may choose experts from."""
+    group_score: Literal["max", "top2"] = "max"
+    """What a group is chosen by: its best score (DeepSeek-V2), or the sum of its two best (DeepSeek-V3)."""
     aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, equation 4); 0 turns it off."""
     aux_loss_scope: Literal["micro_batch", "global_batch"] = "global_batch"
@@ -23,8 +33,20 @@ class RouterConfig:
         for name in ("aux_loss_coef", "z_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"router.{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.aux_loss_scope not in ("micro_batch", "global_batch"):
-            raise ValueError(f"router.aux_loss_scope is {self.aux_loss_scope!r}; choose 'micro_batch' or 'global_batch'")
+        if not 1 <= self.groups_per_token <= self.num_groups:
+            raise ValueError(
+                f"router.groups_per_token is {self.groups_per_token} of {self.num_groups} groups; it must be from 1 to num_groups"
+            )
+        if self.weight_scale <= 0:
+            raise ValueError(f"router.weight_scale is {self.weight_scale}; it must be more than 0")
+        choices = {
+            "score": ("softmax", "sigmoid"),
+            "group_score": ("max", "top2"),
+            "aux_loss_scope": ("micro_batch", "global_batch"),
+        }
+        for name, (first, second) in choices.items():
+            if getattr(self, name) not in (first, second):
+                raise ValueError(f"router.{name} is {getattr(self, name)!r}; choose {first!r} or {second!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

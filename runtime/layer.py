@@ -15,7 +15,7 @@ from .stages import StageClock
 
 
 class MoELayer(nn.Module):
-    """A dropless MoE feed-forward layer of SwiGLU experts: y = sum_k weight_k * expert_k(x).
+    """A dropless MoE feed-forward layer of SwiGLU experts: y = sum_k weight_k * expert_k(x) + shared(x).
 
     It runs as built on one process. `shard_experts` moves its experts into a bank that the ranks share; the forward below is
     the same then.
@@ -24,6 +24,7 @@ class MoELayer(nn.Module):
         dim, ffn_dim: D and F; one expert is gate_up [2F, D] and down [D, F].
         num_experts, top_k: E, and K of them per token.
         router: how tokens choose, or a router module of your own.
+        shared: a module [T, D] to [T, D] that every token passes besides (shared experts).
         device, dtype: of the experts' weights. The router's weight is created with torch's defaults.
     """
 
@@ -35,6 +36,7 @@ class MoELayer(nn.Module):
         top_k: int,
         *,
         router: RouterConfig | Router | None = None,
+        shared: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -46,6 +48,7 @@ class MoELayer(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.router = router
+        self.shared = shared
         shape = ExpertShape(dim, ffn_dim)
         self.experts: Bank | None = Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype)
         self.experts.reset_parameters()
@@ -78,6 +81,8 @@ class MoELayer(nn.Module):
         token = runtime.materialize(token, this)
         rows_ND = runtime.experts(rows_ND, row_weights_N, token, this)
         y_TD = runtime.combine(rows_ND, this)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.
         aux_loss = self.router.loss(routing, load, runtime.group.rank)
         if not this.is_replay:

@@ -39,45 +39,87 @@ class Router(nn.Module, ABC):
         return routing.weights_TK.new_zeros(())
 
 
-class TopKRouter(Router):
-    """Softmax scores, the K best experts per token. Logits, softmax and weights are fp32 whatever the model's dtype.
+class ScoringRouter(Router):
+    """Scores from logits, the K best experts per token. Scores, softmax and weights are fp32 whatever the model's dtype.
+
+    Subclasses say where the logits come from.
 
     Args:
-        dim: width D of a token.
         num_experts: E.
         top_k: K, from 1 to E.
-        config: weights, losses, forced balance.
+        config: scores, weights, groups, losses, forced balance.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig):
+    def __init__(self, num_experts: int, top_k: int, config: RouterConfig):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k} with {num_experts} experts; it must be from 1 to {num_experts}")
+        if num_experts % config.num_groups:
+            raise ValueError(f"{num_experts} experts in {config.num_groups} groups; give a number of groups that divides them")
+        group_size = num_experts // config.num_groups
+        if config.num_groups > 1 and config.group_score == "top2" and group_size < 2:
+            raise ValueError(f"{num_experts} experts in {config.num_groups} groups have no second best; set group_score to 'max'")
+        if top_k > config.groups_per_token * group_size:
+            raise ValueError(
+                f"top_k is {top_k}, but {config.groups_per_token} groups of {group_size} experts hold only "
+                f"{config.groups_per_token * group_size}; raise groups_per_token"
+            )
         self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        nn.init.normal_(self.weight, std=dim**-0.5)
+
+    @abstractmethod
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The router's logits, fp32 [T, E], differentiable."""
+
+    def choice_bias(self) -> Tensor | None:
+        """What is added to the scores when experts are chosen, and only then, [E]; None for nothing."""
+        return None
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor | None = None) -> Routing:
         """Score, choose, weigh. Ties go where `torch.topk` sends them, the same way every time."""
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = self.logits(x_TD)
         if topk_ids_TK is None:
             if self.config.force_balance:
                 topk_ids_TK = balanced_ids(x_TD.shape[0], self.num_experts, self.top_k).to(x_TD.device)
             else:
-                topk_ids_TK = logits_TE.detach().topk(self.top_k, dim=-1).indices
-        if self.config.normalize_weights:
+                topk_ids_TK = self._choose(logits_TE.detach())
+        return Routing(topk_ids_TK, self._weigh(logits_TE, topk_ids_TK), logits_TE)
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.softmax(dim=-1) if self.config.score == "softmax" else logits_TE.sigmoid()
+
+    def _choose(self, logits_TE: Tensor) -> Tensor:
+        """The K best of the best groups: aux-loss-free bias and group-limited choice (arXiv 2412.19437, section 2.1.2)."""
+        config, bias_E = self.config, self.choice_bias()
+        if bias_E is None and config.num_groups == 1:
+            return logits_TE.topk(self.top_k, dim=-1).indices  # scores rise with logits
+        scores_TE = self._scores(logits_TE)
+        if bias_E is not None:
+            scores_TE = scores_TE + bias_E
+        if config.num_groups > 1:
+            grouped_TGN = scores_TE.unflatten(1, (config.num_groups, -1))
+            best = grouped_TGN.topk(2 if config.group_score == "top2" else 1, dim=-1).values.sum(dim=-1)
+            is_open_TG = torch.zeros_like(best, dtype=torch.bool)
+            is_open_TG.scatter_(1, best.topk(config.groups_per_token, dim=-1).indices, True)
+            scores_TE = grouped_TGN.masked_fill(~is_open_TG[:, :, None], -torch.inf).flatten(1)
+        return scores_TE.topk(self.top_k, dim=-1).indices
+
+    def _weigh(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
+        config = self.config
+        if config.score == "softmax" and config.normalize_weights:
             # The softmax over the chosen experts equals the softmax over all, renormalised.
             weights_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
         else:
-            weights_TK = logits_TE.softmax(dim=-1).gather(1, topk_ids_TK)
-        return Routing(topk_ids_TK, weights_TK, logits_TE)
+            weights_TK = self._scores(logits_TE).gather(1, topk_ids_TK)
+            if config.normalize_weights:
+                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        return weights_TK if config.weight_scale == 1.0 else weights_TK * config.weight_scale
 
     def loss(self, routing: Routing, load: ExpertLoad, rank: int) -> Tensor:
         """Balancing loss E * sum_e f_e p_e, plus z-loss mean(logsumexp(logits)^2), each times its coefficient.
 
-        f_e is the share of assignments that expert e got and p_e the mean of its softmax score, over this rank's
+        f_e is the share of assignments that expert e got and p_e the mean of its score (as a share of its token's), over this rank's
         micro-batch or over the micro-batches of all ranks (`aux_loss_scope`). In the global scope a rank returns R times
         its part, so that the mean over ranks, which data parallelism takes, is exactly the loss of the whole batch: the
         frequencies carry no gradient, so one process and R processes minimise the same number. The z-loss is weighted alike.
@@ -93,11 +135,32 @@ class TopKRouter(Router):
         num_tokens = num_assignments / self.top_k / (load.num_ranks if is_global else 1)
         if config.aux_loss_coef:
             frequency_E = torch.as_tensor(counts_E / num_assignments, dtype=torch.float32, device=logits_TE.device)
-            score_E = logits_TE.softmax(dim=-1).sum(dim=0) / num_tokens
+            scores_TE = self._scores(logits_TE)
+            if config.score == "sigmoid":
+                scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+            score_E = scores_TE.sum(dim=0) / num_tokens
             loss = loss + config.aux_loss_coef * self.num_experts * (frequency_E * score_E).sum()
         if config.z_loss_coef:
             loss = loss + config.z_loss_coef * logits_TE.logsumexp(dim=-1).square().sum() / num_tokens
         return loss
+
+
+class TopKRouter(ScoringRouter):
+    """The router of `MoELayer`: one weight vector per expert.
+
+    Args:
+        dim: width D of a token.
+        num_experts, top_k, config: see `ScoringRouter`.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig):
+        super().__init__(num_experts, top_k, config)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=dim**-0.5)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """See `ScoringRouter.logits`."""
+        return F.linear(x_TD.float(), self.weight.float())
 
 
 def balanced_ids(num_tokens: int, num_experts: int, top_k: int, *, seed: int = 0) -> Tensor:

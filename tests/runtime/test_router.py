@@ -35,6 +35,35 @@ def test_weights_are_those_of_the_best_experts(normalize: bool) -> None:
         torch.testing.assert_close(routing.weights_TK[t], weights_K)
 
 
+class BiasedRouter(TopKRouter):
+    """Six experts whose choice is biased towards the later ones."""
+
+    def choice_bias(self) -> Tensor:
+        return torch.linspace(0.0, 0.3, self.num_experts)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+@pytest.mark.parametrize("normalize,scale", [(True, 2.5), (False, 1.0)])
+def test_group_limited_choice_with_a_bias(score: str, group_score: str, normalize: bool, scale: float) -> None:
+    """Token by token, group by group: the bias decides who is chosen and never how much they weigh."""
+    torch.manual_seed(0)
+    config = dict(score=score, normalize_weights=normalize, weight_scale=scale, group_score=group_score)
+    router = BiasedRouter(D, 6, 3, RouterConfig(num_groups=3, groups_per_token=2, **config))  # type: ignore[arg-type]
+    x_TD = 3 * torch.randn(40, D)
+    routing = router(x_TD)
+    for t in range(40):
+        logits_E = router.weight @ x_TD[t]
+        scores_E = logits_E.softmax(0) if score == "softmax" else logits_E.sigmoid()
+        biased_E = (scores_E + router.choice_bias()).tolist()
+        pairs = [biased_E[2 * g : 2 * g + 2] for g in range(3)]
+        groups = sorted(range(3), key=lambda g: -(max(pairs[g]) if group_score == "max" else sum(pairs[g])))[:2]
+        best = sorted((e for e in range(6) if e // 2 in groups), key=lambda e: -biased_E[e])[:3]
+        assert routing.topk_ids_TK[t].tolist() == best
+        weights_K = scores_E[best] * scale / (scores_E[best].sum() if normalize else 1.0)
+        torch.testing.assert_close(routing.weights_TK[t], weights_K)
+
+
 def test_replay_keeps_the_choice() -> None:
     """Given ids are used as they are, whatever the scores say."""
     router = make_router()
@@ -115,6 +144,9 @@ def test_balanced_ids_pair_experts_evenly() -> None:
         (dict(aux_loss_coef=-1.0), "aux_loss_coef is -1.0"),
         (dict(z_loss_coef=-0.5), "z_loss_coef is -0.5"),
         (dict(aux_loss_scope="world"), "aux_loss_scope is 'world'"),
+        (dict(score="tanh"), "score is 'tanh'; choose 'softmax' or 'sigmoid'"),
+        (dict(weight_scale=0.0), "weight_scale is 0.0"),
+        (dict(num_groups=2, groups_per_token=3), "groups_per_token is 3 of 2 groups"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -122,6 +154,15 @@ def test_wrong_options_are_refused(options: dict[str, object], message: str) -> 
         RouterConfig(**options)  # type: ignore[arg-type]
 
 
-def test_top_k_must_fit() -> None:
-    with pytest.raises(ValueError, match="top_k is 6 with 5 experts"):
-        TopKRouter(D, E, 6, RouterConfig())
+@pytest.mark.parametrize(
+    "num_experts,top_k,options,message",
+    [
+        (5, 6, {}, "top_k is 6 with 5 experts"),
+        (5, 2, dict(num_groups=2), "5 experts in 2 groups"),
+        (6, 4, dict(num_groups=2), "1 groups of 3 experts hold only 3"),
+        (4, 1, dict(num_groups=4, group_score="top2"), "no second best"),
+    ],
+)
+def test_choices_must_fit(num_experts: int, top_k: int, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TopKRouter(D, num_experts, top_k, RouterConfig(**options))  # type: ignore[arg-type]
