@@ -4,7 +4,16 @@ from pathlib import Path
 
 from setuptools import setup
 
-FOLDERS = ["runtime", "collectives", "collectives.transports", "placement", "kernels", "launch", "benchmarks"]
+FOLDERS = [
+    "runtime",
+    "collectives",
+    "collectives.schedules",
+    "collectives.transports",
+    "placement",
+    "kernels",
+    "launch",
+    "benchmarks",
+]
 
 setup(
     name="moesaic",

@@ -3,12 +3,21 @@
 traffic.py     bytes and messages counted by operation and peer
 transport.py   what a transport is: `exchange` and `all_gather_ints`
 transports/    c10d (Gloo or NCCL), local (one rank, no process group)
-schedule.py    rounds of point-to-point messages, made from a placement; the reduce is the gather transposed
+schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
+schedules/     direct, relay, hierarchical, element_sharded: from a placement to a schedule; and the choice among them
+account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
+flow.py        the executor: chunks go on as soon as they have arrived
 verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows
 reference.py   the same verbs on plain lists of per-rank tensors: what each of them means
 """
 
-from .schedule import Message, Schedule, direct_gather
+from .account import Account, Bound, LinkCounts, account, predicted_s
+from .schedule import Message, Route, Schedule
+from .schedules.choose import SCHEDULES, ScheduleChoice, choose_schedule, make_schedule
+from .schedules.direct import direct_gather
+from .schedules.element_sharded import element_sharded_gather
+from .schedules.hierarchical import hierarchical_gather
+from .schedules.relay import relay_gather
 from .traffic import Traffic
 from .transport import Buffer, CollectiveError, Pending, Transport
 from .transports.c10d import C10dTransport
@@ -16,17 +25,30 @@ from .transports.local import LocalTransport
 from .verbs import all_to_all_rows, sparse_all_gather, sparse_reduce_scatter
 
 __all__ = [
+    "SCHEDULES",
+    "Account",
+    "Bound",
     "Buffer",
     "C10dTransport",
     "CollectiveError",
+    "LinkCounts",
     "LocalTransport",
     "Message",
     "Pending",
+    "Route",
     "Schedule",
+    "ScheduleChoice",
     "Traffic",
     "Transport",
+    "account",
     "all_to_all_rows",
+    "choose_schedule",
     "direct_gather",
+    "element_sharded_gather",
+    "hierarchical_gather",
+    "make_schedule",
+    "predicted_s",
+    "relay_gather",
     "sparse_all_gather",
     "sparse_reduce_scatter",
 ]

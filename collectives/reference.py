@@ -1,11 +1,15 @@
 """What each collective means, on plain lists of per-rank values. One process, no transport: the oracle of the tests."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..placement import Placement
+from .schedule import Schedule, chunk_bounds
 
 
 def sparse_all_gather_reference(placement: Placement, items_E: Sequence[Tensor]) -> list[dict[int, Tensor]]:
@@ -17,15 +21,44 @@ def sparse_all_gather_reference(placement: Placement, items_E: Sequence[Tensor])
 def sparse_reduce_scatter_reference(
     placement: Placement, totals_E: Sequence[Tensor], contributions_R: Sequence[Mapping[int, Tensor]]
 ) -> list[Tensor]:
-    """Every expert's total after the contributions of its copies were added in rank order."""
+    """Every expert's total plus the sum of its copies' contributions, which are added in rank order, in fp32 (fp64 for fp64)."""
     sums = []
     for e, total in enumerate(totals_E):
-        value = total.clone()
-        for rank, contributions in enumerate(contributions_R):
-            if placement.copies_RE[rank, e]:
-                value = value + contributions[e].to(value.dtype)
-        sums.append(value)
+        dtype = torch.promote_types(total.dtype, torch.float32)
+        addends = [contributions_R[rank][e].to(dtype) for rank in np.flatnonzero(placement.copies_RE[:, e]).tolist()]
+        value = total.to(dtype) + reduce(torch.add, addends) if addends else total
+        sums.append(value.to(total.dtype))
     return sums
+
+
+def reduce_along_reference(
+    schedule: Schedule, totals_E: Sequence[Tensor], contributions_R: Sequence[Mapping[int, Tensor]]
+) -> list[Tensor]:
+    """Every expert's total after a reduce along the routes of `schedule`.
+
+    Each rank adds what reaches it in rank order, then its own part. What it forwards is rounded to its dtype.
+    """
+    sums = [total.clone().view(-1) for total in totals_E]
+    for route in schedule.routes:
+        first, _ = chunk_bounds(route.first_chunk, route.num_chunks, sums[route.item].numel())
+        _, end = chunk_bounds(route.end_chunk - 1, route.num_chunks, sums[route.item].numel())
+        children: dict[int, list[int]] = defaultdict(list)
+        for src, dst in route.hops:
+            children[src].append(dst)
+
+        def sum_at(
+            rank: int,
+            own: Tensor,
+            part: slice = slice(first, end),
+            children: dict[int, list[int]] = children,
+            item: int = route.item,
+        ) -> Tensor:
+            addends = [sum_at(child, contributions_R[child][item].view(-1)[part]) for child in sorted(children[rank])]
+            wide = torch.promote_types(own.dtype, torch.float32)
+            return (own.to(wide) + reduce(torch.add, [a.to(wide) for a in addends])).to(own.dtype) if addends else own
+
+        sums[route.item][first:end] = sum_at(route.owner, sums[route.item][first:end])
+    return [value.view_as(total) for value, total in zip(sums, totals_E, strict=True)]
 
 
 def all_to_all_rows_reference(rows_RR: Sequence[Sequence[Tensor]]) -> list[Tensor]:

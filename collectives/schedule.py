@@ -1,83 +1,181 @@
-"""Schedules: the point-to-point messages of a sparse collective, as plain data made by pure functions.
+"""Schedules: the point-to-point messages of a sparse collective, as plain data.
 
-The byte accounting, the tests and the executor all read the same schedule. A schedule moves *items*; what an item
-is made of (the weight matrices of one expert) is the caller's business.
+The byte accounting, the predicted time, the tests and the executor all read the same schedule. A schedule moves *items*; what
+an item is made of (the weight matrices of one expert) is the caller's business. The pure functions of `schedules/` make them.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-
-from ..placement import Placement
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Message:
-    """`item` goes from rank `src` to rank `dst`."""
+    """Chunk `chunk` of the `num_chunks` of `item` goes from rank `src` to rank `dst`.
 
+    Ordered by round, item, chunk and `position`: the order in which every rank posts what it exchanges, and in which a rank adds
+    up what it receives. Two ranks therefore match their messages without talking about it.
+    """
+
+    round: int
     item: int
+    chunk: int
+    position: int
     src: int
     dst: int
+    num_chunks: int
+
+    def bounds(self, num_elements: int) -> tuple[int, int]:
+        """The chunk's first element and its end, of an item of `num_elements`."""
+        return chunk_bounds(self.chunk, self.num_chunks, num_elements)
+
+
+def chunk_bounds(chunk: int, num_chunks: int, num_elements: int) -> tuple[int, int]:
+    """Where a chunk begins and ends. Example: 10 elements in 4 chunks are [0, 2), [2, 5), [5, 7), [7, 10)."""
+    return num_elements * chunk // num_chunks, num_elements * (chunk + 1) // num_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How chunks `first_chunk` to `end_chunk` of an item, cut into `num_chunks`, reach ranks: a tree of hops from its owner.
+
+    `hops` are (src, dst), every src the owner or an earlier dst: a rank that forwards is one that needs the item itself.
+    The children of a rank stand in descending rank order, so that the reverse collective adds in ascending order.
+    """
+
+    item: int
+    hops: tuple[tuple[int, int], ...]
+    first_chunk: int = 0
+    end_chunk: int = 1
+    num_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.first_chunk < self.end_chunk <= self.num_chunks
+        reached = {self.owner}
+        for src, dst in self.hops:
+            assert src in reached and dst not in reached, f"item {self.item}: the hops {self.hops} are not a tree from its owner"
+            reached.add(dst)
+
+    @property
+    def owner(self) -> int:
+        """The rank that has the item."""
+        return self.hops[0][0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the route carries every chunk of the item."""
+        return self.end_chunk - self.first_chunk == self.num_chunks
+
+    def depths(self) -> list[int]:
+        """Of every hop, how many hops its chunks have behind them."""
+        depth_of = {self.owner: 0}
+        for src, dst in self.hops:
+            depth_of[dst] = depth_of[src] + 1
+        return [depth_of[src] for src, _ in self.hops]
+
+    def cut(self, pieces: int) -> "Route":
+        """The same route with every chunk cut into `pieces`."""
+        return replace(
+            self, first_chunk=self.first_chunk * pieces, end_chunk=self.end_chunk * pieces, num_chunks=self.num_chunks * pieces
+        )
+
+    def num_elements(self, num_elements: int) -> int:
+        """How many of the item's elements travel on this route."""
+        first, _ = chunk_bounds(self.first_chunk, self.num_chunks, num_elements)
+        _, end = chunk_bounds(self.end_chunk - 1, self.num_chunks, num_elements)
+        return end - first
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rounds of messages. The messages of a round run together; a round starts when the one before has arrived here.
+    """The messages of one collective. `is_reduce` turns every route around: from the copies to the owner, adding up on the way.
 
-    Within a round messages are in ascending order, so that two ranks post what they exchange in the same order.
+    A message's round is the earliest step at which its chunk can be there when every hop takes one step. Rounds order
+    messages; they are barriers only where a transport needs its messages in groups (`rounds`).
+    `limit`: the most item-sized buffers in which a rank receives, None where messages arrive at their destination (a gather).
     """
 
     num_ranks: int
-    rounds: tuple[tuple[Message, ...], ...]
+    routes: tuple[Route, ...] = ()
+    is_reduce: bool = False
+    limit: int | None = None
 
     def __post_init__(self) -> None:
-        for messages in self.rounds:
-            assert list(messages) == sorted(messages), "the messages of a round must be sorted"
-            assert all(m.src != m.dst for m in messages), "a message to oneself"
+        assert self.limit is None or self.limit > 0
 
     def transpose(self) -> "Schedule":
         """The reverse collective: every message the other way, the last round first."""
-        rounds = tuple(tuple(sorted(Message(m.item, m.dst, m.src) for m in messages)) for messages in reversed(self.rounds))
-        return Schedule(self.num_ranks, rounds)
+        return Schedule(self.num_ranks, self.routes, not self.is_reduce)
 
     def limit_receives(self, limit: int) -> "Schedule":
-        """The same messages in order, in rounds in which no rank receives more than `limit`: so much staging is enough."""
-        assert limit > 0 or not self.rounds
-        rounds: list[tuple[Message, ...]] = []
-        for messages in self.rounds:
-            received: dict[int, int] = defaultdict(int)
-            parts: dict[int, list[Message]] = defaultdict(list)
-            for message in messages:
-                parts[received[message.dst] // limit].append(message)
-                received[message.dst] += 1
-            rounds += [tuple(parts[i]) for i in sorted(parts)]
-        return Schedule(self.num_ranks, tuple(rounds))
+        """The same messages for ranks that have `limit` item-sized buffers to receive in."""
+        return replace(self, limit=limit)
 
     def most_received(self, rank: int) -> int:
-        """The most messages that `rank` receives in one round."""
-        return max((sum(m.dst == rank for m in messages) for messages in self.rounds), default=0)
+        """Item-sized buffers that `rank` can make use of to receive in, at most `limit`."""
+        dst = 0 if self.is_reduce else 1
+        received = sum(hop[dst] == rank for route in self.routes for hop in route.hops)
+        return received if self.limit is None else min(received, self.limit)
 
-    def messages(self) -> Iterator[Message]:
+    def messages_of(self, rank: int) -> list[Message]:
+        """What `rank` sends and receives, in order."""
+        return sorted(self._messages([route for route in self.routes if any(rank in hop for hop in route.hops)], rank))
+
+    def messages(self) -> list[Message]:
         """Every message, in order."""
-        for messages in self.rounds:
-            yield from messages
+        return sorted(self._messages(self.routes))
+
+    def rounds(self) -> list[list[Message]]:
+        """All messages in groups, one after the other; what a message waits for is in an earlier group.
+
+        No rank receives more in a group than `limit` allows beside a sum in progress.
+        """
+        rounds: list[list[Message]] = []
+        by_round: dict[int, list[Message]] = defaultdict(list)
+        for message in self.messages():
+            by_round[message.round].append(message)
+        most = max(self.limit - 1, 1) if self.limit else 1 << 62
+        for number in sorted(by_round):
+            received: dict[int, int] = defaultdict(int)
+            parts: dict[int, list[Message]] = defaultdict(list)
+            for message in by_round[number]:
+                parts[received[message.dst] // most].append(message)
+                received[message.dst] += 1
+            rounds += [parts[i] for i in sorted(parts)]
+        return rounds
 
     def num_messages_RR(self) -> np.ndarray:
         """Messages from each rank (row) to each rank (column), int64 [R, R]."""
         counts_RR = np.zeros((self.num_ranks, self.num_ranks), np.int64)
-        for message in self.messages():
-            counts_RR[message.src, message.dst] += 1
-        return counts_RR
+        for route in self.routes:
+            for src, dst in route.hops:
+                counts_RR[src, dst] += route.end_chunk - route.first_chunk
+        return counts_RR.T if self.is_reduce else counts_RR
 
+    def num_elements_RR(self, num_elements: int) -> np.ndarray:
+        """Elements from each rank (row) to each rank (column) when an item has `num_elements`, int64 [R, R]."""
+        counts_RR = np.zeros((self.num_ranks, self.num_ranks), np.int64)
+        for route in self.routes:
+            for src, dst in route.hops:
+                counts_RR[src, dst] += route.num_elements(num_elements)
+        return counts_RR.T if self.is_reduce else counts_RR
 
-def direct_gather(placement: Placement) -> Schedule:
-    """One round: every copy comes straight from the expert's owner.
+    def _messages(self, routes: "tuple[Route, ...] | list[Route]", rank: int | None = None) -> Iterator[Message]:
+        last = self._last_round()
+        for route in routes:
+            for position, ((src, dst), depth) in enumerate(zip(route.hops, route.depths(), strict=True)):
+                if rank is not None and rank != src and rank != dst:
+                    continue
+                for chunk in range(route.first_chunk, route.end_chunk):
+                    step = depth + chunk - route.first_chunk
+                    if self.is_reduce:
+                        yield Message(last - step, route.item, chunk, -position, dst, src, route.num_chunks)
+                    else:
+                        yield Message(step, route.item, chunk, position, src, dst, route.num_chunks)
 
-    Example: with owners [0, 1] and a copy of expert 0 on rank 1, the one message is item 0 from rank 0 to rank 1.
-    """
-    dsts, experts = np.nonzero(placement.copies_RE)
-    owners_E = placement.expert_to_owner_E
-    messages = sorted(Message(int(e), int(owners_E[e]), int(dst)) for dst, e in zip(dsts, experts, strict=True))
-    return Schedule(placement.replicas_RE.shape[0], (tuple(messages),) if messages else ())
+    def _last_round(self) -> int:
+        if not self.is_reduce:
+            return 0
+        return max((max(route.depths()) + route.end_chunk - route.first_chunk - 1 for route in self.routes), default=0)

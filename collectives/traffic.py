@@ -1,18 +1,30 @@
 """Byte and message accounting: what this rank sent, by operation and peer."""
 
 from collections import defaultdict
+from typing import Protocol
 
 import numpy as np
+
+
+class Unposted(Protocol):
+    """A collective whose messages are not all posted."""
+
+    def wait(self) -> None:
+        """Return when the collective is complete."""
 
 
 class Traffic:
     """Bytes and messages that one rank has sent, by operation name and destination rank.
 
     Only what leaves the rank counts: a copy inside a rank is not traffic.
+
+    `unposted` is the collective on this transport, if any, that has messages still to post; the next one lets it finish first,
+    since messages between two ranks are matched in the order in which they are posted.
     """
 
     def __init__(self, world_size: int):
         self.world_size = world_size
+        self.unposted: Unposted | None = None
         self._bytes: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(world_size, np.int64))
         self._messages: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(world_size, np.int64))
 

@@ -1,51 +1,24 @@
 """The collective verbs: launched now, waited for later.
 
     sparse_all_gather      copy items along a schedule (SparseAllGather: Hecate, arXiv 2502.02581, section 3)
-    sparse_reduce_scatter  its transpose: contributions flow back and are summed at the owner
+    sparse_reduce_scatter  its transpose: contributions flow back and are summed on the way to the owner
     all_to_all_rows        a variable number of rows from every rank to every rank
 
 Shape letters: M rows, D columns, R ranks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from .flow import launch
 from .schedule import Message, Schedule
 from .transport import Buffer, Pending, Transport
 
-# The tensors one item is made of, in a fixed order (for an expert: gate_up, down).
+# The tensors one item is made of, in a fixed order (for an expert: gate_up, down), contiguous.
 Item = Sequence[Tensor]
-
-
-class _Rounds:
-    """A schedule on its way: each round is launched when the one before has arrived, and `after` runs on its messages."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        launch: Callable[[Sequence[Message]], Pending],
-        after: Callable[[Sequence[Message]], None] | None = None,
-    ):
-        self._waiting = list(schedule.rounds)
-        self._launch = launch
-        self._after = after
-        self._current: tuple[Sequence[Message], Pending] | None = None
-        self._start_next()
-
-    def wait(self) -> None:
-        while self._current is not None:
-            messages, pending = self._current
-            pending.wait()
-            if self._after is not None:
-                self._after(messages)
-            self._start_next()
-
-    def _start_next(self) -> None:
-        self._current = None
-        if self._waiting:
-            messages = self._waiting.pop(0)
-            self._current = messages, self._launch(messages)
 
 
 def sparse_all_gather(
@@ -62,16 +35,12 @@ def sparse_all_gather(
     Args:
         schedule: the gather schedule, the same on every rank.
         owned: this rank's items that others may ask for; read until the wait returns.
-        copies: where each item that this rank receives is written.
+        copies: where each item that this rank receives is written, and read again where the schedule says to pass it on.
         op, where: the name the bytes are counted under, and the place that errors name.
     """
-
-    def launch(messages: Sequence[Message]) -> Pending:
-        sends = [Buffer(t, m.dst) for m in messages if m.src == transport.rank for t in owned[m.item]]
-        recvs = [Buffer(t, m.src) for m in messages if m.dst == transport.rank for t in copies[m.item]]
-        return transport.exchange(sends, recvs, op=op, where=where)
-
-    return _Rounds(schedule, launch)
+    assert not schedule.is_reduce
+    side = _GatherSide(owned, copies)
+    return launch(schedule, transport, side, op=op, where=where, in_rounds=_is_on_cuda(owned, copies))
 
 
 def sparse_reduce_scatter(
@@ -83,34 +52,160 @@ def sparse_reduce_scatter(
     *,
     op: str,
     where: str = "",
+    wire: torch.dtype | None = None,
 ) -> Pending:
     """Add every rank's contribution to an item onto the owner's total: the transpose of `sparse_all_gather`.
 
-    The sum has a fixed order: the owner's total as it stands, then the contributions in rank order, in the total's dtype.
+    The sum has a fixed order, so it is bitwise repeatable. Each rank adds what it receives in rank order, in fp32 (fp64 for
+    fp64), and its own part last: the contribution where it forwards the sum, the total where it owns the item. Direct and
+    chained schedules therefore give the same bits, total + ((g0 + g1) + g2); others associate as their schedules say. In a
+    dtype below fp32 a partial sum that is forwarded is rounded to it on each hop; only a direct schedule rounds once.
 
     Args:
-        schedule: the transposed gather schedule, from copies to owners without relays, the same on every rank.
-        contributions: this rank's addends for items it holds copies of; read until the wait returns.
-        totals: the owned items that are added to, round by round.
-        staging: items to receive into, at least `schedule.most_received(rank)` of them.
+        schedule: the transposed gather schedule, limited to the staging there is; the same on every rank.
+        contributions: this rank's addends for items it holds copies of. They are consumed: partial sums are made in them.
+        totals: the owned items that are added to.
+        staging: items to receive into, `schedule.most_received(rank)` of them or more, in the dtype of contributions.
+        wire: the dtype in which contributions travel when it is narrower than theirs; direct schedules only. Sums stay as above.
     """
-    rank = transport.rank
-    assert len(staging) >= schedule.most_received(rank), "too little staging"
+    assert schedule.is_reduce
+    assert len(staging) >= schedule.most_received(transport.rank), "too little staging"
+    mine = [m for m in schedule.messages_of(transport.rank) if m.dst == transport.rank]
+    num_addends = Counter((m.item, m.chunk) for m in mine)
+    side = _ReduceSide(num_addends, contributions, totals, staging, wire)
+    return launch(schedule, transport, side, op=op, where=where, in_rounds=_is_on_cuda(contributions, totals))
 
-    def launch(messages: Sequence[Message]) -> Pending:
-        sends = [Buffer(t, m.dst) for m in messages if m.src == rank for t in contributions[m.item]]
-        received = [m for m in messages if m.dst == rank]
-        recvs = [Buffer(t, m.src) for m, item in zip(received, staging, strict=False) for t in item]
-        return transport.exchange(sends, recvs, op=op, where=where)
 
-    def add_up(messages: Sequence[Message]) -> None:
-        # Messages are sorted by item, then by source rank: the order of the sum.
-        received = [m for m in messages if m.dst == rank]
-        for m, item in zip(received, staging, strict=False):
-            for total, addend in zip(totals[m.item], item, strict=True):
-                total.add_(addend)
+class _GatherSide:
+    """Owned items go out, copies come in where they stay, and go out again."""
 
-    return _Rounds(schedule, launch, add_up)
+    def __init__(self, owned: Mapping[int, Item], copies: Mapping[int, Item]):
+        self._owned, self._copies = owned, copies
+
+    def outgoing(self, message: Message) -> list[Tensor]:
+        item = self._owned[message.item] if message.item in self._owned else self._copies[message.item]
+        return _part(item, _bounds(message, item))
+
+    def incoming(self, message: Message) -> list[Tensor]:
+        item = self._copies[message.item]
+        return _part(item, _bounds(message, item))
+
+    def arrived(self, message: Message) -> None:
+        pass
+
+
+class _ReduceSide:
+    """Contributions come into staging, are added up there one item's chunk at a time, and the sum goes to its target.
+
+    Messages of one chunk arrive one after the other (the order of a schedule), so at most one sum is in progress.
+    """
+
+    def __init__(
+        self,
+        num_addends: Counter[tuple[int, int]],
+        contributions: Mapping[int, Item],
+        totals: Mapping[int, Item],
+        staging: Sequence[Item],
+        wire: torch.dtype | None,
+    ):
+        self._remaining = num_addends
+        self._contributions, self._totals = contributions, totals
+        self._staging = [[t.view(-1) for t in item] for item in staging]
+        self._taken: list[list[tuple[int, int]]] = [[] for _ in staging]  # element ranges in use, by staging item
+        self._landing: dict[Message, tuple[int, tuple[int, int]]] = {}
+        self._wire = wire
+        self._sum: list[Tensor] | None = None
+        self._sum_place: tuple[int, tuple[int, int]] | None = None  # None while it is not in staging
+        self._scratch: Tensor | None = None
+
+    def outgoing(self, message: Message) -> list[Tensor]:
+        item = self._contributions[message.item]
+        parts = _part(item, _bounds(message, item))
+        return parts if self._wire is None else [_narrowed(part, self._wire) for part in parts]
+
+    def incoming(self, message: Message) -> list[Tensor] | None:
+        bounds = _bounds(message, self._target(message))
+        for i, taken in enumerate(self._taken):
+            if all(bounds[1] <= first or end <= bounds[0] for first, end in taken):
+                taken.append(bounds)
+                self._landing[message] = i, bounds
+                return self._landed(i, bounds)
+        return None
+
+    def arrived(self, message: Message) -> None:
+        key = message.item, message.chunk
+        place = self._landing.pop(message)
+        parts = self._landed(*place)
+        self._remaining[key] -= 1
+        if self._sum is None and self._remaining[key]:
+            self._begin_sum(place, parts)
+            return
+        if self._sum is not None:
+            for total, part in zip(self._sum, parts, strict=True):
+                total.add_(part)
+            self._free(place)
+            parts = self._sum
+        if not self._remaining[key]:
+            target = self._target(message)
+            for total, part in zip(_part(target, _bounds(message, target)), parts, strict=True):
+                total.add_(part)
+            self._free(place if self._sum is None else self._sum_place)
+            self._sum = self._sum_place = None
+
+    def _begin_sum(self, place: tuple[int, tuple[int, int]], parts: list[Tensor]) -> None:
+        like = self._staging[0][0]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if all(part.dtype == dtype for part in parts):
+            self._sum, self._sum_place = parts, place
+            return
+        num_elements = place[1][1] - place[1][0]
+        if self._scratch is None or self._scratch.numel() < num_elements:
+            self._scratch = like.new_empty(num_elements, dtype=dtype)
+        self._sum = list(self._scratch[:num_elements].split([part.numel() for part in parts]))
+        for total, part in zip(self._sum, parts, strict=True):
+            total.copy_(part)
+        self._free(place)
+
+    def _target(self, message: Message) -> Item:
+        return self._totals[message.item] if message.item in self._totals else self._contributions[message.item]
+
+    def _landed(self, index: int, bounds: tuple[int, int]) -> list[Tensor]:
+        parts = _part(self._staging[index], bounds)
+        return parts if self._wire is None else [_narrow_view(part, self._wire) for part in parts]
+
+    def _free(self, place: tuple[int, tuple[int, int]] | None) -> None:
+        if place is not None:
+            self._taken[place[0]].remove(place[1])
+
+
+def _bounds(message: Message, item: Item) -> tuple[int, int]:
+    return message.bounds(sum(tensor.numel() for tensor in item))
+
+
+def _part(item: Item, bounds: tuple[int, int]) -> list[Tensor]:
+    """The elements `bounds` of an item's tensors laid end to end, as flat views, one for each tensor they touch."""
+    parts, start = [], 0
+    for tensor in item:
+        first, end = max(bounds[0] - start, 0), min(bounds[1] - start, tensor.numel())
+        if first < end:
+            parts.append(tensor.view(-1)[first:end])
+        start += tensor.numel()
+    return parts
+
+
+def _narrow_view(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first half (for a dtype half as wide) of a tensor's memory, with as many elements as the tensor."""
+    return part if part.dtype.itemsize <= dtype.itemsize else part.view(dtype)[: part.numel()]
+
+
+def _narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor rounded to a narrower dtype, within its own memory."""
+    narrow = _narrow_view(part, dtype)
+    return narrow if narrow is part else narrow.copy_(part.to(dtype))
+
+
+def _is_on_cuda(*items: Mapping[int, Item]) -> bool:
+    return any(tensor.is_cuda for mapping in items for item in mapping.values() for tensor in item)
 
 
 def all_to_all_rows(

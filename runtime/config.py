@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..collectives import SCHEDULES
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
@@ -66,6 +68,10 @@ class RuntimeConfig:
     overlap_s: float = 0.0
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
+    schedule: Literal["auto", "direct", "relay", "hierarchical", "element_sharded"] = "auto"
+    """How copies travel: the schedule that is predicted to be fastest, or always this one."""
+    reduce_wire: Literal["as_is", "bf16"] = "as_is"
+    """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
     timeout_s: float = 300.0
     """Seconds after which a wait for other ranks fails."""
 
@@ -76,6 +82,15 @@ class RuntimeConfig:
             raise ValueError(f"runtime.overlap_s is {self.overlap_s}; it must be 0 or more seconds")
         if self.timeout_s <= 0:
             raise ValueError(f"runtime.timeout_s is {self.timeout_s}; it must be more than 0 seconds")
+        if self.schedule not in ("auto", *SCHEDULES):
+            raise ValueError(f"runtime.schedule is {self.schedule!r}; choose 'auto' or one of {', '.join(SCHEDULES)}")
+        if self.reduce_wire not in ("as_is", "bf16"):
+            raise ValueError(f"runtime.reduce_wire is {self.reduce_wire!r}; choose 'as_is' or 'bf16'")
+        if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):
+            raise ValueError(
+                f"runtime.schedule {self.schedule!r} forwards sums, which bf16 would round at every rank; "
+                "set runtime.reduce_wire='as_is', or runtime.schedule='auto' or 'direct'"
+            )
         if self.split not in ("exact", "local_even"):
             raise ValueError(f"runtime.split is {self.split!r}; choose 'exact' or 'local_even'")
         if self.predictor not in ("best", "last", "window", "ema"):

@@ -60,13 +60,14 @@ class LayerRuntime:
         self.num_experts = int(owners_E.size)
         self.owned_experts = tuple(int(e) for e in np.flatnonzero(owners_E == group.rank))
         element_bytes = bank.gate_up.element_size()
+        self.reduce_wire = torch.bfloat16 if config.reduce_wire == "bf16" else None
         shape = LayerShape(
             num_experts=self.num_experts,
             top_k=top_k,
             dim=bank.shape.dim,
             ffn_dim=bank.shape.ffn_dim,
             bytes_per_element=element_bytes,
-            gradient_bytes_per_element=element_bytes,
+            gradient_bytes_per_element=element_bytes if self.reduce_wire is None else min(element_bytes, 2),
         )
         self.planner = LayerPlanner(owners_E, group.topology, shape, solver, config)
         self.step = 0

@@ -50,6 +50,7 @@ def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
             [slot.tensors() for slot in layer_pass.staging],
             op=layer_pass.op("reduce"),
             where=layer_pass.where,
+            wire=runtime.reduce_wire,
         )
 
 

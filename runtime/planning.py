@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..collectives import Schedule, direct_gather
+from ..collectives import Account, Schedule, account, choose_schedule, direct_gather, make_schedule
 from ..placement import (
     ExpertLoad,
     LayerShape,
@@ -31,6 +31,7 @@ class Plan:
     placement: Placement
     gather: Schedule
     reduce: Schedule
+    gather_account: Account
     split: Split | None = None
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
@@ -105,5 +106,27 @@ class LayerPlanner:
             )
 
     def _plan_of(self, placement: Placement) -> Plan:
-        gather = direct_gather(placement)
-        return Plan(placement, gather, gather.transpose().limit_receives(self._config.slots))
+        """The placement with its schedules: the gather as configured or predicted best, and the reduce, its transpose.
+
+        Sums are made in fp32. A relay forwards partial sums, which therefore must travel in fp32; narrower gradients, and those
+        that are narrowed for the wire, go straight to the owner, in two chunks so that the sum in progress takes half an expert.
+        """
+        shape, name = self._shape, self._config.schedule
+        if name == "auto":
+            gather = choose_schedule(placement, self._topology, shape).schedule
+        else:
+            gather = make_schedule(name, placement, self._topology, shape.expert_bytes)
+        if shape.gradient_bytes_per_element >= 4:
+            reduce = gather.transpose().limit_receives(staging_limit(self._config.slots))
+        else:
+            reduce = direct_gather(placement, num_chunks=2).transpose().limit_receives(max(self._config.slots, 1))
+        counted = account(gather, self._topology, shape.parameters_per_expert, shape.bytes_per_element)
+        return Plan(placement, gather, reduce, counted)
+
+
+def staging_limit(slots: int) -> int:
+    """Buffers that a reduce may receive in: as many as slots, and two where there is one, for the sum and what is added to it.
+
+    That stays within `bank.slot_bound`, since a layer's own copies have been given back before its reduce.
+    """
+    return max(slots, 2)

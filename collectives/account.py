@@ -1,0 +1,168 @@
+"""What a schedule costs: bytes and messages by link class, predicted seconds, and what no schedule can go below.
+
+The model of time. A rank sends and receives at `device_bytes_per_s`, a node's link carries `node_bytes_per_s` each way, and
+each message costs the ranks at its ends `latency_s`. The busiest rank or node link sets the pace; to it comes the way of one
+chunk through the relays: at every hop after the first, as often as the relay sends it, a chunk's time and a latency.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..placement import Topology
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class LinkCounts:
+    """A count (bytes, messages) split by the links it went over."""
+
+    same_rank: int
+    same_node: int
+    cross_node: int
+
+    @classmethod
+    def of(cls, counts_RR: np.ndarray, topology: Topology) -> LinkCounts:
+        """Split counts from each rank (row) to each rank (column), int [R, R]."""
+        nodes_R = topology.node_of_rank_R
+        total, same_rank = int(counts_RR.sum()), int(np.trace(counts_RR))
+        inside = int(counts_RR[nodes_R[:, None] == nodes_R].sum())
+        return cls(same_rank, inside - same_rank, total - inside)
+
+    @classmethod
+    def sent_by(cls, rank: int, counts_R: np.ndarray, topology: Topology) -> LinkCounts:
+        """Split what one rank sent to each rank, int [R]."""
+        counts_RR = np.zeros((topology.num_ranks, topology.num_ranks), np.int64)
+        counts_RR[rank] = counts_R
+        return cls.of(counts_RR, topology)
+
+
+@dataclass(frozen=True)
+class Loads:
+    """The numbers a prediction is made of. `fill_*`: seconds of the longest way through relays, bytes and latencies apart."""
+
+    most_bytes: float  # that one rank sends, or receives
+    most_node_bytes: float  # that one node sends, or receives
+    most_messages: int  # that one rank sends, or receives
+    fill_bytes_s: float
+    fill_latency_s: float
+
+    @classmethod
+    def of(cls, schedule: Schedule, topology: Topology, item_bytes: int) -> Loads:
+        """Count a schedule of items of `item_bytes`. A reduce loads links as its gather does, the other way."""
+        per_node = topology.ranks_per_node
+        sent_R, received_R = [0.0] * schedule.num_ranks, [0.0] * schedule.num_ranks
+        posted_R, taken_R = [0] * schedule.num_ranks, [0] * schedule.num_ranks
+        left_N, entered_N = [0.0] * topology.num_nodes, [0.0] * topology.num_nodes
+        fill_bytes_s, fill_hops = 0.0, 0
+        for route in schedule.routes:
+            chunks = route.end_chunk - route.first_chunk
+            route_bytes = item_bytes * chunks / route.num_chunks
+            chunk_s = item_bytes / route.num_chunks / topology.device_bytes_per_s
+            crossing_s = max(chunk_s, item_bytes / route.num_chunks / topology.node_bytes_per_s)
+            way_s, way_hops = {route.owner: 0.0}, {route.owner: 0}  # to each rank, beyond the first hop
+            forwards: dict[int, int] = {}
+            for src, _ in route.hops:
+                forwards[src] = forwards.get(src, 0) + 1
+            for src, dst in route.hops:
+                sent_R[src] += route_bytes
+                received_R[dst] += route_bytes
+                posted_R[src] += chunks
+                taken_R[dst] += chunks
+                crosses = src // per_node != dst // per_node
+                if crosses:
+                    left_N[src // per_node] += route_bytes
+                    entered_N[dst // per_node] += route_bytes
+                times = forwards[src] if src != route.owner else 0
+                way_s[dst] = way_s[src] + times * (crossing_s if crosses else chunk_s)
+                way_hops[dst] = way_hops[src] + times
+            fill_bytes_s = max(fill_bytes_s, *way_s.values())
+            fill_hops = max(fill_hops, *way_hops.values())
+        return cls(
+            most_bytes=max(*sent_R, *received_R),
+            most_node_bytes=max(*left_N, *entered_N),
+            most_messages=max(*posted_R, *taken_R),
+            fill_bytes_s=fill_bytes_s,
+            fill_latency_s=fill_hops * topology.latency_s,
+        )
+
+    def seconds(self, topology: Topology) -> float:
+        """Turn the counts into seconds."""
+        ranks_s = self.most_bytes / topology.device_bytes_per_s + self.most_messages * topology.latency_s
+        nodes_s = self.most_node_bytes / topology.node_bytes_per_s
+        return max(ranks_s, nodes_s) + self.fill_bytes_s + self.fill_latency_s
+
+
+def predicted_s(schedule: Schedule, topology: Topology, item_bytes: int) -> float:
+    """Seconds that a collective over items of `item_bytes` takes; see the module's docstring."""
+    return Loads.of(schedule, topology, item_bytes).seconds(topology)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What no schedule goes below: each rank must receive its copies, each owner must send each copied expert once.
+
+    The same for nodes: every expert must enter each node that needs it. `busiest_bytes` is what the schedule at hand makes the
+    busiest rank send or receive, `rank_bytes` the least that the busiest rank has to. `seconds` is the bound over the link rates.
+    """
+
+    busiest_bytes: int
+    rank_bytes: int
+    node_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Account:
+    """One collective in numbers, all ranks together; for the rows of benchmarks and the metrics of a step."""
+
+    bytes: LinkCounts
+    messages: LinkCounts
+    predicted_s: float
+    bound: Bound
+
+    def describe(self) -> str:
+        """One line for people."""
+        bound = self.bound
+        return (
+            f"{self.bytes.same_node} B inside nodes, {self.bytes.cross_node} B across, "
+            f"{self.messages.same_node + self.messages.cross_node} messages; predicted {self.predicted_s * 1e3:.3g} ms, "
+            f"bound {bound.seconds * 1e3:.3g} ms ({bound.rank_bytes} B at the busiest rank, here {bound.busiest_bytes})"
+        )
+
+
+def account(schedule: Schedule, topology: Topology, num_elements: int, element_bytes: int = 4) -> Account:
+    """Count one collective over items of `num_elements` elements of `element_bytes` bytes."""
+    bytes_RR = schedule.num_elements_RR(num_elements) * element_bytes
+    item_bytes = num_elements * element_bytes
+    busiest = int(max(bytes_RR.sum(axis=0).max(), bytes_RR.sum(axis=1).max()))
+    return Account(
+        bytes=LinkCounts.of(bytes_RR, topology),
+        messages=LinkCounts.of(schedule.num_messages_RR(), topology),
+        predicted_s=predicted_s(schedule, topology, item_bytes),
+        bound=_bound(schedule, topology, item_bytes, busiest),
+    )
+
+
+def _bound(schedule: Schedule, topology: Topology, item_bytes: int, busiest_bytes: int) -> Bound:
+    """The bound follows from who needs what, which every schedule of a placement says alike."""
+    per_node = topology.ranks_per_node
+    copies = {(route.item, dst) for route in schedule.routes for _, dst in route.hops}
+    owners = {route.item: route.owner for route in schedule.routes}
+    received = _most(dst for _, dst in copies)
+    sent = _most(owners.values())
+    entries = {(item, dst // per_node) for item, dst in copies if dst // per_node != owners[item] // per_node}
+    entered = _most(node for _, node in entries)
+    left = _most(owners[item] // per_node for item in {item for item, _ in entries})
+    rank_bytes, node_bytes = item_bytes * max(received, sent), item_bytes * max(entered, left)
+    seconds = max(rank_bytes / topology.device_bytes_per_s, node_bytes / topology.node_bytes_per_s)
+    return Bound(busiest_bytes, rank_bytes, node_bytes, seconds)
+
+
+def _most(ids: Iterable[int]) -> int:
+    """How often the most frequent id occurs."""
+    return max(Counter(ids).values(), default=0)

@@ -1,0 +1,139 @@
+"""The executor: carries out one rank's part of any schedule over any transport.
+
+Two ways to the same messages. `Flow` is for transports whose waits block the host: every receive is posted as early as there
+is room, every message is sent as soon as its chunk is complete here, and no rank waits for one that it gets nothing from.
+`RoundFlow` is for transports that work in the order of a CUDA stream, where messages must be posted in groups that all ranks
+enter alike (NCCL deadlocks otherwise), and where waiting costs the host nothing.
+"""
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from .schedule import Message, Schedule
+from .transport import Buffer, Pending, Transport
+
+
+class Side(Protocol):
+    """What a collective does with the messages of one rank."""
+
+    def outgoing(self, message: Message) -> Sequence[Tensor]:
+        """The tensors to send. Asked once, when all that the message waits for has arrived."""
+
+    def incoming(self, message: Message) -> Sequence[Tensor] | None:
+        """Where the message is received; None while there is no room for it."""
+
+    def arrived(self, message: Message) -> None:
+        """The message is complete. Called in the order of the schedule."""
+
+
+class Flow:
+    """A collective in progress that the host drives: launched by the constructor, finished by `wait`.
+
+    Messages between two ranks are matched in the order in which both post them. A flow that has still messages to post when its
+    launch returns is therefore finished before the next one on its transport begins; `traffic.unposted` holds it until then.
+    """
+
+    def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
+        if transport.traffic.unposted is not None:
+            transport.traffic.unposted.wait()
+        self._transport, self._side, self._op, self._where = transport, side, op, where
+        mine = schedule.messages_of(transport.rank)
+        self._receives = deque(m for m in mine if m.dst == transport.rank)
+        self._missing = Counter((m.item, m.chunk) for m in self._receives)
+        self._arriving: deque[tuple[Message, Pending]] = deque()
+        self._sending: list[Pending] = []
+        self._sends: dict[int, deque[Message]] = {}  # by destination: their order matters between the same two ranks only
+        for m in mine:
+            if m.src == transport.rank:
+                self._sends.setdefault(m.dst, deque()).append(m)
+        self._post_receives()
+        self._post_sends()
+        if self._receives or self._sends:
+            transport.traffic.unposted = self
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        """Carry on to the end; see `Pending.wait`."""
+        while self._arriving:
+            message, pending = self._arriving.popleft()
+            pending.wait()
+            self._side.arrived(message)
+            self._missing[message.item, message.chunk] -= 1
+            self._post_sends()
+            self._post_receives()
+        assert not self._receives and not self._sends, "messages that wait for nothing were not posted"
+        if self._transport.traffic.unposted is self:
+            self._transport.traffic.unposted = None
+        sending, self._sending = self._sending, []
+        for pending in sending:
+            pending.wait()
+
+    def _post_receives(self) -> None:
+        while self._receives:
+            message = self._receives[0]
+            tensors = self._side.incoming(message)
+            if tensors is None:
+                assert self._arriving, "no room for a message, and nothing on its way that could make some"
+                return
+            recvs = [Buffer(tensor, message.src) for tensor in tensors]
+            self._receives.popleft()
+            self._arriving.append((message, self._transport.exchange([], recvs, op=self._op, where=self._where)))
+
+    def _post_sends(self) -> None:
+        sends: list[Buffer] = []
+        for peer, queue in list(self._sends.items()):
+            while queue and not self._missing[queue[0].item, queue[0].chunk]:
+                sends += [Buffer(tensor, peer) for tensor in self._side.outgoing(queue.popleft())]
+            if not queue:
+                del self._sends[peer]
+        if sends:
+            self._sending.append(self._transport.exchange(sends, [], op=self._op, where=self._where))
+
+
+class RoundFlow:
+    """A collective in progress, group by group: each group of messages is launched when the one before has arrived here."""
+
+    def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
+        if transport.traffic.unposted is not None:
+            transport.traffic.unposted.wait()
+        self._transport, self._side, self._op, self._where = transport, side, op, where
+        rank = transport.rank
+        groups = ([m for m in group if rank in (m.src, m.dst)] for group in schedule.rounds())
+        self._waiting = deque(group for group in groups if group)
+        self._current: tuple[list[Message], Pending] | None = None
+        self._start_next()
+        if self._waiting:
+            transport.traffic.unposted = self
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        """Carry on to the end; see `Pending.wait`."""
+        while self._current is not None:
+            messages, pending = self._current
+            pending.wait()
+            for message in messages:
+                if message.dst == self._transport.rank:
+                    self._side.arrived(message)
+            self._start_next()
+        if self._transport.traffic.unposted is self:
+            self._transport.traffic.unposted = None
+
+    def _start_next(self) -> None:
+        self._current = None
+        if self._waiting:
+            messages = self._waiting.popleft()
+            rank = self._transport.rank
+            sends = [Buffer(t, m.dst) for m in messages if m.src == rank for t in self._side.outgoing(m)]
+            recvs = [Buffer(t, m.src) for m in messages if m.dst == rank for t in self._room(m)]
+            self._current = messages, self._transport.exchange(sends, recvs, op=self._op, where=self._where)
+
+    def _room(self, message: Message) -> Sequence[Tensor]:
+        tensors = self._side.incoming(message)
+        assert tensors is not None, "a group has more messages than there is room for"
+        return tensors
+
+
+def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str, in_rounds: bool) -> Pending:
+    """Launch this rank's part of a schedule."""
+    return (RoundFlow if in_rounds else Flow)(schedule, transport, side, op=op, where=where)
