@@ -8,6 +8,9 @@ train.py       the loop
 checkpoint.py  save and resume, any world size
 records.py     the run folder: metrics, trace, progress bar, summary
 doctor.py      what works on this machine
+place.py       placements offline: solve, compare, replay, show
+trace.py       traces: info, convert, synth, backtest
+trace_options.py, output.py, picture.py   what those share
 cli.py         the table of commands
 entry.py       errors and exit status at the outermost edge
 """

@@ -32,6 +32,8 @@ class LazyCommand:
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "train": LazyCommand("moesaic.launch.train:command", "Train the demo language model."),
+        "place": LazyCommand("moesaic.launch.place:command", "Solve, compare, replay and show placements on recorded routing."),
+        "trace": LazyCommand("moesaic.launch.trace:command", "Look into, convert, generate and back-test routing traces."),
         "bench": LazyCommand("moesaic.benchmarks.cli:bench", "Measure this machine: ratios within one run."),
         "doctor": LazyCommand("moesaic.launch.doctor:command", "Show what is installed and what works on this machine."),
     }

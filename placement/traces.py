@@ -14,23 +14,24 @@ from __future__ import annotations
 import json
 import math
 import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from .content import check_positive_int
+from .npz import NpzReader, array_writer, write_npz
 
 SCHEMA = "moesaic-trace/1"
 # Larger headers and dims belong to no real model; a damaged file must not make the reader allocate.
 _MAX_META_BYTES = 1 << 20
 _MAX_DIM = 1 << 24
-_MAX_STEP_BYTES = 1 << 28
+_MAX_STEP_BYTES = 1 << 26
+_MAX_MATRICES = 16
+_MAX_LOAD = int(np.iinfo(np.int32).max)
 _CHUNK_BYTES = 1 << 20
 
 
@@ -54,6 +55,11 @@ class TraceMeta:
             check_positive_int(name, getattr(self, name), minimum=0)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}")
+        if max(self.dim, self.ffn_dim) > _MAX_DIM or self.num_matrices > _MAX_MATRICES:
+            raise ValueError(
+                f"dim {self.dim}, ffn_dim {self.ffn_dim} and {self.num_matrices} matrices are above the supported "
+                f"{_MAX_DIM}, {_MAX_DIM} and {_MAX_MATRICES}"
+            )
         if max(self.step_shape) > _MAX_DIM or 4 * math.prod(self.step_shape) > _MAX_STEP_BYTES:
             raise ValueError(f"a step of {self.step_shape} loads is above the supported {_MAX_STEP_BYTES} bytes")
         if not isinstance(self.source, str):
@@ -75,6 +81,8 @@ def _check_step(loads_LRE: np.ndarray, meta: TraceMeta, step: int) -> None:
         raise ValueError(f"step {step} has loads of shape {loads_LRE.shape}, the trace [L, R, E] = {meta.step_shape}")
     if loads_LRE.size and loads_LRE.min() < 0:
         raise ValueError(f"step {step} holds a negative load, {int(loads_LRE.min())}")
+    if loads_LRE.max(initial=0) > _MAX_LOAD:
+        raise ValueError(f"step {step} holds a load of {int(loads_LRE.max())}, above int32")
     sums_LR = loads_LRE.sum(axis=2, dtype=np.int64)
     if (sums_LR != sums_LR[0]).any() or (sums_LR % meta.top_k).any():
         layer, rank = np.argwhere((sums_LR != sums_LR[0]) | (sums_LR % meta.top_k != 0))[0]
@@ -84,26 +92,6 @@ def _check_step(loads_LRE: np.ndarray, meta: TraceMeta, step: int) -> None:
         )
 
 
-def _write_npz(path: Path, members: Mapping[str, Callable[[IO[bytes]], None]]) -> None:
-    """Write a compressed .npz beside `path` and rename it into place, so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-                for name, write in members.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        write(member)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _array_writer(array: np.ndarray) -> Callable[[IO[bytes]], None]:
-    return lambda member: np.lib.format.write_array(member, array, allow_pickle=False)
-
-
 class TraceWriter:
     """Records a run: `append` per step, `close` at the end. Loads wait on disk, not in memory, in `PATH.partial`.
 
@@ -111,9 +99,10 @@ class TraceWriter:
     `path` appears only on close, whole; a trace without steps is not written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], meta: TraceMeta) -> None:
+    def __init__(self, path: str | os.PathLike[str], meta: TraceMeta, *, pair_counts_LEE: np.ndarray | None = None) -> None:
         self.path = Path(path)
         self.meta = meta
+        self._pairs_LEE = None if pair_counts_LEE is None else _checked_pairs(np.asarray(pair_counts_LEE), meta)
         self.num_steps = 0
         self._partial_path = self.path.with_name(self.path.name + ".partial")
         self._partial: IO[bytes] | None = open(self._partial_path, "w+b")  # noqa: SIM115 (closed by close)
@@ -126,8 +115,6 @@ class TraceWriter:
         if loads_LRE.dtype.kind not in "iu":
             raise ValueError(f"loads must be integers, got {loads_LRE.dtype}")
         _check_step(loads_LRE, self.meta, self.num_steps)
-        if loads_LRE.max() > np.iinfo(np.int32).max:
-            raise ValueError(f"step {self.num_steps} holds a load of {int(loads_LRE.max())}, above int32")
         self._partial.write(np.ascontiguousarray(loads_LRE, dtype="<i4").tobytes())
         self.num_steps += 1
 
@@ -138,16 +125,23 @@ class TraceWriter:
         partial, self._partial = self._partial, None
         try:
             if self.num_steps:
-                _write_npz(
-                    self.path,
-                    {
-                        "meta": _array_writer(np.array(self.meta.to_json(self.num_steps))),
-                        "loads": lambda member: self._copy_loads(partial, member),
-                    },
-                )
+                members = {
+                    "meta": array_writer(np.array(self.meta.to_json(self.num_steps))),
+                    "loads": lambda member: self._copy_loads(partial, member),
+                }
+                if self._pairs_LEE is not None:
+                    members["pair_counts"] = array_writer(self._pairs_LEE.astype("<i4"))
+                write_npz(self.path, members)
         finally:
             partial.close()
         self._partial_path.unlink()
+
+    def discard(self) -> None:
+        """Give up: remove the partial file, leave `path` as it was."""
+        if self._partial is not None:
+            self._partial.close()
+            self._partial = None
+            self._partial_path.unlink()
 
     def _copy_loads(self, partial: IO[bytes], member: IO[bytes]) -> None:
         header = {"descr": "<i4", "fortran_order": False, "shape": (self.num_steps, *self.meta.step_shape)}
@@ -182,7 +176,7 @@ def write_trace(
         arrays["topk_ids"] = _checked_topk(np.asarray(topk_ids_TLK), meta).astype("<i2")
     if pair_counts_LEE is not None:
         arrays["pair_counts"] = _checked_pairs(np.asarray(pair_counts_LEE), meta).astype("<i4")
-    _write_npz(Path(path), {name: _array_writer(array) for name, array in arrays.items()})
+    write_npz(path, {name: array_writer(array) for name, array in arrays.items()})
 
 
 def _checked_topk(ids: np.ndarray, meta: TraceMeta) -> np.ndarray:
@@ -198,19 +192,10 @@ def _checked_pairs(pairs: np.ndarray, meta: TraceMeta) -> np.ndarray:
         raise ValueError(
             f"pair_counts must be [{meta.num_layers - 1}, {meta.num_experts}, {meta.num_experts}], got {pairs.shape}"
         )
-    if pairs.size and pairs.min() < 0:
-        raise ValueError(f"pair_counts holds a negative count, {int(pairs.min())}")
+    if pairs.size and (pairs.min() < 0 or pairs.max() > _MAX_LOAD):
+        wrong = f"a negative count, {int(pairs.min())}" if pairs.min() < 0 else f"a count of {int(pairs.max())}, above int32"
+        raise ValueError(f"pair_counts holds {wrong}")
     return pairs
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One array of the file by its header: nothing is read that the header does not account for."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    header_bytes: int
-    total_bytes: int
 
 
 class Trace:
@@ -218,129 +203,74 @@ class Trace:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._members = self._read_headers()
+        self._file = NpzReader(path, "trace")
         self.meta, steps = self._read_meta()
-        shape = self._require("loads", "i", 4)
-        if shape != (steps, *self.meta.step_shape) or not steps:
-            raise self._error(f"loads are {shape}, its meta says {(steps, *self.meta.step_shape)}")
+        shape = self._file.require("loads", "i", 4)
+        if shape != (steps, *self.meta.step_shape):
+            raise self._file.error(f"loads are {shape}, its meta says {(steps, *self.meta.step_shape)}")
         self.num_steps = steps
 
-    def _error(self, what: str) -> ValueError:
-        return ValueError(f"{self.path} is not a usable trace: {what}")
-
-    def _read_headers(self) -> dict[str, _Member]:
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                return {i.filename.removesuffix(".npy"): self._header(archive, i) for i in archive.infolist()}
-        except FileNotFoundError:
-            raise ValueError(f"there is no trace at {self.path}") from None
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, UnicodeError) as error:
-            raise self._error(f"it is damaged, unreadable or no .npz file ({type(error).__name__})") from None
-
-    def _header(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-        with archive.open(info) as member:
-            try:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran_order, dtype = read(member)
-            except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-                raise self._error(f"{info.filename} has no valid .npy header") from None
-            result = _Member(shape, dtype, member.tell(), info.file_size)
-        expected = result.header_bytes + math.prod(shape) * dtype.itemsize
-        if fortran_order or dtype.hasobject or min(shape, default=0) < 0 or expected != info.file_size:
-            raise self._error(f"{info.filename} holds {info.file_size} bytes, its header accounts for {expected}")
-        return result
-
-    def _require(self, name: str, kind: str, ndim: int) -> tuple[int, ...]:
-        member = self._members.get(name)
-        if member is None:
-            raise self._error(f"it has no {name}")
-        if member.dtype.kind not in kind or len(member.shape) != ndim:
-            raise self._error(f"{name} is {member.dtype} {member.shape}")
-        return member.shape
-
-    def _blocks(self, name: str, block_bytes: int) -> Iterator[bytes]:
-        """Yield an array's bytes in blocks; a damaged file raises ValueError."""
-        member_info = self._members[name]
-        left = member_info.total_bytes - member_info.header_bytes
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
-                member.read(member_info.header_bytes)
-                while left:
-                    block = member.read(min(block_bytes, left))
-                    if not block:
-                        raise EOFError
-                    left -= len(block)
-                    # Reading to the very end is what makes zipfile compare the checksum.
-                    if not left and member.read(1):
-                        raise EOFError
-                    yield block
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, UnicodeError) as error:
-            raise self._error(f"{name} is damaged ({type(error).__name__})") from None
-
-    def _array(self, name: str, limit_bytes: int) -> np.ndarray:
-        member = self._members[name]
-        if member.total_bytes > limit_bytes:
-            raise self._error(f"{name} takes {member.total_bytes} bytes, above the limit of {limit_bytes}")
-        if not member.dtype.itemsize or not math.prod(member.shape):
-            return np.zeros(member.shape, dtype=member.dtype)
-        data = b"".join(self._blocks(name, _CHUNK_BYTES))
-        return np.frombuffer(data, dtype=member.dtype).reshape(member.shape)
-
     def _read_meta(self) -> tuple[TraceMeta, int]:
-        self._require("meta", "U", 0)
-        text = self._array("meta", _MAX_META_BYTES)
+        self._file.require("meta", "U", 0)
+        text = self._file.array("meta", _MAX_META_BYTES)
         try:
             values = json.loads(str(text))
         except (ValueError, RecursionError) as error:
-            raise self._error(f"meta cannot be read ({error})") from None
+            raise self._file.error(f"meta cannot be read ({error})") from None
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise self._error(f"its schema is {str(found)[:80]!r}, not {SCHEMA!r}; convert it with `moesaic trace convert`")
+            raise self._file.error(f"its schema is {str(found)[:80]!r}, not {SCHEMA!r}; convert it with `moesaic trace convert`")
         steps = values.get("steps")
         known = {field.name for field in fields(TraceMeta)}
         try:
             meta = TraceMeta(**{name: value for name, value in values.items() if name in known})
             return meta, check_positive_int("steps", steps)
         except (ValueError, TypeError) as error:
-            raise self._error(f"meta: {error}") from None
+            raise self._file.error(f"meta: {error}") from None
 
     def steps(self) -> Iterator[np.ndarray]:
         """Yield every step's loads, int64 [L, R, E]; ValueError at the first step that cannot come from routing."""
-        member = self._members["loads"]
-        step_bytes = math.prod(self.meta.step_shape) * member.dtype.itemsize
-        for step, block in enumerate(self._blocks("loads", step_bytes)):
-            loads_LRE = np.frombuffer(block, dtype=member.dtype).astype(np.int64).reshape(self.meta.step_shape)
+        for step, block in enumerate(self._file.rows("loads", 1)):
+            loads_LRE = block[0].astype(np.int64)
             try:
                 _check_step(loads_LRE, self.meta, step)
             except ValueError as error:
-                raise self._error(str(error)) from None
+                raise self._file.error(str(error)) from None
             yield loads_LRE
 
     @property
     def has_topk_ids(self) -> bool:
         """Whether single tokens were recorded."""
-        return "topk_ids" in self._members
+        return "topk_ids" in self._file.members
 
     @property
     def has_pair_counts(self) -> bool:
         """Whether layer-to-layer counts were recorded."""
-        return "pair_counts" in self._members
+        return "pair_counts" in self._file.members
 
-    def topk_ids(self, limit_bytes: int = 1 << 29) -> np.ndarray:
-        """Return the experts of single tokens, integers [T, L, K]; ValueError if there are none."""
-        self._require("topk_ids", "i", 3)
-        array = self._array("topk_ids", limit_bytes)
-        try:
-            return _checked_topk(array, self.meta)
-        except ValueError as error:
-            raise self._error(str(error)) from None
+    @property
+    def num_tokens(self) -> int:
+        """Single tokens recorded in `topk_ids`; 0 without them."""
+        return self._file.require("topk_ids", "i", 3)[0] if self.has_topk_ids else 0
 
-    def pair_counts(self, limit_bytes: int = 1 << 29) -> np.ndarray:
+    def topk_blocks(self, num_tokens: int) -> Iterator[np.ndarray]:
+        """Yield the experts of single tokens, integers [<= num_tokens, L, K], as a stream; ValueError if there are none."""
+        self._file.require("topk_ids", "i", 3)
+        for block in self._file.rows("topk_ids", num_tokens):
+            yield self._checked(_checked_topk, block)
+
+    def topk_ids(self) -> np.ndarray:
+        """Return the experts of single tokens, integers [T, L, K]; ValueError if there are none or more than fit in memory."""
+        self._file.require("topk_ids", "i", 3)
+        return self._checked(_checked_topk, self._file.array("topk_ids"))
+
+    def pair_counts(self) -> np.ndarray:
         """Return the layer-to-layer counts, integers [L - 1, E, E]; ValueError if there are none."""
-        self._require("pair_counts", "i", 3)
-        array = self._array("pair_counts", limit_bytes)
+        self._file.require("pair_counts", "i", 3)
+        return self._checked(_checked_pairs, self._file.array("pair_counts"))
+
+    def _checked(self, check: Callable[[np.ndarray, TraceMeta], np.ndarray], array: np.ndarray) -> np.ndarray:
         try:
-            return _checked_pairs(array, self.meta)
+            return check(array, self.meta)
         except ValueError as error:
-            raise self._error(str(error)) from None
+            raise self._file.error(str(error)) from None

@@ -1,0 +1,190 @@
+"""`moesaic trace`: look into, convert, generate and back-test routing traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+import numpy as np
+
+from ..placement.backtest import backtest
+from ..placement.files import digest_of
+from ..placement.owners import OwnerMap
+from ..placement.sources import LoadSource, pair_counts_of
+from ..placement.synth import KINDS, SynthSpec, synthesize
+from ..placement.traces import TraceMeta, TraceWriter
+from .output import JSON_OPTION, clear_errors, progress, publish
+from .trace_options import Count, TraceOptions, trace_options
+
+INFO_COLUMNS = ("layer", "assignments", "expert_max_over_mean", "expert_min_over_mean", "rank_max_over_mean", "shift")
+BACKTEST_COLUMNS = ("predictor", "age", "mean", "worst", "num_cells")
+
+
+@click.group("trace")
+def command() -> None:
+    """Look into, convert, generate and back-test routing traces."""
+
+
+@dataclass
+class _LayerLook:
+    """Sums over the steps of one layer."""
+
+    owner_E: np.ndarray
+    num_ranks: int
+    steps: int = 0
+    assignments: int = 0
+    expert_max: float = 0.0
+    expert_min: float = 0.0
+    rank_max: float = 0.0
+    shift: float = 0.0
+    before_E: np.ndarray | None = None
+
+    def add(self, load_RE: np.ndarray) -> None:
+        """Take in one step."""
+        totals_E = load_RE.sum(axis=0)
+        total = max(int(totals_E.sum()), 1)
+        rows_R = np.bincount(self.owner_E, weights=totals_E, minlength=self.num_ranks)
+        share_E = totals_E / total
+        self.steps += 1
+        self.assignments += int(totals_E.sum())
+        self.expert_max += float(share_E.max()) * share_E.size
+        self.expert_min += float(share_E.min()) * share_E.size
+        self.rank_max += float(rows_R.max()) / total * self.num_ranks
+        if self.before_E is not None:
+            self.shift += 0.5 * float(np.abs(share_E - self.before_E).sum())
+        self.before_E = share_E
+
+    def row(self, layer: int | str) -> dict[str, Any]:
+        """What was seen, means over steps."""
+        return {
+            "layer": layer,
+            "assignments": self.assignments / self.steps,
+            "expert_max_over_mean": self.expert_max / self.steps,
+            "expert_min_over_mean": self.expert_min / self.steps,
+            "rank_max_over_mean": self.rank_max / self.steps,
+            "shift": self.shift / max(self.steps - 1, 1),
+        }
+
+
+def look_into(source: LoadSource) -> list[dict[str, Any]]:
+    """Read a whole source, which checks every step, and describe each layer: means over steps.
+
+    expert_max_over_mean, expert_min_over_mean: of the experts' loads. rank_max_over_mean: with contiguous blocks of experts on
+    the source's ranks. shift: total variation distance between the expert shares of neighbouring steps.
+    """
+    meta = source.meta
+    owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
+    looks = [_LayerLook(owner_E, meta.num_ranks) for owner_E in owners_LE]
+    with progress(source.num_steps, "step") as advance:
+        for loads_LRE in source.steps():
+            for look, load_RE in zip(looks, loads_LRE, strict=True):
+                look.add(load_RE)
+            advance()
+    return [look.row(layer) for layer, look in enumerate(looks)]
+
+
+@command.command("info")
+@click.argument("path", metavar="TRACE")
+@click.option("--ranks", type=Count, metavar="R", help="Play it on R ranks instead of its own.")
+@trace_options
+@JSON_OPTION
+def info_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
+    """Check a whole trace and describe it, layer by layer."""
+    source = TraceOptions.take(options).open(path, ranks)
+    rows = look_into(source)
+    meta = source.meta
+    with clear_errors():
+        digest = digest_of(path)
+    if json_path != "-":
+        click.echo(
+            f"{path}: {source.num_steps} steps, {meta.num_layers} layers, {meta.num_experts} experts, top-{meta.top_k}, "
+            f"{meta.num_ranks} ranks; dim {meta.dim or 'unknown'}, ffn_dim {meta.ffn_dim or 'unknown'}; "
+            f"source {meta.source or 'unknown'}; {digest}; every step is valid"
+        )
+    about = {"trace": path, "steps": source.num_steps, "ranks": meta.num_ranks, "experts": meta.num_experts, "digest": digest}
+    publish("trace.info", [{**about, **row} for row in rows], INFO_COLUMNS, json_path)
+
+
+@command.command("convert")
+@click.argument("path", metavar="IN")
+@click.argument("out", metavar="OUT")
+@click.option("--ranks", type=Count, metavar="R", help="Deal the tokens to R ranks; by default those of the trace.")
+@trace_options
+def convert_command(path: str, out: str, ranks: int | None, **options: Any) -> None:
+    """Turn a recording into a trace over any number of ranks.
+
+    IN is a trace, or an .npz with topk_ids [T, L, K], counts [..., L, E] or shares [..., L, E]. Tokens are dealt to ranks in
+    consecutive blocks of a step; what they reveal of layer-to-layer routing is kept as pair_counts.
+    """
+    source = TraceOptions.take(options).open(path, ranks)
+    _write(out, source.meta, source.steps(), source.num_steps, pair_counts_of(source))
+    click.echo(f"{out}: {source.num_steps} steps on {source.meta.num_ranks} ranks")
+
+
+@command.command("synth")
+@click.argument("out", metavar="OUT")
+@click.option("--kind", type=click.Choice(KINDS), default="zipf", show_default=True)
+@click.option("--skew", type=float, default=1.2, show_default=True, help="Zipf exponent.")
+@click.option("--drift", type=float, default=0.1, show_default=True, help="Step of the random walk of log-popularities.")
+@click.option("--steps", type=Count, default=100, show_default=True)
+@click.option("--layers", type=Count, default=4, show_default=True)
+@click.option("--experts", type=Count, default=64, show_default=True)
+@click.option("--top-k", type=Count, default=6, show_default=True)
+@click.option("--ranks", type=Count, default=8, show_default=True)
+@click.option("--tokens", type=Count, default=4096, show_default=True, help="Tokens per rank and step.")
+@click.option("--dim", type=Count, default=2048, show_default=True)
+@click.option("--ffn-dim", type=Count, default=1408, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def synth_command(out: str, **given: Any) -> None:
+    """Generate a trace: uniform, zipf, drifting, bursty or one-hot."""
+    meta = TraceMeta(
+        num_layers=given["layers"],
+        num_experts=given["experts"],
+        top_k=given["top_k"],
+        num_ranks=given["ranks"],
+        dim=given["dim"],
+        ffn_dim=given["ffn_dim"],
+        source=f"moesaic trace synth --kind {given['kind']}",
+    )
+    spec = SynthSpec(
+        meta=meta,
+        kind=given["kind"],
+        num_steps=given["steps"],
+        tokens_per_rank=given["tokens"],
+        skew=given["skew"],
+        drift=given["drift"],
+        seed=given["seed"],
+    )
+    _write(out, meta, synthesize(spec), spec.num_steps, None)
+    click.echo(f"{out}: {spec.num_steps} steps of {spec.kind} load on {meta.num_ranks} ranks")
+
+
+def _write(out: str, meta: TraceMeta, steps: Iterator[np.ndarray], num_steps: int, pairs_LEE: np.ndarray | None) -> None:
+    """Write a trace as a stream; after an error, or Ctrl-C, OUT is what it was before."""
+    with clear_errors(), progress(num_steps, "step") as advance:
+        writer = TraceWriter(out, meta, pair_counts_LEE=pairs_LEE)
+        try:
+            for loads_LRE in steps:
+                writer.append(loads_LRE)
+                advance()
+        except BaseException:
+            writer.discard()
+            raise
+        writer.close()
+
+
+@command.command("backtest")
+@click.argument("path", metavar="TRACE")
+@click.option("--ranks", type=Count, metavar="R", help="Play it on R ranks instead of its own.")
+@trace_options
+@JSON_OPTION
+def backtest_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
+    """Judge every load predictor by age on a trace: total variation distance between expert shares."""
+    source = TraceOptions.take(options).open(path, ranks)
+    with progress(source.num_steps, "step") as advance:
+        found = backtest(source, on_step=advance)
+    if not found:
+        raise ValueError(f"{path} has one step; a back-test needs at least two")
+    publish("trace.backtest", [{"trace": path, **asdict(row)} for row in found], BACKTEST_COLUMNS, json_path)
