@@ -15,9 +15,12 @@ LIMIT_S = 120.0
 
 
 class RankPool:
-    """`world_size` processes in one process group that run top-level functions of test modules together."""
+    """`world_size` processes in one process group that run top-level functions of test modules together.
 
-    def __init__(self, world_size: int):
+    `prepare(rank)`, which must pickle, is the first thing that each of them does.
+    """
+
+    def __init__(self, world_size: int, prepare: Callable[[int], None] | None = None):
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
@@ -26,7 +29,7 @@ class RankPool:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, store), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, store, prepare), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -53,7 +56,9 @@ class RankPool:
         self._folder.cleanup()
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, store: str, prepare: Callable[[int], None] | None) -> None:
+    if prepare is not None:
+        prepare(rank)
     import torch
     import torch.distributed as dist
 

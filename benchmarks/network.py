@@ -1,0 +1,194 @@
+"""A small cluster on one machine: nodes are network namespaces, joined by links of a given rate.
+
+    node 0 [eth0] -- tbf --> bridge <-- tbf -- [eth0] node 1 ...
+
+Each node is a network namespace with one veth pair to a bridge in a namespace of its own. Token bucket filters (tc-tbf)
+limit what leaves a node and what enters it. Processes of one node reach each other over its own stack, unlimited. Linux
+only; needs iproute2, util-linux, and root or unprivileged user namespaces. Namespaces end with the process that made them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+INTERFACE = "eth0"
+# Frames of 9000 bytes: headers take under 1 % of the rate, and the filters handle few packets.
+_MTU = 9000
+# What a link may send at once after a pause. It must exceed a frame, and stay small beside any message that is timed.
+_BURST_BYTES = 32 * 1024
+# Room for all that TCP keeps in flight: the links lose nothing, as fabrics with flow control do.
+_QUEUE_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node, as a value that can be handed to a new process."""
+
+    index: int
+    holder_pid: int
+    is_rootless: bool
+    """Whether its namespaces belong to a user namespace that has to be entered first."""
+
+    @property
+    def address(self) -> str:
+        """IPv4 address on the shared network."""
+        return f"10.77.0.{self.index + 1}"
+
+    @property
+    def prefix(self) -> list[str]:
+        """What to put before a command line to run it on this node."""
+        user = ["--user", "--preserve-credentials"] if self.is_rootless else []
+        return ["nsenter", "--target", str(self.holder_pid), *user, "--net"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which Gloo, NCCL and Open MPI find the node's link."""
+        return {
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "NCCL_SOCKET_IFNAME": INTERFACE,
+            "OMPI_MCA_btl_tcp_if_include": INTERFACE,
+        }
+
+    def enter(self) -> None:
+        """Move the calling process here, and set `environment`. It must have one thread only, as a fresh process does."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        for kind in ("user", "net") if self.is_rootless else ("net",):
+            with open(f"/proc/{self.holder_pid}/ns/{kind}", "rb") as namespace:
+                if libc.setns(namespace.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), f"cannot enter the {kind} namespace of node {self.index}")
+        os.environ |= self.environment
+
+
+class Network:
+    """Namespaces and links; a context manager.
+
+    Args:
+        num_nodes: nodes, up to 250.
+        bits_per_s: rate of every node's link, each direction.
+
+    Raises:
+        OSError: this machine cannot do it; the message names the command that failed and what it said.
+    """
+
+    def __init__(self, num_nodes: int, *, bits_per_s: float):
+        self.bits_per_s = bits_per_s
+        self._is_rootless = os.geteuid() != 0
+        self._holders: list[subprocess.Popen[str]] = []
+        try:
+            # Phase 1: a namespace for the bridge, one for every node
+            self.bridge = Node(
+                -1,
+                self._hold(["unshare", *(["--user", "--map-root-user"] if self._is_rootless else []), "--net"]),
+                self._is_rootless,
+            )
+            inside = (
+                ["nsenter", "--target", str(self.bridge.holder_pid), "--user", "--preserve-credentials"]
+                if self._is_rootless
+                else []
+            )
+            self.nodes = [Node(i, self._hold([*inside, "unshare", "--net"]), self._is_rootless) for i in range(num_nodes)]
+            # Phase 2: links
+            links = ["link add br0 type bridge", "link set br0 up"]
+            for node in self.nodes:
+                links += [
+                    f"link add port{node.index} mtu {_MTU} type veth peer name {INTERFACE} mtu {_MTU} netns {node.holder_pid}",
+                    f"link set port{node.index} master br0 up",
+                ]
+            self._in_bridge(["ip", "-batch", "-"], "\n".join(links))
+            for node in self.nodes:
+                lines = ["link set lo up", f"addr add {node.address}/24 dev {INTERFACE}", f"link set {INTERFACE} up"]
+                _run([*node.prefix, "ip", "-batch", "-"], "\n".join(lines))
+                # A loss-based sender fills a link that loses nothing; a pacing one (bbr) takes seconds to find the rate.
+                _run([*node.prefix, "sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"])
+            # Phase 3: rates
+            limits = f"tbf rate {round(bits_per_s)}bit burst {_BURST_BYTES}b limit {_QUEUE_BYTES}b"
+            for node in self.nodes:
+                self._in_bridge(["tc", "qdisc", "add", "dev", f"port{node.index}", "root", *limits.split()])
+                _run([*node.prefix, "tc", "qdisc", "add", "dev", INTERFACE, "root", *limits.split()])
+        except BaseException:
+            self.close()
+            raise
+
+    def cut(self, node: int) -> None:
+        """Take a node's link down: what is under way is lost, and nobody is told."""
+        self._in_bridge(["ip", "link", "set", f"port{node}", "down"])
+
+    def restore(self, node: int) -> None:
+        """Bring a link that was cut up again."""
+        self._in_bridge(["ip", "link", "set", f"port{node}", "up"])
+
+    def sent_bytes(self, node: int) -> int:
+        """Bytes, headers included, that have left a node over its link so far."""
+        links = json.loads(_run([*self.nodes[node].prefix, "ip", "-json", "-stats", "link", "show", INTERFACE]))
+        return int(links[0]["stats64"]["tx"]["bytes"])
+
+    def close(self) -> None:
+        """Remove everything. Processes on the nodes keep their namespace until they end."""
+        for holder in reversed(self._holders):
+            assert holder.stdin is not None and holder.stdout is not None
+            holder.stdin.close()
+            holder.wait()
+            holder.stdout.close()
+        self._holders = []
+
+    def __enter__(self) -> Network:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _hold(self, command: Sequence[str]) -> int:
+        """Start a process that keeps a new namespace as long as its standard input, our pipe, is open; return its id.
+
+        However this process ends, the kernel closes the pipe, `cat` ends, and the namespace with its links is gone.
+        """
+        try:
+            holder = subprocess.Popen(
+                [*command, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        except FileNotFoundError as error:
+            raise OSError(f"{command[0]} is not installed") from error
+        assert holder.stdin is not None and holder.stdout is not None and holder.stderr is not None
+        self._holders.append(holder)
+        # Standard output repeats the line as soon as the namespace stands.
+        try:
+            holder.stdin.write("ready\n")
+            holder.stdin.flush()
+            is_ready = holder.stdout.readline() == "ready\n"
+        except BrokenPipeError:
+            is_ready = False
+        if not is_ready:
+            raise OSError(f"{' '.join(command)}: {holder.stderr.read().strip()}")
+        holder.stderr.close()
+        return holder.pid
+
+    def _in_bridge(self, command: Sequence[str], text: str = "") -> None:
+        _run([*self.bridge.prefix, *command], text)
+
+
+def why_not() -> str:
+    """What is missing for a `Network` on this machine, in one line; empty if nothing is."""
+    if sys.platform != "linux":
+        return "network namespaces need Linux"
+    try:
+        with Network(1, bits_per_s=1e9):
+            return ""
+    except OSError as error:
+        return " ".join(str(error).split())
+
+
+def _run(command: Sequence[str], text: str = "") -> str:
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise OSError(f"{command[0]} is not installed") from error
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
