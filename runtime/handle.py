@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..collectives import LinkCounts, Traffic
 from ..placement import OwnerMap
 from .bank import Bank, slot_bound
 from .config import RuntimeConfig
@@ -64,7 +65,7 @@ class Handle:
         """Close a training step, after `optimizer.step()`: metrics are taken, and what was sent ahead is dropped."""
         counters = [layer.runtime.counters for layer in self.layers.values()]
         traffic = {self.group.tokens.traffic, self.group.experts.traffic}
-        self._metrics = step_metrics(counters, _sum(t.total_bytes() for t in traffic))
+        self._metrics = step_metrics(counters, self._sent_bytes(traffic))
         self._metrics |= {key: float(count) for key, count in self.memory().items()}
         self._loads = [
             np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
@@ -159,14 +160,14 @@ class Handle:
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
 
+    def _sent_bytes(self, traffic: Iterable[Traffic]) -> dict[str, LinkCounts]:
+        """What this rank has sent since the last step, by operation and link class."""
+        bytes_by_op: dict[str, np.ndarray] = {}
+        for part in traffic:
+            for op in part.total_bytes():
+                bytes_by_op[op] = bytes_by_op.get(op, 0) + part.bytes_R(op)
+        return {op: LinkCounts.sent_by(self.group.rank, bytes_R, self.group.topology) for op, bytes_R in bytes_by_op.items()}
+
     @property
     def _device(self) -> torch.device:
         return self.banks[0].gate_up.device
-
-
-def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for part in counts:
-        for op, count in part.items():
-            total[op] = total.get(op, 0) + count
-    return total

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..collectives import LinkCounts
 from ..placement import ExpertLoad
 from .planning import Plan
 
@@ -20,6 +21,8 @@ class LayerCounters:
         """Start a new step."""
         self.num_forwards = 0
         self.num_copies = 0
+        self.gather_busiest_bytes = 0
+        self.gather_bound_bytes = 0
         self.load_RE: np.ndarray | None = None
         self._imbalance: list[float] = []
         self._imbalance_static: list[float] = []
@@ -30,6 +33,8 @@ class LayerCounters:
         owned_rows_R = np.bincount(plan.placement.expert_to_owner_E, weights=load.totals_E, minlength=load.num_ranks)
         self.num_forwards += 1
         self.num_copies += plan.placement.num_copies
+        self.gather_busiest_bytes += plan.gather_account.bound.busiest_bytes
+        self.gather_bound_bytes += plan.gather_account.bound.rank_bytes
         self.load_RE = load.load_RE if self.load_RE is None else self.load_RE + load.load_RE
         self._imbalance.append(max_over_mean(plan.split.rows_RE.sum(axis=1)))
         self._imbalance_static.append(max_over_mean(owned_rows_R))
@@ -42,6 +47,8 @@ class LayerCounters:
             "max_over_mean_static": float(np.mean(self._imbalance_static)),
             "expert_max_over_mean": max_over_mean(self.load_RE.sum(axis=0)),
             "copies_per_layer": self.num_copies / self.num_forwards,
+            "gather_busiest_bytes": self.gather_busiest_bytes / self.num_forwards,
+            "gather_bound_bytes": self.gather_bound_bytes / self.num_forwards,
             "dead_experts": float(np.count_nonzero(self.load_RE.sum(axis=0) == 0)),
         }
 
@@ -52,17 +59,21 @@ def max_over_mean(counts: np.ndarray) -> float:
     return float(counts.max()) * counts.size / total if total else 1.0
 
 
-def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: dict[str, int]) -> dict[str, float]:
+def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, LinkCounts]) -> dict[str, float]:
     """One step as flat numbers, means over the MoE layers that ran.
 
     max_over_mean          rows of the busiest rank over the mean rank, as computed (with copies)
     max_over_mean_static   the same had every expert stayed on its owner: plain expert parallelism on the same routing
     expert_max_over_mean   the busiest expert over the mean expert
     copies_per_layer       copies made, over all ranks
+    gather_busiest_bytes   bytes that the busiest rank sends or receives in one gather, by the schedule
+    gather_bound_bytes     what no schedule goes below: copies received by one rank, or distinct experts sent by one owner
     dead_experts           experts that got no token in the step
     bytes_<op>             bytes that this rank sent in training: gather, reduce, describe, dispatch, combine, the two backwards
+    cross_node_bytes_<op>  the part of them that left the node
     """
     summaries = [counters.summary() for counters in layers if counters.num_forwards]
     metrics = {key: float(np.mean([summary[key] for summary in summaries])) for key in (summaries[0] if summaries else ())}
-    trained = {op: count for op, count in sorted(bytes_by_op.items()) if not op.startswith("eval_")}
-    return metrics | {f"bytes_{op}": float(count) for op, count in trained.items()}
+    trained = {op: counts for op, counts in sorted(bytes_by_op.items()) if not op.startswith("eval_")}
+    metrics |= {f"bytes_{op}": float(counts.same_node + counts.cross_node) for op, counts in trained.items()}
+    return metrics | {f"cross_node_bytes_{op}": float(counts.cross_node) for op, counts in trained.items()}

@@ -1,14 +1,17 @@
 """Invariant 1: on any ranks, with any copies, the layers compute what the dense reference computes on one process."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moesaic import RuntimeConfig
+from moesaic.collectives import SCHEDULES
 from moesaic.runtime.bank import slot_bound
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.shard import share_experts
@@ -46,7 +49,7 @@ def rank_loss(y: Tensor) -> Tensor:
     return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + 0.1 * y.square().sum()
 
 
-def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: bool) -> dict[str, Tensor]:
+def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: bool, options: dict[str, Any]) -> dict[str, Tensor]:
     """The same on one rank of a group. `order` says when backwards run: after each forward, or after all, newest last."""
     layers = dict(enumerate(case.layers()))
     for layer in layers.values():
@@ -54,7 +57,7 @@ def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: boo
     share_experts(
         {str(i): layer for i, layer in layers.items()},
         group,
-        config=RuntimeConfig(slots=case.slots),
+        config=RuntimeConfig(slots=case.slots, **options),
         solver=case.solver(),
         clock=StageClock(),
         owners=case.owners(),
@@ -110,8 +113,15 @@ def merged(case: Case, per_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return results
 
 
-def check(case: Case, order: str = "each", use_checkpoint: bool = False) -> dict[str, Any]:
-    results = merged(case, run_threads(case.world_size, train_on_ranks, case, order, use_checkpoint, topology=case.topology()))
+def train(case: Case, order: str = "each", use_checkpoint: bool = False, **options: Any) -> dict[str, Any]:
+    """On as many nodes as divide the ranks, up to two. `options` are RuntimeConfig's."""
+    num_nodes = 2 if case.world_size % 2 == 0 else 1
+    topology = replace(case.topology(), num_nodes=num_nodes, ranks_per_node=case.world_size // num_nodes)
+    return merged(case, run_threads(case.world_size, train_on_ranks, case, order, use_checkpoint, options, topology=topology))
+
+
+def check(case: Case, order: str = "each", use_checkpoint: bool = False, **options: Any) -> dict[str, Any]:
+    results = train(case, order, use_checkpoint, **options)
     assert_all_close(results, reference(case))
     return results
 
@@ -142,6 +152,37 @@ def test_activation_checkpointing_repeats_the_routing(case: Case) -> None:
 @given(case=cases())
 def test_two_runs_are_bitwise_equal(case: Case) -> None:
     assert_bitwise(check(case), check(case))
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(max_world_size=6), schedule=st.sampled_from(SCHEDULES))
+def test_every_schedule_equals_the_reference(case: Case, schedule: str) -> None:
+    """However copies and gradients travel, with gradients of earlier micro-batches in the totals."""
+    check(replace(case, placement="random"), schedule=schedule)
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases())
+def test_relays_train_to_the_same_bits_as_direct_messages(case: Case) -> None:
+    """Chains in rank order add up as the owner would."""
+    case = replace(case, placement="everywhere")
+    assert_bitwise(train(case, schedule="relay"), train(case, schedule="direct"))
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases())
+def test_gradients_that_travel_in_bf16(case: Case) -> None:
+    """Outputs do not change, expert gradients by the rounding of the copies' part: 2 ** -8 of it."""
+    case = replace(case, placement="everywhere")
+    rounded, expected = train(case, reduce_wire="bf16"), train(case)
+    grads = {name for name in expected if ".gate_up." in name or ".down." in name}
+    assert_bitwise({n: rounded[n] for n in rounded.keys() - grads}, {n: expected[n] for n in expected.keys() - grads})
+    assert_all_close({n: rounded[n] for n in grads}, {n: expected[n] for n in grads}, rtol=0.05)
+
+
+def test_bf16_on_the_wire_does_not_go_through_relays() -> None:
+    with pytest.raises(ValueError, match=r"runtime.schedule 'relay' forwards sums.*set runtime.reduce_wire='as_is'"):
+        RuntimeConfig(schedule="relay", reduce_wire="bf16")
 
 
 NAMED = {

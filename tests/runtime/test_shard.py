@@ -284,6 +284,9 @@ def test_bytes_are_those_of_the_plan(world_size: int) -> None:
     expert_bytes = 3 * 16 * 24 * 4
     total = {key: sum(r["metrics"].get(key, 0.0) for r in results) for key in ("bytes_gather", "bytes_reduce", "bytes_dispatch")}
     copies = 2 * NUM_EXPERTS * (world_size - 1)
+    # The busiest rank has no less to do than the bound says, and one node has no other to send to.
+    assert all(0 < r["metrics"]["gather_bound_bytes"] <= r["metrics"]["gather_busiest_bytes"] for r in results)
+    assert all(r["metrics"]["cross_node_bytes_gather"] == 0.0 for r in results)
     assert total == {"bytes_gather": copies * expert_bytes, "bytes_reduce": copies * expert_bytes, "bytes_dispatch": 0.0}
     for result in results:
         assert result["metrics"]["copies_per_layer"] == NUM_EXPERTS * (world_size - 1)
