@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -104,30 +105,81 @@ def tally(problem: Problem, placement: Placement, split: Split) -> Tally:
     return Tally(work_rows, rows[0], rows[1], copies[0], copies[1], moves[0], moves[1])
 
 
-def link_seconds(topology: Topology, item_bytes: float, device_items: int, node_items: int) -> float:
-    """Return the seconds of one exchange whose busiest device and node link carry that many items; 0 for none."""
-    if not device_items:
-        return 0.0
-    return topology.latency_s + item_bytes * max(
-        device_items / topology.device_bytes_per_s, node_items / topology.node_bytes_per_s
+class Prices(NamedTuple):
+    """A problem's rates as plain numbers, bytes and seconds, for `seconds_of`."""
+
+    work_row_s: float
+    row_bytes: float
+    expert_bytes: float
+    gradient_bytes: float
+    state_bytes: float
+    device_bytes_per_s: float
+    node_bytes_per_s: float
+    latency_s: float
+    overlap_s: float
+    gathers: float
+    move_horizon_steps: float
+
+
+def prices_of(problem: Problem) -> Prices:
+    """Return what `seconds_of` needs to know of a problem."""
+    topology, shape = problem.topology, problem.shape
+    return Prices(
+        work_row_s=problem.backward_multiplier * shape.flops_per_row / topology.flops_per_s,
+        row_bytes=float(shape.row_bytes),
+        expert_bytes=float(shape.expert_bytes),
+        gradient_bytes=float(shape.gradient_bytes),
+        state_bytes=shape.parameters_per_expert * 4 * float(problem.state_multiplier),
+        device_bytes_per_s=float(topology.device_bytes_per_s),
+        node_bytes_per_s=float(topology.node_bytes_per_s),
+        latency_s=float(topology.latency_s),
+        overlap_s=float(problem.overlap_s),
+        gathers=float(problem.gathers),
+        move_horizon_steps=float(problem.move_horizon_steps),
+    )
+
+
+def seconds_of(
+    prices: Prices,
+    work_rows: int,
+    device_rows: int,
+    node_rows: int,
+    device_copies: int,
+    node_copies: int,
+    device_moves: int,
+    node_moves: int,
+) -> tuple[float, float, float, float, float]:
+    """Turn a `Tally` into the seconds of `Cost`, field by field. The one place where the model's formulas stand.
+
+    Plain arithmetic on plain numbers, so that compiled searches price with this very function.
+    """
+    row_device_s, row_node_s = 1 / prices.device_bytes_per_s, 1 / prices.node_bytes_per_s
+    rows = max(device_rows * row_device_s, node_rows * row_node_s)
+    copies = max(device_copies * row_device_s, node_copies * row_node_s)
+    moves = max(device_moves * row_device_s, node_moves * row_node_s)
+    dispatch = prices.latency_s + prices.row_bytes * rows if device_rows else 0.0
+    gather = prices.latency_s + prices.expert_bytes * copies if device_copies else 0.0
+    reduce = prices.latency_s + prices.gradient_bytes * copies if device_copies else 0.0
+    move = prices.latency_s + prices.state_bytes * moves if device_moves else 0.0
+    regather = gather * (prices.gathers - 1)
+    room = 2 * prices.overlap_s
+    return (
+        prices.work_row_s * work_rows,
+        4 * dispatch,
+        max(0.0, gather - prices.overlap_s) + max(0.0, regather - room),
+        max(0.0, reduce - max(0.0, room - regather)),
+        move / prices.move_horizon_steps,
     )
 
 
 def price(problem: Problem, counts: Tally) -> Cost:
-    """Turn counts into seconds. The one place where the model's formulas stand."""
-    topology, shape = problem.topology, problem.shape
-    gather = link_seconds(topology, shape.expert_bytes, counts.device_copies, counts.node_copies)
-    reduce = link_seconds(topology, shape.gradient_bytes, counts.device_copies, counts.node_copies)
-    regather = gather * (problem.gathers - 1)
-    backward_room = 2 * problem.overlap_s
-    state_bytes = shape.parameters_per_expert * 4 * problem.state_multiplier
-    return Cost(
-        compute_s=problem.backward_multiplier * counts.work_rows * shape.flops_per_row / topology.flops_per_s,
-        dispatch_s=4 * link_seconds(topology, shape.row_bytes, counts.device_rows, counts.node_rows),
-        gather_s=max(0.0, gather - problem.overlap_s) + max(0.0, regather - backward_room),
-        reduce_s=max(0.0, reduce - max(0.0, backward_room - regather)),
-        move_s=link_seconds(topology, state_bytes, counts.device_moves, counts.node_moves) / problem.move_horizon_steps,
+    """Turn counts into seconds."""
+    rows, copies, moves = (
+        (counts.work_rows, counts.device_rows, counts.node_rows),
+        (counts.device_copies, counts.node_copies),
+        (counts.device_moves, counts.node_moves),
     )
+    return Cost(*seconds_of(prices_of(problem), *rows, *copies, *moves))
 
 
 def cost(problem: Problem, placement: Placement, split: Split) -> Cost:

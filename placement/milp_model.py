@@ -3,7 +3,9 @@
 For expert e and rank r:
     owner[e,r], copy[e,r] in {0,1}   r owns e, r holds a copy of e; the fractions below are >= 0
     group[e,r]                       e has rows at its owner r (a copy without rows never pays, so copies always count)
-    rows[e,r], own[e,r]              rows of e computed on r, and those of them that come from r itself (own_node likewise)
+    rows[e,r], own[e,r]              rows of e computed on r, and those of them that come from r itself (own_node likewise);
+                                     own is bounded by its load times the holder's variable as well, because a fractional
+                                     owner could else keep everybody's tokens at home
 Minimised is cost.py's model term by term, in units of `seconds`: compute of the busiest rank, dispatch and copies and moves over
 the busiest device and node link, less what hides. The split is free here: fractional, and chosen with the whole cost in
 view. So the optimum is a lower bound on the cost of every placement under the exact split.
@@ -109,7 +111,7 @@ class Model:
         problem, topology = self.problem, self.problem.topology
         totals_E = self._load_RE.sum(axis=0)
         busiest = self._variable("busiest_rows")
-        group = self._table("group", list(rows))
+        group = self._group = self._table("group", list(rows))
         for e in self._experts:
             self._add(pulp.lpSum(rows[e, r] for r in self._ranks) == totals_E[e], f"all_rows_{e}")
             for r in self._ranks:
@@ -146,6 +148,7 @@ class Model:
         for (e, r), variable in own.items():
             variable.upBound = self._load_RE[r, e]
             self._add(variable <= rows[e, r], f"own_rows_{e}_{r}")
+            self._add(variable <= self._load_RE[r, e] * (self.copy[e, r] + self._group[e, r]), f"own_held_{e}_{r}")
         for r in self._ranks:
             stays = pulp.lpSum(own[e, r] for e in self._experts)
             device[r, 0] = float(self._load_RE[r].sum()) - stays
@@ -157,6 +160,8 @@ class Model:
             for e in self._experts:
                 stays_e.append(self.program.add_variable(f"own_node_{e}_{n}", 0, load_E[e]))
                 self._add(stays_e[-1] <= pulp.lpSum(rows[e, r] for r in inside), f"own_node_rows_{e}_{n}")
+                holders = pulp.lpSum(self.copy[e, r] + self._group[e, r] for r in inside)
+                self._add(stays_e[-1] <= load_E[e] * holders, f"own_node_held_{e}_{n}")
             stays = pulp.lpSum(stays_e)
             node[n, 0] = float(load_E.sum()) - stays
             node[n, 1] = pulp.lpSum(rows[e, r] for e in self._experts for r in inside) - stays
@@ -173,10 +178,17 @@ class Model:
         problem, topology, shape = self.problem, self.problem.topology, self.problem.shape
         per_node, num_ranks = topology.ranks_per_node, problem.num_ranks
         device, node = {}, {}
+        sent_ER: list[list[pulp.LpVariable]] = []
         copies = {e: pulp.lpSum(self.copy[e, r] for r in self._ranks) for e in self._experts}
+        for e in self._experts:
+            sent = [self._sent(f"sent_{e}_{r}", self.owner[e, r], copies[e], num_ranks - 1) for r in self._ranks]
+            sent_ER.append(sent)
+            # Implied by whole owners, and what keeps fractional ones from sending nothing.
+            self._add(pulp.lpSum(sent) == copies[e], f"all_sent_{e}")
+            for r in self._ranks:
+                self._add(sent[r] <= (num_ranks - 1) * self.owner[e, r], f"sent_by_owner_{e}_{r}")
         for r in self._ranks:
-            sent = [self._sent(f"sent_{e}_{r}", self.owner[e, r], copies[e], num_ranks - 1) for e in self._experts]
-            device[r, 0] = pulp.lpSum(sent)
+            device[r, 0] = pulp.lpSum(sent[r] for sent in sent_ER)
             device[r, 1] = pulp.lpSum(self.copy[e, r] for e in self._experts)
         for n in range(topology.num_nodes if topology.num_nodes > 1 else 0):
             inside = range(n * per_node, (n + 1) * per_node)

@@ -12,28 +12,24 @@ import time
 
 import numpy as np
 
-from .cost import Bound, Cost, Solution, Tally, link_seconds, lower_bound, price, solution
+from .cost import Bound, Cost, Prices, Solution, lower_bound, prices_of, seconds_of, solution
 from .values import Placement, Problem
 
 
-def _break_even_rows(problem: Problem) -> int:
+def _break_even_rows(problem: Problem, prices: Prices) -> int:
     """Return the rows whose compute takes as long as one copy's gathers and reduce across the slowest link it may use."""
-    topology, shape = problem.topology, problem.shape
-    node_items = int(topology.num_nodes > 1)
-    copy_s = problem.gathers * link_seconds(topology, shape.expert_bytes, 1, node_items)
-    copy_s += link_seconds(topology, shape.gradient_bytes, 1, node_items)
-    row_s = problem.backward_multiplier * shape.flops_per_row / topology.flops_per_s
-    return min(int(copy_s / row_s), problem.load.total) + 1
+    stages = seconds_of(prices._replace(overlap_s=0.0), 0, 0, 0, 1, int(problem.topology.num_nodes > 1), 0, 0)
+    return min(int((stages[2] + stages[3]) / prices.work_row_s), problem.load.total) + 1
 
 
-def _plans_to_try(problem: Problem) -> np.ndarray:
+def _plans_to_try(problem: Problem, prices: Prices) -> np.ndarray:
     """Return int64 [2, P]: the smallest group moved and the threshold's rise, in 32nds, of every plan to price."""
     smallest = problem.min_rows_per_copy or 1
     plans = [(smallest, 0), (smallest, 1), (smallest, 4), (smallest, 16), (smallest, 40)]
     if problem.min_rows_per_copy is None:
         # Groups that pay for their copy by compute alone; a quarter of the mean rank is large enough for any machine.
         mean_rows = problem.load.total // problem.num_ranks
-        plans += [(max(1, min(_break_even_rows(problem), mean_rows // 4)), rise) for rise in (1, 8)]
+        plans += [(max(1, min(_break_even_rows(problem, prices), mean_rows // 4)), rise) for rise in (1, 8)]
     return np.array(plans).T
 
 
@@ -42,6 +38,7 @@ def _cheapest(problem: Problem, bound: Bound) -> tuple[np.ndarray, Cost]:
     # Imported here so that importing the package compiles nothing.
     from . import search
 
+    prices = prices_of(problem)
     owner_E, totals_E, owned_R = problem.expert_to_owner_E, problem.load.totals_E, problem.owned_rows_R
     experts = np.lexsort((-totals_E, owner_E))
     first_R = np.searchsorted(owner_E[experts], np.arange(problem.num_ranks + 1))
@@ -57,9 +54,9 @@ def _cheapest(problem: Problem, bound: Bound) -> tuple[np.ndarray, Cost]:
         problem.topology.half_rate_rows,
         problem.slots,
         bound.max_rows,
-        *_plans_to_try(problem),
+        *_plans_to_try(problem, prices),
     )
-    costs = [price(problem, Tally(*row)) for row in tallies.tolist()]
+    costs = [Cost(*seconds_of(prices, a, b, c, d, e, 0, 0)) for a, b, c, d, e in tallies.tolist()]
     # The first of equals, and plan 0 has no copies.
     best = min(range(len(costs)), key=lambda i: (costs[i].total_s, sizes[i], i))
     return copies[best, :, : sizes[best]], costs[best]

@@ -149,7 +149,7 @@ def _table(copies_2C, owner_E):
 
 
 @njit(cache=True)
-def _static_traffic(layer):
+def static_traffic(layer):
     """Count what static expert parallelism sends: all that is not computed where it came from."""
     num_experts, num_ranks = layer.load_ER.shape
     per_node = layer.ranks_per_node
@@ -222,7 +222,7 @@ def _tally(layer, static, experts_M, start_M, ranks_J, rows_J, rows_R, tally_5):
 
 
 @njit(cache=True)
-def _score(layer, static, copies_2C, tally_5):
+def score(layer, static, copies_2C, tally_5):
     """Split the load exactly over owners and copies, and write the first five fields of cost.Tally."""
     experts_M, start_M, ranks_J = _table(copies_2C, layer.owner_E)
     rows_R = layer.owned_R.copy()
@@ -263,8 +263,8 @@ def candidates(
     tallies = np.zeros((most, 5), np.int64)
     sizes = np.zeros(most, np.int64)
     copies = np.zeros((most, 2, num_ranks * slots), np.int64)
-    static = _static_traffic(layer)
-    _score(layer, static, copies[0, :, :0], tallies[0])
+    static = static_traffic(layer)
+    score(layer, static, copies[0, :, :0], tallies[0])
     count = 1
     # A quarter of a percent of the mean rank: finer thresholds cost time and change no plan worth having.
     tolerance = max(owned_R.sum() // num_ranks // 400, 1)
@@ -274,6 +274,6 @@ def candidates(
         if size <= 0 or (size == sizes[count - 1] and (copies[count, :, :size] == copies[count - 1, :, :size]).all()):
             continue
         sizes[count] = size
-        _score(layer, static, copies[count, :, :size], tallies[count])
+        score(layer, static, copies[count, :, :size], tallies[count])
         count += 1
     return tallies[:count], sizes[:count], copies[:count]
