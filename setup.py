@@ -43,7 +43,7 @@ setup(
         "cuda12": ["nvidia-nccl-cu12"],
         "hf": ["transformers>=5.0", "safetensors>=0.5"],
         "report": ["matplotlib>=3.9"],
-        "test": ["pytest>=8.3", "hypothesis>=6.110", "ruff>=0.12", "mypy>=1.15"],
+        "test": ["mpi4py>=4.0", "openmpi>=5.0", "pytest>=8.3", "hypothesis>=6.110", "ruff>=0.12", "mypy>=1.15"],
     },
     entry_points={"console_scripts": ["moesaic = moesaic.launch.cli:main"]},
 )

@@ -3,9 +3,11 @@
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import click
+
+from .launcher import speaks_for_machine, speaks_for_run
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -33,7 +35,7 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED_STATUS
     except MachineError as error:
-        _report(str(error), name, rank_variable="LOCAL_RANK")
+        _report(str(error), name, speaks_for_machine)
         return USAGE_STATUS
     except ValueError as error:
         _report(str(error), name)
@@ -41,7 +43,7 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
     return status if isinstance(status, int) else 0
 
 
-def _report(message: str, name: str, rank_variable: str = "RANK") -> None:
-    if os.environ.get(rank_variable, "0") == "0":
+def _report(message: str, name: str, speaks: Callable[[Mapping[str, str]], bool] = speaks_for_run) -> None:
+    if speaks(os.environ):
         line = " ".join(message.split())
         print(f"{name}: {line}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """One process of a run: who it is, where it computes, how it meets the others, how it is stopped.
 
-A rank finds itself in the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE); without them it is
-alone, with a process group of size 1 that opens no port. Nothing here happens at import.
+A rank finds itself in the variables of torchrun, an MPI launcher or Slurm (launcher.py); without them it is alone, with a process
+group of size 1 that opens no port. Nothing here happens at import.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import datetime
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..collectives.transports.mpi import MpiJob
 from .config import LaunchConfig
+from .launcher import find_place, first_host, launcher_of
 
 T = TypeVar("T")
 
@@ -53,24 +56,9 @@ class Process:
 
 def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
     """Read rank and world size from `env` and choose the device. Raises `ValueError` for variables or a device that cannot be."""
-    rank, world_size = _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1)
-    if ("RANK" in env) != ("WORLD_SIZE" in env):
-        raise ValueError("only one of RANK and WORLD_SIZE is set: start with torchrun, or set both or neither")
-    local_rank = _integer(env, "LOCAL_RANK", rank)
-    local_world_size = _integer(env, "LOCAL_WORLD_SIZE", world_size)
-    if not 0 <= rank < world_size:
-        raise ValueError(f"RANK {rank} does not fit WORLD_SIZE {world_size}: ranks are 0 to WORLD_SIZE - 1")
-    if not 0 <= local_rank < local_world_size <= world_size:
-        raise ValueError(f"LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_world_size} does not fit WORLD_SIZE {world_size}")
-    return Process(rank, world_size, local_rank, local_world_size, _choose_device(config.device, local_rank, local_world_size))
-
-
-def _integer(env: Mapping[str, str], name: str, default: int) -> int:
-    text = env.get(name, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise ValueError(f"the environment variable {name} is {text!r}, expected a whole number") from None
+    place = find_place(env)
+    device = _choose_device(config.device, place.local_rank, place.local_world_size)
+    return Process(place.rank, place.world_size, place.local_rank, place.local_world_size, device)
 
 
 def _choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -95,12 +83,13 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     if on_cuda:
         torch.cuda.set_device(process.device)
     backend, timeout = "nccl" if on_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
-    if process.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
+    if process.world_size > 1 and (config.init_method != "env://" or "MASTER_ADDR" in os.environ):
         dist.init_process_group(
             backend, init_method=config.init_method, rank=process.rank, world_size=process.world_size, timeout=timeout
         )
+    else:
+        store = _meet(process, os.environ, timeout)
+        dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
     try:
         yield init_device_mesh(process.device.type, (process.world_size,), mesh_dim_names=("ranks",))
     except ValueError:
@@ -109,6 +98,39 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     # The rank that serves the key-value store must not leave while others still use it.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _meet(process: Process, env: Mapping[str, str], timeout: datetime.timedelta) -> dist.Store:
+    """A key-value store that all ranks share, where nobody has said by MASTER_ADDR or `launch.init_method` how they meet.
+
+    An MPI job spreads the address of rank 0 itself; under Slurm it is the job's first host, at a port made of the job's number.
+    """
+    if process.world_size == 1:
+        return dist.HashStore()
+    launcher = launcher_of(env)
+    if launcher is not None and launcher.is_mpi:
+        return _meet_over_mpi(process, timeout)
+    if launcher is not None and launcher.name == "srun" and "SLURM_JOB_ID" in env:
+        host = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "localhost")
+        port = 20000 + int(env["SLURM_JOB_ID"]) % 20000
+        return dist.TCPStore(host, port, process.world_size, is_master=process.is_first, timeout=timeout)
+    raise ValueError(
+        f"{process.world_size} ranks and no MASTER_ADDR: start with torchrun, mpirun or srun, set MASTER_ADDR and MASTER_PORT, "
+        "or give --set launch.init_method=file:///PATH"
+    )
+
+
+def _meet_over_mpi(process: Process, timeout: datetime.timedelta) -> dist.Store:
+    job = MpiJob()
+    job.check_world_size(process.world_size)
+    # A machine on its own needs no name that others can find.
+    host = "127.0.0.1" if process.local_world_size == process.world_size else socket.gethostname()
+    store = None
+    if process.is_first:
+        # Rank 0 must not wait for the others here: they learn the port, which is any free one, only below.
+        store = dist.TCPStore(host, 0, process.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+    host, port = job.broadcast((host, store.port if store else 0))
+    return store or dist.TCPStore(host, port, process.world_size, is_master=False, timeout=timeout)
 
 
 def agreed(process: Process, action: Callable[[], T]) -> T:

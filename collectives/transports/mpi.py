@@ -1,0 +1,203 @@
+"""The transport over MPI, through mpi4py: every rank of one `mpirun` (or `srun --mpi=pmix`), CPU tensors.
+
+Tensors of any dtype travel as bytes. Each transport has a communicator of its own, on which MPI keeps the messages between two
+ranks in order. MPI is started by the first `MpiJob` of a process and left at its end; mpi4py is imported only then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..traffic import Traffic
+from ..transport import Buffer, CollectiveError, Pending
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+# MPI counts elements in 32 bits: larger messages go in pieces.
+_PIECE_BYTES = 1 << 30
+# A message moves only while its ranks call MPI. Waits yield the core between calls; after this long they also sleep.
+_YIELD_S = 0.005
+_SLEEP_S = 0.0002
+# After a failure, how long other ranks have to tell what they saw before the job is ended under them.
+_LAST_WORDS_S = 2.0
+
+
+class MpiJob:
+    """This process's part of an MPI job. Make one per process, on every rank, before any transport.
+
+    At the end of the process MPI is left in order; after an exception or a failed wait, where leaving would hang, the whole job is
+    ended with status 1 instead, stopped ranks included.
+
+    Raises:
+        ValueError: mpi4py is not installed, or finds no MPI library.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import mpi4py
+
+            # Leaving MPI waits for every rank. Whether that is safe is known only at the end.
+            mpi4py.rc.finalize = False
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"the transport mpi needs mpi4py and an MPI library ({error}): pip install 'moesaic[mpi]'") from None
+        self.mpi = MPI
+        self.has_failed = False
+        atexit.register(self._leave)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the MPI launcher started."""
+        return self.mpi.COMM_WORLD.Get_size()
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank. Collective."""
+        return self.mpi.COMM_WORLD.bcast(value)
+
+    def transport(self, rank: int, world_size: int, *, timeout_s: float) -> MpiTransport:
+        """A transport over all ranks of the job, of which this one is to be `rank`. Collective.
+
+        Raises:
+            ValueError: the launcher started another number of ranks.
+        """
+        self.check_world_size(world_size)
+        communicator = self.mpi.COMM_WORLD.Split(0, rank)
+        assert isinstance(communicator, self.mpi.Intracomm)
+        return MpiTransport(self, communicator, timeout_s=timeout_s)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise `ValueError` unless the MPI launcher started as many ranks."""
+        if self.world_size != world_size:
+            raise ValueError(
+                f"MPI knows {self.world_size} rank(s), the process group has {world_size}: start all ranks with one mpirun -n "
+                f"{world_size}, or choose another transport"
+            )
+
+    def _leave(self) -> None:
+        if self.mpi.Is_finalized():
+            return
+        # Python keeps the exception that ended the program; other ranks may not have seen it.
+        if self.has_failed or hasattr(sys, "last_value"):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            time.sleep(_LAST_WORDS_S)
+            self.mpi.COMM_WORLD.Abort(1)
+        self.mpi.Finalize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one MPI request moves."""
+
+    num_bytes: int
+    peer: str
+    """from rank 3, to rank 3, or between all ranks."""
+    is_incoming: bool
+
+
+class _Requests:
+    """MPI requests under way, and what each of them moves."""
+
+    def __init__(self, transport: MpiTransport, requests: list[MPI.Request], parts: list[_Part], what: str):
+        self._transport = transport
+        self._requests = requests
+        self._parts = parts
+        self._what = what
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        job, requests = self._transport.job, self._requests
+        start_s = time.monotonic()
+        try:
+            while not job.mpi.Request.Testall(requests):
+                waited_s = time.monotonic() - start_s
+                if waited_s > self._transport.timeout_s:
+                    raise CollectiveError(self._describe())
+                if waited_s < _YIELD_S:
+                    os.sched_yield()
+                else:
+                    time.sleep(_SLEEP_S)
+        except job.mpi.Exception as error:
+            self._transport.abandon(self)
+            raise CollectiveError(f"rank {self._transport.rank}: {self._what}: MPI says {error}") from error
+        except CollectiveError:
+            self._transport.abandon(self)
+            raise
+        self._requests = []
+
+    def _describe(self) -> str:
+        done = [request.Test() for request in self._requests]
+        missing = [part for part, is_done in zip(self._parts, done, strict=True) if not is_done]
+        expected = sum(part.num_bytes for part in self._parts if part.is_incoming)
+        received = expected - sum(part.num_bytes for part in missing if part.is_incoming)
+        lines = [f"received {received} of {expected} B", *(f"{part.num_bytes} B {part.peer} are missing" for part in missing)]
+        limit_s = self._transport.timeout_s
+        return f"rank {self._transport.rank}: {self._what} did not complete within {limit_s:g} s ({', '.join(lines)})"
+
+
+class MpiTransport:
+    """Messages of one MPI communicator. Made by `MpiJob.transport`."""
+
+    name = "mpi"
+
+    def __init__(self, job: MpiJob, communicator: MPI.Intracomm, *, timeout_s: float):
+        self.job = job
+        self.rank = communicator.Get_rank()
+        self.world_size = communicator.Get_size()
+        self.timeout_s = timeout_s
+        self.traffic = Traffic(self.world_size)
+        self._communicator = communicator
+        self._abandoned: list[_Requests] = []
+
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An ordinary tensor."""
+        return like.new_empty(tuple(shape))
+
+    def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
+        """Launch every message; see `Transport.exchange`."""
+        requests: list[MPI.Request] = []
+        parts = []
+        for buffer in recvs:
+            for piece in _pieces(buffer.tensor):
+                requests.append(self._communicator.Irecv(piece, buffer.peer))
+                parts.append(_Part(piece.nbytes, f"from rank {buffer.peer}", True))
+        for buffer in sends:
+            if buffer.tensor.numel():
+                self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
+            for piece in _pieces(buffer.tensor):
+                requests.append(self._communicator.Isend(piece, buffer.peer))
+                parts.append(_Part(piece.nbytes, f"to rank {buffer.peer}", False))
+        return _Requests(self, requests, parts, f"{op}{where and ' at ' + where}")
+
+    def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
+        """Gather int64 [n] from every rank: [R, n]."""
+        gathered = torch.empty(self.world_size, values.numel(), dtype=torch.int64)
+        request = self._communicator.Iallgather(values.contiguous().numpy(), gathered.numpy())
+        what = f"gather of {values.numel()} integers{where and ' at ' + where}"
+        _Requests(self, [request], [_Part(gathered.nbytes, "from all ranks", True)], what).wait()
+        return gathered
+
+    def abandon(self, requests: _Requests) -> None:
+        """Keep the buffers of a failed exchange, into which MPI may still write, and end the job with the process."""
+        self._abandoned.append(requests)
+        self.job.has_failed = True
+
+
+def _pieces(tensor: Tensor) -> list[np.ndarray]:
+    """The bytes of a contiguous CPU tensor, as views that MPI can count."""
+    if not tensor.numel():
+        return []
+    whole = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return [whole[start : start + _PIECE_BYTES] for start in range(0, whole.size, _PIECE_BYTES)]

@@ -1,0 +1,136 @@
+"""What a launcher tells a process: its rank, how many there are, and which of them are on its machine.
+
+The variables of torchrun come first, then those of MPI launchers, then Slurm's; without any the process is alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A launcher, by the environment variables that it sets."""
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+    is_mpi: bool = False
+    """Whether the processes that it starts form one MPI job."""
+    only_with: str = ""
+    """A variable without which the others do not count."""
+
+
+TORCHRUN = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCHERS = (
+    TORCHRUN,
+    Launcher(
+        "Open MPI's mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        is_mpi=True,
+    ),
+    # MPICH, Intel MPI and MVAPICH.
+    Launcher("Hydra's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", is_mpi=True),
+    # A batch script has Slurm's rank too, but only srun starts one process per rank, in a numbered step.
+    Launcher("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE", only_with="SLURM_STEP_ID"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    """Ranks of the run on this machine."""
+    launcher: Launcher | None
+    """Who started the ranks; None for a process that is alone."""
+
+
+def find_place(env: Mapping[str, str]) -> Place:
+    """Read the place from `env`. Raises `ValueError` for variables that do not fit together."""
+    launcher = launcher_of(env)
+    if launcher is None:
+        return Place(0, 1, 0, 1, None)
+    rank, world_size = _integer(env, launcher.rank, 0), _integer(env, launcher.world_size, 1)
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"{launcher.rank} {rank} does not fit {launcher.world_size} {world_size}: ranks are 0 to {launcher.world_size} - 1"
+        )
+    local_rank = _integer(env, launcher.local_rank, rank)
+    local_world_size = _local_world_size(env, launcher, world_size)
+    if not 0 <= local_rank < local_world_size <= world_size:
+        raise ValueError(
+            f"{launcher.local_rank} {local_rank} of {launcher.local_world_size} {local_world_size} does not fit "
+            f"{launcher.world_size} {world_size}"
+        )
+    return Place(rank, world_size, local_rank, local_world_size, launcher)
+
+
+def launcher_of(env: Mapping[str, str]) -> Launcher | None:
+    """The first launcher whose rank and world size `env` holds; None without any."""
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        raise ValueError("only one of RANK and WORLD_SIZE is set: start with torchrun, or set both or neither")
+    for launcher in LAUNCHERS:
+        needed = (launcher.rank, launcher.world_size, *([launcher.only_with] if launcher.only_with else []))
+        if all(name in env for name in needed):
+            return launcher
+    return None
+
+
+def speaks_for_machine(env: Mapping[str, str]) -> bool:
+    """Whether this process is the first on its machine, as far as `env` says; one that cannot tell speaks."""
+    return all(env.get(launcher.local_rank, "0") == "0" for launcher in _present(env))
+
+
+def speaks_for_run(env: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, as far as `env` says; one that cannot tell speaks."""
+    return all(env.get(launcher.rank, "0") == "0" for launcher in _present(env))
+
+
+def _present(env: Mapping[str, str]) -> list[Launcher]:
+    """The launcher that counts, as a list of at most one. Torchrun's counts here even where its variables are incomplete."""
+    if "RANK" in env or "LOCAL_RANK" in env:
+        return [TORCHRUN]
+    launcher = launcher_of(env)
+    return [launcher] if launcher else []
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list.
+
+    Example: `gpu[03-05,9]-ib,login` begins with gpu03-ib.
+    """
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in prefix:
+        return nodelist.partition(",")[0]
+    numbers, _, suffix = rest.partition("]")
+    return prefix + numbers.partition(",")[0].partition("-")[0] + suffix.partition(",")[0]
+
+
+def _local_world_size(env: Mapping[str, str], launcher: Launcher, world_size: int) -> int:
+    if launcher.name != "srun":
+        return _integer(env, launcher.local_world_size, world_size)
+    # Slurm lists tasks by node, as in "4(x2),3".
+    counts: list[int] = []
+    for part in env.get(launcher.local_world_size, "").replace("(", " ").replace(")", "").split(","):
+        count, _, times = part.partition(" x")
+        if not count.strip().isdigit() or (times and not times.isdigit()):
+            return world_size
+        counts += [int(count)] * (int(times) if times else 1)
+    node = _integer(env, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else world_size
+
+
+def _integer(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise ValueError(f"the environment variable {name} is {text!r}, expected a whole number") from None
