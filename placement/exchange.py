@@ -22,12 +22,16 @@ _price = njit(cache=True)(seconds_of)
 
 
 class Layers(NamedTuple):
-    """What stays the same in a search. Loads are int64 [L, E, R], `current_LE` owns now; hops cost seconds a row."""
+    """What stays the same in a search. Loads are int64 [L, E, R], `current_LE` owns now; hops cost seconds a row.
+
+    `back_LEE` is `pairs_LEE` with every pair of layers transposed.
+    """
 
     load_LER: np.ndarray
     totals_LE: np.ndarray
     current_LE: np.ndarray
     pairs_LEE: np.ndarray
+    back_LEE: np.ndarray
     ranks_per_node: int
     half_rate_rows: int
     rank_hop_s: float
@@ -48,7 +52,7 @@ class _Sums(NamedTuple):
     moves_2LR: np.ndarray
     moves_2LN: np.ndarray
     # Tokens between an expert and all experts of the neighbouring layers that a rank owns.
-    near_LER: np.ndarray
+    near_LRE: np.ndarray
 
 
 @njit(cache=True)
@@ -75,16 +79,16 @@ def _count(layers, sums, layer, expert, rank, sign):
 
 
 @njit(cache=True)
-def _link(layers, near_LER, layer, expert, rank, sign):
+def _link(layers, near_LRE, layer, expert, rank, sign):
     """Tell the neighbours of one expert that it came to (1) or left (-1) a rank."""
     num_layers, num_experts = layers.totals_LE.shape
     if layers.pairs_LEE.shape[0] == 0:
         return
     for other in range(num_experts):
         if layer + 1 < num_layers:
-            near_LER[layer + 1, other, rank] += sign * layers.pairs_LEE[layer, expert, other]
+            near_LRE[layer + 1, rank, other] += sign * layers.pairs_LEE[layer, expert, other]
         if layer > 0:
-            near_LER[layer - 1, other, rank] += sign * layers.pairs_LEE[layer - 1, other, expert]
+            near_LRE[layer - 1, rank, other] += sign * layers.back_LEE[layer - 1, expert, other]
 
 
 @njit(cache=True)
@@ -110,12 +114,12 @@ def _sums(layers, owner_LE):
         start_LN,
         np.zeros((2, num_layers, num_ranks), np.int64),
         np.zeros((2, num_layers, num_nodes), np.int64),
-        np.zeros((num_layers if has_pairs else 0, num_experts, num_ranks), np.int64),
+        np.zeros((num_layers if has_pairs else 0, num_ranks, num_experts), np.int64),
     )
     for layer in range(num_layers):
         for expert in range(num_experts):
             _count(layers, sums, layer, expert, owner_LE[layer, expert], 1)
-            _link(layers, sums.near_LER, layer, expert, owner_LE[layer, expert], 1)
+            _link(layers, sums.near_LRE, layer, expert, owner_LE[layer, expert], 1)
     return sums
 
 
@@ -149,11 +153,11 @@ def _busiest(layers, sums, layer, by_work):
 
 
 @njit(cache=True)
-def _hop_seconds(layers, near_LER, layer, expert, src, dst):
+def _hop_seconds(layers, near_LRE, layer, expert, src, dst):
     """Return the change of all hops' seconds if one expert goes from src to dst."""
     if layers.pairs_LEE.shape[0] == 0:
         return 0.0
-    near_R, per_node = near_LER[layer, expert], layers.ranks_per_node
+    near_R, per_node = near_LRE[layer, :, expert], layers.ranks_per_node
     change = layers.rank_hop_s * (near_R[src] - near_R[dst])
     if src // per_node != dst // per_node:
         inside = 0
@@ -238,8 +242,8 @@ def anneal(layers, owner_LE, proposals, is_uneven, hot, cold):
         if other != layer:
             new_other = _layer_seconds(layers, sums, other)
             rise += new_other - seconds_L[other]
-        rise += _hop_seconds(layers, sums.near_LER, layer, first, a, b)
-        rise += _hop_seconds(layers, sums.near_LER, other, second, b, a)
+        rise += _hop_seconds(layers, sums.near_LRE, layer, first, a, b)
+        rise += _hop_seconds(layers, sums.near_LRE, other, second, b, a)
         rise += _pair_seconds(layers, layer, first, other, second, a, b)
         allowed = 0.0
         if step < proposals - proposals // 10:
@@ -250,10 +254,10 @@ def anneal(layers, owner_LE, proposals, is_uneven, hot, cold):
             if other != layer:
                 seconds_L[other] = new_other
             change += rise
-            _link(layers, sums.near_LER, layer, first, a, -1)
-            _link(layers, sums.near_LER, layer, first, b, 1)
-            _link(layers, sums.near_LER, other, second, b, -1)
-            _link(layers, sums.near_LER, other, second, a, 1)
+            _link(layers, sums.near_LRE, layer, first, a, -1)
+            _link(layers, sums.near_LRE, layer, first, b, 1)
+            _link(layers, sums.near_LRE, other, second, b, -1)
+            _link(layers, sums.near_LRE, other, second, a, 1)
             # A copy of all owners is dear: only notable steps are worth one, and the end is looked at anyway.
             if change < best - notable:
                 best = change

@@ -28,9 +28,9 @@ from .values import Placement, Problem
 _MOST_PROPOSALS = 20_000_000
 _PROPOSALS_PER_STATE = 40
 _LEAST_PROPOSALS = 20_000
-_COLD = 1e-4
+_COLD = 1e-5
 # Small problems have steep hills for their size; they are searched twice, first from a high temperature.
-_HOT, _HOT_SMALL, _SMALL_STATES = 1e-2, 0.3, 4096
+_HOT, _HOT_SMALL, _SMALL_STATES = 1e-3, 0.3, 4096
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def _search(
         load_LER.sum(axis=2),
         current_LE,
         pairs_LEE,
+        np.ascontiguousarray(pairs_LEE.transpose(0, 2, 1)),
         first.topology.ranks_per_node,
         first.topology.half_rate_rows,
         rank_s,

@@ -52,11 +52,13 @@ def _search_owners(problem: Problem, owner_E: np.ndarray, proposals: int) -> np.
     """Return owners that an annealing without copies reached from `owner_E`."""
     from .exchange import Layers, anneal
 
+    no_pairs = np.zeros((0, problem.num_experts, problem.num_experts), dtype=np.int64)
     layers = Layers(
         problem.load.load_ER[None],
         problem.load.totals_E[None],
         problem.expert_to_owner_E[None],
-        np.zeros((0, problem.num_experts, problem.num_experts), dtype=np.int64),
+        no_pairs,
+        no_pairs,
         problem.topology.ranks_per_node,
         problem.topology.half_rate_rows,
         0.0,

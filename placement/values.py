@@ -237,7 +237,8 @@ class Problem(ByContent):
     @cached_property
     def owned_rows_R(self) -> np.ndarray:
         """Rows every rank computes when nothing is copied, int64 [R], read-only."""
-        rows_R = np.zeros(self.num_ranks, dtype=np.int64)
-        np.add.at(rows_R, self.expert_to_owner_E, self.load.totals_E)
+        # Weights of bincount are float64: exact, because a load's total stays below 2**53.
+        rows_N = np.bincount(self.expert_to_owner_E, weights=self.load.totals_E, minlength=self.num_ranks)
+        rows_R = rows_N.astype(np.int64)
         rows_R.setflags(write=False)
         return rows_R
