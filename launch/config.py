@@ -74,6 +74,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """[placement]: a placement solved offline."""
+
+    file: str = ""
+    """A plan of `moesaic place solve`: its owners and copies are kept through the run; empty: runtime.policy places copies."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """[data]: the text and how it is cut."""
 
@@ -162,6 +170,7 @@ class Config:
     # A weak balancing loss: it keeps experts alive, levelling the ranks is the runtime's work.
     router: RouterConfig = field(default_factory=lambda: RouterConfig(aux_loss_coef=0.001))
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -121,7 +121,7 @@ class Records:
         (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed on exit)
         self._closing.enter_context(self._metrics)
-        self._trace = self._closing.enter_context(TraceWriter(folder / "trace.npz", _trace_meta(config, process)))
+        self._trace = self._closing.enter_context(TraceWriter(folder / "trace.npz", trace_meta(config, process.world_size)))
         self._bar = self._closing.enter_context(
             tqdm(
                 total=config.train.steps,
@@ -201,13 +201,14 @@ class Records:
         return summary
 
 
-def _trace_meta(config: Config, process: Process) -> TraceMeta:
+def trace_meta(config: Config, world_size: int) -> TraceMeta:
+    """What the run's trace is about, and what a plan for it must be for."""
     model = config.model
     return TraceMeta(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
         top_k=model.top_k,
-        num_ranks=process.world_size,
+        num_ranks=world_size,
         dim=model.dim,
         ffn_dim=model.ffn_dim,
         source=f"moesaic train {config.run.name}",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..placement import SavedPlan, read_plan
 from ..runtime import shard_experts
 from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
 from .config import Config, OptimConfig, load_config
@@ -36,7 +37,7 @@ from .process import (
     reuse_memory,
     set_threads,
 )
-from .records import Records, StepRecord, create_run_folder
+from .records import Records, StepRecord, create_run_folder, trace_meta
 
 
 def train(config: Config) -> int:
@@ -53,7 +54,8 @@ def train(config: Config) -> int:
         text = _shared_text(process, config)
         resume = Path(config.checkpoint.resume).expanduser() if config.checkpoint.resume else None
         progress = agreed(process, lambda: read_progress(resume, config, text)) if resume else None
-        trainer = Trainer(config, process, mesh, text, progress)
+        plan = _saved_plan(process, config)
+        trainer = Trainer(config, process, mesh, text, progress, plan)
         if resume:
             load_checkpoint(resume, trainer.handle, trainer.optimizer)
         folder = Path(
@@ -78,12 +80,30 @@ def _shared_text(process: Process, config: Config) -> Text:
     return text
 
 
+def _saved_plan(process: Process, config: Config) -> SavedPlan | None:
+    """The plan of placement.file, the same on all machines and for this model and world size; None without one."""
+    if not config.placement.file:
+        return None
+    plan = agreed(process, lambda: read_plan(Path(config.placement.file).expanduser()))
+    try:
+        plan.check_model(trace_meta(config, process.world_size), "this run")
+    except ValueError as error:
+        raise ValueError(f"placement.file {config.placement.file}: {error}") from None
+    if plan.slots > config.runtime.slots:
+        raise ValueError(
+            f"placement.file {config.placement.file} uses {plan.slots} slots, runtime.slots is {config.runtime.slots}; "
+            f"set runtime.slots={plan.slots}"
+        )
+    check_same(process, "the plan (placement.file)", plan.to_json())
+    return plan
+
+
 def _describe(config: Config, process: Process, text: Text, trainer: "Trainer", folder: Path) -> str:
     return (
         f"moesaic: {process.world_size} rank(s) on {process.device.type}, {torch.get_num_threads()} thread(s) each; "
         f"{trainer.num_parameters / 1e6:.1f} M parameters, {config.model.num_layers} layers, {config.model.num_experts} experts, "
         f"top-{config.model.top_k}; text: {text.num_documents} file(s), {text.num_bytes / 1e6:.1f} MB; "
-        f"policy {config.runtime.policy}; files in {folder}"
+        f"{f'plan {config.placement.file}' if config.placement.file else f'policy {config.runtime.policy}'}; files in {folder}"
     )
 
 
@@ -100,14 +120,24 @@ class StepTotals:
 class Trainer:
     """Model, optimizer and data of one rank, and the loop over them."""
 
-    def __init__(self, config: Config, process: Process, mesh: DeviceMesh, text: Text, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        process: Process,
+        mesh: DeviceMesh,
+        text: Text,
+        progress: Progress | None,
+        plan: SavedPlan | None = None,
+    ) -> None:
         self.config = config
         self.process = process
         self.text = text
         model = build_model(config.model, config.router, seq_len=config.data.seq_len, seed=config.run.seed)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = model.to(process.device)
-        self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime)
+        self.handle = shard_experts(
+            self.model, mesh=mesh, config=config.runtime, placements=None if plan is None else plan.layers
+        )
         self.optimizer = build_optimizer(self.handle.parameter_groups(), config.optim)
 
         self.tokens_per_step = config.train.batch_size * config.data.seq_len

@@ -4,6 +4,7 @@ from .cost import Bound, Cost, Solution, cost, lower_bound
 from .hecate import hecate_owners
 from .moetuner import Hops, count_hops, tune_owners
 from .owners import Move, OwnerMap
+from .plans import SavedPlan, read_plan
 from .predict import PREDICTORS, Predictor, make_predictor, prediction_error
 from .registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver
 from .split import Split, split_exact, split_local_even
@@ -25,6 +26,7 @@ __all__ = [
     "Placement",
     "Predictor",
     "Problem",
+    "SavedPlan",
     "Solution",
     "Solver",
     "Split",
@@ -39,6 +41,7 @@ __all__ = [
     "lower_bound",
     "make_predictor",
     "prediction_error",
+    "read_plan",
     "split_exact",
     "split_local_even",
     "tune_owners",

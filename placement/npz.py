@@ -25,6 +25,8 @@ _BLOCK_BYTES = 1 << 20
 _MAX_MEMBERS = 64
 # The longest header of a plain array is far below this; numpy would read whatever length a header claims.
 _MAX_HEADER_BYTES = 1 << 14
+# A damaged number may have thousands of digits.
+_MAX_PROBLEM = 300
 _SMALL_ARRAY_BYTES = 1 << 26
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -72,7 +74,7 @@ class NpzReader:
 
     def error(self, problem: str) -> ValueError:
         """The one line for a file that cannot be used."""
-        return ValueError(f"{self.path} is not a usable {self.what}: {problem}")
+        return ValueError(f"{self.path} is not a usable {self.what}: {problem[:_MAX_PROBLEM]}")
 
     def _read_headers(self) -> dict[str, Member]:
         try:

@@ -49,18 +49,14 @@ class TraceMeta:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_experts", "top_k", "num_ranks", "num_matrices"):
-            check_positive_int(name, getattr(self, name))
-        for name in ("dim", "ffn_dim"):
-            check_positive_int(name, getattr(self, name), minimum=0)
+        for name in ("num_layers", "num_experts", "top_k", "num_ranks", "num_matrices", "dim", "ffn_dim"):
+            most = _MAX_MATRICES if name == "num_matrices" else _MAX_DIM
+            # Sizes may be unknown, numbers of things not.
+            if check_positive_int(name, getattr(self, name), minimum=0 if name in ("dim", "ffn_dim") else 1) > most:
+                raise ValueError(f"{name} is above the supported {most}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}")
-        if max(self.dim, self.ffn_dim) > _MAX_DIM or self.num_matrices > _MAX_MATRICES:
-            raise ValueError(
-                f"dim {self.dim}, ffn_dim {self.ffn_dim} and {self.num_matrices} matrices are above the supported "
-                f"{_MAX_DIM}, {_MAX_DIM} and {_MAX_MATRICES}"
-            )
-        if max(self.step_shape) > _MAX_DIM or 4 * math.prod(self.step_shape) > _MAX_STEP_BYTES:
+        if 4 * math.prod(self.step_shape) > _MAX_STEP_BYTES:
             raise ValueError(f"a step of {self.step_shape} loads is above the supported {_MAX_STEP_BYTES} bytes")
         if not isinstance(self.source, str):
             raise ValueError(f"source must be text, got {type(self.source).__name__}")

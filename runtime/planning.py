@@ -69,9 +69,19 @@ class LayerPlanner:
         self._predictor = make_predictor(config.predictor)
         self._split_rule = split_exact if config.split == "exact" else split_local_even
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
+        self._is_held = False
+
+    def hold(self, placement: Placement) -> None:
+        """Keep this placement, of the same owners, for every forward to come; nothing is solved any more."""
+        assert np.array_equal(placement.expert_to_owner_E, self._owners_E)
+        self._check_budget(placement)
+        self._plan = self._plan_of(placement)
+        self._is_held = True
 
     def place(self) -> Plan:
-        """The placement for the next forward. Before the first load it is ownership alone."""
+        """The placement for the next forward. Before the first load it is ownership alone, unless one is held."""
+        if self._is_held:
+            return self._plan
         predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
             problem = Problem(
@@ -101,8 +111,8 @@ class LayerPlanner:
         if copies_R.max() > self._config.slots:
             rank = int(copies_R.argmax())
             raise ValueError(
-                f"the solver put {copies_R[rank]} copies on rank {rank}, which has {self._config.slots} slots; "
-                "raise runtime.slots, or mend the solver"
+                f"the placement puts {copies_R[rank]} copies on rank {rank}, which has {self._config.slots} slots; "
+                "raise runtime.slots, or mend the solver or plan"
             )
 
     def _plan_of(self, placement: Placement) -> Plan:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from ..placement import OwnerMap, Solver, Topology, get_solver
+from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
 from .adapters import adopt_moe_layers
 from .bank import Bank, SlotPool
 from .config import RuntimeConfig
@@ -29,6 +30,7 @@ def shard_experts(
     config: RuntimeConfig | None = None,
     topology: Topology | None = None,
     solver: Solver | None = None,
+    placements: Sequence[Placement] | None = None,
 ) -> Handle:
     """Share the experts of `model` among the ranks of `mesh`, materialized where they help; FSDP2 shards the rest.
 
@@ -42,6 +44,7 @@ def shard_experts(
         config: placement policy, slots, time limit.
         topology: rates that turn bytes and rows into seconds; the preset of the device by default.
         solver: places copies in place of `config.policy`.
+        placements: of every MoE layer, in order: owners and copies of a saved plan, kept for good in place of any solver.
 
     Raises:
         ValueError: no MoE block, a mesh that is not one-dimensional or leaves out ranks, or a model that is already sharded.
@@ -58,11 +61,25 @@ def shard_experts(
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
     group = group_of_process_group(mesh.get_group(), timeout_s=config.timeout_s, topology=topology)
     clock = StageClock()
-    banks = share_experts(layers, group, config=config, solver=solver, clock=clock)
+    owners = None if placements is None else _owners_of(placements, layers, group)
+    banks = share_experts(layers, group, config=config, solver=solver, clock=clock, owners=owners)
+    for layer, placement in zip(layers.values(), placements or (), strict=False):
+        layer.runtime.planner.hold(placement)
     prefetch_in_order(model, list(layers.values()))
     if config.shard_dense:
         _shard_dense(model, mesh, layers, banks)
     return Handle(model, layers, banks, group, config, clock)
+
+
+def _owners_of(placements: Sequence[Placement], layers: Mapping[str, MoELayer], group: RankGroup) -> OwnerMap:
+    """The owner map of given placements; ValueError unless there is one of the right shape for every layer."""
+    if len(placements) != len(layers):
+        raise ValueError(f"{len(placements)} placements for {len(layers)} MoE layers; give one for each")
+    for placement, (name, layer) in zip(placements, layers.items(), strict=True):
+        wanted = (group.world_size, layer.num_experts)
+        if placement.replicas_RE.shape != wanted:
+            raise ValueError(f"the placement of {name} is [R, E] = {placement.replicas_RE.shape}, the layer {wanted}; solve anew")
+    return OwnerMap(np.stack([placement.expert_to_owner_E for placement in placements]), group.world_size)
 
 
 def share_experts(

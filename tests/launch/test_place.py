@@ -1,0 +1,167 @@
+"""`moesaic place` and `moesaic trace` from the command line, and plans that drive training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moesaic.launch.cli import cli
+from moesaic.launch.entry import run_command
+from moesaic.placement import Trace, read_plan
+from tests.helpers.mutate import run_many
+from tests.launch.ranks import metrics_of, set_options, start_ranks, tiny_values, train_tiny, wait_for
+
+KEYS = {
+    *("trace", "solver", "ranks", "nodes", "slots", "knows", "max_over_mean", "max_over_mean_p95", "max_over_mean_max", "copies"),
+    *("off_rank_share", "cross_node_share", "step_s", "solve_s", "gap", "bound", "moves"),
+}
+
+
+def synth(path: Path, *options: str) -> str:
+    shape = ["--layers", "2", "--experts", "8", "--top-k", "2", "--ranks", "4", "--tokens", "64", "--steps", "3"]
+    assert run_command(cli, ["trace", "synth", str(path), *shape, *options]) == 0
+    return str(path)
+
+
+def rows_of(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, object]]:
+    """The rows that a command writes to standard output, where nothing else goes."""
+    capsys.readouterr()
+    assert run_command(cli, [*args, "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"schema", "command", "machine", "commit", "rows"} == document.keys()
+    return document["rows"]
+
+
+def test_compare_solve_show_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, plan, picture = synth(tmp_path / "t.npz"), str(tmp_path / "plan.json"), tmp_path / "p.html"
+    lanes = ["--solver", "quota", "--solver", "hecate", "--slots", "0", "--slots", "1"]
+    rows = rows_of(capsys, "place", "compare", trace, "--topology", "2x2", "--topology", "8", *lanes, "--picture", str(picture))
+    assert len(rows) == 2 * 3 * (2 + 3)
+    assert all(row.keys() >= KEYS for row in rows)
+    assert {(row["ranks"], row["nodes"], row["slots"], row["knows"]) for row in rows} == {
+        (ranks, nodes, slots, knows)
+        for ranks, nodes in ((4, 2), (8, 1))
+        for slots in (0, 1)
+        for knows in ("predicted", "exact", "future")
+    }
+    page = picture.read_text()
+    assert page.count("<svg") == 4
+    assert "t.npz, 2 x 2 ranks" in page
+    assert "http" not in page
+
+    solved = ["--topology", "2x2", "--solver", "eplb", "--slots", "1", "-o", plan]
+    assert run_command(cli, ["place", "solve", trace, *solved]) == 0
+    shown = rows_of(capsys, "place", "show", plan)
+    assert [row["owners"] for row in shown] == read_plan(plan).owners.expert_to_owner_LE.tolist()
+    (replayed, _) = rows_of(capsys, "place", "replay", trace, "--plan", plan)
+    assert (replayed["knows"], replayed["solver"], replayed["nodes"]) == ("future", "eplb", 2)
+    other = synth(tmp_path / "other.npz", "--seed", "1")
+    assert {row["knows"] for row in rows_of(capsys, "place", "replay", other, "--plan", plan)} == {"predicted"}
+
+
+def test_tables_and_files_hold_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = synth(tmp_path / "t.npz")
+    capsys.readouterr()
+    assert run_command(cli, ["trace", "info", trace, "--json", str(tmp_path / "info.json")]) == 0
+    text = capsys.readouterr().out
+    rows = json.loads((tmp_path / "info.json").read_text())["rows"]
+    assert [row["layer"] for row in rows] == [0, 1]
+    assert "every step is valid" in text
+    assert all(f"{row['expert_max_over_mean']:.3f}" in text for row in rows)
+    assert len(rows_of(capsys, "trace", "backtest", trace)) == 4 * 2
+
+
+def test_convert_deals_tokens_to_other_ranks(tmp_path: Path) -> None:
+    ids = np.stack([[np.random.default_rng(token).permutation(6)[:2]] for token in range(40)])
+    np.savez(tmp_path / "in.npz", topk_ids=ids, meta=np.array(json.dumps({"n_experts": 6})))
+    command = ["trace", "convert", str(tmp_path / "in.npz"), str(tmp_path / "out.npz"), "--ranks", "5", "--tokens-per-step", "20"]
+    assert run_command(cli, command) == 0
+    loads = np.stack(list(Trace(tmp_path / "out.npz").steps()))
+    assert loads.shape == (2, 1, 5, 6)
+    assert (loads.sum(axis=3) == 8).all()
+    assert np.array_equal(loads.sum(axis=(0, 1, 2)), np.bincount(ids.ravel(), minlength=6))
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["place", "compare", "none.npz"], "there is no trace at none.npz"),
+        (["place", "compare", "t.npz", "--topology", "3x5"], "can be played on divisors and multiples of them, not on 15"),
+        (["place", "compare", "t.npz", "--topology", "64x64"], "4096 ranks; at most 2048 are supported offline"),
+        (["place", "compare", "t.npz", "--solver", "quotas"], "unknown solver 'quotas'; did you mean 'quota'?"),
+        (["place", "compare", "t.npz", "--preset", "h10"], "unknown topology preset 'h10'; did you mean 'h100'?"),
+        (["place", "compare", "t.npz", "--steps", "1", "--knows", "predicted"], "nothing to predict from"),
+        (["place", "compare", "t.npz", "--overlap-s", "nan"], "overlap_s must be finite"),
+        (["place", "solve", "t.npz", "-o", "nowhere/plan.json", "--solver", "static"], "cannot write or read"),
+        (["place", "replay", "t.npz", "--plan", "t.npz"], "cannot be read as JSON"),
+        (["place", "show", "none.json"], "there is no plan at none.json"),
+        (["trace", "info", "t.npz", "--tokens-per-step", "4"], "has no topk_ids; its steps cannot be cut anew"),
+        (["trace", "synth", "x.npz", "--experts", "2"], "top_k 6 is above num_experts 2"),
+        (["trace", "convert", "t.npz", "nowhere/x.npz"], "cannot write or read nowhere/x.npz"),
+    ],
+)
+def test_wrong_use_is_one_line_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    synth(tmp_path / "t.npz")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run_command(cli, args) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_damaged_files_end_in_an_answer_or_one_line(tmp_path: Path) -> None:
+    """A few hundred of what `python -m tests.helpers.mutate 10000` runs."""
+    counts = run_many(250, tmp_path, seed=7)
+    statuses = {status: sum(count for (_, ended), count in counts.items() if ended == status) for status in (0, 2)}
+    assert statuses[2] > 150
+    assert statuses[0] > 3
+
+
+def test_a_recorded_run_is_placed_and_the_plan_drives_the_next_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train, compare on the trace, solve, train with the plan: its owners and copies, and the same losses."""
+    words = np.random.default_rng(0).choice(["router ", "expert ", "slot ", "bank ", "owner\n"], size=3000)
+    (tmp_path / "text.txt").write_text("".join(words))
+    plan_path = tmp_path / "plan.json"
+    train_tiny(2, ["train.steps=3"], tmp_path)
+    run = tmp_path / "runs" / "demo"
+    rows = rows_of(capsys, "place", "compare", str(run / "trace.npz"), "--preset", "cpu", "--solver", "eplb", "--slots", "1")
+    assert {row["ranks"] for row in rows} == {2}
+    solve = [
+        "place",
+        "solve",
+        str(run / "trace.npz"),
+        "--preset",
+        "cpu",
+        "--solver",
+        "eplb",
+        "--slots",
+        "1",
+        "-o",
+        str(plan_path),
+    ]
+    assert run_command(cli, solve) == 0
+    plan = read_plan(plan_path)
+    assert plan.num_copies > 0
+
+    first, _ = train_tiny(2, ["train.steps=3", f"placement.file={plan_path}"], tmp_path)
+    assert f"plan {plan_path}" in first.stdout
+    planned = [row for row in metrics_of(tmp_path / "runs" / "demo-2") if "loss" in row]
+    assert [row["copies_per_layer"] for row in planned] == [plan.num_copies / 2] * 3
+    free = [row["loss"] for row in metrics_of(run) if "loss" in row]
+    np.testing.assert_allclose([row["loss"] for row in planned], free, rtol=1e-4)
+
+    for values, message in (
+        (["model.num_experts=6"], "the plan is for num_experts 4, this run has 6"),
+        (["runtime.slots=0"], "uses 1 slots, runtime.slots is 0; set runtime.slots=1"),
+        (["placement.file=none.json"], "there is no plan at none.json"),
+    ):
+        options = [*tiny_values(tmp_path), f"placement.file={plan_path}", *values]
+        ended = wait_for(start_ranks(2, set_options(options), tmp_path))
+        assert [end.status for end in ended] == [2, 2]
+        assert message in ended[0].stderr
+        assert [end.stderr.count("\n") for end in ended] == [1, 0]
