@@ -6,6 +6,7 @@ from setuptools import setup
 
 FOLDERS = [
     "runtime",
+    "runtime.adapters",
     "collectives",
     "collectives.schedules",
     "collectives.transports",
@@ -41,7 +42,7 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],
         "cuda12": ["nvidia-nccl-cu12"],
-        "hf": ["transformers>=5.0", "safetensors>=0.5"],
+        "hf": ["transformers>=5.20", "safetensors>=0.5"],
         "report": ["matplotlib>=3.9"],
         "test": ["mpi4py>=4.0", "openmpi>=5.0", "pytest>=8.3", "hypothesis>=6.110", "ruff>=0.12", "mypy>=1.15"],
     },

@@ -1,5 +1,6 @@
 """Kernels of one MoE layer, one op a file: the public function, its torch twin of the same signature, its Triton kernel."""
 
+from .clamped_ffn import Clamp, clamped_ffn, clamped_ffn_backward
 from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .pack_rows import accumulate_rows, pack_rows
@@ -10,6 +11,7 @@ from .topk_gate import Gate, topk_gate, topk_gate_backward
 
 __all__ = [
     "Bags",
+    "Clamp",
     "FFNWeights",
     "Gate",
     "GroupedFFNGrads",
@@ -17,6 +19,8 @@ __all__ = [
     "SwigluGrads",
     "accumulate_rows",
     "bags_of",
+    "clamped_ffn",
+    "clamped_ffn_backward",
     "gather_rows",
     "grouped_ffn",
     "grouped_ffn_backward",

@@ -27,14 +27,22 @@ _CHUNK_ROWS = 2048
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to."""
+    """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to.
+
+    Only `clamped_ffn` knows biases, gate_up_bias [2F] and down_bias [D] per group.
+    """
 
     gate_up: Sequence[Tensor]
     down: Sequence[Tensor]
+    gate_up_bias: Sequence[Tensor] = ()
+    down_bias: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         if len(self.gate_up) != len(self.down):
             raise ValueError(f"{len(self.gate_up)} gate_up and {len(self.down)} down matrices; give one pair per group")
+        biases = len(self.gate_up_bias), len(self.down_bias)
+        if biases not in ((0, 0), (len(self.down), len(self.down))):
+            raise ValueError(f"{biases[0]} gate_up and {biases[1]} down biases for {len(self.down)} groups; give all or none")
 
 
 @dataclass(frozen=True)

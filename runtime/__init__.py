@@ -11,7 +11,8 @@ layer_pass.py     one forward and its backward; replay under activation checkpoi
 layer_runtime.py  what one layer has of all this
 overlap.py        when gathers are launched
 group.py          the ranks, their transports, their machine
-adapters.py       MoE blocks of other models
+family.py         how a family of models names what a layer holds
+adapters/         MoE blocks of other models, and their checkpoints
 shard.py          shard_experts
 handle.py         what the user's loop calls
 state.py          state under logical names

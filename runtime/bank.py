@@ -7,40 +7,64 @@ by the expert backward and by the sparse reduce; the parameters are never inputs
 Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert ffn dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels import Clamp, FFNWeights
 from ..placement import OwnerMap
 from ._compat import call_after_backward
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """The shape of one SwiGLU expert: gate_up [2F, D] (gate first, then up) and down [D, F]."""
+    """The shape of one expert: gate_up [2F, D] (gate first, then up) and down [D, F].
+
+    With `clamp` it has biases besides, gate_up_bias [2F] and down_bias [D], and the activation of `kernels.clamped_ffn`.
+    """
 
     dim: int
     ffn_dim: int
+    clamp: Clamp | None = None
+
+    def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The size of each of an expert's tensors, in the order in which they travel."""
+        D, F = self.dim, self.ffn_dim
+        matrices: dict[str, tuple[int, ...]] = {"gate_up": (2 * F, D), "down": (D, F)}
+        return matrices if self.clamp is None else matrices | {"gate_up_bias": (2 * F,), "down_bias": (D,)}
 
     @property
     def num_elements(self) -> int:
         """Weights of one expert."""
-        return 3 * self.dim * self.ffn_dim
+        return sum(prod(size) for size in self.tensor_sizes().values())
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExpertTensors:
-    """Two tensors in the shape of one expert: its weights, or its gradients. Views, never copies."""
+    """Tensors in the shape of one expert: its weights, or its gradients. Views, never copies."""
 
     gate_up: Tensor  # [2F, D]
     down: Tensor  # [D, F]
+    gate_up_bias: Tensor | None = None  # [2F]
+    down_bias: Tensor | None = None  # [D]
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Both, in the order in which they travel."""
-        return self.gate_up, self.down
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there are, in the order in which they travel."""
+        return tuple(t for t in (self.gate_up, self.down, self.gate_up_bias, self.down_bias) if t is not None)
+
+
+def group_weights(experts: Sequence[ExpertTensors]) -> FFNWeights:
+    """Experts as the kernels take them, one group each."""
+    return FFNWeights(
+        [e.gate_up for e in experts],
+        [e.down for e in experts],
+        [e.gate_up_bias for e in experts if e.gate_up_bias is not None],
+        [e.down_bias for e in experts if e.down_bias is not None],
+    )
 
 
 class Bank(nn.Module):
@@ -52,6 +76,9 @@ class Bank(nn.Module):
         rank: this rank.
         device, dtype: of the master weights.
     """
+
+    gate_up: nn.Parameter
+    down: nn.Parameter
 
     def __init__(
         self,
@@ -68,15 +95,19 @@ class Bank(nn.Module):
         self.rank = rank
         num_rows = int(owners.num_rows_R[rank])
         self._empty_layers: set[int] = set()  # whose gradient rows are allocated and hold nothing yet
-        D, F = shape.dim, shape.ffn_dim
-        self.gate_up = nn.Parameter(torch.empty(num_rows, 2 * F, D, device=device, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(num_rows, D, F, device=device, dtype=dtype))
+        for name, size in shape.tensor_sizes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_rows, *size, device=device, dtype=dtype)))
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The names of the parameters, in the order in which an expert's tensors travel."""
+        return tuple(self.shape.tensor_sizes())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every weight from the uniform distribution that `nn.Linear` uses, row by row in row order."""
-        for weights in (self.gate_up, self.down):
-            bound = weights.shape[-1] ** -0.5
+        for weights in self.parameters():
+            bound = weights.shape[-1] ** -0.5 if weights.ndim == 3 else 0.0  # biases start at zero
             weights.uniform_(-bound, bound)
 
     def row_of(self, layer: int, expert: int) -> int:
@@ -87,13 +118,12 @@ class Bank(nn.Module):
     def weights(self, layer: int, expert: int) -> ExpertTensors:
         """Weights of an owned expert, in place."""
         row = self.row_of(layer, expert)
-        return ExpertTensors(self.gate_up.data[row], self.down.data[row])
+        return ExpertTensors(**{name: getattr(self, name).data[row] for name in self.weight_names})
 
     def grads(self, layer: int, expert: int) -> ExpertTensors:
         """Gradient of an owned expert, in place; see `begin_grads`."""
         row = self.row_of(layer, expert)
-        assert self.gate_up.grad is not None and self.down.grad is not None
-        return ExpertTensors(self.gate_up.grad[row], self.down.grad[row])
+        return ExpertTensors(**{name: getattr(self, name).grad[row] for name in self.weight_names})
 
     def begin_grads(self, layer: int) -> bool:
         """Make room for gradients in the backward of `layer`; return whether its rows hold nothing yet.
@@ -102,8 +132,8 @@ class Bank(nn.Module):
         much memory traffic as the optimizer: the first backward of each layer overwrites its rows instead, and the rows of
         layers that this backward pass never reaches become zeros when it is complete.
         """
-        if self.gate_up.grad is None and self.down.grad is None:
-            for parameter in (self.gate_up, self.down):
+        if all(parameter.grad is None for parameter in self.parameters()):
+            for parameter in self.parameters():
                 parameter.grad = torch.empty_like(parameter)
             self._empty_layers = set(range(self.owners.num_layers))
             call_after_backward(self._clear_unreached)
@@ -113,7 +143,7 @@ class Bank(nn.Module):
 
     def _clear_unreached(self) -> None:
         for row, (layer, _) in enumerate(self.owners.rows_of(self.rank)):
-            for parameter in (self.gate_up, self.down):
+            for parameter in self.parameters():
                 if layer in self._empty_layers and parameter.grad is not None:
                     parameter.grad[row].zero_()
         self._empty_layers = set()
@@ -125,7 +155,7 @@ class Bank(nn.Module):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the experts learn. Both weights do, or neither."""
+        """Whether the experts learn. All their weights do, or none."""
         return self.gate_up.requires_grad
 
     @torch.no_grad()
@@ -164,8 +194,7 @@ class SlotPool:
         for i, buffer in enumerate(self._free):
             if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
                 return self._free.pop(i)
-        D, F = self._shape.dim, self._shape.ffn_dim
-        buffer = ExpertTensors(like.new_empty(2 * F, D), like.new_empty(D, F))
+        buffer = ExpertTensors(**{name: like.new_empty(size) for name, size in self._shape.tensor_sizes().items()})
         self._alive.add(buffer)
         self.peak_slots = max(self.peak_slots, len(self._alive))
         return buffer

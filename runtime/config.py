@@ -17,7 +17,7 @@ class RouterConfig:
     weight_scale: float = 1.0
     """Factor on the gate weights, after normalization (DeepSeek-V2's routed scaling factor)."""
     num_groups: int = 1
-    """Groups of neighbouring experts among which a token chooses first (group-limited choice, arXiv 2405.04434); 1 turns it off."""
+    """Groups of neighbouring experts, of which a token chooses some first (arXiv 2405.04434, section 2.2.2); 1 turns it off."""
     groups_per_token: int = 1
     """Groups that a token may choose experts from."""
     group_score: Literal["max", "top2"] = "max"

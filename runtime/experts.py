@@ -8,12 +8,13 @@ Shape letters: N rows sorted by local expert, D model dim, F expert ffn dim.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import grouped_ffn, grouped_ffn_backward
+from ..kernels import clamped_ffn, clamped_ffn_backward, grouped_ffn, grouped_ffn_backward
 from .layer_pass import LayerPass
 from .materialize import gradient_targets, materialized_weights
 
@@ -30,7 +31,9 @@ class _Experts(torch.autograd.Function):
         ctx.runtime, ctx.layer_pass = runtime, layer_pass
         with runtime.stage("experts"):
             weights = materialized_weights(runtime, layer_pass)
-            output = grouped_ffn(x_ND, row_weights_N, weights, layer_pass.handle.group_sizes)
+            clamp = runtime.bank.shape.clamp
+            forward = grouped_ffn if clamp is None else partial(clamped_ffn, clamp=clamp)
+            output = forward(x_ND, row_weights_N, weights, layer_pass.handle.group_sizes)
         ctx.save_for_backward(x_ND, row_weights_N, output.gate_up_N2F)
         return output.y_ND
 
@@ -45,7 +48,9 @@ class _Experts(torch.autograd.Function):
             )
         with runtime.stage("experts"):
             targets = gradient_targets(runtime, layer_pass)
-            grads = grouped_ffn_backward(
+            clamp = runtime.bank.shape.clamp
+            backward = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)
+            grads = backward(
                 dy_ND,
                 x_ND,
                 gate_up_N2F,

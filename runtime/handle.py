@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from ..collectives import LinkCounts, Traffic
 from ..placement import OwnerMap
+from .adapters.safetensors_files import SafetensorsFolder, write_folder
+from .adapters.weights import checkpoint_tensors, load_weights, state_on_rank_zero
 from .bank import Bank, slot_bound
 from .config import RuntimeConfig
 from .group import RankGroup
@@ -150,6 +153,43 @@ class Handle:
             layer.runtime.drop_prefetched()
         self._reshard()
         load_state(state, self.model, self.layers, optimizer)
+
+    def family_state_dict(self) -> dict[str, Tensor]:
+        """The weights as the unwrapped model's `state_dict()` has them, whole, in CPU memory of rank 0; empty elsewhere.
+
+        Collective. Models from transformers come out under transformers' own names.
+        """
+        self._reshard()
+        return state_on_rank_zero(self.model, self.layers, self.group.tokens)
+
+    def load_family_state_dict(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        """Copy this rank's part of the weights out of the unwrapped model's whole state dict.
+
+        Returns names that the model has no place for; see `adapters.weights.load_weights`.
+        """
+        for layer in self.layers.values():
+            layer.runtime.drop_prefetched()
+        self._reshard()
+        return load_weights(state, self.model, self.layers)
+
+    def save_safetensors(self, folder: str | Path, *, max_file_bytes: int = 4 << 30) -> None:
+        """Write the weights as transformers' `save_pretrained` lays them out, with the model's config, if it has one.
+
+        Collective; every rank writes the experts it owns into the same folder, which must hold no safetensors yet.
+        """
+        self._reshard()
+        tensors = checkpoint_tensors(self.model, self.layers, self.group.tokens)
+        write_folder(Path(folder), tensors, rank=self.group.rank, max_file_bytes=max_file_bytes)
+        save_config = getattr(getattr(self.model, "config", None), "save_pretrained", None)
+        if self.group.rank == 0 and save_config is not None:
+            save_config(folder)
+
+    def load_safetensors(self, folder: str | Path) -> tuple[str, ...]:
+        """Load weights from such a folder, transformers' own included; each rank reads its part only.
+
+        Returns names that the model has no place for.
+        """
+        return self.load_family_state_dict(SafetensorsFolder(Path(folder)))
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Create the state of an optimizer that has not stepped yet, so that it can be loaded in place."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels import Clamp
 from ..placement import OwnerMap, get_solver
 from .bank import Bank, ExpertShape, SlotPool
 from .config import RouterConfig, RuntimeConfig
+from .family import Family
 from .group import single_rank_group
 from .layer_runtime import LayerRuntime
 from .router import Router, TopKRouter
@@ -24,6 +26,7 @@ class MoELayer(nn.Module):
         dim, ffn_dim: D and F; one expert is gate_up [2F, D] and down [D, F].
         num_experts, top_k: E, and K of them per token.
         router: how tokens choose, or a router module of your own.
+        clamp: gives experts biases and the clamped activation of GPT-OSS, with these constants.
         shared: a module [T, D] to [T, D] that every token passes besides (shared experts).
         device, dtype: of the experts' weights. The router's weight is created with torch's defaults.
     """
@@ -37,6 +40,7 @@ class MoELayer(nn.Module):
         *,
         router: RouterConfig | Router | None = None,
         shared: nn.Module | None = None,
+        clamp: Clamp | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -49,9 +53,11 @@ class MoELayer(nn.Module):
         self.top_k = top_k
         self.router = router
         self.shared = shared
-        shape = ExpertShape(dim, ffn_dim)
+        shape = ExpertShape(dim, ffn_dim, clamp)
         self.experts: Bank | None = Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype)
         self.experts.reset_parameters()
+        self.family = Family()
+        """How the layer's weights are called where the model comes from; an adapter sets it."""
         self.aux_loss: Tensor | None = None
         """The router's losses of the last forward, differentiable; `Handle.aux_loss` sums them over layers."""
         config = RuntimeConfig(policy="static", slots=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..collectives import sparse_all_gather, sparse_reduce_scatter
 from ..kernels import FFNWeights
+from .bank import group_weights
 from .layer_pass import LayerPass
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def wait_for_copies(layer_pass: LayerPass) -> None:
 def materialized_weights(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights:
     """The weights of this rank's experts in group order: owned ones in place in the bank, copies in their slots."""
     experts = [layer_pass.copies.get(e) or runtime.bank.weights(runtime.layer, e) for e in runtime.experts_here(layer_pass)]
-    return FFNWeights([e.gate_up for e in experts], [e.down for e in experts])
+    return group_weights(experts)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTa
     layer_pass.copy_grads = {e: runtime.pool.acquire(like=bank.gate_up.data) for e in here if e in layer_pass.copies}
     targets = [layer_pass.copy_grads.get(e) or bank.grads(runtime.layer, e) for e in here]
     return GradientTargets(
-        FFNWeights([t.gate_up for t in targets], [t.down for t in targets]),
+        group_weights(targets),
         tuple(is_empty or e in layer_pass.copies for e in here),
     )
 

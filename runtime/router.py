@@ -119,8 +119,8 @@ class ScoringRouter(Router):
     def loss(self, routing: Routing, load: ExpertLoad, rank: int) -> Tensor:
         """Balancing loss E * sum_e f_e p_e, plus z-loss mean(logsumexp(logits)^2), each times its coefficient.
 
-        f_e is the share of assignments that expert e got and p_e the mean of its score (as a share of its token's), over this rank's
-        micro-batch or over the micro-batches of all ranks (`aux_loss_scope`). In the global scope a rank returns R times
+        f_e is the share of assignments that expert e got and p_e the mean of its score, as a share of its token's, over this
+        rank's micro-batch or over the micro-batches of all ranks (`aux_loss_scope`). In the global scope a rank returns R times
         its part, so that the mean over ranks, which data parallelism takes, is exactly the loss of the whole batch: the
         frequencies carry no gradient, so one process and R processes minimise the same number. The z-loss is weighted alike.
         """

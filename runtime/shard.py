@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
 from .adapters import adopt_moe_layers
+from .adapters.meta import allocate_meta
 from .bank import Bank, SlotPool
 from .config import RuntimeConfig
 from .group import RankGroup, group_of_process_group
@@ -38,8 +40,11 @@ def shard_experts(
     your own loop, and call `handle.step()` after `optimizer.step()`. Each rank's loss is over its own tokens; gradients
     become those of the mean of the ranks' losses, for experts as for everything else.
 
+    A model built under `torch.device("meta")` is sharded without ever being whole: each rank then allocates its own part, which
+    holds nothing until `handle.load_safetensors` fills it. Buffers of transformers' models that no checkpoint holds are computed.
+
     Args:
-        model: changed in place. Any module with MoE blocks that an adapter knows, at least `MoELayer`.
+        model: changed in place. Any module with MoE blocks that an adapter knows: `MoELayer`, families of transformers.
         mesh: one-dimensional, over all ranks.
         config: placement policy, slots, time limit.
         topology: rates that turn bytes and rows into seconds; the preset of the device by default.
@@ -62,12 +67,14 @@ def shard_experts(
     group = group_of_process_group(mesh.get_group(), timeout_s=config.timeout_s, topology=topology)
     clock = StageClock()
     owners = None if placements is None else _owners_of(placements, layers, group)
-    banks = share_experts(layers, group, config=config, solver=solver, clock=clock, owners=owners)
+    banks = share_experts(layers, group, config=config, solver=solver, clock=clock, device=_device_of(mesh), owners=owners)
     for layer, placement in zip(layers.values(), placements or (), strict=False):
         layer.runtime.planner.hold(placement)
     prefetch_in_order(model, list(layers.values()))
     if config.shard_dense:
         _shard_dense(model, mesh, layers, banks)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            allocate_meta(model, _device_of(mesh))
     return Handle(model, layers, banks, group, config, clock)
 
 
@@ -90,21 +97,30 @@ def share_experts(
     solver: Solver,
     clock: StageClock,
     owners: OwnerMap | None = None,
+    device: torch.device | None = None,
 ) -> list[Bank]:
     """Move the experts of unsharded layers into banks, one bank for each shape of expert; the layers run on them after.
 
     A bank becomes a submodule, `bank`, of the first of its layers, where `model.parameters()` finds it.
-    `owners` replaces the contiguous owner map; it needs layers of one shape.
+    `owners` replaces the contiguous owner map; it needs layers of one shape. Experts on the meta device get memory on `device`.
     """
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, layer in layers.items():
         assert layer.experts is not None
         weights = layer.experts.gate_up
-        alike[(layer.dim, layer.ffn_dim, layer.num_experts, weights.dtype, weights.device, weights.requires_grad)].append(name)
+        alike[(layer.experts.shape, layer.num_experts, weights.dtype, weights.device, weights.requires_grad)].append(name)
     if owners is not None and len(alike) != 1:
         raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
     return [
-        _share_alike({name: layers[name] for name in names}, group, config=config, solver=solver, clock=clock, owners=owners)
+        _share_alike(
+            {name: layers[name] for name in names},
+            group,
+            config=config,
+            solver=solver,
+            clock=clock,
+            owners=owners,
+            device=device,
+        )
         for names in alike.values()
     ]
 
@@ -117,12 +133,15 @@ def _share_alike(
     solver: Solver,
     clock: StageClock,
     owners: OwnerMap | None,
+    device: torch.device | None,
 ) -> Bank:
     first = next(iter(layers.values())).experts
     assert first is not None
     num_experts = first.owners.num_experts
     owners = owners or OwnerMap.contiguous(len(layers), num_experts, group.world_size)
-    bank = Bank(first.shape, owners, group.rank, device=first.gate_up.device, dtype=first.gate_up.dtype)
+    weights = first.gate_up
+    device = device if weights.is_meta else weights.device
+    bank = Bank(first.shape, owners, group.rank, device=device, dtype=weights.dtype)
     bank.requires_grad_(first.is_trainable)
     next(iter(layers.values())).add_module("bank", bank)
     pool = SlotPool(first.shape)
@@ -130,12 +149,20 @@ def _share_alike(
         whole = layer.experts
         assert whole is not None
         owned = [e for e in range(num_experts) if owners.expert_to_owner_LE[index, e] == group.rank]
-        bank.load_rows({(index, e): whole.weights(0, e) for e in owned})
+        if not whole.gate_up.is_meta:
+            bank.load_rows({(index, e): whole.weights(0, e) for e in owned})
         layer.experts = None
         layer.runtime = LayerRuntime(
             name, bank, index, layer.top_k, group=group, solver=solver, config=config, pool=pool, clock=clock
         )
     return bank
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    """The device that this rank computes on."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def _shard_dense(model: nn.Module, mesh: DeviceMesh, layers: Mapping[str, MoELayer], banks: Sequence[Bank]) -> None:

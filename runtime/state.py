@@ -1,9 +1,9 @@
 """State under logical names: experts are known by layer and expert, not by rank and row.
 
     model.<parameter or buffer name>                          the dense part, DTensors where FSDP2 sharded it
-    model.<layer>.experts.<expert>.{gate_up,down}             one expert's weights, on its owner only
+    model.<layer>.experts.<expert>.<weight>                   one expert's weights (gate_up, down, biases), on its owner only
     optimizer.<parameter name>.<key>                          optimizer state of the dense part
-    optimizer.<layer>.experts.<expert>.{gate_up,down}.<key>   of one expert: the rows of its bank's state
+    optimizer.<layer>.experts.<expert>.<weight>.<key>         of one expert: the rows of its bank's state
 
 Any world size and owner map can load what any other saved, through torch.distributed.checkpoint. Values are live: views
 of the parameters and of the optimizer's tensors, so that a checkpoint is loaded in place. Hyper-parameters (learning
@@ -25,17 +25,17 @@ WEIGHTS = ("gate_up", "down")
 
 def state_of(model: nn.Module, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """This rank's part of the state: the dense part, and the experts it owns."""
-    expert_parameters = _expert_parameters(layers)
+    experts = expert_parameters(layers)
     state: dict[str, Any] = {}
     for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
-        if id(tensor) not in expert_parameters:
+        if id(tensor) not in experts:
             state[f"model.{name}"] = tensor.detach()
     for key, row, parameter in _expert_rows(layers):
         state[f"model.{key}"] = parameter.detach()[row]
     if optimizer is None:
         return state
     for name, parameter in model.named_parameters():
-        if id(parameter) not in expert_parameters:
+        if id(parameter) not in experts:
             for field, value in optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{field}"] = value
     for key, row, parameter in _expert_rows(layers):
@@ -95,7 +95,8 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
         p.grad = grad
 
 
-def _expert_parameters(layers: Mapping[str, MoELayer]) -> set[int]:
+def expert_parameters(layers: Mapping[str, MoELayer]) -> set[int]:
+    """The ids of the banks' parameters."""
     return {id(p) for layer in layers.values() for p in layer.runtime.bank.parameters()}
 
 
@@ -105,7 +106,7 @@ def _expert_rows(layers: Mapping[str, MoELayer]) -> Iterator[tuple[str, int, nn.
         runtime = layer.runtime
         for expert in runtime.owned_experts:
             row = runtime.bank.row_of(runtime.layer, expert)
-            for weight in WEIGHTS:
+            for weight in runtime.bank.weight_names:
                 yield f"{name}.experts.{expert}.{weight}", row, getattr(runtime.bank, weight)
 
 

@@ -1,4 +1,4 @@
-"""Adapters: how MoE blocks are recognised in a model and turned into `MoELayer`."""
+"""The adapters by family: how MoE blocks are recognised in a model and turned into `MoELayer`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from typing import Protocol
 
 from torch import nn
 
-from .layer import MoELayer
+from ..layer import MoELayer
+from .deepseek_v2 import DeepseekV2Adapter
+from .deepseek_v3 import DeepseekV3Adapter
+from .gpt_oss import GptOssAdapter
+from .mixtral import MixtralAdapter
+from .olmoe import OLMoEAdapter
+from .qwen2_moe import Qwen2MoEAdapter
+from .qwen3_moe import Qwen3MoEAdapter
 
 
 class Adapter(Protocol):
@@ -18,7 +25,10 @@ class Adapter(Protocol):
         """Whether `module` is a block of this family."""
 
     def convert(self, module: nn.Module) -> MoELayer:
-        """A `MoELayer` with the block's weights, which takes its place in the model."""
+        """A `MoELayer` with the block's weights, which takes its place in the model.
+
+        Set `layer.family` for the weights to be saved and loaded under the names of the model's own family.
+        """
 
 
 class MoELayerAdapter:
@@ -36,7 +46,16 @@ class MoELayerAdapter:
         return module
 
 
-_ADAPTERS: list[Adapter] = [MoELayerAdapter()]
+_ADAPTERS: list[Adapter] = [
+    MoELayerAdapter(),
+    MixtralAdapter(),
+    Qwen2MoEAdapter(),
+    Qwen3MoEAdapter(),
+    OLMoEAdapter(),
+    DeepseekV2Adapter(),
+    DeepseekV3Adapter(),
+    GptOssAdapter(),
+]
 
 
 def register_adapter(adapter: Adapter) -> None:

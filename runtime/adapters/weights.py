@@ -1,0 +1,216 @@
+"""A model's weights under its family's own names: state dict and safetensors, out and in.
+
+Nothing but a state dict that was asked for is ever whole on one rank. A tensor of the dense part is whole while it is
+written, as is one layer's weight where the family keeps the experts of a layer in one tensor.
+
+Shape letters: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from ...collectives import Buffer, Transport
+from ..layer import MoELayer
+from ..state import expert_parameters
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """A parameter or buffer outside the experts. Tied weights have several names."""
+
+    tensor: Tensor
+    names: tuple[str, ...]  # in the family's own state dict
+    checkpoint_names: tuple[str, ...]
+
+
+def dense_tensors(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[DenseTensor]:
+    """Everything that the family's state dict holds besides experts, each tensor once, in module order."""
+    experts = expert_parameters(layers)
+    names: dict[int, list[tuple[str, str]]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in experts:
+            tensors[id(tensor)] = tensor
+            names.setdefault(id(tensor), []).append(_family_names(name, layers))
+    return [DenseTensor(tensors[i], tuple(n for n, _ in both), tuple(n for _, n in both)) for i, both in names.items()]
+
+
+def _family_names(name: str, layers: Mapping[str, MoELayer]) -> tuple[str, str]:
+    """The family's name and its checkpoints' name of what the wrapped model calls `name`."""
+    for block, layer in layers.items():
+        prefix = f"{block}." if block else ""
+        if name.startswith(prefix):
+            inner = layer.family.name_of(name.removeprefix(prefix))
+            return prefix + inner, _in_checkpoint(layer, block, inner)
+    return name, name
+
+
+def _in_checkpoint(layer: MoELayer, block: str, inner: str) -> str:
+    block = layer.family.block_in_checkpoint(block)
+    return f"{block}.{inner}" if block else inner
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. Collective where it is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_experts(layer: MoELayer, weight: str, transport: Transport) -> Tensor | None:
+    """One weight of all experts of a layer, [E, ...], on rank 0; None elsewhere. Collective."""
+    runtime, rank = layer.runtime, transport.rank
+    parameter = getattr(runtime.bank, weight).detach()
+    owners_E = runtime.bank.owners.expert_to_owner_LE[runtime.layer]
+    rows = {e: parameter[runtime.bank.row_of(runtime.layer, e)] for e in runtime.owned_experts}
+    whole_E: Tensor | None = None
+    sends: list[Buffer] = []
+    recvs: list[Buffer] = []
+    if rank == 0:
+        whole_E = parameter.new_empty(runtime.num_experts, *parameter.shape[1:])
+        recvs = [Buffer(whole_E[e], int(owner)) for e, owner in enumerate(owners_E) if owner != 0]
+        for e, row in rows.items():
+            whole_E[e] = row
+    else:
+        sends = [Buffer(row, 0) for row in rows.values()]
+    transport.exchange(sends, recvs, op="export", where=f"{runtime.name}.{weight}").wait()
+    return whole_E
+
+
+def state_on_rank_zero(model: nn.Module, layers: Mapping[str, MoELayer], transport: Transport) -> dict[str, Tensor]:
+    """The state dict that the unwrapped model would have, whole, in CPU memory of rank 0; empty elsewhere. Collective."""
+    state: dict[str, Tensor] = {}
+    for dense in dense_tensors(model, layers):
+        full = whole(dense.tensor)
+        if transport.rank == 0:
+            state |= dict.fromkeys(dense.names, full.to("cpu", copy=True))
+    for block, layer in layers.items():
+        for weight, inner in layer.family.fused:
+            experts = gather_experts(layer, weight, transport)
+            if experts is not None:
+                state[f"{block}.{inner}" if block else inner] = layer.family.to_family(weight, experts).contiguous().cpu()
+    return state
+
+
+def checkpoint_tensors(model: nn.Module, layers: Mapping[str, MoELayer], transport: Transport) -> Iterator[tuple[str, Tensor]]:
+    """What this rank writes of a checkpoint, one tensor at a time. Collective: every rank iterates to the end.
+
+    Rank 0 writes the dense part, and the experts of families whose checkpoints fuse them; else every rank writes its own.
+    """
+    for dense in dense_tensors(model, layers):
+        full = whole(dense.tensor)
+        if transport.rank == 0:
+            yield dense.checkpoint_names[0], full
+    for block, layer in layers.items():
+        names, runtime = layer.family.checkpoint_experts, layer.runtime
+        if names is None:
+            for weight, inner in layer.family.fused:
+                experts = gather_experts(layer, weight, transport)
+                if experts is not None:
+                    yield _in_checkpoint(layer, block, inner), layer.family.to_family(weight, experts)
+            continue
+        for e in runtime.owned_experts:
+            expert = runtime.bank.weights(runtime.layer, e)
+            gate, up = expert.gate_up.chunk(2)
+            for name, tensor in ((names.gate, gate), (names.up, up), (names.down, expert.down)):
+                yield _in_checkpoint(layer, block, name.format(expert=e)), tensor
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One copy to make: names that may hold it, the shape it must have there, and where its parts go."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: slice | int | None  # of the stored tensor; None for all of it
+    target: Tensor
+    layer: MoELayer | None = None  # whose family's layout the stored tensor has
+    weight: str = ""
+
+
+@torch.no_grad()
+def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, MoELayer]) -> tuple[str, ...]:
+    """Copy this rank's part out of a whole state under the family's names, those of its state dict or of its checkpoints.
+
+    Args:
+        state: values are tensors, or anything that becomes one when sliced, so that files are read only where needed.
+
+    Returns:
+        Names in `state` that this model has no place for.
+
+    Raises:
+        ValueError: something is missing, has another shape, or is quantized; nothing is changed then, but for the last.
+    """
+    reads = [*_dense_reads(model, layers), *_expert_reads(layers, state)]
+    found: list[tuple[_Read, str]] = []
+    for read in reads:
+        name = next((n for n in read.names if n in state), None)
+        if name is None:
+            raise ValueError(f"the state lacks {read.names[0]!r}; load one that was saved from a model of the same configuration")
+        shape = tuple(state[name].shape if isinstance(state[name], Tensor) else state[name].get_shape())
+        if shape != read.shape:
+            raise ValueError(
+                f"{name!r} has shape {shape} in the state and {read.shape} in the model; "
+                "load one that was saved from a model of the same configuration"
+            )
+        found.append((read, name))
+    for read, name in found:
+        value = state[name][... if read.rows is None else read.rows]
+        if value.dtype not in (read.target.dtype, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name!r} is {value.dtype}, a quantized weight; dequantize the checkpoint first")
+        read.target.copy_(value if read.layer is None else read.layer.family.from_family(read.weight, value))
+    places = {n for dense in dense_tensors(model, layers) for n in (*dense.names, *dense.checkpoint_names)}
+    places |= {n for block, layer in layers.items() for n in _expert_names(block, layer)}
+    return tuple(name for name in state if name not in places)
+
+
+def _dense_reads(model: nn.Module, layers: Mapping[str, MoELayer]) -> Iterator[_Read]:
+    for dense in dense_tensors(model, layers):
+        names, tensor = (*dense.names, *dense.checkpoint_names), dense.tensor.detach()
+        if isinstance(tensor, DTensor):
+            yield _Read(names, tuple(tensor.shape), _local_rows(tensor), tensor.to_local())
+        else:
+            yield _Read(names, tuple(tensor.shape), None, tensor)
+
+
+def _local_rows(tensor: DTensor) -> slice:
+    """The rows of a tensor that FSDP2 keeps on this rank: the chunks of `torch.chunk`, one a rank."""
+    (placement,) = tensor.placements
+    assert isinstance(placement, Shard) and placement.dim == 0, placement
+    chunk = -(-tensor.shape[0] // tensor.device_mesh.size())
+    start = min(tensor.device_mesh.get_local_rank() * chunk, tensor.shape[0])
+    return slice(start, start + tensor.to_local().shape[0])
+
+
+def _expert_reads(layers: Mapping[str, MoELayer], state: Mapping[str, Any]) -> Iterator[_Read]:
+    for block, layer in layers.items():
+        runtime, names = layer.runtime, layer.family.checkpoint_experts
+        for e in runtime.owned_experts:
+            expert = runtime.bank.weights(runtime.layer, e)
+            if names is not None and _in_checkpoint(layer, block, names.down.format(expert=e)) in state:
+                gate, up = expert.gate_up.chunk(2)
+                for name, target in ((names.gate, gate), (names.up, up), (names.down, expert.down)):
+                    yield _Read((_in_checkpoint(layer, block, name.format(expert=e)),), tuple(target.shape), None, target)
+                continue
+            for weight, inner in layer.family.fused:
+                target = getattr(expert, weight)
+                fused_names = (f"{block}.{inner}" if block else inner, _in_checkpoint(layer, block, inner))
+                shape = (runtime.num_experts, *layer.family.to_family(weight, target).shape)
+                yield _Read(fused_names, shape, e, target, layer, weight)
+
+
+def _expert_names(block: str, layer: MoELayer) -> Sequence[str]:
+    """All names that weights of a layer's experts may have."""
+    names = layer.family.checkpoint_experts
+    apart = () if names is None else (names.gate, names.up, names.down)
+    return [
+        *(f"{block}.{inner}" if block else inner for _, inner in layer.family.fused),
+        *(_in_checkpoint(layer, block, inner) for _, inner in layer.family.fused),
+        *(_in_checkpoint(layer, block, name.format(expert=e)) for name in apart for e in range(layer.num_experts)),
+    ]
