@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from . import kernels, step
+from . import kernels, placement, step
 from .rows import publish
 
 JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
@@ -37,3 +39,21 @@ def step_command(json_path: str | None, **case: int | float | str) -> None:
 def kernels_command(arguments: tuple[str, ...]) -> int:
     """Every kernel against torch and this machine's ceilings; --help tells its options."""
     return kernels.main(arguments)
+
+
+@bench.command("placement")
+@click.option("--experts", type=click.IntRange(1, 4096), multiple=True, default=(64, 256), show_default=True, help="Repeatable.")
+@click.option("--ranks", type=click.IntRange(1, 1024), multiple=True, default=(8, 64), show_default=True, help="Repeatable.")
+@click.option(
+    "--solver", "solvers", multiple=True, default=("quota", "hecate", "laer", "eplb"), show_default=True, help="Repeatable."
+)
+@click.option("--milp-limit", "limits_s", type=click.FloatRange(0.1, 600), multiple=True, default=(1.0, 10.0), show_default=True)
+@click.option("--top-k", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold.")
+@click.option("--skew", type=click.FloatRange(0, 10), default=1.2, show_default=True, help="Zipf exponent of expert popularity.")
+@click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True, help="Layers timed, each another draw.")
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
+@JSON_OPTION
+def placement_command(json_path: str | None, **case: Any) -> None:
+    """Planner and split time by experts and ranks, and the gap of the exact solver by time."""
+    publish("placement", placement.run(**case), placement.COLUMNS, json_path)
