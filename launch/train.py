@@ -159,8 +159,8 @@ class Trainer:
             while self.step < config.train.steps:
                 try:
                     signum = self._train_step(records, stop)
-                except ValueError as error:
-                    # A ValueError says that the user can put it right; here it is ours.
+                except (ValueError, RuntimeError) as error:
+                    # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
                     raise RuntimeError(f"rank {self.process.rank}, step {self.step}: {error}") from error
                 if signum:
                     return signum

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ class RankPool:
     def __init__(self, world_size: int, prepare: Callable[[int], None] | None = None):
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
-        context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[SpawnProcess] = []
+        self._start(prepare)
+
+    def _start(self, prepare: Callable[[int], None] | None) -> None:
+        world_size, store = self.world_size, str(Path(self._folder.name) / "store")
+        context = multiprocessing.get_context("spawn")
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, store, prepare), daemon=True)
+            process = context.Process(target=serve_rank, args=(theirs, rank, world_size, store, prepare), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -56,7 +60,8 @@ class RankPool:
         self._folder.cleanup()
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, store: str, prepare: Callable[[int], None] | None) -> None:
+def serve_rank(pipe: Connection, rank: int, world_size: int, store: str, prepare: Callable[[int], None] | None = None) -> None:
+    """Be one rank: join the process group, then run what the pipe asks for until it closes."""
     if prepare is not None:
         prepare(rank)
     import torch
