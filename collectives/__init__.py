@@ -2,7 +2,7 @@
 
 traffic.py     bytes and messages counted by operation and peer
 transport.py   what a transport is: `exchange` and `all_gather_ints`
-transports/    c10d (Gloo or NCCL), local (one rank, no process group)
+transports/    c10d (Gloo or NCCL), shm (ranks of one host), mpi, hierarchical (shm inside nodes, c10d between), local (one rank)
 schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
 schedules/     direct, relay, hierarchical, element_sharded: from a placement to a schedule; and the choice among them
 account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
@@ -21,11 +21,14 @@ from .schedules.relay import relay_gather
 from .traffic import Traffic
 from .transport import Buffer, CollectiveError, Pending, Transport
 from .transports.c10d import C10dTransport
+from .transports.choose import TRANSPORTS, TransportChoice, choose_transport, make_transports, nodes_of_group
 from .transports.local import LocalTransport
+from .transports.shm import ShmTransport
 from .verbs import all_to_all_rows, sparse_all_gather, sparse_reduce_scatter
 
 __all__ = [
     "SCHEDULES",
+    "TRANSPORTS",
     "Account",
     "Bound",
     "Buffer",
@@ -38,15 +41,20 @@ __all__ = [
     "Route",
     "Schedule",
     "ScheduleChoice",
+    "ShmTransport",
     "Traffic",
     "Transport",
+    "TransportChoice",
     "account",
     "all_to_all_rows",
     "choose_schedule",
+    "choose_transport",
     "direct_gather",
     "element_sharded_gather",
     "hierarchical_gather",
     "make_schedule",
+    "make_transports",
+    "nodes_of_group",
     "predicted_s",
     "relay_gather",
     "sparse_all_gather",

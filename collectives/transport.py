@@ -24,9 +24,10 @@ class Buffer:
 class Pending(Protocol):
     """Messages in flight; whoever launched them owns this and waits once."""
 
-    def wait(self) -> None:
+    def wait(self, *, until_sent: bool = True) -> None:
         """Return when every message has arrived (on CUDA: when the current stream may use the buffers).
 
+        And when what was sent may be overwritten; without `until_sent` perhaps earlier, for tensors that are only dropped.
         Raises `CollectiveError` when the time limit passes or a peer is gone.
         """
 
@@ -42,6 +43,9 @@ class Transport(Protocol):
     rank: int
     world_size: int
     traffic: Traffic
+
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of undefined content, dtype and device as `like`, in memory from which sending is cheapest."""
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Launch a group of messages. `op` is the name it is counted under; `where` (step, layer) goes into errors."""

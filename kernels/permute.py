@@ -10,15 +10,11 @@ Shapes: M rows on the token side, N routed rows, D model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-# A temporary of this size is recycled by the allocator; larger ones are mapped afresh and pay a page fault per 4 KiB.
-_TEMPORARY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -81,49 +77,104 @@ def _offsets_by_search(sorted_ids_N: Tensor, num_rows: int) -> Tensor:
     return torch.searchsorted(sorted_ids_N, torch.arange(num_rows + 1, device=sorted_ids_N.device), out_int32=True)
 
 
-def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return `rows_ND` with `rows_ND[n] = x_MD[row_ids_N[n]]`; the transpose of `sum_rows`. No autograd."""
-    if x_MD.device.type != "cuda":
-        return gather_rows_torch(x_MD, row_ids_N, out=out)
-    from .permute_triton import gather_rows_triton
+def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return `rows_ND` with `rows_ND[n] = x_MD[row_ids_N[n]]`; the transpose of `sum_rows`. No autograd.
 
-    return gather_rows_triton(x_MD, row_ids_N, out=out)
+    With `beside` [P, D], ids from M on name its rows, as if it followed `x_MD`; neither is copied for that.
+    """
+    _check_beside(x_MD, beside)
+    if x_MD.device.type == "cuda":
+        from .permute_triton import gather_rows_triton
+
+        return gather_rows_triton(x_MD, row_ids_N, beside=beside, out=out)
+    if beside is not None and x_MD.stride(1) == 1 and beside.stride(1) == 1:
+        return _gather_compiled(x_MD, row_ids_N, beside, out)
+    return gather_rows_torch(x_MD, row_ids_N, beside=beside, out=out)
 
 
-def sum_rows(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tensor:
+def sum_rows(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return `x_MD` with `x_MD[m]` the sum of the rows in bag m, zeros where the bag is empty. No autograd.
 
     The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`.
+    With `beside` [P, D], indices from N on name its rows, as if it followed `rows_ND`.
     """
-    if rows_ND.device.type != "cuda":
-        return sum_rows_torch(rows_ND, bags, out=out)
-    from .permute_triton import sum_rows_triton
+    _check_beside(rows_ND, beside)
+    if rows_ND.device.type == "cuda":
+        from .permute_triton import sum_rows_triton
 
-    return sum_rows_triton(rows_ND, bags, out=out)
+        return sum_rows_triton(rows_ND, bags, beside=beside, out=out)
+    if rows_ND.dtype in (torch.float32, torch.float64) and (beside is not None or out is not None):
+        return _sum_compiled(rows_ND, bags, beside, out)
+    return sum_rows_torch(rows_ND, bags, beside=beside, out=out)
 
 
-def gather_rows_torch(x_MD: Tensor, row_ids_N: Tensor, *, out: Tensor | None = None) -> Tensor:
+def gather_rows_torch(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Torch twin of `gather_rows`."""
+    x_MD = x_MD if beside is None else torch.cat([x_MD, beside])
     if out is None:
         return torch.index_select(x_MD, 0, row_ids_N)
     return torch.index_select(x_MD, 0, row_ids_N, out=out)
 
 
-def sum_rows_torch(rows_ND: Tensor, bags: Bags, *, out: Tensor | None = None) -> Tensor:
+def sum_rows_torch(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Torch twin of `sum_rows`: `embedding_bag`, which sums in the bag's order in fp32."""
-    if out is None:
-        return _sum_bags(rows_ND, bags.indices, bags.offsets)
-    num_bags, D = out.shape
-    if bags.indices.numel() == num_bags and torch.equal(bags.offsets, torch.arange(num_bags + 1, dtype=torch.int32)):
-        return torch.index_select(rows_ND, 0, bags.indices, out=out)
-    # embedding_bag has no out=, so it fills a small temporary, one block of bags at a time.
-    block = max(1, _TEMPORARY_BYTES // max(1, D * rows_ND.element_size()))
-    starts = list(range(0, num_bags, block))
-    bounds = bags.offsets[[*starts, num_bags]].tolist()
-    for start, (first, last) in zip(starts, pairwise(bounds), strict=True):
-        stop = min(start + block, num_bags)
-        out[start:stop] = _sum_bags(rows_ND, bags.indices[first:last], bags.offsets[start : stop + 1] - first)
+    rows_ND = rows_ND if beside is None else torch.cat([rows_ND, beside])
+    x_MD = _sum_bags(rows_ND, bags.indices, bags.offsets)
+    return x_MD if out is None else out.copy_(x_MD)
+
+
+def _gather_compiled(x_MD: Tensor, row_ids_N: Tensor, beside: Tensor, out: Tensor | None) -> Tensor:
+    from .permute_cpu import gather_bytes
+
+    N, D = row_ids_N.numel(), x_MD.shape[1]
+    num_rows = x_MD.shape[0] + beside.shape[0]
+    if N and not 0 <= int(row_ids_N.min()) <= int(row_ids_N.max()) < num_rows:
+        raise ValueError(f"row_ids_N goes from {int(row_ids_N.min())} to {int(row_ids_N.max())}; ids must be in [0, {num_rows})")
+    out = x_MD.new_empty(N, D) if out is None else out
+    check_out(out, (N, D), x_MD)
+    size = x_MD.element_size()
+    gather_bytes(
+        out.data_ptr(),
+        out.stride(0) * size,
+        x_MD.data_ptr(),
+        x_MD.stride(0) * size,
+        x_MD.shape[0],
+        beside.data_ptr(),
+        beside.stride(0) * size,
+        row_ids_N.numpy(),
+        D * size,
+    )
     return out
+
+
+def _sum_compiled(rows_ND: Tensor, bags: Bags, beside: Tensor | None, out: Tensor | None) -> Tensor:
+    from .permute_cpu import sum_bags
+
+    out = rows_ND.new_empty(bags.num_bags, rows_ND.shape[1]) if out is None else out
+    check_out(out, (bags.num_bags, rows_ND.shape[1]), rows_ND)
+    beside = rows_ND[:0] if beside is None else beside
+    num_rows = rows_ND.shape[0] + beside.shape[0]
+    if bags.indices.numel() and int(bags.indices.max()) >= num_rows:
+        raise ValueError(f"the bags reach row {int(bags.indices.max())}, but there are {num_rows} rows")
+    sources = (x if x.is_contiguous() else x.contiguous() for x in (rows_ND, beside))
+    sum_bags(out.numpy(), *(x.numpy() for x in sources), bags.indices.numpy(), bags.offsets.numpy())
+    return out
+
+
+def check_out(out: Tensor, shape: tuple[int, int], like: Tensor) -> None:
+    """Raise ValueError unless `out` can be written row by row."""
+    if out.shape != shape or out.dtype != like.dtype or out.stride(1) != 1:
+        raise ValueError(
+            f"out must be {like.dtype} {shape} with contiguous rows, got {out.dtype} {tuple(out.shape)} {out.stride()}"
+        )
+
+
+def _check_beside(rows: Tensor, beside: Tensor | None) -> None:
+    if beside is not None and (beside.dtype, beside.device, beside.shape[1:]) != (rows.dtype, rows.device, rows.shape[1:]):
+        raise ValueError(
+            f"beside must have rows like those it stands beside, {rows.dtype} {tuple(rows.shape[1:])} on {rows.device}, "
+            f"got {beside.dtype} {tuple(beside.shape[1:])} on {beside.device}"
+        )
 
 
 def _sum_bags(rows_ND: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:

@@ -4,17 +4,19 @@ A row crosses to a rank once, however many of its experts are computed there, an
 them with its gate weights. Combine is the transpose of dispatch, so each one's backward is the other's forward, and the
 gate gradients travel with the rows of dispatch's backward.
 
+What a rank computes of its own tokens never becomes a message: those rows are read from and added to the tokens' own tensors.
+
 Layouts, on the source rank:
     assignment a = t * K + k                      as the router made them
     "by destination": (destination, expert, token)  the order in which assignments are described to their destinations
-    sent rows: (destination, token)               one for each destination of each token
+    sent rows: (destination, token)               one for each other destination of each token
 and on the destination rank:
-    received rows: (source, token)
+    received rows: (source, token)                from other ranks
     "by source": (source, expert, token)          the order in which descriptions arrive
     "slot-major": (expert, source, token)         the order of the expert stage: one contiguous group per local expert
 
 Shape letters: T tokens, K choices, D model dim, E experts, R ranks, A assignments of this rank (T * K), P sent rows,
-M received rows, N slot-major rows (assignments computed here).
+Q received rows, N slot-major rows (assignments computed here).
 """
 
 from __future__ import annotations
@@ -44,25 +46,17 @@ class DispatchHandle:
     num_tokens: int  # T
     top_k: int  # K
     sent_token_ids_P: Tensor  # token of every sent row
-    sent_bags: Bags  # sent rows of every token
-    sent_rows_R: tuple[int, ...]  # rows sent to each rank, this one included
+    sent_rows_R: tuple[int, ...]  # rows sent to each rank; none to this one
     sent_assignments_A: Tensor  # assignments by destination
     sent_assignments_R: tuple[int, ...]
-    received_rows_R: tuple[int, ...]  # rows received from each rank
+    received_rows_R: tuple[int, ...]  # rows received from each rank; none from this one
     received_assignments_R: tuple[int, ...]
     slot_major_N: Tensor  # position "by source" of every slot-major row
-    row_ids_N: Tensor  # received row behind every slot-major row
-    received_bags: Bags  # slot-major rows of every received row
+    row_ids_N: Tensor  # what every slot-major row is a copy of: token t (t < T), or received row q (T + q)
+    return_bags: Bags  # slot-major rows of every received row
+    home_bags: Bags  # of every token: the slot-major rows computed here (n < N) and the sent rows that come back (N + p)
     row_weights_N: Tensor  # gate weight of every slot-major row, fp32
     group_sizes: tuple[int, ...]  # rows of each local expert
-
-    def sent_slices(self) -> list[slice]:
-        """The sent rows to each rank."""
-        return _slices(self.sent_rows_R)
-
-    def received_slices(self) -> list[slice]:
-        """The received rows from each rank."""
-        return _slices(self.received_rows_R)
 
 
 def build_handle(
@@ -85,48 +79,63 @@ def build_handle(
     assignments_R = tuple(int(n) for n in sends_ER.sum(axis=0))
     destinations_A = torch.repeat_interleave(torch.tensor(assignments_R, device=device), output_size=assignments_A.numel())
 
-    # Phase 2: one row for each (destination, token), numbered in that order.
-    keys_A = destinations_A * num_tokens + assignments_A // top_k
-    is_sent = torch.zeros(transport.world_size * num_tokens, dtype=torch.bool, device=device)
-    is_sent[keys_A] = True
-    row_number = is_sent.cumsum(0)
+    # Phase 2: one row for each (other destination, token), numbered in that order.
+    tokens_A = assignments_A // top_k
+    keys_A = destinations_A * num_tokens + tokens_A
+    is_sent_RT = torch.zeros(transport.world_size, num_tokens, dtype=torch.bool, device=device)
+    is_sent_RT.view(-1)[keys_A] = True
+    is_sent_RT[rank] = False
+    row_number = is_sent_RT.view(-1).cumsum(0)
     sent_row_A = row_number[keys_A] - 1
-    sent_rows_R = tuple(is_sent.view(transport.world_size, num_tokens).sum(1).tolist())
-    sent_token_ids_P = is_sent.nonzero().squeeze(1) % max(num_tokens, 1)
+    sent_rows_R = tuple(is_sent_RT.sum(1).tolist())
+    sent_token_ids_P = is_sent_RT.view(-1).nonzero().squeeze(1) % max(num_tokens, 1)
 
     # Phase 3: tell each destination, for its assignments in order, the row (from 0 for this pair of ranks) and the weight.
     first_row_R = torch.tensor(_starts(sent_rows_R), device=device)
     local_row_A = (sent_row_A - first_row_R[destinations_A]).to(torch.int32)
     weights_A = weights_TK.detach().float().flatten()[assignments_A]
-    sent = [_describe(sent_rows_R[r], local_row_A[part], weights_A[part]) for r, part in enumerate(_slices(assignments_R))]
+    to_R = _slices(assignments_R)
+    sent = [_describe(sent_rows_R[r], local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
     received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
     received = [torch.empty(1 + 2 * n if n else 0, dtype=torch.int32, device=device) for n in received_assignments_R]
     pending = all_to_all_rows(transport, _but(rank, sent), _but(rank, received), op=op, where=where)
-    received[rank] = sent[rank]
-    pending.wait()
+    own_tokens = tokens_A[to_R[rank]]
+    received[rank] = _describe(0, own_tokens.to(torch.int32), weights_A[to_R[rank]])
+    pending.wait(until_sent=False)
 
-    # Phase 4: received rows are numbered through all sources; slot-major order regroups them by local expert.
+    # Phase 4: rows get numbers through own tokens and all sources; slot-major order regroups them by local expert.
     headers = [message[:1] for message in received if message.numel()]
     counts = iter(torch.cat(headers).tolist() if headers else [])
     received_rows_R = tuple(next(counts) if message.numel() else 0 for message in received)
+    first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(_starts(received_rows_R))]
     bodies = [message[1:].view(2, -1) for message in received]
-    rows_by_source = torch.cat([body[0] + start for body, start in zip(bodies, _starts(received_rows_R), strict=True)])
+    ids_by_source = torch.cat([body[0] + first for body, first in zip(bodies, first_id_R, strict=True)]).long()
     weights_by_source = torch.cat([body[1] for body in bodies]).view(torch.float32)
     slot_major_N = segment_transpose(recvs_RE, device)
-    row_ids_N = rows_by_source[slot_major_N].long()
+    positions_by_source = torch.empty_like(slot_major_N)
+    positions_by_source[slot_major_N] = torch.arange(slot_major_N.numel(), device=device)
+
+    # Phase 5: the way back. A token adds up, in the order of the ranks that worked on it, what comes from them.
+    own = _slices(received_assignments_R)[rank]
+    num_slot_major, num_before, num_sent = slot_major_N.numel(), sum(sent_rows_R[:rank]), sum(sent_rows_R)
+    returned_P = torch.arange(num_slot_major, num_slot_major + num_sent, device=device)
     return DispatchHandle(
         num_tokens=num_tokens,
         top_k=top_k,
         sent_token_ids_P=sent_token_ids_P,
-        sent_bags=bags_of(sent_token_ids_P, num_tokens),
         sent_rows_R=sent_rows_R,
         sent_assignments_A=assignments_A,
         sent_assignments_R=assignments_R,
         received_rows_R=received_rows_R,
         received_assignments_R=received_assignments_R,
         slot_major_N=slot_major_N,
-        row_ids_N=row_ids_N,
-        received_bags=bags_of(row_ids_N, sum(received_rows_R)),
+        row_ids_N=ids_by_source[slot_major_N],
+        return_bags=_bags_of(_without(ids_by_source, own) - num_tokens, _without(positions_by_source, own), sum(received_rows_R)),
+        home_bags=_bags_of(
+            torch.cat([sent_token_ids_P[:num_before], own_tokens, sent_token_ids_P[num_before:]]),
+            torch.cat([returned_P[:num_before], positions_by_source[own], returned_P[num_before:]]),
+            num_tokens,
+        ),
         row_weights_N=weights_by_source[slot_major_N],
         group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
     )
@@ -164,51 +173,47 @@ def segment_transpose(counts_AB: np.ndarray, device: torch.device) -> Tensor:
 
 
 def send_rows(x_TD: Tensor, handle: DispatchHandle, transport: Transport, op: str, where: str) -> Tensor:
-    """Tokens to the ranks that compute them: [T, D] on the source to [M, D] on the destination."""
-    rank = transport.rank
-    sent, received = handle.sent_slices(), handle.received_slices()
-    outgoing = [
-        x_TD.new_empty(0) if r == rank else gather_rows(x_TD, handle.sent_token_ids_P[part]) for r, part in enumerate(sent)
-    ]
-    rows_MD = x_TD.new_empty(sum(handle.received_rows_R), x_TD.shape[1])
-    incoming = [rows_MD[part] for part in received]
-    pending = all_to_all_rows(transport, _but(rank, outgoing), _but(rank, incoming), op=op, where=where)
-    gather_rows(x_TD, handle.sent_token_ids_P[sent[rank]], out=incoming[rank])
-    pending.wait()
-    return rows_MD
+    """Tokens to the ranks that compute them: [T, D] on the source to slot-major rows [N, D] on the destination."""
+    dim = x_TD.shape[1]
+    outgoing = transport.empty((sum(handle.sent_rows_R), dim), x_TD)
+    gather_rows(x_TD, handle.sent_token_ids_P, out=outgoing)
+    received_QD = x_TD.new_empty(sum(handle.received_rows_R), dim)
+    sends = [[outgoing[part]] for part in _slices(handle.sent_rows_R)]
+    recvs = [[received_QD[part]] for part in _slices(handle.received_rows_R)]
+    _exchange(transport, sends, recvs, op, where)
+    return gather_rows(x_TD, handle.row_ids_N, beside=received_QD)
 
 
 def return_rows(
-    rows_MD: Tensor,
+    rows_ND: Tensor,
     handle: DispatchHandle,
     transport: Transport,
     op: str,
     where: str,
     gate_grads_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows back to their source, summed there over the ranks that worked on a token: [M, D] to [T, D].
+    """Slot-major rows back to their tokens: summed for each token here, then over the ranks there, [N, D] to [T, D].
 
     With `gate_grads_N`, one number per slot-major row travels along and comes out as [A], in router order.
     """
-    rank = transport.rank
-    sent, received = handle.sent_slices(), handle.received_slices()
-    back_PD = rows_MD.new_empty(sum(handle.sent_rows_R), rows_MD.shape[1])
-    outgoing = [[rows_MD[part]] for part in received]
-    incoming = [[back_PD[part]] for part in sent]
+    dim = rows_ND.shape[1]
+    outgoing = transport.empty((sum(handle.received_rows_R), dim), rows_ND)
+    sum_rows(rows_ND, handle.return_bags, out=outgoing)
+    returned_PD = rows_ND.new_empty(sum(handle.sent_rows_R), dim)
+    sends = [[outgoing[part]] for part in _slices(handle.received_rows_R)]
+    recvs = [[returned_PD[part]] for part in _slices(handle.sent_rows_R)]
     if gate_grads_N is not None:
         by_source = torch.empty_like(gate_grads_N)
         by_source[handle.slot_major_N] = gate_grads_N
         by_destination = gate_grads_N.new_empty(sum(handle.sent_assignments_R))
-        own_out = _slices(handle.received_assignments_R)
-        own_in = _slices(handle.sent_assignments_R)
-        for r, (part_out, part_in) in enumerate(zip(own_out, own_in, strict=True)):
-            outgoing[r].append(by_source[part_out])
-            incoming[r].append(by_destination[part_in])
-    pending = all_to_all_rows(transport, _but_lists(rank, outgoing), _but_lists(rank, incoming), op=op, where=where)
-    for target, source in zip(incoming[rank], outgoing[rank], strict=True):
-        target.copy_(source)
-    pending.wait()
-    x_TD = sum_rows(back_PD, handle.sent_bags)
+        rank = transport.rank
+        out_R, in_R = _slices(handle.received_assignments_R), _slices(handle.sent_assignments_R)
+        for send, recv, part_out, part_in in zip(sends, recvs, out_R, in_R, strict=True):
+            send.append(by_source[part_out])
+            recv.append(by_destination[part_in])
+        by_destination[in_R[rank]] = by_source[out_R[rank]]
+    _exchange(transport, sends, recvs, op, where)
+    x_TD = sum_rows(rows_ND, handle.home_bags, beside=returned_PD)
     if gate_grads_N is None:
         return x_TD, None
     gate_grads_A = torch.empty_like(by_destination)
@@ -236,16 +241,15 @@ class _Dispatch(torch.autograd.Function):
                     layer_pass.where,
                 )
             handle = layer_pass.handle
-            rows_MD = send_rows(x_TD, handle, transport, layer_pass.op("dispatch"), layer_pass.where)
-            return gather_rows(rows_MD, handle.row_ids_N), handle.row_weights_N.clone()
+            rows_ND = send_rows(x_TD, handle, transport, layer_pass.op("dispatch"), layer_pass.where)
+            return rows_ND, handle.row_weights_N.clone()
 
     @staticmethod
     def backward(ctx: Any, dx_ND: Tensor, d_row_weights_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
         layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
         handle, op = layer_pass.handle, layer_pass.op("dispatch_backward")
         with ctx.runtime.stage("dispatch"):
-            rows_MD = sum_rows(dx_ND, handle.received_bags)
-            dx_TD, gate_grads_A = return_rows(rows_MD, handle, transport, op, layer_pass.where, d_row_weights_N)
+            dx_TD, gate_grads_A = return_rows(dx_ND, handle, transport, op, layer_pass.where, d_row_weights_N)
         assert gate_grads_A is not None
         return dx_TD, gate_grads_A.view(handle.num_tokens, handle.top_k), None, None
 
@@ -257,16 +261,14 @@ class _Combine(torch.autograd.Function):
         handle = layer_pass.handle
         assert handle is not None
         with runtime.stage("combine"):
-            rows_MD = sum_rows(y_ND, handle.received_bags)
-            return return_rows(rows_MD, handle, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where)[0]
+            return return_rows(y_ND, handle, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where)[0]
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
         handle, op = layer_pass.handle, layer_pass.op("combine_backward")
         with ctx.runtime.stage("combine"):
-            rows_MD = send_rows(dy_TD.contiguous(), handle, transport, op, layer_pass.where)
-            return gather_rows(rows_MD, handle.row_ids_N), None, None
+            return send_rows(dy_TD.contiguous(), handle, transport, op, layer_pass.where), None, None
 
 
 def dispatch(x_TD: Tensor, weights_TK: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
@@ -300,5 +302,19 @@ def _but(rank: int, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [[] if r == rank else [tensor] for r, tensor in enumerate(tensors)]
 
 
-def _but_lists(rank: int, tensors: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
-    return [[] if r == rank else part for r, part in enumerate(tensors)]
+def _exchange(
+    transport: Transport, sends: Sequence[Sequence[Tensor]], recvs: Sequence[Sequence[Tensor]], op: str, where: str
+) -> None:
+    """Rows to and from every other rank. What was sent is only dropped afterwards."""
+    sends, recvs = ([[] if r == transport.rank else part for r, part in enumerate(parts)] for parts in (sends, recvs))
+    all_to_all_rows(transport, sends, recvs, op=op, where=where).wait(until_sent=False)
+
+
+def _without(values: Tensor, part: slice) -> Tensor:
+    return torch.cat([values[: part.start], values[part.stop :]])
+
+
+def _bags_of(row_ids: Tensor, positions: Tensor, num_rows: int) -> Bags:
+    """`bags_of`, where entry i stands for `positions[i]`."""
+    bags = bags_of(row_ids, num_rows)
+    return Bags(positions[bags.indices].to(torch.int32), bags.offsets)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..collectives import C10dTransport, LocalTransport, Transport
+from ..collectives import LocalTransport, Transport, choose_transport, make_transports, nodes_of_group
 from ..placement import Topology
 
 
@@ -48,16 +48,21 @@ def single_rank_group() -> RankGroup:
     return RankGroup(LocalTransport(), LocalTransport(), Topology.preset("cpu", 1))
 
 
-def group_of_process_group(group: dist.ProcessGroup, *, timeout_s: float, topology: Topology | None = None) -> RankGroup:
+def group_of_process_group(
+    group: dist.ProcessGroup, *, timeout_s: float, topology: Topology | None = None, transport: str = "auto"
+) -> RankGroup:
     """The ranks of a torch process group. Collective: every rank of `group` must call it.
+
+    `transport` names one of `moesaic.collectives.TRANSPORTS`; "auto" lets `choose_transport` name it.
 
     Without a `topology` the preset of the device is used, with as many nodes as torchrun's LOCAL_WORLD_SIZE implies. The
     preset, not a measurement, so that plans, and with them results, do not change from run to run.
     """
-    ranks = dist.get_process_group_ranks(group)
-    tokens, experts = (C10dTransport(dist.new_group(ranks), timeout_s=timeout_s) for _ in range(2))
-    topology = topology or default_topology(len(ranks), on_cuda=dist.get_backend(group) == "nccl")
-    return RankGroup(tokens, experts, topology)
+    on_cuda = dist.get_backend(group) == "nccl"
+    if transport == "auto":
+        transport = choose_transport(nodes_of_group(group), on_cuda=on_cuda).name
+    tokens, experts = make_transports(transport, group, num_transports=2, timeout_s=timeout_s)
+    return RankGroup(tokens, experts, topology or default_topology(group.size(), on_cuda=on_cuda))
 
 
 def default_topology(num_ranks: int, *, on_cuda: bool) -> Topology:

@@ -19,7 +19,7 @@ class _Works:
         self._timeout = timeout
         self._description = description
 
-    def wait(self) -> None:
+    def wait(self, *, until_sent: bool = True) -> None:
         works, self._works = self._works, []
         try:
             for work in works:
@@ -46,6 +46,10 @@ class C10dTransport:
         self.traffic = Traffic(self.world_size)
         self._timeout_s = timeout_s
         self._coalesce = dist.get_backend(group) == "nccl"
+
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An ordinary tensor."""
+        return like.new_empty(tuple(shape))
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Launch every message; see `Transport.exchange`."""

@@ -9,7 +9,7 @@ from ..transport import Buffer, Pending
 
 
 class _Done:
-    def wait(self) -> None:
+    def wait(self, *, until_sent: bool = True) -> None:
         pass
 
 
@@ -22,6 +22,10 @@ class LocalTransport:
         self.rank = 0
         self.world_size = 1
         self.traffic = Traffic(1)
+
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An ordinary tensor."""
+        return like.new_empty(tuple(shape))
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Accept the empty exchange."""

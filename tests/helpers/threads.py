@@ -52,6 +52,9 @@ class ThreadTransport:
         self._numbers[src, dst] += 1
         return self.channel, src, dst, self._numbers[src, dst]
 
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return like.new_full(tuple(shape), torch.nan if like.is_floating_point() else -1)
+
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         expected = []
         for buffer in recvs:
@@ -79,7 +82,7 @@ class _Expected:
     def __init__(self, world: ThreadWorld, expected: list[tuple[tuple[Any, ...], Tensor]]):
         self._world, self._expected = world, expected
 
-    def wait(self) -> None:
+    def wait(self, *, until_sent: bool = True) -> None:
         for key, tensor in self._expected:
             arrived = self._world.take(key)
             assert arrived.shape == tensor.shape, f"{key}: sent {tuple(arrived.shape)}, expected {tuple(tensor.shape)}"

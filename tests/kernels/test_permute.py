@@ -89,6 +89,34 @@ def test_sum_adds_each_bag_in_order_in_fp32(N: int, M: int, D: int, dtype: torch
         assert torch.equal((x_MD - exact).abs(), smallest_error)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N,M,D", SIZES)
+def test_rows_beside_others_are_read_as_if_they_followed(N: int, M: int, D: int, dtype: torch.dtype) -> None:
+    x_MD, rows_ND, row_ids_N = torch.randn(M, D, dtype=dtype), torch.randn(N, D, dtype=dtype), torch.randint(0, M, (N,))
+    bags = bags_of(row_ids_N, M)
+    for part in (0, M // 2, M):
+        for beside in (x_MD[part:], x_MD[part:].t().contiguous().t()):
+            out = torch.full((N, D), torch.nan, dtype=dtype)
+            assert gather_rows(x_MD[:part], row_ids_N, beside=beside, out=out) is out
+            assert torch.equal(out, x_MD[row_ids_N])
+    for part in (0, N // 2, N):
+        out = torch.full((M, D), torch.nan, dtype=dtype)
+        assert sum_rows(rows_ND[:part], bags, beside=rows_ND[part:], out=out) is out
+        assert torch.equal(out, sum_rows(rows_ND, bags))
+
+
+def test_rows_beside_others_must_be_like_them() -> None:
+    x_MD, ids_N = torch.randn(3, 4), torch.tensor([0, 4])
+    with pytest.raises(ValueError, match=r"beside must have rows like .* torch.float32 \(4,\) on cpu, got torch.float64 \(4,\)"):
+        gather_rows(x_MD, ids_N, beside=torch.randn(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"goes from 0 to 4; ids must be in \[0, 4\)"):
+        gather_rows(x_MD, ids_N, beside=x_MD[:1])
+    with pytest.raises(ValueError, match="reach row 4, but there are 4 rows"):
+        sum_rows(x_MD, bags_of(torch.zeros(5, dtype=torch.int64), 1), beside=x_MD[:1])
+    with pytest.raises(ValueError, match=r"out must be torch.float32 \(2, 4\)"):
+        gather_rows(x_MD, ids_N, beside=x_MD, out=torch.empty(3, 4))
+
+
 def test_sum_follows_the_order_the_bag_gives() -> None:
     """1e8 + 1 - 1e8 is 0 or 1 in fp32, depending on the order."""
     rows_ND = torch.tensor([[1e8], [1.0], [-1e8]])
@@ -97,8 +125,7 @@ def test_sum_follows_the_order_the_bag_gives() -> None:
     assert sum_rows(rows_ND, Bags(torch.tensor([0, 2, 1], dtype=torch.int32), offsets)).item() == 1.0
 
 
-def test_sum_with_out_crosses_blocks_of_bags() -> None:
-    """With a row of 64 KiB a block holds 64 bags, so 150 bags need three."""
+def test_sum_into_given_memory_equals_a_new_one() -> None:
     rows_ND, row_ids_N = torch.randn(200, 16384), torch.randint(0, 150, (200,))
     bags = bags_of(row_ids_N, 150)
     assert torch.equal(sum_rows(rows_ND, bags, out=torch.empty(150, 16384)), sum_rows(rows_ND, bags))

@@ -90,16 +90,16 @@ def row_cases() -> dict[str, Case]:
     return {
         "gather": Case(
             permute_triton._gather_rows_kernel,
-            {"x_ptr": "*bf16", "ids_ptr": "*i64", "out_ptr": "*bf16"},
+            {"x_ptr": "*bf16", "beside_ptr": "*bf16", "ids_ptr": "*i64", "out_ptr": "*bf16"},
             {"BLOCK_N": 1, "BLOCK_D": 4096},
-            "x_ptr out_ptr width stride_x stride_out",
+            "x_ptr beside_ptr out_ptr width stride_x stride_beside stride_out",
             instructions=wide_load,
         ),
         "sum": Case(
             permute_triton._sum_rows_kernel,
-            {"rows_ptr": "*bf16", "indices_ptr": "*i32", "offsets_ptr": "*i32", "out_ptr": "*bf16"},
+            {"rows_ptr": "*bf16", "beside_ptr": "*bf16", "indices_ptr": "*i32", "offsets_ptr": "*i32", "out_ptr": "*bf16"},
             {"ACCUMULATE": triton.language.float32, "BLOCK_D": 4096},
-            "rows_ptr out_ptr width stride_rows stride_out",
+            "rows_ptr beside_ptr out_ptr width stride_rows stride_beside stride_out",
             instructions=wide_load,
         ),
         "swiglu": Case(

@@ -62,6 +62,10 @@ def test_permute(N: int, M: int, D: int, dtype: torch.dtype) -> None:
     assert torch.equal(sum_rows_triton(rows_ND, bags), sums.to(dtype))
     wide = torch.empty(M, 2 * D, dtype=dtype, device=DEVICE)
     assert torch.equal(sum_rows_triton(rows_ND, bags, out=wide[:, D:]), sums.to(dtype))
+    # The same rows, the last of them in a second tensor.
+    part_M, part_N = M // 2, N // 2
+    assert torch.equal(gather_rows_triton(x_MD[:part_M], row_ids_N, beside=x_MD[part_M:]), expected)
+    assert torch.equal(sum_rows_triton(rows_ND[:part_N], bags, beside=rows_ND[part_N:]), sums.to(dtype))
 
 
 @pytest.mark.parametrize("has_weights", [True, False], ids=["weighted", "plain"])
