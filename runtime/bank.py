@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..collectives import LocalTransport, Transport
 from ..kernels import Clamp, FFNWeights
 from ..placement import OwnerMap
 from ._compat import call_after_backward
@@ -75,6 +76,7 @@ class Bank(nn.Module):
         owners: the owner map over the bank's layers; counts per rank may differ, zero included.
         rank: this rank.
         device, dtype: of the master weights.
+        transport: what the weights will travel on; it knows the memory to keep them in.
     """
 
     gate_up: nn.Parameter
@@ -88,6 +90,7 @@ class Bank(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        transport: Transport | None = None,
     ):
         super().__init__()
         self.shape = shape
@@ -95,8 +98,9 @@ class Bank(nn.Module):
         self.rank = rank
         num_rows = int(owners.num_rows_R[rank])
         self._empty_layers: set[int] = set()  # whose gradient rows are allocated and hold nothing yet
+        like, transport = torch.empty(0, device=device, dtype=dtype), transport or LocalTransport()
         for name, size in shape.tensor_sizes().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(num_rows, *size, device=device, dtype=dtype)))
+            self.register_parameter(name, nn.Parameter(transport.empty((num_rows, *size), like)))
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -183,8 +187,9 @@ class SlotPool:
     `peak_slots` is the largest number of buffers that ever existed at once, lent or free; see `slot_bound`.
     """
 
-    def __init__(self, shape: ExpertShape):
+    def __init__(self, shape: ExpertShape, transport: Transport):
         self._shape = shape
+        self._transport = transport
         self._free: list[ExpertTensors] = []
         self._alive: WeakSet[ExpertTensors] = WeakSet()
         self.peak_slots = 0
@@ -194,7 +199,7 @@ class SlotPool:
         for i, buffer in enumerate(self._free):
             if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
                 return self._free.pop(i)
-        buffer = ExpertTensors(**{name: like.new_empty(size) for name, size in self._shape.tensor_sizes().items()})
+        buffer = ExpertTensors(**{n: self._transport.empty(size, like) for n, size in self._shape.tensor_sizes().items()})
         self._alive.add(buffer)
         self.peak_slots = max(self.peak_slots, len(self._alive))
         return buffer

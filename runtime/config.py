@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..collectives import SCHEDULES
+from ..collectives import SCHEDULES, TRANSPORTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class RuntimeConfig:
     """How copies travel: the schedule that is predicted to be fastest, or always this one."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
+    transport: Literal["auto", "c10d", "shm", "mpi", "hierarchical"] = "auto"
+    """How bytes travel between ranks; `moesaic doctor` says what "auto" chooses here, and why."""
     timeout_s: float = 300.0
     """Seconds after which a wait for other ranks fails."""
 
@@ -84,6 +86,8 @@ class RuntimeConfig:
             raise ValueError(f"runtime.timeout_s is {self.timeout_s}; it must be more than 0 seconds")
         if self.schedule not in ("auto", *SCHEDULES):
             raise ValueError(f"runtime.schedule is {self.schedule!r}; choose 'auto' or one of {', '.join(SCHEDULES)}")
+        if self.transport not in ("auto", *TRANSPORTS):
+            raise ValueError(f"runtime.transport is {self.transport!r}; choose 'auto' or one of {', '.join(TRANSPORTS)}")
         if self.reduce_wire not in ("as_is", "bf16"):
             raise ValueError(f"runtime.reduce_wire is {self.reduce_wire!r}; choose 'as_is' or 'bf16'")
         if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):

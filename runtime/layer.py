@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..collectives import LocalTransport
 from ..kernels import Clamp
 from ..placement import OwnerMap, get_solver
 from .bank import Bank, ExpertShape, SlotPool
@@ -69,7 +70,7 @@ class MoELayer(nn.Module):
             group=single_rank_group(),
             solver=get_solver(config.policy, keeps_owners=True),
             config=config,
-            pool=SlotPool(shape),
+            pool=SlotPool(shape, LocalTransport()),
             clock=StageClock(),
         )
 

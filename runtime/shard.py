@@ -64,10 +64,10 @@ def shard_experts(
     layers = adopt_moe_layers(model)
     if any(layer.experts is None for layer in layers.values()):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
-    group = group_of_process_group(mesh.get_group(), timeout_s=config.timeout_s, topology=topology)
+    group = group_of_process_group(mesh.get_group(), timeout_s=config.timeout_s, topology=topology, transport=config.transport)
     clock = StageClock()
     owners = None if placements is None else _owners_of(placements, layers, group)
-    banks = share_experts(layers, group, config=config, solver=solver, clock=clock, device=_device_of(mesh), owners=owners)
+    banks = share_experts(layers, group, config=config, solver=solver, clock=clock, owners=owners, device=_device_of(mesh))
     for layer, placement in zip(layers.values(), placements or (), strict=False):
         layer.runtime.planner.hold(placement)
     prefetch_in_order(model, list(layers.values()))
@@ -141,10 +141,10 @@ def _share_alike(
     owners = owners or OwnerMap.contiguous(len(layers), num_experts, group.world_size)
     weights = first.gate_up
     device = device if weights.is_meta else weights.device
-    bank = Bank(first.shape, owners, group.rank, device=device, dtype=weights.dtype)
+    bank = Bank(first.shape, owners, group.rank, device=device, dtype=weights.dtype, transport=group.experts)
     bank.requires_grad_(first.is_trainable)
     next(iter(layers.values())).add_module("bank", bank)
-    pool = SlotPool(first.shape)
+    pool = SlotPool(first.shape, group.experts)
     for index, (name, layer) in enumerate(layers.items()):
         whole = layer.experts
         assert whole is not None
