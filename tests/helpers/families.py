@@ -56,14 +56,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_family_model(family: str, *, device: str = "cpu") -> Any:
-    """The same random weights in every process; on the meta device none."""
+def make_family_model(family: str, *, device: str = "cpu", **changes: Any) -> Any:
+    """The same random weights in every process; on the meta device none. `changes` go into the configuration."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     prefix, options = FAMILIES[family]
-    config = getattr(transformers, prefix + "Config")(**options)
+    config = getattr(transformers, prefix + "Config")(**(options | changes))
     config._experts_implementation = "eager"
     torch.manual_seed(3)
     with torch.device(device):

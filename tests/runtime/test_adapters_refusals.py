@@ -1,0 +1,154 @@
+"""What adapters refuse, in one line that says what to do, and how little memory a model from the meta device takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moesaic import MoELayer, RuntimeConfig, shard_experts
+from moesaic.runtime.adapters import adopt_moe_layers
+from moesaic.runtime.adapters.meta import allocate_meta
+from tests.helpers.families import batch_ids, forward, make_family_model
+from tests.helpers.ranks import run_ranks
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'moesaic[hf]'")
+pytest.importorskip("safetensors", reason="safetensors is not installed: pip install 'moesaic[hf]'")
+
+
+@pytest.mark.parametrize(
+    "family,option,value,message",
+    [
+        ("mixtral", "router_jitter_noise", 0.1, "Mixtral: router_jitter_noise is 0.1.*set it to 0"),
+        ("olmoe", "hidden_act", "gelu", "OLMoE: the experts' activation is GELU.*set the config's hidden_act"),
+        ("deepseek_v2", "topk_method", "random", "DeepSeek-V2: topk_method is 'random'; set"),
+    ],
+)
+def test_what_is_not_computed_is_refused(family: str, option: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        adopt_moe_layers(make_family_model(family, device="meta", **{option: value}))
+    assert "\n" not in str(refused.value)
+
+
+def test_models_without_known_blocks_are_refused() -> None:
+    """A dense model, and a block that no adapter knows, are listed with the families that are known."""
+    import transformers
+
+    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with torch.device("meta"):
+        dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        unknown = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**sizes, num_key_value_heads=1))
+    for model, seen in ((dense, "LlamaMLP"), (unknown, "PhimoeSparseMoeBlock")):
+        with pytest.raises(ValueError, match=f"{seen}.*Mixtral.*register_adapter") as refused:
+            adopt_moe_layers(model)
+        assert "\n" not in str(refused.value)
+
+
+def test_buffers_that_nothing_restores_are_refused() -> None:
+    model = nn.Module()
+    model.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match=r"no state dict holds.*on a real device"):
+        allocate_meta(model, torch.device("cpu"))
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes on this rank of every new tensor outside the meta device, and of every tensor that is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.created: dict[int, Tensor] = {}  # by address; kept alive, so that no address is used again
+        self.copied: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default:
+            self.copied.append(args[1].nbytes)
+        elif isinstance(result, Tensor) and not result.is_meta:
+            local = result.to_local() if isinstance(result, DTensor) else result
+            self.created.setdefault(local.untyped_storage().data_ptr(), local)
+        return result
+
+
+def local_bytes(model: nn.Module) -> int:
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def shard_from_meta(rank: int, folder: str) -> dict[str, Any]:
+    """Bytes that sharding and loading allocate, and what wrong folders and states are told."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with Allocations() as allocations:
+        model = make_family_model("mixtral", device="meta")
+        handle = shard_experts(model, mesh=mesh, config=RuntimeConfig(policy="static", slots=0, timeout_s=60))
+    sharding = sum(tensor.nbytes for tensor in allocations.created.values())
+    with Allocations() as allocations:
+        handle.load_safetensors(f"{folder}/theirs")
+    loading = max(allocations.copied)
+    model(input_ids=batch_ids(0))
+    messages = []
+    state = {name: torch.zeros(t.shape) for name, t in make_family_model("mixtral", device="meta").state_dict().items()}
+    gate, down = "model.layers.1.mlp.gate.weight", "model.layers.0.mlp.experts.down_proj"
+    for change in ({}, {gate: None}, {down: torch.zeros(4, 32, 24)}, {gate: torch.zeros(5, 32, dtype=torch.int8)}):
+        changed = {name: t for name, t in (state | change).items() if t is not None} | {"model.extra": torch.zeros(1)}
+        try:
+            messages.append(" ".join(handle.load_family_state_dict(changed)))
+        except ValueError as error:
+            messages.append(str(error))
+    for refused in (lambda: handle.load_safetensors(folder), lambda: handle.save_safetensors(f"{folder}/theirs")):
+        with pytest.raises(ValueError) as error:
+            refused()
+        messages.append(str(error.value))
+    return {"local": local_bytes(model), "sharding": sharding, "loading": loading, "messages": messages}
+
+
+def test_a_model_from_the_meta_device_is_never_whole(tmp_path: Path) -> None:
+    """A rank allocates about its part, and reads single tensors; wrong states and folders are one line."""
+    model = make_family_model("mixtral")
+    model.save_pretrained(tmp_path / "theirs")
+    largest = 24 * 32 * 4 * 2  # one expert's gate and up; rows of the embedding are fewer
+    for result in run_ranks(2, shard_from_meta, str(tmp_path)):
+        assert result["local"] < 0.65 * local_bytes(model)  # five experts: one rank owns three
+        assert result["sharding"] < 1.2 * result["local"]
+        assert result["loading"] <= largest
+        expected = [
+            "model.extra",
+            "lacks 'model.layers.1.mlp.gate.weight'",
+            "shape (4, 32, 24) in the state and (5, 32, 24) in the model",
+            "is torch.int8, a quantized weight; dequantize",
+            "holds no safetensors file",
+            "holds safetensors files already; give an empty folder",
+        ]
+        for message, part in zip(result["messages"], expected, strict=True):
+            assert part in message
+            assert "\n" not in message
+
+
+def train_natively(rank: int) -> tuple[dict[str, Tensor], bool]:
+    """moesaic's own layer goes through the same doors, and gradient checkpointing of transformers repeats the routing."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), MoELayer(8, 8, 3, 1))
+    state = {name: t.clone() for name, t in plain.state_dict().items()}
+    handle = shard_experts(plain, mesh=mesh)
+    found = handle.family_state_dict()
+    grads = []
+    for use_checkpoint in (False, True):
+        model = make_family_model("deepseek_v3")
+        if use_checkpoint:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        shard_experts(model, mesh=mesh, config=RuntimeConfig(policy="static", slots=0))
+        model.train()
+        forward(model, batch_ids(rank)).loss.backward()
+        grads.append([p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()])
+    same = all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(*grads, strict=True))
+    return {name: found[name] - state[name] for name in found}, same and (rank != 0 or found.keys() == state.keys())
+
+
+def test_own_layers_and_gradient_checkpointing() -> None:
+    for differences, is_same in run_ranks(2, train_natively):
+        assert is_same
+        assert all(not difference.any() for difference in differences.values())
