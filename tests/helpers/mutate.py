@@ -197,7 +197,7 @@ class Mutator:
         self._damage(topology)
         text = json.dumps(topology)
         self.bad_json.write_bytes(self._flip(text.encode()) if self.rng.random() < 0.3 else text.encode())
-        machine = self.rng.choice((str(self.bad_json), str(self.bad_json), "65536x65536", "0x4", "2048x2048", "1x2048", "2x2"))
+        machine = self.rng.choice((str(self.bad_json), str(self.bad_json), "65536x65536", "0x4", "2048x2048", "1x256", "2x2"))
         solver = self.rng.choice(("quota", "hecate", "laer", "eplb"))
         return ["place", "compare", str(self.good), "--topology", machine, "--solver", solver, "--knows", "exact", "--steps", "1"]
 
