@@ -156,8 +156,8 @@ def _sum_compiled(rows_ND: Tensor, bags: Bags, beside: Tensor | None, out: Tenso
     num_rows = rows_ND.shape[0] + beside.shape[0]
     if bags.indices.numel() and int(bags.indices.max()) >= num_rows:
         raise ValueError(f"the bags reach row {int(bags.indices.max())}, but there are {num_rows} rows")
-    sources = (x if x.is_contiguous() else x.contiguous() for x in (rows_ND, beside))
-    sum_bags(out.numpy(), *(x.numpy() for x in sources), bags.indices.numpy(), bags.offsets.numpy())
+    rows, others = rows_ND.contiguous().numpy(), beside.contiguous().numpy()
+    sum_bags(out.numpy(), rows, others, bags.indices.numpy(), bags.offsets.numpy())
     return out
 
 

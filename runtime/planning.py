@@ -32,6 +32,8 @@ class Plan:
     gather: Schedule
     reduce: Schedule
     gather_account: Account
+    number: int
+    """Counts the placements of a layer's run from 0: the same number on every rank, for errors."""
     split: Split | None = None
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
@@ -68,6 +70,7 @@ class LayerPlanner:
         self._config = config
         self._predictor = make_predictor(config.predictor)
         self._split_rule = split_exact if config.split == "exact" else split_local_even
+        self._num_plans = 0
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
         self._is_held = False
 
@@ -131,7 +134,8 @@ class LayerPlanner:
         else:
             reduce = direct_gather(placement, num_chunks=2).transpose().limit_receives(max(self._config.slots, 1))
         counted = account(gather, self._topology, shape.parameters_per_expert, shape.bytes_per_element)
-        return Plan(placement, gather, reduce, counted)
+        self._num_plans += 1
+        return Plan(placement, gather, reduce, counted, self._num_plans - 1)
 
 
 def staging_limit(slots: int) -> int:
