@@ -96,6 +96,8 @@ class Bank(nn.Module):
         self.shape = shape
         self.owners = owners
         self.rank = rank
+        self.rows = {pair: row for row, pair in enumerate(owners.rows_of(rank))}
+        """The row of every (layer, expert) that this rank owns. Where an expert lies is nobody else's concern."""
         num_rows = int(owners.num_rows_R[rank])
         self._empty_layers: set[int] = set()  # whose gradient rows are allocated and hold nothing yet
         like, transport = torch.empty(0, device=device, dtype=dtype), transport or LocalTransport()
@@ -116,8 +118,12 @@ class Bank(nn.Module):
 
     def row_of(self, layer: int, expert: int) -> int:
         """The row of an expert that this rank owns."""
-        assert self.owners.expert_to_owner_LE[layer, expert] == self.rank, f"layer {layer} expert {expert} is not owned here"
-        return int(self.owners.expert_to_row_LE[layer, expert])
+        return self.rows[layer, expert]
+
+    def adopt(self, owners: OwnerMap, rows: dict[tuple[int, int], int]) -> None:
+        """Go by another owner map, whose experts lie in the given rows; see `rehome.migrate`, which has moved them there."""
+        assert set(rows) == set(owners.rows_of(self.rank)), "rows of other experts than those owned here"
+        self.owners, self.rows = owners, rows
 
     def weights(self, layer: int, expert: int) -> ExpertTensors:
         """Weights of an owned expert, in place."""
@@ -146,7 +152,7 @@ class Bank(nn.Module):
         return is_empty
 
     def _clear_unreached(self) -> None:
-        for row, (layer, _) in enumerate(self.owners.rows_of(self.rank)):
+        for (layer, _), row in self.rows.items():
             for parameter in self.parameters():
                 if layer in self._empty_layers and parameter.grad is not None:
                     parameter.grad[row].zero_()

@@ -72,6 +72,11 @@ class RuntimeConfig:
     """How copies travel: the schedule that is predicted to be fastest, or always this one."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
+    rehome_every: int = 0
+    """Steps between proposals of new owners, solved in the background from the loads observed; experts move with their optimizer
+    state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
+    rehome_effort: float = 1.0
+    """How long the solver searches for owners, relative to its default."""
     transport: Literal["auto", "c10d", "shm", "mpi", "hierarchical"] = "auto"
     """How bytes travel between ranks; `moesaic doctor` says what "auto" chooses here, and why."""
     timeout_s: float = 300.0
@@ -80,6 +85,10 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.slots < 0:
             raise ValueError(f"runtime.slots is {self.slots}; it must be 0 (no copies) or more")
+        if self.rehome_every < 0:
+            raise ValueError(f"runtime.rehome_every is {self.rehome_every}; it must be 0 (never) or a number of steps")
+        if self.rehome_effort <= 0:
+            raise ValueError(f"runtime.rehome_effort is {self.rehome_effort}; it must be more than 0")
         if self.overlap_s < 0:
             raise ValueError(f"runtime.overlap_s is {self.overlap_s}; it must be 0 or more seconds")
         if self.timeout_s <= 0:

@@ -20,7 +20,10 @@ from .bank import Bank, slot_bound
 from .config import RuntimeConfig
 from .group import RankGroup
 from .layer import MoELayer
+from .layer_runtime import LayerRuntime
 from .metrics import step_metrics
+from .rehome import migrate, row_tensors
+from .rehomer import Decision, Rehomer
 from .stages import StageClock
 from .state import load_state, prepare_optimizer, state_of
 
@@ -46,6 +49,11 @@ class Handle:
         self._step = 0
         self._metrics: dict[str, float] = {}
         self._loads: list[np.ndarray] = []
+        self._rehomers = [
+            Rehomer(bank, self._runtimes_of(bank), group, config)
+            for bank in self.banks
+            if config.rehome_every and group.world_size > 1
+        ]
 
     def parameter_groups(self) -> list[dict[str, list[nn.Parameter]]]:
         """The model's parameters for an optimizer, dense ones and experts apart.
@@ -64,8 +72,15 @@ class Handle:
             raise RuntimeError("aux_loss() before any forward; call the model first")
         return torch.stack(losses).sum()
 
-    def step(self) -> None:
-        """Close a training step, after `optimizer.step()`: metrics are taken, and what was sent ahead is dropped."""
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Close a training step, after `optimizer.step()`: metrics are taken, and what was sent ahead is dropped.
+
+        With `RuntimeConfig.rehome_every` experts may change their owner here; `optimizer`, whose state goes along, must be given.
+        """
+        if self._rehomers and optimizer is None:
+            raise ValueError(
+                f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it"
+            )
         counters = [layer.runtime.counters for layer in self.layers.values()]
         traffic = {self.group.tokens.traffic, self.group.experts.traffic}
         self._metrics = step_metrics(counters, self._sent_bytes(traffic))
@@ -80,8 +95,34 @@ class Handle:
             layer.runtime.counters.reset()
             layer.runtime.drop_prefetched()
             layer.runtime.step = self._step
+        for rehomer in self._rehomers:
+            loads = dict(zip(self.layers.values(), self._loads, strict=True))
+            here = [load for layer, load in loads.items() if layer.runtime.bank is rehomer.bank]
+            rehomer.step(self._step, np.stack(here), optimizer)
         for t in traffic:
             t.reset()
+
+    def rehome(self, owners: Sequence[OwnerMap], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Make these the owner maps, one per bank: weights, gradients and the optimizer's state move. Collective, between steps.
+
+        Raises:
+            ValueError: a rank would own another number of experts than now, or some optimizer state has no rows to move.
+        """
+        for bank, wanted in zip(self.banks, owners, strict=True):
+            tensors = row_tensors(bank, optimizer)
+            for runtime in self._runtimes_of(bank):
+                runtime.drop_prefetched()
+            migrate(bank, tensors, wanted, self.group.experts, where=f"re-homing after step {self._step}")
+            for runtime in self._runtimes_of(bank):
+                runtime.follow_bank()
+
+    def rehomings(self) -> list[Decision]:
+        """What came of every proposal to re-home experts so far, with its reason."""
+        return [decision for rehomer in self._rehomers for decision in rehomer.decisions]
+
+    def _runtimes_of(self, bank: Bank) -> list[LayerRuntime]:
+        runtimes = [layer.runtime for layer in self.layers.values() if layer.runtime.bank is bank]
+        return sorted(runtimes, key=lambda runtime: runtime.layer)
 
     def memory(self) -> dict[str, int]:
         """Bytes of expert state on this rank, apart from the optimizer's.

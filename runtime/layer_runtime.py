@@ -58,7 +58,7 @@ class LayerRuntime:
         self.counters = LayerCounters()
         owners_E = bank.owners.expert_to_owner_LE[layer]
         self.num_experts = int(owners_E.size)
-        self.owned_experts = tuple(int(e) for e in np.flatnonzero(owners_E == group.rank))
+        self.owned_experts = _owned(owners_E, group.rank)
         element_bytes = bank.gate_up.element_size()
         self.reduce_wire = torch.bfloat16 if config.reduce_wire == "bf16" else None
         shape = LayerShape(
@@ -72,6 +72,13 @@ class LayerRuntime:
         self.planner = LayerPlanner(owners_E, group.topology, shape, solver, config)
         self.step = 0
         self._prefetched: LayerPass | None = None
+
+    def follow_bank(self) -> None:
+        """Go by the bank's owner map, which has changed. No pass may be under way."""
+        self.drop_prefetched()
+        owners_E = self.bank.owners.expert_to_owner_LE[self.layer]
+        self.owned_experts = _owned(owners_E, self.group.rank)
+        self.planner.change_owners(owners_E)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """The clock and profiler range of one stage of this layer."""
@@ -156,3 +163,7 @@ class LayerRuntime:
         with self.stage("materialize"):
             begin_materialize(self, layer_pass)
         return layer_pass
+
+
+def _owned(owners_E: np.ndarray, rank: int) -> tuple[int, ...]:
+    return tuple(int(e) for e in np.flatnonzero(owners_E == rank))

@@ -81,21 +81,30 @@ class LayerPlanner:
         self._plan = self._plan_of(placement)
         self._is_held = True
 
+    def change_owners(self, expert_to_owner_E: np.ndarray) -> None:
+        """Plan for other owners from now on. What was learnt of the load stays true; a held placement is given up."""
+        self._owners_E = expert_to_owner_E
+        self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, self._topology.num_ranks))
+        self._is_held = False
+
+    def problem(self, load: ExpertLoad) -> Problem:
+        """What a solver is asked for this layer, for a load."""
+        return Problem(
+            load=load,
+            expert_to_owner_E=self._owners_E,
+            topology=self._topology,
+            shape=self._shape,
+            slots=self._config.slots,
+            overlap_s=self._config.overlap_s,
+        )
+
     def place(self) -> Plan:
         """The placement for the next forward. Before the first load it is ownership alone, unless one is held."""
         if self._is_held:
             return self._plan
         predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
-            problem = Problem(
-                load=predicted,
-                expert_to_owner_E=self._owners_E,
-                topology=self._topology,
-                shape=self._shape,
-                slots=self._config.slots,
-                overlap_s=self._config.overlap_s,
-            )
-            placement = self._solver(problem).placement
+            placement = self._solver(self.problem(predicted)).placement
             if placement != self._plan.placement:
                 self._check_budget(placement)
                 self._plan = self._plan_of(placement)

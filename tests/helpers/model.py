@@ -12,11 +12,11 @@ BATCH, LENGTH, CLASSES = 24, 6, 11
 
 
 class Block(nn.Module):
-    def __init__(self, router: RouterConfig):
+    def __init__(self, router: RouterConfig, ffn_dim: int):
         super().__init__()
         self.norm = nn.RMSNorm(DIM)
         self.mix = nn.Linear(DIM, DIM)
-        self.moe = MoELayer(DIM, FFN_DIM, NUM_EXPERTS, TOP_K, router=router)
+        self.moe = MoELayer(DIM, ffn_dim, NUM_EXPERTS, TOP_K, router=router)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mix(x).tanh()
@@ -26,12 +26,12 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Embedding, two MoE blocks, a classifier over the positions."""
 
-    def __init__(self, router: RouterConfig | None = None, use_checkpoint: bool = False):
+    def __init__(self, router: RouterConfig | None = None, use_checkpoint: bool = False, ffn_dim: int = FFN_DIM):
         super().__init__()
         router = router or RouterConfig(aux_loss_coef=0.02, z_loss_coef=0.001)
         self.use_checkpoint = use_checkpoint
         self.embed = nn.Embedding(CLASSES, DIM)
-        self.blocks = nn.ModuleList(Block(router) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(router, ffn_dim) for _ in range(2))
         self.head = nn.Linear(DIM, CLASSES, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -41,10 +41,10 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def make_model(router: RouterConfig | None = None, use_checkpoint: bool = False) -> Model:
+def make_model(router: RouterConfig | None = None, use_checkpoint: bool = False, ffn_dim: int = FFN_DIM) -> Model:
     """The same weights in every process."""
     torch.manual_seed(1)
-    return Model(router, use_checkpoint)
+    return Model(router, use_checkpoint, ffn_dim)
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor]:
