@@ -52,7 +52,7 @@ class Outcome:
     ended_s: float
     """Seconds from the failure to the end of the last rank that was left."""
     leftovers: tuple[str, ...]
-    """Files in /dev/shm that were not there before."""
+    """New files in /dev/shm that carry a rank's process id; other tests of this machine may have files of theirs there."""
 
     def check(self) -> None:
         """Assert that every rank that could stop did, with a diagnosis, and that nothing is left."""
@@ -63,7 +63,7 @@ class Outcome:
             last = stderr.strip().splitlines()[-1]
             assert f"rank {rank}" in last, f"rank {rank} does not say who it is: {last}"
             assert "step " in last, f"rank {rank} does not say where it was: {last}"
-        assert not self.leftovers
+        assert not self.leftovers, f"left in /dev/shm: {self.leftovers}"
 
 
 def fail(case: Case, folder: Path) -> Outcome:
@@ -94,7 +94,8 @@ def fail(case: Case, folder: Path) -> Outcome:
                 except subprocess.TimeoutExpired:
                     statuses[rank] = None
         ended_s = time.monotonic() - failed_s
-    leftovers = tuple(sorted(set(os.listdir("/dev/shm")) - before))
+    new = sorted(set(os.listdir("/dev/shm")) - before)
+    leftovers = tuple(name for name in new if any(str(process.pid) in name for process in processes))
     stderrs = tuple((folder / f"stderr-{rank}").read_text(encoding="utf-8") for rank in range(case.world_size))
     return Outcome(victims, moment_s, tuple(statuses.get(r) for r in range(case.world_size)), stderrs, ended_s, leftovers)
 
