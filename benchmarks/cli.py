@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import kernels, placement, step
+from . import collectives, kernels, placement, step
 from .rows import publish
 
 JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
@@ -32,6 +32,48 @@ def bench() -> None:
 def step_command(json_path: str | None, **case: int | float | str) -> None:
     """One MoE layer, forward, backward and optimizer, by placement policy; the hot experts all live on rank 0."""
     publish("step", step.run(step.StepCase(**case)), step.COLUMNS, json_path)  # type: ignore[arg-type]
+
+
+@bench.command("collectives")
+@click.option("--ops", default=",".join(collectives.OPS), show_default=True, help="Collectives, separated by commas.")
+@click.option("--ranks", default="2,4", show_default=True, help="Numbers of processes, one run each.")
+@click.option("--sizes", default="64K,1M,4M,16M", show_default=True, help="Bytes of one message; K, M and G are binary.")
+@click.option("--transports", default="c10d,shm,mpi", show_default=True, help="Transports; c10d is Gloo.")
+@click.option("--schedules", default="direct,relay", show_default=True, help="Schedules of the sparse collectives.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Network namespaces with links.")
+@click.option("--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of a node's link.")
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed pieces of each way.")
+@JSON_OPTION
+def collectives_command(json_path: str | None, ranks: str, sizes: str, nodes: int, link_mbit: float, **given: Any) -> None:
+    """Collectives by transport and schedule, against Gloo, MPI's own, a memory copy and the lower bound."""
+    names = {key: tuple(value.split(",")) for key, value in given.items() if isinstance(value, str)}
+    rows: list[dict[str, Any]] = []
+    for num_ranks in ranks.split(","):
+        case = collectives.CollectivesCase(
+            ranks=_count("--ranks", num_ranks, minimum=2),
+            nodes=nodes,
+            link_bits_per_s=link_mbit * 1e6,
+            sizes=tuple(_bytes(size) for size in sizes.split(",")),
+            rounds=given["rounds"],
+            **names,
+        )
+        measured, unavailable = collectives.run(case)
+        rows += measured
+        for transport in unavailable:
+            click.echo(f"without {transport.name} at {case.ranks} ranks: {transport.reason}", err=True)
+    publish("collectives", rows, collectives.COLUMNS, json_path)
+
+
+def _count(option: str, text: str, *, minimum: int) -> int:
+    if not text.strip().isdecimal() or int(text) < minimum:
+        raise ValueError(f"{option} has {text.strip()!r}; give whole numbers of {minimum} or more, separated by commas")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    """Read 65536, 64K or 4M."""
+    number, unit = (text.strip()[:-1], text.strip()[-1]) if text.strip()[-1:] in ("K", "M", "G") else (text.strip(), "")
+    return _count("--sizes", number, minimum=1) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit]
 
 
 @bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})

@@ -1,17 +1,18 @@
-"""`moesaic doctor`: what is installed, what hardware is here, which transports work."""
+"""`moesaic doctor`: what is installed, what hardware is here, which transports work, and which one a run would take."""
 
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from types import MappingProxyType
 
 import click
 import torch
 import torch.distributed as dist
+
+from ..collectives import choose_transport
+from .self_test import two_process_tests
 
 PACKAGES = ("moesaic", "torch", "triton", "numpy", "numba", "pulp", "highspy", "mpi4py", "nvidia-nccl-cu12")
 
@@ -53,12 +54,17 @@ def devices() -> list[Finding]:
 
 
 def transports() -> list[Finding]:
-    """The transports that a run on this machine could use, each tried with an all-reduce in a group of one."""
-    return [Finding("transport", name, *probe()) for name, probe in _PROBES.items()]
+    """The transports that a run on this machine could use, each tried between two processes, NCCL on one device.
 
-
-def _probe_gloo() -> tuple[str, bool]:
-    return _all_reduce_alone("gloo", torch.device("cpu"))
+    The last finding is the one that `runtime.transport = "auto"` takes for two or more ranks on this machine, and why.
+    """
+    results = two_process_tests()
+    chosen = choose_transport([0, 0], on_cuda=torch.cuda.is_available())
+    return [
+        *(Finding("transport", test.name, test.status, test.works) for test in results),
+        Finding("transport", "c10d nccl", *_probe_nccl()),
+        Finding("transport", "auto", f"{chosen.name} on this machine: {chosen.reason}", True),
+    ]
 
 
 def _probe_nccl() -> tuple[str, bool]:
@@ -66,22 +72,15 @@ def _probe_nccl() -> tuple[str, bool]:
         return "this torch is built without NCCL", False
     if not torch.cuda.is_available():
         return "torch sees no CUDA device", False
-    return _all_reduce_alone("nccl", torch.device("cuda", 0))
-
-
-def _all_reduce_alone(backend: str, device: torch.device) -> tuple[str, bool]:
     try:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        ones = torch.ones(8, device=device)
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        ones = torch.ones(8, device="cuda")
         dist.all_reduce(ones)
         works = bool((ones == 1).all())
         dist.destroy_process_group()
     except RuntimeError as error:
         return str(error).splitlines()[0], False
     return "works" if works else "an all-reduce gave wrong numbers", works
-
-
-_PROBES: Mapping[str, Callable[[], tuple[str, bool]]] = MappingProxyType({"c10d gloo": _probe_gloo, "c10d nccl": _probe_nccl})
 
 
 @click.command("doctor")

@@ -49,7 +49,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class Solution:
-    """A solver's answer. `gap` is (cost - bound) / cost in seconds, in [0, 1]; `seconds` is the time the solver took."""
+    """A solver's answer. `gap` is (cost - bound) / cost in seconds, in [0, 1]; `seconds` is the time the solver took.
+
+    `split` is the split of the problem's load that `cost` assumes where that is not the exact split (priced.py).
+    """
 
     placement: Placement
     cost: Cost
@@ -57,6 +60,7 @@ class Solution:
     gap: float
     seconds: float
     solver: str
+    split: Split | None = None
 
 
 @dataclass(frozen=True)

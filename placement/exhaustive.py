@@ -20,7 +20,7 @@ def _num_choices(foreign: int, slots: int) -> int:
     return sum(math.comb(foreign, size) for size in range(min(slots, foreign) + 1))
 
 
-def _placements(problem: Problem) -> Iterator[Placement]:
+def every_placement(problem: Problem) -> Iterator[Placement]:
     """Yield every placement with the current owners and at most `slots` copies per rank, the one without copies first."""
     base_RE = Placement.owners_only(problem.expert_to_owner_E, problem.num_ranks).replicas_RE
     choices = []
@@ -46,4 +46,4 @@ def solve(problem: Problem) -> Solution:
     def total_s(placement: Placement) -> float:
         return cost(problem, placement, split_exact(problem.load, placement, problem.topology)).total_s
 
-    return evaluate(problem, min(_placements(problem), key=total_s), start, "exhaustive")
+    return evaluate(problem, min(every_placement(problem), key=total_s), start, "exhaustive")

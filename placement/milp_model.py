@@ -21,6 +21,9 @@ import pulp
 from .engines import make_engine
 from .values import Placement, Problem
 
+# Above the engines' tolerances, so that the known placement itself stays in.
+_CUTOFF_SLACK = 1e-5
+
 Table = dict[tuple[int, int], pulp.LpVariable]
 
 
@@ -30,6 +33,14 @@ class Answer:
 
     placement: Placement | None
     bound_s: float
+
+
+@dataclass(frozen=True)
+class CopyRange:
+    """From `low` to `high` copies, both included; None for any number."""
+
+    low: int
+    high: int | None
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,15 @@ class _Link:
 
 @dataclass
 class Model:
-    """The program of one problem. `seconds` is the unit of its objective, best the cost of a known placement."""
+    """The program of one problem. `seconds` is the unit of its objective, the cost of a known placement; dearer ones are cut off.
+
+    `copies` narrows it to placements whose busiest device sends or receives that many.
+    """
 
     problem: Problem
     seconds: float
     move_owners: bool
+    copies: CopyRange = CopyRange(0, None)
     program: pulp.LpProblem = field(init=False)
     owner: Table = field(init=False)
     copy: Table = field(init=False)
@@ -77,6 +92,7 @@ class Model:
         if self.move_owners:
             objective.append(self._move_s())
         self.program += pulp.lpSum(objective), "seconds"
+        self._add(pulp.lpSum(objective) <= 1 + _CUTOFF_SLACK, "cutoff")
 
     def _table(self, name: str, pairs: list[tuple[int, int]], kind: str = pulp.LpContinuous) -> Table:
         upper = 1 if kind == pulp.LpBinary else None
@@ -200,6 +216,9 @@ class Model:
                 received.append(self._sent(f"received_node_{e}_{n}", 1 - home, here, per_node))
             node[n, 0], node[n, 1] = pulp.lpSum(sent), pulp.lpSum(received)
         link = self._link("copies", problem.num_experts * num_ranks, device, node)
+        link.items.lowBound = self.copies.low
+        for (r, direction), count in device.items() if self.copies.high is not None else ():
+            self._add(count <= self.copies.high, f"copies_at_most_{r}_{direction}")
         gather = link.time(self._per_item(shape.expert_bytes), self._latency)
         backward = (problem.gathers - 1) * gather + link.time(self._per_item(shape.gradient_bytes), self._latency)
         if not problem.overlap_s:
@@ -237,6 +256,9 @@ class Model:
         """Run an engine ("highs" or "cbc"); the start comes from `start_from`."""
         status = self.program.solve(make_engine(engine, time_limit_s, relative_gap))
         bound = 0.0
+        if status == pulp.LpStatusInfeasible:
+            # Nothing in this range of copies is as cheap as the known placement.
+            return Answer(None, self.seconds)
         if engine == "highs":
             info = self.program.solverModel.getInfo()
             bound = max(info.mip_dual_bound, 0.0) if np.isfinite(info.mip_dual_bound) else 0.0

@@ -116,7 +116,7 @@ class Split(ByContent):
 
 
 @dataclass(frozen=True)
-class _Replicated:
+class Replicated:
     """The replicated experts of a placement as the sparse table that flow.py describes."""
 
     experts_M: np.ndarray
@@ -124,7 +124,8 @@ class _Replicated:
     ranks_J: np.ndarray
 
     @classmethod
-    def of(cls, placement: Placement) -> _Replicated:
+    def of(cls, placement: Placement) -> Replicated:
+        """Build the table of a placement."""
         experts_M = np.flatnonzero(placement.num_replicas_E > 1)
         _, ranks_J = np.nonzero(placement.replicas_RE.T[experts_M])
         start_M = np.zeros(experts_M.size + 1, dtype=np.int64)
@@ -153,7 +154,7 @@ def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> S
     (flow.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
     """
     _check(load, placement, topology)
-    table = _Replicated.of(placement)
+    table = Replicated.of(placement)
     if not table.experts_M.size:
         return Split(load, placement, _no_segments())
     # Imported here so that importing the package compiles nothing.

@@ -70,6 +70,9 @@ class RuntimeConfig:
     'hecate' copies only as many experts as hide, so none at 0."""
     schedule: Literal["auto", "direct", "relay", "hierarchical", "element_sharded"] = "auto"
     """How copies travel: the schedule that is predicted to be fastest, or always this one."""
+    token_route: Literal["auto", "direct", "by_node"] = "auto"
+    """How token rows travel: straight to every rank that computes them, or once to each node and on inside it; "auto" goes by
+    node where the topology has several nodes of several ranks."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
     rehome_every: int = 0
@@ -97,6 +100,8 @@ class RuntimeConfig:
             raise ValueError(f"runtime.schedule is {self.schedule!r}; choose 'auto' or one of {', '.join(SCHEDULES)}")
         if self.transport not in ("auto", *TRANSPORTS):
             raise ValueError(f"runtime.transport is {self.transport!r}; choose 'auto' or one of {', '.join(TRANSPORTS)}")
+        if self.token_route not in ("auto", "direct", "by_node"):
+            raise ValueError(f"runtime.token_route is {self.token_route!r}; choose 'auto', 'direct' or 'by_node'")
         if self.reduce_wire not in ("as_is", "bf16"):
             raise ValueError(f"runtime.reduce_wire is {self.reduce_wire!r}; choose 'as_is' or 'bf16'")
         if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):

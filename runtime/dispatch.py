@@ -5,6 +5,7 @@ them with its gate weights. Combine is the transpose of dispatch, so each one's 
 gate gradients travel with the rows of dispatch's backward.
 
 What a rank computes of its own tokens never becomes a message: those rows are read from and added to the tokens' own tensors.
+Here rows go straight to their destinations; dispatch_by_node.py is the form for nodes of several ranks.
 
 Layouts, on the source rank:
     assignment a = t * K + k                      as the router made them
@@ -58,6 +59,82 @@ class DispatchHandle:
     row_weights_N: Tensor  # gate weight of every slot-major row, fp32
     group_sizes: tuple[int, ...]  # rows of each local expert
 
+    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> Tensor:
+        """Tokens to the ranks that compute them: [T, D] on the source to slot-major rows [N, D] on the destination."""
+        outgoing = transport.empty((sum(self.sent_rows_R), x_TD.shape[1]), x_TD)
+        gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
+        received_QD = x_TD.new_empty(sum(self.received_rows_R), x_TD.shape[1])
+        exchange_rows(transport, outgoing, self.sent_rows_R, received_QD, self.received_rows_R, op, where)
+        return gather_rows(x_TD, self.row_ids_N, beside=received_QD)
+
+    def return_rows(
+        self, rows_ND: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None = None
+    ) -> ReturnedRows:
+        """Slot-major rows back to their tokens: summed for each token here, then over the ranks there, [N, D] to [T, D].
+
+        With `gate_grads_N`, one number per slot-major row travels along.
+        """
+        outgoing = transport.empty((sum(self.received_rows_R), rows_ND.shape[1]), rows_ND)
+        sum_rows(rows_ND, self.return_bags, out=outgoing)
+        return self.take_home(rows_ND, outgoing, transport, op, where, gate_grads_N)
+
+    def take_home(
+        self, rows_ND: Tensor, outgoing: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None
+    ) -> ReturnedRows:
+        """The last hop of `return_rows`: `outgoing` [Q, D], one sum for every received row, to the sources, added up there."""
+        returned_PD = rows_ND.new_empty(sum(self.sent_rows_R), rows_ND.shape[1])
+        sends = [[outgoing[part]] for part in slices(self.received_rows_R)]
+        recvs = [[returned_PD[part]] for part in slices(self.sent_rows_R)]
+        if gate_grads_N is None:
+            _exchange(transport, sends, recvs, op, where)
+            return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), None)
+        by_source = torch.empty_like(gate_grads_N)
+        by_source[self.slot_major_N] = gate_grads_N
+        by_destination = gate_grads_N.new_empty(sum(self.sent_assignments_R))
+        rank = transport.rank
+        out_R, in_R = slices(self.received_assignments_R), slices(self.sent_assignments_R)
+        for send, recv, part_out, part_in in zip(sends, recvs, out_R, in_R, strict=True):
+            send.append(by_source[part_out])
+            recv.append(by_destination[part_in])
+        by_destination[in_R[rank]] = by_source[out_R[rank]]
+        _exchange(transport, sends, recvs, op, where)
+        gate_grads_A = torch.empty_like(by_destination)
+        gate_grads_A[self.sent_assignments_A] = by_destination
+        return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), gate_grads_A)
+
+
+@dataclass(frozen=True, eq=False)
+class ReturnedRows:
+    """What came home: rows [T, D], and with a backward the gradients of the gate weights [A], in router order."""
+
+    x_TD: Tensor
+    gate_grads_A: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Assignments:
+    """This rank's assignments by destination."""
+
+    ids_A: Tensor  # assignment t * K + k
+    tokens_A: Tensor  # its token t
+    destinations_A: Tensor  # the rank that computes it
+    counts_R: tuple[int, ...]  # for each rank
+
+    @classmethod
+    def of(cls, topk_ids_TK: Tensor, split: Split, rank: int) -> Assignments:
+        """Which assignment goes where.
+
+        Expert by expert, tokens fill the destinations in rank order; those that must go to a destination anyway, for an
+        expert held only there, come where that destination's turn is, to share one row.
+        """
+        device, sends_ER = topk_ids_TK.device, split.sends(rank)
+        anchors_TK = anchor_ranks(topk_ids_TK, split, rank)
+        by_expert_A = (topk_ids_TK * split.placement.num_ranks + anchors_TK).flatten().argsort(stable=True)
+        ids_A = by_expert_A[segment_transpose(sends_ER, device)]
+        counts_R = tuple(int(n) for n in sends_ER.sum(axis=0))
+        destinations_A = torch.repeat_interleave(torch.tensor(counts_R, device=device), output_size=ids_A.numel())
+        return cls(ids_A, ids_A // topk_ids_TK.shape[1], destinations_A, counts_R)
+
 
 def build_handle(
     topk_ids_TK: Tensor, weights_TK: Tensor, split: Split, local_experts: Sequence[int], transport: Transport, op: str, where: str
@@ -69,18 +146,13 @@ def build_handle(
     """
     rank, device = transport.rank, topk_ids_TK.device
     num_tokens, top_k = topk_ids_TK.shape
-    sends_ER, recvs_RE = split.sends(rank), split.recvs(rank)
+    recvs_RE = split.recvs(rank)
 
-    # Phase 1: which assignment goes where. Expert by expert, tokens fill the destinations in rank order; those that must go
-    # to a destination anyway, for an expert held only there, come where that destination's turn is, to share one row.
-    anchors_TK = anchor_ranks(topk_ids_TK, split, rank)
-    by_expert_A = (topk_ids_TK * transport.world_size + anchors_TK).flatten().argsort(stable=True)
-    assignments_A = by_expert_A[segment_transpose(sends_ER, device)]
-    assignments_R = tuple(int(n) for n in sends_ER.sum(axis=0))
-    destinations_A = torch.repeat_interleave(torch.tensor(assignments_R, device=device), output_size=assignments_A.numel())
+    # Phase 1: which assignment goes where.
+    assigned = Assignments.of(topk_ids_TK, split, rank)
+    tokens_A, destinations_A, assignments_R = assigned.tokens_A, assigned.destinations_A, assigned.counts_R
 
     # Phase 2: one row for each (other destination, token), numbered in that order.
-    tokens_A = assignments_A // top_k
     keys_A = destinations_A * num_tokens + tokens_A
     is_sent_RT = torch.zeros(transport.world_size, num_tokens, dtype=torch.bool, device=device)
     is_sent_RT.view(-1)[keys_A] = True
@@ -91,14 +163,14 @@ def build_handle(
     sent_token_ids_P = is_sent_RT.view(-1).nonzero().squeeze(1) % max(num_tokens, 1)
 
     # Phase 3: tell each destination, for its assignments in order, the row (from 0 for this pair of ranks) and the weight.
-    first_row_R = torch.tensor(_starts(sent_rows_R), device=device)
+    first_row_R = torch.tensor(starts(sent_rows_R), device=device)
     local_row_A = (sent_row_A - first_row_R[destinations_A]).to(torch.int32)
-    weights_A = weights_TK.detach().float().flatten()[assignments_A]
-    to_R = _slices(assignments_R)
+    weights_A = weights_TK.detach().float().flatten()[assigned.ids_A]
+    to_R = slices(assignments_R)
     sent = [_describe(sent_rows_R[r], local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
     received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
     received = [torch.empty(1 + 2 * n if n else 0, dtype=torch.int32, device=device) for n in received_assignments_R]
-    pending = all_to_all_rows(transport, _but(rank, sent), _but(rank, received), op=op, where=where)
+    pending = all_to_all_rows(transport, but(rank, sent), but(rank, received), op=op, where=where)
     own_tokens = tokens_A[to_R[rank]]
     received[rank] = _describe(0, own_tokens.to(torch.int32), weights_A[to_R[rank]])
     pending.wait(until_sent=False)
@@ -107,7 +179,7 @@ def build_handle(
     headers = [message[:1] for message in received if message.numel()]
     counts = iter(torch.cat(headers).tolist() if headers else [])
     received_rows_R = tuple(next(counts) if message.numel() else 0 for message in received)
-    first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(_starts(received_rows_R))]
+    first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_rows_R))]
     bodies = [message[1:].view(2, -1) for message in received]
     ids_by_source = torch.cat([body[0] + first for body, first in zip(bodies, first_id_R, strict=True)]).long()
     weights_by_source = torch.cat([body[1] for body in bodies]).view(torch.float32)
@@ -115,27 +187,21 @@ def build_handle(
     positions_by_source = torch.empty_like(slot_major_N)
     positions_by_source[slot_major_N] = torch.arange(slot_major_N.numel(), device=device)
 
-    # Phase 5: the way back. A token adds up, in the order of the ranks that worked on it, what comes from them.
-    own = _slices(received_assignments_R)[rank]
-    num_slot_major, num_before, num_sent = slot_major_N.numel(), sum(sent_rows_R[:rank]), sum(sent_rows_R)
-    returned_P = torch.arange(num_slot_major, num_slot_major + num_sent, device=device)
+    # Phase 5: the way back.
+    own = slices(received_assignments_R)[rank]
     return DispatchHandle(
         num_tokens=num_tokens,
         top_k=top_k,
         sent_token_ids_P=sent_token_ids_P,
         sent_rows_R=sent_rows_R,
-        sent_assignments_A=assignments_A,
+        sent_assignments_A=assigned.ids_A,
         sent_assignments_R=assignments_R,
         received_rows_R=received_rows_R,
         received_assignments_R=received_assignments_R,
         slot_major_N=slot_major_N,
         row_ids_N=ids_by_source[slot_major_N],
-        return_bags=_bags_of(_without(ids_by_source, own) - num_tokens, _without(positions_by_source, own), sum(received_rows_R)),
-        home_bags=_bags_of(
-            torch.cat([sent_token_ids_P[:num_before], own_tokens, sent_token_ids_P[num_before:]]),
-            torch.cat([returned_P[:num_before], positions_by_source[own], returned_P[num_before:]]),
-            num_tokens,
-        ),
+        return_bags=bags_at(without(ids_by_source, own) - num_tokens, without(positions_by_source, own), sum(received_rows_R)),
+        home_bags=home_bags(rank, sent_rows_R, sent_token_ids_P, own_tokens, positions_by_source, own, num_tokens),
         row_weights_N=weights_by_source[slot_major_N],
         group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
     )
@@ -172,53 +238,23 @@ def segment_transpose(counts_AB: np.ndarray, device: torch.device) -> Tensor:
     return shifts + torch.arange(total, device=device)
 
 
-def send_rows(x_TD: Tensor, handle: DispatchHandle, transport: Transport, op: str, where: str) -> Tensor:
-    """Tokens to the ranks that compute them: [T, D] on the source to slot-major rows [N, D] on the destination."""
-    dim = x_TD.shape[1]
-    outgoing = transport.empty((sum(handle.sent_rows_R), dim), x_TD)
-    gather_rows(x_TD, handle.sent_token_ids_P, out=outgoing)
-    received_QD = x_TD.new_empty(sum(handle.received_rows_R), dim)
-    sends = [[outgoing[part]] for part in _slices(handle.sent_rows_R)]
-    recvs = [[received_QD[part]] for part in _slices(handle.received_rows_R)]
-    _exchange(transport, sends, recvs, op, where)
-    return gather_rows(x_TD, handle.row_ids_N, beside=received_QD)
-
-
-def return_rows(
-    rows_ND: Tensor,
-    handle: DispatchHandle,
-    transport: Transport,
-    op: str,
-    where: str,
-    gate_grads_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Slot-major rows back to their tokens: summed for each token here, then over the ranks there, [N, D] to [T, D].
-
-    With `gate_grads_N`, one number per slot-major row travels along and comes out as [A], in router order.
-    """
-    dim = rows_ND.shape[1]
-    outgoing = transport.empty((sum(handle.received_rows_R), dim), rows_ND)
-    sum_rows(rows_ND, handle.return_bags, out=outgoing)
-    returned_PD = rows_ND.new_empty(sum(handle.sent_rows_R), dim)
-    sends = [[outgoing[part]] for part in _slices(handle.received_rows_R)]
-    recvs = [[returned_PD[part]] for part in _slices(handle.sent_rows_R)]
-    if gate_grads_N is not None:
-        by_source = torch.empty_like(gate_grads_N)
-        by_source[handle.slot_major_N] = gate_grads_N
-        by_destination = gate_grads_N.new_empty(sum(handle.sent_assignments_R))
-        rank = transport.rank
-        out_R, in_R = _slices(handle.received_assignments_R), _slices(handle.sent_assignments_R)
-        for send, recv, part_out, part_in in zip(sends, recvs, out_R, in_R, strict=True):
-            send.append(by_source[part_out])
-            recv.append(by_destination[part_in])
-        by_destination[in_R[rank]] = by_source[out_R[rank]]
-    _exchange(transport, sends, recvs, op, where)
-    x_TD = sum_rows(rows_ND, handle.home_bags, beside=returned_PD)
-    if gate_grads_N is None:
-        return x_TD, None
-    gate_grads_A = torch.empty_like(by_destination)
-    gate_grads_A[handle.sent_assignments_A] = by_destination
-    return x_TD, gate_grads_A
+def home_bags(
+    rank: int,
+    sent_rows_R: Sequence[int],
+    sent_token_ids_P: Tensor,
+    own_tokens: Tensor,
+    positions_by_source: Tensor,
+    own: slice,
+    num_tokens: int,
+) -> Bags:
+    """What every token adds up, in the order of the ranks: rows computed here (n < N) and sent rows that come back (N + p)."""
+    num_slot_major, num_before = positions_by_source.numel(), sum(sent_rows_R[:rank])
+    returned_P = torch.arange(num_slot_major, num_slot_major + sum(sent_rows_R), device=positions_by_source.device)
+    return bags_at(
+        torch.cat([sent_token_ids_P[:num_before], own_tokens, sent_token_ids_P[num_before:]]),
+        torch.cat([returned_P[:num_before], positions_by_source[own], returned_P[num_before:]]),
+        num_tokens,
+    )
 
 
 class _Dispatch(torch.autograd.Function):
@@ -231,7 +267,7 @@ class _Dispatch(torch.autograd.Function):
         with runtime.stage("dispatch"):
             if layer_pass.handle is None:
                 assert plan.split is not None and layer_pass.topk_ids_TK is not None
-                layer_pass.handle = build_handle(
+                layer_pass.handle = runtime.build_handle(
                     layer_pass.topk_ids_TK,
                     weights_TK,
                     plan.split,
@@ -241,7 +277,7 @@ class _Dispatch(torch.autograd.Function):
                     layer_pass.where,
                 )
             handle = layer_pass.handle
-            rows_ND = send_rows(x_TD, handle, transport, layer_pass.op("dispatch"), layer_pass.where)
+            rows_ND = handle.send_rows(x_TD, transport, layer_pass.op("dispatch"), layer_pass.where)
             return rows_ND, handle.row_weights_N.clone()
 
     @staticmethod
@@ -249,9 +285,9 @@ class _Dispatch(torch.autograd.Function):
         layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
         handle, op = layer_pass.handle, layer_pass.op("dispatch_backward")
         with ctx.runtime.stage("dispatch"):
-            dx_TD, gate_grads_A = return_rows(dx_ND, handle, transport, op, layer_pass.where, d_row_weights_N)
-        assert gate_grads_A is not None
-        return dx_TD, gate_grads_A.view(handle.num_tokens, handle.top_k), None, None
+            home = handle.return_rows(dx_ND, transport, op, layer_pass.where, d_row_weights_N)
+        assert home.gate_grads_A is not None
+        return home.x_TD, home.gate_grads_A.view(handle.num_tokens, handle.top_k), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -261,14 +297,14 @@ class _Combine(torch.autograd.Function):
         handle = layer_pass.handle
         assert handle is not None
         with runtime.stage("combine"):
-            return return_rows(y_ND, handle, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where)[0]
+            return handle.return_rows(y_ND, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where).x_TD
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
         handle, op = layer_pass.handle, layer_pass.op("combine_backward")
         with ctx.runtime.stage("combine"):
-            return send_rows(dy_TD.contiguous(), handle, transport, op, layer_pass.where), None, None
+            return handle.send_rows(dy_TD.contiguous(), transport, op, layer_pass.where), None, None
 
 
 def dispatch(x_TD: Tensor, weights_TK: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
@@ -289,15 +325,17 @@ def _describe(num_rows: int, row_of_assignment: Tensor, weights: Tensor) -> Tens
     return torch.cat([header, row_of_assignment, weights.view(torch.int32)])
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
+def starts(sizes: Sequence[int]) -> list[int]:
+    """Where each of consecutive pieces of these sizes begins."""
     return list(accumulate(sizes, initial=0))[:-1]
 
 
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    return [slice(start, start + size) for start, size in zip(_starts(sizes), sizes, strict=True)]
+def slices(sizes: Sequence[int]) -> list[slice]:
+    """Consecutive pieces of these sizes."""
+    return [slice(start, start + size) for start, size in zip(starts(sizes), sizes, strict=True)]
 
 
-def _but(rank: int, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+def but(rank: int, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """One tensor per peer, none for `rank` itself."""
     return [[] if r == rank else [tensor] for r, tensor in enumerate(tensors)]
 
@@ -310,11 +348,27 @@ def _exchange(
     all_to_all_rows(transport, sends, recvs, op=op, where=where).wait(until_sent=False)
 
 
-def _without(values: Tensor, part: slice) -> Tensor:
+def exchange_rows(
+    transport: Transport,
+    outgoing: Tensor,
+    sent_R: Sequence[int],
+    incoming: Tensor,
+    received_R: Sequence[int],
+    op: str,
+    where: str,
+) -> None:
+    """Consecutive rows of `outgoing` [P, D] to each rank, those from each rank into `incoming` [Q, D]."""
+    sends = [[outgoing[part]] for part in slices(sent_R)]
+    recvs = [[incoming[part]] for part in slices(received_R)]
+    _exchange(transport, sends, recvs, op, where)
+
+
+def without(values: Tensor, part: slice) -> Tensor:
+    """The values but for one part."""
     return torch.cat([values[: part.start], values[part.stop :]])
 
 
-def _bags_of(row_ids: Tensor, positions: Tensor, num_rows: int) -> Bags:
+def bags_at(row_ids: Tensor, positions: Tensor, num_rows: int) -> Bags:
     """`bags_of`, where entry i stands for `positions[i]`."""
     bags = bags_of(row_ids, num_rows)
     return Bags(positions[bags.indices].to(torch.int32), bags.offsets)

@@ -107,9 +107,9 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_world_size: int = 4) -> Case:
-    """Any small model on 1 to `max_world_size` ranks."""
-    world_size = draw(st.integers(1, max_world_size))
+def cases(draw: st.DrawFn, max_world_size: int = 4, min_world_size: int = 1) -> Case:
+    """Any small model on `min_world_size` to `max_world_size` ranks."""
+    world_size = draw(st.integers(min_world_size, max_world_size))
     num_experts = draw(st.integers(1, 7))
     return Case(
         world_size=world_size,

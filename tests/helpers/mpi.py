@@ -1,5 +1,6 @@
 """Ranks that mpirun started: the same pools as in ranks.py, for tests of what needs an MPI job. Also the program of one rank."""
 
+import multiprocessing
 import os
 import shutil
 import socket
@@ -46,6 +47,8 @@ class MpiPool(RankPool):
             listener.bind(str(meeting))
             listener.listen(self.world_size)
             listener.settimeout(LIMIT_S)
+            # Tensors go through a pipe as handles, which only processes that share this key accept from each other.
+            (Path(self._folder.name) / "key").write_bytes(multiprocessing.current_process().authkey)
             command = [*mpirun(self.world_size), sys.executable, "-m", "tests.helpers.mpi", self._folder.name]
             self._mpirun = subprocess.Popen(command, env=mpi_environment(), cwd=ROOT)
             pipes: dict[int, Connection] = {}
@@ -75,6 +78,7 @@ def main(arguments: Sequence[str]) -> None:
     """One rank of a pool, by Open MPI's variables."""
     (folder,) = arguments
     rank, world_size = int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    multiprocessing.current_process().authkey = Path(folder, "key").read_bytes()
     with Client(f"{folder}/socket", "AF_UNIX") as pipe:
         pipe.send(rank)
         serve_rank(pipe, rank, world_size, f"{folder}/store")

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, cost, get_solver, milp, split_exact
+from moesaic.placement.cost import prices_of, seconds_of
+from moesaic.placement.exhaustive import every_placement
+from moesaic.placement.priced import split_priced
 from tests.placement.cases import problems, shared_trace, zipf_problem
 
 
@@ -32,14 +35,17 @@ def test_equals_enumeration_when_rows_count(problem):
 
 @settings(deadline=None, max_examples=60)
 @given(problem=problems(max_ranks=3, max_experts=4, max_slots=1))
-def test_bound_is_below_every_placement(problem):
-    """With every stage priced: bound <= the best of all placements <= the answer's cost, and the gap says how far."""
+def test_equals_enumeration_with_every_stage(problem):
+    """bound <= the best of all placements under their best known split <= the answer's cost, and the gap says how far."""
     answer = milp.solve(problem, move_owners=False)
-    best = get_solver("exhaustive")(problem).cost.total_s
+    best = min(cost(problem, p, split_priced(problem, p)).total_s for p in every_placement(problem))
     assert answer.bound.total_s <= best * (1 + 1e-9)
     assert best <= answer.cost.total_s * (1 + 1e-12)
-    split = split_exact(problem.load, answer.placement, problem.topology)
-    assert answer.cost == cost(problem, answer.placement, split)
+    # The program's rows are fractions; the two differ by what rounding a row at a rank, and at a link, can cost.
+    a_row = seconds_of(prices_of(problem), 1, 2, 2, 0, 0, 0, 0)
+    free = seconds_of(prices_of(problem)._replace(row_bytes=0.0), 1, 2, 2, 0, 0, 0, 0)
+    assert answer.cost.total_s <= best * (1 + 1e-4) + 2 * (sum(a_row) - sum(free) + a_row[0])
+    assert answer.cost == cost(problem, answer.placement, answer.split)
     assert answer.gap == pytest.approx(max(0.0, 1 - answer.bound.total_s / answer.cost.total_s) if answer.cost.total_s else 0.0)
 
 
@@ -118,6 +124,6 @@ def test_real_layer_is_nearly_closed():
     owner_E = OwnerMap.contiguous(1, 64, 8).expert_to_owner_LE[0]
     shape = LayerShape(64, 6, 2048, 1408, bytes_per_element=2)
     problem = Problem(load, owner_E, Topology.preset("h100", 8), shape, slots=2)
-    answer = milp.solve(problem, move_owners=False, time_limit_s=5.0)
-    assert answer.gap < 0.03
+    answer = milp.solve(problem, move_owners=False, time_limit_s=60.0, relative_gap=0.01)
+    assert answer.gap <= 0.01
     assert answer.cost.total_s < get_solver("quota")(problem).cost.total_s

@@ -34,7 +34,8 @@ def test_every_solver(name, problem):
     answer = get_solver(name)(problem)
     assert answer.solver == name
     assert (answer.placement.copies_RE.sum(axis=1) <= problem.slots).all()
-    split = split_exact(problem.load, answer.placement, problem.topology)
+    split = answer.split or split_exact(problem.load, answer.placement, problem.topology)
+    assert (answer.split is None) == (name != "milp")
     assert answer.cost == cost(problem, answer.placement, split)
     assert answer.bound.max_rows <= split.max_rows
     assert answer.bound.total_s <= answer.cost.total_s * (1 + 1e-12)

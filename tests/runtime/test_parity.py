@@ -113,9 +113,9 @@ def merged(case: Case, per_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return results
 
 
-def train(case: Case, order: str = "each", use_checkpoint: bool = False, **options: Any) -> dict[str, Any]:
-    """On as many nodes as divide the ranks, up to two. `options` are RuntimeConfig's."""
-    num_nodes = 2 if case.world_size % 2 == 0 else 1
+def train(case: Case, order: str = "each", use_checkpoint: bool = False, num_nodes: int = 0, **options: Any) -> dict[str, Any]:
+    """On `num_nodes` nodes, or as many as divide the ranks, up to two. `options` are RuntimeConfig's."""
+    num_nodes = num_nodes or (2 if case.world_size % 2 == 0 else 1)
     topology = replace(case.topology(), num_nodes=num_nodes, ranks_per_node=case.world_size // num_nodes)
     return merged(case, run_threads(case.world_size, train_on_ranks, case, order, use_checkpoint, options, topology=topology))
 

@@ -1,0 +1,242 @@
+"""Collectives between processes of one machine, over transports and schedules: `moesaic bench collectives`.
+
+    all_to_all     every rank sends `bytes` to every other rank
+    sparse_gather  rank 0 owns one expert of `bytes`, every other rank gets a copy
+    sparse_reduce  its transpose: contributions of `bytes` from every other rank are summed at rank 0
+
+Everything of one size is measured round by round in one run, each round starting with another. Beside the transports run a
+plain memory copy, made by as many processes at once, of the bytes that a rank receives, and MPI's own collective (Alltoallv,
+Bcast, Reduce). The bound is the busiest receiver's bytes at the rate of that copy; with `nodes`, whose links have a rate
+(network.py), the busiest link's bytes at that rate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..collectives import SCHEDULES, TRANSPORTS
+from .network import Network
+
+OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
+# What is measured beside the transports, under the key `transport`.
+COPY, MPI_OWN = "memory copy", "mpi4py"
+COLUMNS = (
+    "op",
+    "transport",
+    "schedule",
+    "ranks",
+    "nodes",
+    "bytes",
+    "gb_per_s",
+    "gb_per_s_min",
+    "gb_per_s_max",
+    "ratio_to_gloo",
+    "ratio_to_copy",
+    "ratio_to_mpi",
+    "ratio_to_bound",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectivesCase:
+    """What is measured in one run."""
+
+    ops: tuple[str, ...]
+    ranks: int
+    nodes: int
+    link_bits_per_s: float
+    """Rate of each node's link, each direction; unused with one node."""
+    sizes: tuple[int, ...]
+    transports: tuple[str, ...]
+    schedules: tuple[str, ...]
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name, known in (("ops", OPS), ("transports", TRANSPORTS), ("schedules", SCHEDULES)):
+            wrong = [value for value in getattr(self, name) if value not in known]
+            if wrong:
+                raise ValueError(f"--{name} has {wrong[0]!r}; choose from {', '.join(known)}")
+        if self.ranks % self.nodes:
+            raise ValueError(f"--ranks {self.ranks} does not divide over --nodes {self.nodes}; give a multiple")
+        if any(size < 4 or size % 4 for size in self.sizes):
+            raise ValueError(f"--sizes has {min(self.sizes)} bytes; tensors are fp32, so give multiples of 4")
+
+    def to_json(self) -> str:
+        """For `from_json` in another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CollectivesCase:
+        """The inverse of `to_json`."""
+        fields: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        return cls(**values)
+
+    def received_bytes(self, op: str, size: int) -> int:
+        """What the busiest rank must receive, whatever the schedule: sums can be made on the way."""
+        return size * (self.ranks - 1) if op == "all_to_all" else size
+
+    def link_bytes(self, op: str, size: int) -> int:
+        """What must cross the busiest link between nodes, in its busier direction."""
+        inside = self.ranks // self.nodes
+        return size * inside * (self.ranks - inside) if op == "all_to_all" else size
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A transport that is left out, and why."""
+
+    name: str
+    reason: str
+
+
+def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], list[Unavailable]]:
+    """Measure a case: rows, and the transports that this machine does not have."""
+    unavailable = []
+    for name in case.transports:
+        reason = why_not(name, case)
+        if reason:
+            unavailable.append(Unavailable(name, reason))
+    left_out = {u.name for u in unavailable}
+    present = replace(case, transports=tuple(name for name in case.transports if name not in left_out))
+    _check_memory(case)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        (folder / "case.json").write_text(present.to_json(), encoding="utf-8")
+        _run_ranks(present, folder, stack)
+        measured = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(case.ranks)]
+    return _rows(present, measured), unavailable
+
+
+def why_not(transport: str, case: CollectivesCase) -> str:
+    """Why a transport cannot take part in a run; empty if it can."""
+    if transport == "shm" and case.nodes > 1:
+        return "the ranks are on several nodes"
+    if transport in ("shm", "hierarchical") and sys.platform != "linux":
+        return "it needs Linux"
+    if transport == "mpi":
+        if find_spec("mpi4py") is None or _mpirun() is None:
+            return "mpi4py and mpirun are not installed: pip install 'moesaic[mpi]'"
+        if case.nodes > 1:
+            return "mpirun does not start ranks in network namespaces"
+    return ""
+
+
+def _check_memory(case: CollectivesCase) -> None:
+    """Refuse what would not fit: a row per peer to send from, to receive into, and the same twice for the memory copy."""
+    largest = max(case.sizes)
+    needed = 4 * case.ranks**2 * largest
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise ValueError(
+            f"{case.ranks} ranks with {largest} bytes need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free: "
+            "give smaller --sizes or fewer --ranks"
+        )
+
+
+def _mpirun() -> str | None:
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def _run_ranks(case: CollectivesCase, folder: Path, stack: ExitStack) -> None:
+    program = [sys.executable, "-m", "moesaic.benchmarks.collectives_rank", str(folder)]
+    # Freed buffers stay with the process, so that no round pays for page faults; one thread a rank.
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    }
+    if "mpi" in case.transports:
+        mpirun = _mpirun()
+        assert mpirun is not None
+        env |= {
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            "PRTE_MCA_hwloc_default_binding_policy": "none",
+        }
+        _wait_for([subprocess.Popen([mpirun, "-n", str(case.ranks), *program], env=env)])
+        return
+    prefixes: list[list[str]] = [[] for _ in range(case.ranks)]
+    node_env: list[dict[str, str]] = [{} for _ in range(case.ranks)]
+    if case.nodes > 1:
+        try:
+            network = stack.enter_context(Network(case.nodes, bits_per_s=case.link_bits_per_s))
+        except OSError as error:
+            raise ValueError(f"--nodes {case.nodes} needs network namespaces: {' '.join(str(error).split())}") from None
+        nodes = [network.nodes[r * case.nodes // case.ranks] for r in range(case.ranks)]
+        prefixes, node_env = [node.prefix for node in nodes], [node.environment for node in nodes]
+    ranks = [{"RANK": str(r), "WORLD_SIZE": str(case.ranks)} for r in range(case.ranks)]
+    _wait_for([subprocess.Popen([*prefixes[r], *program], env=env | ranks[r] | node_env[r]) for r in range(case.ranks)])
+
+
+def _wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for all to end; the first that fails ends the others."""
+    try:
+        for process in processes:
+            if process.wait():
+                raise RuntimeError(f"a rank of the benchmark ended with {process.returncode}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _rows(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> list[dict[str, Any]]:
+    rows = []
+    for key in measured[0]:
+        op, size = key.rsplit(" ", 1)
+        # A collective is over when its last rank is done.
+        seconds = {name: np.max([m[key][name] for m in measured], axis=0) for name in measured[0][key]}
+        bound_s = _bound_s(case, op, int(size), seconds[COPY])
+        for name, times in seconds.items():
+            transport, _, schedule = name.partition("/")
+            rates = case.received_bytes(op, int(size)) / times / 1e9
+            rows.append(
+                {
+                    "op": op,
+                    "transport": transport,
+                    "schedule": schedule or None,
+                    "ranks": case.ranks,
+                    "nodes": case.nodes,
+                    "link_bits_per_s": case.link_bits_per_s if case.nodes > 1 else None,
+                    "bytes": int(size),
+                    "rounds": case.rounds,
+                    "seconds": float(np.median(times)),
+                    "seconds_min": float(times.min()),
+                    "seconds_max": float(times.max()),
+                    "gb_per_s": float(np.median(rates)),
+                    "gb_per_s_min": float(rates.min()),
+                    "gb_per_s_max": float(rates.max()),
+                    "ratio_to_gloo": _ratio(seconds.get("c10d/direct"), times),
+                    "ratio_to_copy": _ratio(seconds[COPY], times),
+                    "ratio_to_mpi": _ratio(seconds.get(MPI_OWN), times),
+                    "ratio_to_bound": _ratio(bound_s, times),
+                }
+            )
+    return rows
+
+
+def _bound_s(case: CollectivesCase, op: str, size: int, copy_s: np.ndarray) -> np.ndarray:
+    if case.nodes == 1:
+        return copy_s
+    return np.full_like(copy_s, 8 * case.link_bytes(op, size) / case.link_bits_per_s)
+
+
+def _ratio(other_s: np.ndarray | None, times: np.ndarray) -> float | None:
+    """How many times faster than the other, as the median of the rounds."""
+    return None if other_s is None else float(np.median(other_s / times))

@@ -1,0 +1,194 @@
+"""One rank of `moesaic bench collectives`: builds every way to the same collective, checks it, times all of them in turn."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..collectives import (
+    Schedule,
+    Transport,
+    all_to_all_rows,
+    make_schedule,
+    make_transports,
+    sparse_all_gather,
+    sparse_reduce_scatter,
+)
+from ..collectives.transports.mpi import MpiJob, MpiTransport
+from ..placement import Placement, Topology
+from .collectives import COPY, MPI_OWN, CollectivesCase
+
+# Small collectives are repeated until a timed piece moves about as many bytes as this, so that its ends do not count.
+_TIMED_BYTES = 8 << 20
+_MOST_REPEATS = 64
+_TIMEOUT_S = 300.0
+_WARM_UP_ROUNDS = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Buffers:
+    """The memory of one rank for one size, a row for every rank: what goes to it, what comes from it; fp32 [R, size / 4] each."""
+
+    outgoing: Tensor
+    incoming: Tensor
+
+    @classmethod
+    def allocate(cls, transport: Transport, size: int) -> Buffers:
+        """From the memory that the transport sends from most cheaply; ordinary tensors to all others."""
+        shape, like = (transport.world_size, size // 4), torch.empty(0)
+        return cls(transport.empty(shape, like).fill_(1.0), transport.empty(shape, like).fill_(1.0))
+
+
+def main(folder: Path) -> None:
+    """Measure the case in `folder`, and write this rank's seconds there."""
+    case = CollectivesCase.from_json((folder / "case.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
+    store = dist.FileStore(str(folder / "store"), case.ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks, timeout=timedelta(seconds=_TIMEOUT_S))
+    group = dist.group.WORLD
+    assert group is not None
+    transports = {name: make_transports(name, group, num_transports=1, timeout_s=_TIMEOUT_S)[0] for name in case.transports}
+    measured = {}
+    for size in case.sizes:
+        buffers = Buffers.allocate(transports.get("shm") or next(iter(transports.values())), size)
+        for op in case.ops:
+            ways = _ways(op, case, transports, buffers)
+            measured[f"{op} {size}"] = _measure(ways, case, case.received_bytes(op, size))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _ways(op: str, case: CollectivesCase, transports: dict[str, Transport], buffers: Buffers) -> dict[str, Callable[[], None]]:
+    """Every way to one collective, by name: transport/schedule, the memory copy, MPI's own."""
+    rank = dist.get_rank()
+    ways = {COPY: _copy(case.received_bytes(op, buffers.incoming[0].nbytes))}
+    mpi = transports.get("mpi")
+    if isinstance(mpi, MpiTransport):
+        ways[MPI_OWN] = _mpi_own(op, mpi.job, buffers)
+    for name, transport in transports.items():
+        if op == "all_to_all":
+            ways[f"{name}/direct"] = _all_to_all(transport, buffers)
+            continue
+        placement = Placement.everywhere(np.zeros(1, np.int64), case.ranks)
+        for schedule_name in case.schedules:
+            schedule = make_schedule(schedule_name, placement, _topology(case), buffers.incoming[0].nbytes)
+            make = _gather if op == "sparse_gather" else _reduce
+            ways[f"{name}/{schedule_name}"] = make(transport, schedule, buffers)
+    for name, way in ways.items():
+        if name != COPY:
+            _check(f"{op} by {name} on rank {rank}", op, way, buffers)
+    return ways
+
+
+def _topology(case: CollectivesCase) -> Topology:
+    """The machine as a planner would be told of it."""
+    topology = Topology.preset("cpu", num_nodes=case.nodes, ranks_per_node=case.ranks // case.nodes)
+    if case.nodes == 1:
+        return topology
+    rates: dict[str, Any] = dict(vars(topology)) | {"node_bytes_per_s": case.link_bits_per_s / 8}
+    return Topology(**{name: rates[name] for name in Topology.__dataclass_fields__})
+
+
+def _check(what: str, op: str, way: Callable[[], None], buffers: Buffers) -> None:
+    """The gate: run once between poisoned buffers, and compare with the collective's meaning."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for peer, (outgoing, incoming) in enumerate(zip(buffers.outgoing, buffers.incoming, strict=True)):
+        outgoing.fill_(10.0 * rank + peer)
+        incoming.fill_(torch.nan)
+    if op == "sparse_reduce":
+        buffers.incoming[0].fill_(0.5)
+    way()
+    if op == "all_to_all":
+        expected = {peer: 10.0 * peer + rank for peer in range(world_size) if peer != rank}
+    elif op == "sparse_gather":
+        expected = {0: 0.0} if rank else {}
+    else:
+        expected = {} if rank else {0: 0.5 + sum(10.0 * peer for peer in range(1, world_size))}
+    for peer, value in expected.items():
+        assert bool((buffers.incoming[peer] == value).all()), f"{what} gave {buffers.incoming[peer][:4]}, expected {value}"
+
+
+def _all_to_all(transport: Transport, buffers: Buffers) -> Callable[[], None]:
+    rank, world_size = transport.rank, transport.world_size
+    sends = [[] if peer == rank else [buffers.outgoing[peer]] for peer in range(world_size)]
+    recvs = [[] if peer == rank else [buffers.incoming[peer]] for peer in range(world_size)]
+    return lambda: all_to_all_rows(transport, sends, recvs, op="all_to_all").wait()
+
+
+def _gather(transport: Transport, schedule: Schedule, buffers: Buffers) -> Callable[[], None]:
+    owned = {0: (buffers.outgoing[0],)} if transport.rank == 0 else {}
+    copies = {} if transport.rank == 0 else {0: (buffers.incoming[0],)}
+    return lambda: sparse_all_gather(schedule, transport, owned, copies, op="gather").wait()
+
+
+def _reduce(transport: Transport, gather: Schedule, buffers: Buffers) -> Callable[[], None]:
+    rank = transport.rank
+    schedule = gather.transpose().limit_receives(2)
+    contributions = {} if rank == 0 else {0: (buffers.outgoing[0],)}
+    totals = {0: (buffers.incoming[0],)} if rank == 0 else {}
+    # Two other messages' memory: an expert's reduce stages in its own slots too.
+    staging = [(buffers.outgoing[1],), (buffers.incoming[1],)]
+    return lambda: sparse_reduce_scatter(schedule, transport, contributions, totals, staging, op="reduce").wait()
+
+
+def _copy(num_bytes: int) -> Callable[[], None]:
+    """The C library's copy between two buffers of this process."""
+    source, target = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def copy() -> None:
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), num_bytes)
+
+    return copy
+
+
+def _mpi_own(op: str, job: MpiJob, buffers: Buffers) -> Callable[[], None]:
+    """Alltoallv, Bcast or Reduce of mpi4py on the same memory."""
+    communicator, rank = job.mpi.COMM_WORLD, job.mpi.COMM_WORLD.Get_rank()
+    outgoing, incoming = buffers.outgoing.numpy(), buffers.incoming.numpy()
+    if op == "sparse_gather":
+        item = incoming[0] if rank else outgoing[0]
+        return lambda: communicator.Bcast(item)
+    if op == "sparse_reduce":
+        # The owner's own part is its total, which MPI replaces by the sum.
+        parts = (outgoing[0], None) if rank else (job.mpi.IN_PLACE, incoming[0])
+        return lambda: communicator.Reduce(*parts)
+    world_size, count = buffers.incoming.shape
+    layout = ([0 if peer == rank else count for peer in range(world_size)], [peer * count for peer in range(world_size)])
+    message = ([outgoing, layout, job.mpi.FLOAT], [incoming, layout, job.mpi.FLOAT])
+    return lambda: communicator.Alltoallv(*message)
+
+
+def _measure(ways: dict[str, Callable[[], None]], case: CollectivesCase, num_bytes: int) -> dict[str, list[float]]:
+    """Seconds of each way in every round, between barriers; each round begins with another way."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    repeats = max(1, min(_MOST_REPEATS, _TIMED_BYTES // num_bytes))
+    names = list(ways)
+    for round_index in range(_WARM_UP_ROUNDS + case.rounds):
+        first = round_index % len(names)
+        for name in names[first:] + names[:first]:
+            dist.barrier()
+            start_s = time.perf_counter()
+            for _ in range(repeats):
+                ways[name]()
+            if round_index >= _WARM_UP_ROUNDS:
+                seconds[name].append((time.perf_counter() - start_s) / repeats)
+    return seconds
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,114 @@
+"""Each transport tried between two processes of this machine, for `moesaic doctor`. Also the program of one of the two."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..collectives import Buffer, CollectiveError, Transport, make_transports
+
+_LIMIT_S = 120.0
+_WITHOUT_MPI = ("c10d", "shm", "hierarchical")
+
+
+@dataclass(frozen=True)
+class TransportTest:
+    """How a transport did."""
+
+    name: str
+    status: str
+    """works, or the reason why it does not."""
+    works: bool
+
+
+def two_process_tests() -> list[TransportTest]:
+    """Try every transport for CPU tensors, MPI through its own launcher."""
+    results = _try(list(_WITHOUT_MPI), [[], []])
+    beside = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if find_spec("mpi4py") is None or mpirun is None:
+        results["mpi"] = "mpi4py and mpirun are not installed: pip install 'moesaic[mpi]'"
+    else:
+        results |= _try(["mpi"], [[mpirun, "-n", "2"]])
+    names = {"c10d": "c10d gloo"}
+    return [TransportTest(names.get(name, name), status, status == "works") for name, status in results.items()]
+
+
+def _try(names: list[str], launchers: Sequence[list[str]]) -> dict[str, str]:
+    """The statuses that rank 0 reports; `launchers` are the words before each process that is started here."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        }
+        program = [sys.executable, "-m", "moesaic.launch.self_test", folder, ",".join(names)]
+        processes = [
+            subprocess.Popen(
+                [*words, *program], env=env | {"RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            for rank, words in enumerate(launchers)
+        ]
+        problem = ""
+        for process in processes:
+            try:
+                _, stderr = process.communicate(timeout=_LIMIT_S)
+                if process.returncode:
+                    problem = problem or (stderr.strip().splitlines() or [f"ended with {process.returncode}"])[-1]
+            except subprocess.TimeoutExpired:
+                problem = problem or f"no answer within {_LIMIT_S:g} s"
+            finally:
+                process.kill()
+        report = Path(folder) / "report.json"
+        found: dict[str, str] = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+        return {name: found.get(name, problem or "nothing was reported") for name in names}
+
+
+def _problem_of(transport: Transport) -> str:
+    """Send a message each way and gather integers: empty if all arrived as it was sent."""
+    rank, peer = transport.rank, 1 - transport.rank
+    received = torch.full((1000,), torch.nan)
+    transport.exchange(
+        [Buffer(torch.full((1000,), float(rank)), peer)], [Buffer(received, peer)], op="self-test", where="doctor"
+    ).wait()
+    gathered = transport.all_gather_ints(torch.tensor([rank, 7]))
+    if not (received == peer).all() or gathered.tolist() != [[0, 7], [1, 7]]:
+        return "what arrived was not what was sent"
+    return ""
+
+
+def main(folder: Path, names: Sequence[str]) -> None:
+    """One of the two processes; rank 0 writes the report."""
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=_LIMIT_S / 2))
+    group = dist.group.WORLD
+    assert group is not None
+    report = {}
+    for name in names:
+        try:
+            (transport,) = make_transports(name, group, num_transports=1, timeout_s=_LIMIT_S / 4)
+            report[name] = _problem_of(transport) or "works"
+        except (ValueError, OSError, CollectiveError) as error:
+            report[name] = " ".join(str(error).split())
+    if rank == 0:
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2].split(","))

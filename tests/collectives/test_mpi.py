@@ -1,0 +1,117 @@
+"""The transport over MPI: ranks under mpirun, its errors, and how a job ends when a rank fails."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesaic.collectives import Buffer, CollectiveError
+from moesaic.collectives.transports.choose import make_transports
+from tests.helpers.mpi import MpiPool, mpi_environment, mpirun
+from tests.helpers.ranks import run_ranks
+from tests.helpers.transports import check_transport
+
+
+def group() -> dist.ProcessGroup:
+    found = dist.group.WORLD
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[MpiPool]:
+    with MpiPool(4) as four_ranks:
+        yield four_ranks
+
+
+def use_two_transports(rank: int) -> None:
+    """Two transports over the same ranks are matched apart."""
+    tokens, experts = make_transports("mpi", group(), num_transports=2, timeout_s=60)
+    assert (tokens.name, tokens.rank, tokens.world_size) == ("mpi", rank, dist.get_world_size())
+    check_transport(tokens)
+    other = (rank + 1) % tokens.world_size
+    before = (rank - 1) % tokens.world_size
+    first, second = torch.zeros(3), torch.zeros(3)
+    late = experts.exchange([Buffer(torch.full((3,), 1.0), other)], [Buffer(first, before)], op="experts")
+    tokens.exchange([Buffer(torch.full((3,), 2.0), other)], [Buffer(second, before)], op="tokens").wait()
+    late.wait()
+    assert first.tolist() == [1.0] * 3
+    assert second.tolist() == [2.0] * 3
+
+
+def test_four_ranks(pool: MpiPool) -> None:
+    pool.run(use_two_transports)
+
+
+def wait_for_a_silent_peer(rank: int) -> str:
+    (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=0.3)
+    received = torch.zeros(6)
+    if rank == 1:
+        transport.exchange([Buffer(torch.ones(6), 0)], [], op="dispatch").wait()
+    if rank != 0:
+        return ""
+    recvs = [Buffer(received, 1), Buffer(torch.zeros(4), 2)]
+    pending = transport.exchange([], recvs, op="dispatch", where="step 3, blocks.0.moe")
+    with pytest.raises(CollectiveError) as failed:
+        pending.wait()
+    return str(failed.value)
+
+
+def test_a_silent_peer_is_named(pool: MpiPool) -> None:
+    """Rank, operation, place, limit, the bytes that came and those that did not, and from whom."""
+    assert pool.run(wait_for_a_silent_peer)[0] == (
+        "rank 0: dispatch at step 3, blocks.0.moe did not complete within 0.3 s "
+        "(received 24 of 40 B, 16 B from rank 2 are missing)"
+    )
+
+
+def ask_for_mpi(rank: int) -> str:
+    with pytest.raises(ValueError, match="MPI") as failed:
+        make_transports("mpi", group(), num_transports=1, timeout_s=5)
+    return str(failed.value)
+
+
+def test_without_mpirun_it_is_refused() -> None:
+    """The same line on every rank."""
+    mpirun(2)
+    lines = run_ranks(2, ask_for_mpi)
+    assert lines[0] == lines[1]
+    assert "MPI knows 1 rank(s), the process group has 2: start all ranks with one mpirun -n 2" in lines[0]
+
+
+FAILING = """
+import sys, torch
+from moesaic.collectives import Buffer
+from moesaic.collectives.transports.mpi import MpiJob
+job = MpiJob()
+rank = job.mpi.COMM_WORLD.rank
+transport = job.transport(rank, 3, timeout_s=2)
+if rank == 1:
+    {fate}
+transport.exchange([], [Buffer(torch.zeros(4), 1)], op="combine", where="step 5").wait()
+"""
+
+
+@pytest.mark.parametrize(
+    "fate, message",
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "rank 0: combine at step 5 did not complete within 2 s"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
+    ],
+    ids=["is stopped", "is killed"],
+)
+def test_a_failed_rank_ends_the_job(fate: str, message: str, tmp_path: Path) -> None:
+    """Not zero, no rank left, and somebody says why."""
+    script = tmp_path / "job.py"
+    script.write_text(FAILING.format(fate=fate), encoding="utf-8")
+    done = subprocess.run(
+        [*mpirun(3), sys.executable, str(script)], env=mpi_environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+    left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
