@@ -1,6 +1,6 @@
-"""Owners for the steps to come, proposed in a process of its own: `python -m moesaic.placement.propose`.
+"""Owners for the steps to come, proposed in a process of its own, which calls `main`.
 
-Reads a pickled `Question` from standard input and writes a pickled `Proposal` to standard output; both ends are this package's.
+It reads a pickled `Question` from standard input and writes a pickled `Proposal` to standard output; both ends are this package's.
 The one who asks goes on training meanwhile.
 """
 
@@ -54,10 +54,6 @@ def _step_s(problems: Sequence[Problem], policy: str) -> float:
 
 def main() -> None:
     """Answer one question at the lowest priority, so that training keeps the cores."""
-    os.nice(19)
+    os.nice(10)
     answer = propose(pickle.load(sys.stdin.buffer))
     pickle.dump(answer, sys.stdout.buffer)
-
-
-if __name__ == "__main__":
-    main()

@@ -125,10 +125,12 @@ class Assignments:
         """Which assignment goes where.
 
         Expert by expert, tokens fill the destinations in rank order; those that must go to a destination anyway, for an
-        expert held only there, come where that destination's turn is, to share one row.
+        expert held only there, come where that destination's turn is, to share one row. An expert with one holder gets its
+        tokens in their own order, whoever holds it, so that its gradient has the same bits wherever it lives.
         """
         device, sends_ER = topk_ids_TK.device, split.sends(rank)
-        anchors_TK = anchor_ranks(topk_ids_TK, split, rank)
+        is_shared_E = torch.from_numpy(split.placement.num_replicas_E > 1).to(device)
+        anchors_TK = anchor_ranks(topk_ids_TK, split, rank) * is_shared_E[topk_ids_TK]
         by_expert_A = (topk_ids_TK * split.placement.num_ranks + anchors_TK).flatten().argsort(stable=True)
         ids_A = by_expert_A[segment_transpose(sends_ER, device)]
         counts_R = tuple(int(n) for n in sends_ER.sum(axis=0))

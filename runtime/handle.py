@@ -78,9 +78,7 @@ class Handle:
         With `RuntimeConfig.rehome_every` experts may change their owner here; `optimizer`, whose state goes along, must be given.
         """
         if self._rehomers and optimizer is None:
-            raise ValueError(
-                f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it"
-            )
+            raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
         counters = [layer.runtime.counters for layer in self.layers.values()]
         traffic = {self.group.tokens.traffic, self.group.experts.traffic}
         self._metrics = step_metrics(counters, self._sent_bytes(traffic))

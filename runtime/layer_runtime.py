@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from ..placement import ExpertLoad, LayerShape, Solver
 from .bank import Bank, SlotPool
 from .config import RuntimeConfig
-from .dispatch import combine, dispatch
+from .dispatch import build_handle, combine, dispatch
+from .dispatch_by_node import build_node_handle
 from .experts import experts
 from .group import RankGroup
 from .layer_pass import LayerPass, pass_being_recomputed
@@ -69,6 +71,11 @@ class LayerRuntime:
             bytes_per_element=element_bytes,
             gradient_bytes_per_element=element_bytes if self.reduce_wire is None else min(element_bytes, 2),
         )
+        by_node = min(group.topology.num_nodes, group.topology.ranks_per_node) > 1
+        if config.token_route != "auto":
+            by_node = config.token_route == "by_node"
+        self.build_handle = partial(build_node_handle, ranks_per_node=group.topology.ranks_per_node) if by_node else build_handle
+        """Describes where rows travel; see `dispatch.build_handle`."""
         self.planner = LayerPlanner(owners_E, group.topology, shape, solver, config)
         self.step = 0
         self._prefetched: LayerPass | None = None

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..placement import ExpertLoad, OwnerMap, Problem
-from ..placement.propose import Proposal, Question
+from ..placement.propose import Proposal, Question, propose
 from .bank import Bank
 from .config import RuntimeConfig
 from .group import RankGroup
@@ -56,7 +56,7 @@ class _Solver:
 
     def ask(self, question: Question) -> None:
         self._answer, self._problem = None, f"no answer within {self._limit_s:g} s"
-        command = [sys.executable, "-m", "moesaic.placement.propose"]
+        command = [sys.executable, "-c", f"from {propose.__module__} import main; main()"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         # The process must not outlive the run that asked.
         weakref.finalize(self, process.kill)
