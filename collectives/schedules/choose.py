@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from ...placement import LayerShape, Placement, Topology
-from ..account import predicted_s
+from ..account import Loads
+from ..hops import Copies, Hops
 from ..schedule import Schedule
-from .direct import direct_gather
-from .element_sharded import element_sharded_gather
-from .hierarchical import hierarchical_gather
-from .relay import relay_gather
+from .direct import direct_hops
+from .element_sharded import element_sharded_hops
+from .hierarchical import hierarchical_hops
+from .relay import relay_hops
 
 # In the order in which ties are decided: the one with the fewest messages first.
 SCHEDULES = ("direct", "relay", "hierarchical", "element_sharded")
@@ -34,14 +35,18 @@ def make_schedule(name: str, placement: Placement, topology: Topology, item_byte
     Raises:
         ValueError: no schedule has that name.
     """
+    return _make_hops(name, Copies.of(placement), topology, item_bytes).schedule()
+
+
+def _make_hops(name: str, copies: Copies, topology: Topology, item_bytes: int) -> Hops:
     if name == "direct":
-        return direct_gather(placement)
+        return direct_hops(copies)
     if name == "relay":
-        return relay_gather(placement, topology, item_bytes)
+        return relay_hops(copies, topology, item_bytes)
     if name == "hierarchical":
-        return hierarchical_gather(placement, topology, item_bytes)
+        return hierarchical_hops(copies, topology, item_bytes)
     if name == "element_sharded":
-        return element_sharded_gather(placement, topology, item_bytes)
+        return element_sharded_hops(copies, topology, item_bytes)
     raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
 
 
@@ -50,11 +55,10 @@ def choose_schedule(placement: Placement, topology: Topology, shape: LayerShape)
 
     An expert with one copy travels alike in all of them, so without an expert that has two the direct schedule is taken at once.
     """
-    direct = direct_gather(placement)
-    seconds = predicted_s(direct, topology, shape.expert_bytes)
-    if placement.num_experts == 0 or int(placement.num_replicas_E.max()) <= 2:
-        return ScheduleChoice("direct", direct, tuple((name, seconds) for name in SCHEDULES))
-    schedules = {name: make_schedule(name, placement, topology, shape.expert_bytes) for name in SCHEDULES}
-    candidates = tuple((name, predicted_s(schedule, topology, shape.expert_bytes)) for name, schedule in schedules.items())
-    best, _ = min(candidates, key=lambda candidate: candidate[1])
-    return ScheduleChoice(best, schedules[best], candidates)
+    copies, item_bytes = Copies.of(placement), shape.expert_bytes
+    needs_choice = copies.num_copies_M.max(initial=0) > 1
+    hops = {name: _make_hops(name, copies, topology, item_bytes) for name in (SCHEDULES if needs_choice else ("direct",))}
+    seconds = {name: Loads.of(candidate, topology, item_bytes).seconds(topology) for name, candidate in hops.items()}
+    best = min(seconds, key=lambda name: seconds[name])
+    candidates = tuple((name, seconds.get(name, seconds["direct"])) for name in SCHEDULES)
+    return ScheduleChoice(best, hops[best].schedule(), candidates)
