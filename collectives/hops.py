@@ -31,12 +31,11 @@ class Copies:
     def of(cls, placement: Placement) -> Copies:
         """Read a placement."""
         num_ranks = placement.num_ranks
-        experts_J, from_top_J = np.nonzero(placement.copies_RE[::-1].T)
-        is_first_J = np.diff(experts_J, prepend=-1) > 0
-        first_M = np.flatnonzero(is_first_J)
-        experts_M = experts_J[first_M]
-        start_M = np.append(first_M, experts_J.size)
-        return cls(num_ranks, experts_M, placement.expert_to_owner_E[experts_M], start_M, num_ranks - 1 - from_top_J)
+        experts_M = np.flatnonzero(placement.num_replicas_E > 1)
+        entries_J = np.flatnonzero(placement.copies_RE.T[experts_M, ::-1])
+        start_M = np.append(0, np.cumsum(placement.num_replicas_E[experts_M] - 1))
+        ranks_J = num_ranks - 1 - entries_J % num_ranks
+        return cls(num_ranks, experts_M, placement.expert_to_owner_E[experts_M], start_M, ranks_J)
 
     @property
     def num_copies_M(self) -> np.ndarray:

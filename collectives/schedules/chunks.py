@@ -1,5 +1,6 @@
 """How many chunks: small ones fill a pipeline quickly, and each one costs a latency."""
 
+from dataclasses import dataclass
 from math import sqrt
 
 from ...placement import Topology
@@ -11,16 +12,27 @@ MIN_CHUNK_BYTES = 16 * 1024
 MAX_CHUNKS = 128
 
 
-def with_best_chunks(hops: Hops, topology: Topology, item_bytes: int) -> Hops:
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A schedule as arrays, and its predicted seconds."""
+
+    hops: Hops
+    seconds: float
+
+
+def with_best_chunks(hops: Hops, topology: Topology, item_bytes: int) -> Candidate:
     """The same routes in as many chunks as are predicted to be fastest.
 
     With c chunks the busiest rank spends m * c latencies on its m streams, and the pipeline takes fill / c seconds to fill: the
     least sum is at c = sqrt(fill / (m * latency)).
     """
     loads = Loads.of(hops, topology, item_bytes)
-    if loads.fill_bytes_s == 0.0:
-        return hops
-    most = min(MAX_CHUNKS, item_bytes // MIN_CHUNK_BYTES) // int(hops.num_chunks_G.max())
-    per_chunk_s = loads.most_messages * topology.latency_s
-    wanted = sqrt(loads.fill_bytes_s / per_chunk_s) if per_chunk_s > 0.0 else most
-    return hops.cut(max(1, min(most, round(wanted))))
+    if loads.fill_bytes_s > 0.0:
+        most = min(MAX_CHUNKS, item_bytes // MIN_CHUNK_BYTES) // int(hops.num_chunks_G.max())
+        per_chunk_s = loads.most_messages * topology.latency_s
+        wanted = sqrt(loads.fill_bytes_s / per_chunk_s) if per_chunk_s > 0.0 else most
+        pieces = max(1, min(most, round(wanted)))
+        if pieces > 1:
+            hops = hops.cut(pieces)
+            loads = Loads.of(hops, topology, item_bytes)
+    return Candidate(hops, loads.seconds(topology))

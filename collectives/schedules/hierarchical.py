@@ -11,15 +11,16 @@ from ..schedule import Schedule
 from .chunks import with_best_chunks
 
 
-def hierarchical_hops(copies: Copies, topology: Topology, item_bytes: int) -> Hops:
-    """One crossing per expert and node. On one node this is a chain in descending rank order."""
+def hierarchical_hops(copies: Copies, ranks_per_node: int) -> Hops:
+    """One crossing per expert and node, uncut. On one node this is a chain in descending rank order."""
     # Imported here so that importing the package compiles nothing.
     from ..compiled import node_hops
 
-    src_J, dst_J = node_hops(copies.owners_M, copies.start_M, copies.ranks_J, copies.num_ranks, topology.ranks_per_node)
-    return with_best_chunks(copies.routes(src_J, dst_J), topology, item_bytes)
+    src_J, dst_J = node_hops(copies.owners_M, copies.start_M, copies.ranks_J, copies.num_ranks, ranks_per_node)
+    return copies.routes(src_J, dst_J)
 
 
 def hierarchical_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """See `hierarchical_hops`."""
-    return hierarchical_hops(Copies.of(placement), topology, item_bytes).schedule()
+    """The same in as many chunks as are predicted to be fastest."""
+    hops = hierarchical_hops(Copies.of(placement), topology.ranks_per_node)
+    return with_best_chunks(hops, topology, item_bytes).hops.schedule()

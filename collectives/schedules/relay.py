@@ -11,19 +11,17 @@ sums associate differently (each rank: its subtrees, the lower rank's first, the
 """
 
 from ...placement import Placement, Topology
-from ..account import Loads
 from ..hops import Copies, Hops
 from ..schedule import Schedule
-from .chunks import with_best_chunks
+from .chunks import Candidate, with_best_chunks
 
 
-def relay_hops(copies: Copies, topology: Topology, item_bytes: int) -> Hops:
+def best_relay(copies: Copies, topology: Topology, item_bytes: int) -> Candidate:
     """The chain or the tree, whichever is predicted to be faster for items of `item_bytes`; in doubt the chain."""
     chain = with_best_chunks(chain_hops(copies), topology, item_bytes)
     if copies.num_copies_M.max(initial=0) <= 2:
         return chain  # up to two copies, chain and tree differ in nothing that could gain
-    tree = with_best_chunks(tree_hops(copies), topology, item_bytes)
-    return min(chain, tree, key=lambda hops: Loads.of(hops, topology, item_bytes).seconds(topology))
+    return min(chain, with_best_chunks(tree_hops(copies), topology, item_bytes), key=lambda relay: relay.seconds)
 
 
 def chain_hops(copies: Copies) -> Hops:
@@ -42,5 +40,5 @@ def tree_hops(copies: Copies) -> Hops:
 
 
 def relay_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """See `relay_hops`."""
-    return relay_hops(Copies.of(placement), topology, item_bytes).schedule()
+    """The schedule of `best_relay`."""
+    return best_relay(Copies.of(placement), topology, item_bytes).hops.schedule()
