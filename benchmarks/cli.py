@@ -84,6 +84,15 @@ def kernels_command(arguments: tuple[str, ...]) -> int:
 
 
 @bench.command("placement")
+@click.option(
+    "--what",
+    "whats",
+    type=click.Choice(placement.WHATS),
+    multiple=True,
+    default=("plan", "milp"),
+    show_default=True,
+    help="plan: time of planner and split; milp: gap of the exact solver; moetuner: hops of owners from a trace. Repeatable.",
+)
 @click.option("--experts", type=click.IntRange(1, 4096), multiple=True, default=(64, 256), show_default=True, help="Repeatable.")
 @click.option("--ranks", type=click.IntRange(1, 1024), multiple=True, default=(8, 64), show_default=True, help="Repeatable.")
 @click.option(
@@ -92,10 +101,44 @@ def kernels_command(arguments: tuple[str, ...]) -> int:
 @click.option("--milp-limit", "limits_s", type=click.FloatRange(0.1, 600), multiple=True, default=(1.0, 10.0), show_default=True)
 @click.option("--top-k", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold.")
-@click.option("--skew", type=click.FloatRange(0, 10), default=1.2, show_default=True, help="Zipf exponent of expert popularity.")
+@click.option(
+    "--skew",
+    "skews",
+    type=click.FloatRange(0, 10),
+    multiple=True,
+    default=(1.2,),
+    show_default=True,
+    help="Zipf exponent. Repeatable.",
+)
 @click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True, help="Layers timed, each another draw.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--trace", "path", metavar="FILE.npz", help="Recorded topk_ids for milp and moetuner, at the first --ranks.")
+@click.option(
+    "--layer", "trace_layers", type=click.IntRange(min=0), multiple=True, help="Layer of the trace to solve; all if not given."
+)
+@click.option(
+    "--overlap-us",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Microseconds that hide a gather of the trace.",
+)
+@click.option("--move-owners", is_flag=True, help="The exact solver may change the trace's owners too.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of a trace's ranks, for hops.")
 @JSON_OPTION
-def placement_command(json_path: str | None, **case: Any) -> None:
-    """Planner and split time by experts and ranks, and the gap of the exact solver by time."""
-    publish("placement", placement.run(**case), placement.COLUMNS, json_path)
+def placement_command(
+    path: str | None,
+    trace_layers: tuple[int, ...],
+    overlap_us: float,
+    move_owners: bool,
+    nodes: int,
+    json_path: str | None,
+    **case: Any,
+) -> None:
+    """Planner and split time by experts and ranks, the gap of the exact solver by time, and hops on recorded tokens."""
+    trace = None
+    if path is not None:
+        trace = placement.TraceCase(
+            path=path, layers=trace_layers, overlap_s=overlap_us * 1e-6, move_owners=move_owners, nodes=nodes
+        )
+    publish("placement", placement.run(trace=trace, **case), placement.COLUMNS, json_path)

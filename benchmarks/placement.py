@@ -6,6 +6,7 @@ copies hidden under other work. Planner and split are timed after a warm-up, on 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,14 @@ import numpy as np
 
 from ..placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver, split_exact
 from ..placement.milp import solve as solve_milp
+from . import placement_trace
+from .placement_trace import TraceCase
 
-COLUMNS = ("what", "solver", "experts", "ranks", "slots", "ms_per_layer", "ms_min", "ms_max", "max_over_mean", "gap", "seconds")
+COLUMNS = (
+    *("what", "solver", "experts", "ranks", "slots", "skew", "ms_per_layer", "ms_min", "ms_max"),
+    *("layer", "max_over_mean", "off_rank", "off_node", "copies", "gap", "seconds"),
+)
+WHATS = ("plan", "milp", "moetuner")
 _TOKENS_PER_RANK = 4096
 
 
@@ -89,21 +96,30 @@ def run(
     solvers: Sequence[str],
     limits_s: Sequence[float],
     *,
+    whats: Sequence[str],
     top_k: int,
     slots: int,
-    skew: float,
+    skews: Sequence[float],
     layers: int,
     rounds: int,
+    trace: TraceCase | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure every combination; the exact solver runs on the first of each."""
+    """Measure what is asked for; without a trace the exact solver runs on the first of each size."""
     rows: list[dict[str, Any]] = []
     for num_experts in experts:
         if top_k > num_experts:
             raise ValueError(f"--top-k is {top_k} with {num_experts} experts; it must be from 1 to {num_experts}")
-        for num_ranks in ranks:
-            problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
-            for solver in solvers:
-                rows += _time_layers(solver, problems, rounds)
-    if limits_s:
-        rows += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skew, seed=0), limits_s)
+    for num_experts, num_ranks, skew in itertools.product(experts, ranks, skews) if "plan" in whats else ():
+        problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
+        for solver in solvers:
+            rows += [{**row, "skew": skew} for row in _time_layers(solver, problems, rounds)]
+    if "milp" in whats and limits_s:
+        if trace is None:
+            rows += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)
+        else:
+            rows += placement_trace.milp_gaps(trace, ranks[0], slots, limits_s)
+    if "moetuner" in whats:
+        if trace is None:
+            raise ValueError("--what moetuner follows recorded tokens from layer to layer; give a --trace")
+        rows += placement_trace.hops(trace, ranks[0], limit_s=max(limits_s))
     return rows

@@ -5,6 +5,8 @@ transport.py   what a transport is: `exchange` and `all_gather_ints`
 transports/    c10d (Gloo or NCCL), shm (ranks of one host), mpi, hierarchical (shm inside nodes, c10d between), local (one rank)
 schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
 schedules/     direct, relay, hierarchical, element_sharded: from a placement to a schedule; and the choice among them
+hops.py        schedules as arrays, which the making and the prediction of a schedule compute with
+compiled.py    their compiled loops
 account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
 flow.py        the executor: chunks go on as soon as they have arrived
 verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows

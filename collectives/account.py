@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..placement import Topology
+from .hops import Hops
 from .schedule import Schedule
 
 
@@ -52,43 +53,25 @@ class Loads:
     fill_latency_s: float
 
     @classmethod
-    def of(cls, schedule: Schedule, topology: Topology, item_bytes: int) -> Loads:
+    def of(cls, hops: Hops, topology: Topology, item_bytes: int) -> Loads:
         """Count a schedule of items of `item_bytes`. A reduce loads links as its gather does, the other way."""
-        per_node = topology.ranks_per_node
-        sent_R, received_R = [0.0] * schedule.num_ranks, [0.0] * schedule.num_ranks
-        posted_R, taken_R = [0] * schedule.num_ranks, [0] * schedule.num_ranks
-        left_N, entered_N = [0.0] * topology.num_nodes, [0.0] * topology.num_nodes
-        fill_bytes_s, fill_hops = 0.0, 0
-        for route in schedule.routes:
-            chunks = route.end_chunk - route.first_chunk
-            route_bytes = item_bytes * chunks / route.num_chunks
-            chunk_s = item_bytes / route.num_chunks / topology.device_bytes_per_s
-            crossing_s = max(chunk_s, item_bytes / route.num_chunks / topology.node_bytes_per_s)
-            way_s, way_hops = {route.owner: 0.0}, {route.owner: 0}  # to each rank, beyond the first hop
-            forwards: dict[int, int] = {}
-            for src, _ in route.hops:
-                forwards[src] = forwards.get(src, 0) + 1
-            for src, dst in route.hops:
-                sent_R[src] += route_bytes
-                received_R[dst] += route_bytes
-                posted_R[src] += chunks
-                taken_R[dst] += chunks
-                crosses = src // per_node != dst // per_node
-                if crosses:
-                    left_N[src // per_node] += route_bytes
-                    entered_N[dst // per_node] += route_bytes
-                times = forwards[src] if src != route.owner else 0
-                way_s[dst] = way_s[src] + times * (crossing_s if crosses else chunk_s)
-                way_hops[dst] = way_hops[src] + times
-            fill_bytes_s = max(fill_bytes_s, *way_s.values())
-            fill_hops = max(fill_hops, *way_hops.values())
-        return cls(
-            most_bytes=max(*sent_R, *received_R),
-            most_node_bytes=max(*left_N, *entered_N),
-            most_messages=max(*posted_R, *taken_R),
-            fill_bytes_s=fill_bytes_s,
-            fill_latency_s=fill_hops * topology.latency_s,
+        # Imported here so that importing the package compiles nothing.
+        from .compiled import count_loads
+
+        loads = count_loads(
+            hops.start_G,
+            hops.src_H,
+            hops.dst_H,
+            hops.end_chunk_G - hops.first_chunk_G,
+            hops.num_chunks_G,
+            hops.num_ranks,
+            topology.ranks_per_node,
+            float(item_bytes),
+            topology.device_bytes_per_s,
+            topology.node_bytes_per_s,
         )
+        most_bytes, most_node_bytes, most_messages, fill_bytes_s, fill_hops = loads.tolist()
+        return cls(most_bytes, most_node_bytes, int(most_messages), fill_bytes_s, fill_hops * topology.latency_s)
 
     def seconds(self, topology: Topology) -> float:
         """Turn the counts into seconds."""
@@ -99,7 +82,7 @@ class Loads:
 
 def predicted_s(schedule: Schedule, topology: Topology, item_bytes: int) -> float:
     """Seconds that a collective over items of `item_bytes` takes; see the module's docstring."""
-    return Loads.of(schedule, topology, item_bytes).seconds(topology)
+    return Loads.of(Hops.of(schedule), topology, item_bytes).seconds(topology)
 
 
 @dataclass(frozen=True)

@@ -148,18 +148,18 @@ class Schedule:
 
     def num_messages_RR(self) -> np.ndarray:
         """Messages from each rank (row) to each rank (column), int64 [R, R]."""
-        counts_RR = np.zeros((self.num_ranks, self.num_ranks), np.int64)
-        for route in self.routes:
-            for src, dst in route.hops:
-                counts_RR[src, dst] += route.end_chunk - route.first_chunk
-        return counts_RR.T if self.is_reduce else counts_RR
+        return self._sum_over_hops([route.end_chunk - route.first_chunk for route in self.routes])
 
     def num_elements_RR(self, num_elements: int) -> np.ndarray:
         """Elements from each rank (row) to each rank (column) when an item has `num_elements`, int64 [R, R]."""
+        return self._sum_over_hops([route.num_elements(num_elements) for route in self.routes])
+
+    def _sum_over_hops(self, counts: list[int]) -> np.ndarray:
+        """Add every route's count to the pair of ranks of each of its hops."""
+        hops_H2 = np.array([hop for route in self.routes for hop in route.hops], np.int64).reshape(-1, 2)
+        counts_H = np.repeat(np.array(counts, np.int64), [len(route.hops) for route in self.routes])
         counts_RR = np.zeros((self.num_ranks, self.num_ranks), np.int64)
-        for route in self.routes:
-            for src, dst in route.hops:
-                counts_RR[src, dst] += route.num_elements(num_elements)
+        np.add.at(counts_RR, (hops_H2[:, 0], hops_H2[:, 1]), counts_H)
         return counts_RR.T if self.is_reduce else counts_RR
 
     def _messages(self, routes: "tuple[Route, ...] | list[Route]", rank: int | None = None) -> Iterator[Message]:

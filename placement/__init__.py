@@ -2,6 +2,7 @@
 
 from .cost import Bound, Cost, Solution, cost, lower_bound
 from .hecate import hecate_owners
+from .joint import JointSolution, solve_joint
 from .moetuner import Hops, count_hops, tune_owners
 from .owners import Move, OwnerMap
 from .plans import SavedPlan, read_plan
@@ -20,6 +21,7 @@ __all__ = [
     "Cost",
     "ExpertLoad",
     "Hops",
+    "JointSolution",
     "LayerShape",
     "Move",
     "OwnerMap",
@@ -42,6 +44,7 @@ __all__ = [
     "make_predictor",
     "prediction_error",
     "read_plan",
+    "solve_joint",
     "split_exact",
     "split_local_even",
     "tune_owners",

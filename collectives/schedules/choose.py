@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from ...placement import LayerShape, Placement, Topology
-from ..account import predicted_s
+from ..hops import Copies
 from ..schedule import Schedule
-from .direct import direct_gather
-from .element_sharded import element_sharded_gather
-from .hierarchical import hierarchical_gather
-from .relay import relay_gather
+from .chunks import Candidate, with_best_chunks
+from .direct import direct_hops
+from .element_sharded import element_sharded_hops
+from .hierarchical import hierarchical_hops
+from .relay import best_relay
 
 # In the order in which ties are decided: the one with the fewest messages first.
 SCHEDULES = ("direct", "relay", "hierarchical", "element_sharded")
@@ -34,15 +35,21 @@ def make_schedule(name: str, placement: Placement, topology: Topology, item_byte
     Raises:
         ValueError: no schedule has that name.
     """
-    if name == "direct":
-        return direct_gather(placement)
+    return _candidate(name, Copies.of(placement), topology, item_bytes).hops.schedule()
+
+
+def _candidate(name: str, copies: Copies, topology: Topology, item_bytes: int) -> Candidate:
     if name == "relay":
-        return relay_gather(placement, topology, item_bytes)
-    if name == "hierarchical":
-        return hierarchical_gather(placement, topology, item_bytes)
-    if name == "element_sharded":
-        return element_sharded_gather(placement, topology, item_bytes)
-    raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+        return best_relay(copies, topology, item_bytes)
+    if name == "direct":
+        hops = direct_hops(copies)
+    elif name == "hierarchical":
+        hops = hierarchical_hops(copies, topology.ranks_per_node)
+    elif name == "element_sharded":
+        hops = element_sharded_hops(copies)
+    else:
+        raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    return with_best_chunks(hops, topology, item_bytes)
 
 
 def choose_schedule(placement: Placement, topology: Topology, shape: LayerShape) -> ScheduleChoice:
@@ -50,11 +57,9 @@ def choose_schedule(placement: Placement, topology: Topology, shape: LayerShape)
 
     An expert with one copy travels alike in all of them, so without an expert that has two the direct schedule is taken at once.
     """
-    direct = direct_gather(placement)
-    seconds = predicted_s(direct, topology, shape.expert_bytes)
-    if placement.num_experts == 0 or int(placement.num_replicas_E.max()) <= 2:
-        return ScheduleChoice("direct", direct, tuple((name, seconds) for name in SCHEDULES))
-    schedules = {name: make_schedule(name, placement, topology, shape.expert_bytes) for name in SCHEDULES}
-    candidates = tuple((name, predicted_s(schedule, topology, shape.expert_bytes)) for name, schedule in schedules.items())
-    best, _ = min(candidates, key=lambda candidate: candidate[1])
-    return ScheduleChoice(best, schedules[best], candidates)
+    copies = Copies.of(placement)
+    names = SCHEDULES if copies.num_copies_M.max(initial=0) > 1 else ("direct",)
+    candidates = {name: _candidate(name, copies, topology, shape.expert_bytes) for name in names}
+    best = min(candidates, key=lambda name: candidates[name].seconds)
+    seconds = tuple((name, candidates.get(name, candidates["direct"]).seconds) for name in SCHEDULES)
+    return ScheduleChoice(best, candidates[best].hops.schedule(), seconds)

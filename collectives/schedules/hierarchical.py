@@ -5,37 +5,22 @@ others. Sums come back the same way, so they associate node by node: within a no
 the rank that forwards.
 """
 
-from itertools import pairwise
-
 from ...placement import Placement, Topology
-from ..schedule import Route, Schedule
+from ..hops import Copies, Hops
+from ..schedule import Schedule
 from .chunks import with_best_chunks
-from .direct import copy_holders
+
+
+def hierarchical_hops(copies: Copies, ranks_per_node: int) -> Hops:
+    """One crossing per expert and node, uncut. On one node this is a chain in descending rank order."""
+    # Imported here so that importing the package compiles nothing.
+    from ..compiled import node_hops
+
+    src_J, dst_J = node_hops(copies.owners_M, copies.start_M, copies.ranks_J, copies.num_ranks, ranks_per_node)
+    return copies.routes(src_J, dst_J)
 
 
 def hierarchical_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """One crossing per expert and node. On one node this is a chain in descending rank order."""
-    owners_E = placement.expert_to_owner_E.tolist()
-    sends_R = [0] * placement.num_ranks
-    routes = []
-    for expert, ranks in copy_holders(placement).items():
-        owner = owners_E[expert]
-        by_node: dict[int, list[int]] = {}
-        for rank in ranks:
-            by_node.setdefault(rank // topology.ranks_per_node, []).append(rank)
-        hops = _chain([owner, *by_node.pop(owner // topology.ranks_per_node, [])])
-        entrance = owner
-        for members in by_node.values():
-            # The rank with the least to send so far takes the expert in, and both chains go on from it.
-            leader = min(members, key=lambda rank: (sends_R[rank], -rank))
-            hops.append((entrance, leader))
-            hops += _chain([leader, *(rank for rank in members if rank != leader)])
-            entrance = leader
-        for src, _ in hops:
-            sends_R[src] += 1
-        routes.append(Route(expert, tuple(hops)))
-    return with_best_chunks(Schedule(placement.num_ranks, tuple(routes)), topology, item_bytes)
-
-
-def _chain(ranks: list[int]) -> list[tuple[int, int]]:
-    return list(pairwise(ranks))
+    """The same in as many chunks as are predicted to be fastest."""
+    hops = hierarchical_hops(Copies.of(placement), topology.ranks_per_node)
+    return with_best_chunks(hops, topology, item_bytes).hops.schedule()

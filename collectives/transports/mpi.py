@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -36,10 +37,10 @@ _LAST_WORDS_S = 2.0
 
 
 class MpiJob:
-    """This process's part of an MPI job. Make one per process, on every rank, before any transport.
+    """This process's part of an MPI job. Collective: every rank makes one, before any transport.
 
-    At the end of the process MPI is left in order; after an exception or a failed wait, where leaving would hang, the whole job is
-    ended with status 1 instead, stopped ranks included.
+    At the end of the process MPI is left in order; after an exception or a failed wait, where leaving would hang, the whole job
+    is ended with status 1 instead, stopped ranks included.
 
     Raises:
         ValueError: mpi4py is not installed, or finds no MPI library.
@@ -57,6 +58,8 @@ class MpiJob:
         self.mpi = MPI
         self.has_failed = False
         atexit.register(self._leave)
+        self.mpi.COMM_WORLD.Barrier()
+        _unlink_segments()
 
     @property
     def world_size(self) -> int:
@@ -201,3 +204,13 @@ def _pieces(tensor: Tensor) -> list[np.ndarray]:
         return []
     whole = tensor.detach().view(-1).view(torch.uint8).numpy()
     return [whole[start : start + _PIECE_BYTES] for start in range(0, whole.size, _PIECE_BYTES)]
+
+
+def _unlink_segments() -> None:
+    """Take the names of Open MPI's shared memory away, once every rank has mapped it: no end of a rank can leave it behind."""
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        paths = {line.split(maxsplit=5)[-1] for line in maps.read_text(encoding="utf-8").splitlines()}
+        for path in paths:
+            if path.startswith("/dev/shm/sm_segment.") and not path.endswith(" (deleted)"):
+                Path(path).unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 from moesaic.launch.cli import cli
 from moesaic.launch.entry import run_command
 
@@ -28,3 +30,22 @@ def test_rows(tmp_path: Path) -> None:
 def test_wrong_sizes_are_one_line(capsys) -> None:
     assert run_command(cli, ["bench", "placement", "--experts", "4", "--top-k", "8"]) == 2
     assert "--top-k is 8 with 4 experts" in capsys.readouterr().err
+
+
+def test_rows_of_a_trace(tmp_path: Path, capsys) -> None:
+    """Recorded tokens: the exact solver on one layer, and hops where every token stays on its expert."""
+    rng = np.random.default_rng(0)
+    first_TK = rng.permuted(np.tile(np.arange(8), (400, 1)), axis=1)[:, :2]
+    trace, path = tmp_path / "tokens.npz", tmp_path / "rows.json"
+    np.savez(trace, topk_ids=np.stack([first_TK] * 3, axis=1), task=np.arange(400) // 100)
+    lanes = ["--what", "milp", "--what", "moetuner", "--milp-limit", "5", "--trace", str(trace), "--layer", "1", "--top-k", "2"]
+    assert run_command(cli, ["bench", "placement", *lanes, "--ranks", "4", "--nodes", "2", "--json", str(path)]) == 0
+    milp, *hops = json.loads(path.read_text())["rows"]
+    assert (milp["what"], milp["layer"], milp["ranks"]) == ("milp", 1, 4)
+    assert milp["ratio_to_quota"] <= 1
+    assert [row["solver"] for row in hops] == ["contiguous", "lpt", "moetuner", "joint"]
+    assert all(0 < row["off_node"] < row["off_rank"] < 1 for row in hops)
+    assert run_command(cli, ["bench", "placement", "--what", "milp", "--trace", str(trace), "--layer", "3"]) == 2
+    assert "--layer 3 is not among the 3 layers" in capsys.readouterr().err
+    assert run_command(cli, ["bench", "placement", "--what", "moetuner"]) == 2
+    assert "give a --trace" in capsys.readouterr().err

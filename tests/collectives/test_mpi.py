@@ -1,5 +1,6 @@
 """The transport over MPI: ranks under mpirun, its errors, and how a job ends when a rank fails."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,7 +106,8 @@ transport.exchange([], [Buffer(torch.zeros(4), 1)], op="combine", where="step 5"
     ids=["is stopped", "is killed"],
 )
 def test_a_failed_rank_ends_the_job(fate: str, message: str, tmp_path: Path) -> None:
-    """Not zero, no rank left, and somebody says why."""
+    """Not zero, somebody says why, and neither a rank nor shared memory is left."""
+    before = set(os.listdir("/dev/shm"))
     script = tmp_path / "job.py"
     script.write_text(FAILING.format(fate=fate), encoding="utf-8")
     done = subprocess.run(
@@ -115,3 +117,4 @@ def test_a_failed_rank_ends_the_job(fate: str, message: str, tmp_path: Path) -> 
     assert message in done.stdout + done.stderr
     left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sm_segment")]

@@ -21,7 +21,8 @@ from moesaic.collectives import (
     predicted_s,
     relay_gather,
 )
-from moesaic.collectives.schedules.relay import chain_gather, tree_gather
+from moesaic.collectives.hops import Copies
+from moesaic.collectives.schedules.relay import chain_hops, tree_hops
 from moesaic.placement import LayerShape, Placement, Topology
 
 SLOW = dict(device_bytes_per_s=25e6, node_bytes_per_s=25e6, latency_s=5e-4, flops_per_s=1e10)
@@ -42,6 +43,14 @@ def some_topology(num_ranks: int, item_bytes: int = 0) -> Topology:
     num_nodes = max(n for n in range(1, 5) if num_ranks % n == 0)
     rates = dict(device_bytes_per_s=1e9, node_bytes_per_s=2e8, latency_s=1e-5, flops_per_s=1e10)
     return Topology(num_nodes=num_nodes, ranks_per_node=num_ranks // num_nodes, **rates)
+
+
+def chain_gather(placement: Placement) -> Schedule:
+    return chain_hops(Copies.of(placement)).schedule()
+
+
+def tree_gather(placement: Placement) -> Schedule:
+    return tree_hops(Copies.of(placement)).schedule()
 
 
 def schedule_of(name: str, placement: Placement, pieces: int = 1) -> Schedule:

@@ -1,0 +1,180 @@
+"""Placement on recorded tokens: the exact solver's gap layer by layer, and what layer-to-layer hops cost other owners.
+
+A recording is an `.npz` with `topk_ids`, integers [T, L, K], the experts of single tokens; `task` [T] tells kinds of text
+apart. Machines are H100 nodes of up to 8 ranks, an expert has the sizes of DeepSeek-V2-Lite's.
+Shape letters: T tokens, L layers, K top-k, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..placement import (
+    ExpertLoad,
+    LayerShape,
+    OwnerMap,
+    Problem,
+    Topology,
+    count_hops,
+    get_solver,
+    solve_joint,
+    split_exact,
+    tune_owners,
+)
+from ..placement.milp import solve as solve_milp
+from ..placement.npz import NpzReader
+
+_MOST_BYTES = 1 << 28
+_DIM, _FFN_DIM = 2048, 1408
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Experts of single tokens, int64 [T, L, K], and the kind of text of each token [T]."""
+
+    ids_TLK: np.ndarray
+    task_T: np.ndarray
+    num_experts: int
+
+    @classmethod
+    def read(cls, path: str) -> Recording:
+        """Read a file, or raise ValueError with one clear line."""
+        reader = NpzReader(path, "trace")
+        if "topk_ids" not in reader.members:
+            raise ValueError(f"{path} holds no topk_ids, the experts of single tokens; record with them")
+        ids_TLK = reader.array("topk_ids", _MOST_BYTES).astype(np.int64)
+        if ids_TLK.ndim != 3 or not ids_TLK.size or ids_TLK.min() < 0:
+            raise ValueError(f"{path}: topk_ids must be [T, L, K] of 0 and more, got {ids_TLK.shape}")
+        task_T = reader.array("task", _MOST_BYTES) if "task" in reader.members else np.arange(len(ids_TLK))
+        if task_T.shape != ids_TLK.shape[:1]:
+            raise ValueError(f"{path}: task must name one kind a token, got {task_T.shape} for {len(ids_TLK)} tokens")
+        return cls(ids_TLK, task_T, int(ids_TLK.max()) + 1)
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return int(self.ids_TLK.shape[1])
+
+    def halves(self) -> tuple[Recording, Recording]:
+        """Return the first half of the tasks, by number, and the others; without tasks the halves of the tokens."""
+        tasks = np.unique(self.task_T)
+        is_first_T = np.isin(self.task_T, tasks[: (tasks.size + 1) // 2])
+        return self._only(is_first_T), self._only(~is_first_T)
+
+    def _only(self, is_chosen_T: np.ndarray) -> Recording:
+        return Recording(self.ids_TLK[is_chosen_T], self.task_T[is_chosen_T], self.num_experts)
+
+    def load(self, layer: int, num_ranks: int) -> ExpertLoad:
+        """Count a layer's assignments, tokens dealt to ranks in consecutive blocks."""
+        blocks = np.array_split(self.ids_TLK[:, layer], num_ranks)
+        return ExpertLoad(np.stack([np.bincount(block.ravel(), minlength=self.num_experts) for block in blocks]))
+
+    def pair_counts(self) -> np.ndarray:
+        """Count the tokens that follow expert i of a layer by expert j of the next, int64 [L - 1, E, E]."""
+        pairs = []
+        for layer in range(self.num_layers - 1):
+            cells = self.ids_TLK[:, layer, :, None] * self.num_experts + self.ids_TLK[:, layer + 1, None, :]
+            pairs.append(np.bincount(cells.ravel(), minlength=self.num_experts**2).reshape(self.num_experts, -1))
+        return np.array(pairs, dtype=np.int64).reshape(-1, self.num_experts, self.num_experts)
+
+    def problem(self, layer: int, topology: Topology, slots: int, *, overlap_s: float = 0.0) -> Problem:
+        """Ask for one layer's placement from contiguous owners."""
+        shape = LayerShape(self.num_experts, self.ids_TLK.shape[2], _DIM, _FFN_DIM, bytes_per_element=2)
+        owner_E = OwnerMap.contiguous(1, self.num_experts, topology.num_ranks).expert_to_owner_LE[0]
+        return Problem(self.load(layer, topology.num_ranks), owner_E, topology, shape, slots, overlap_s=overlap_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceCase:
+    """Which recording, and how it is asked about.
+
+    layers: those to solve exactly, all if empty. overlap_s: what hides a gather. move_owners: whether owners may change. nodes:
+    that the ranks of a hop count fill.
+    """
+
+    path: str
+    layers: tuple[int, ...] = ()
+    overlap_s: float = 0.0
+    move_owners: bool = False
+    nodes: int = 1
+
+
+def milp_gaps(trace: TraceCase, ranks: int, slots: int, limits_s: Sequence[float]) -> list[dict[str, Any]]:
+    """Solve layers exactly within each time limit; a row each."""
+    recording, topology = Recording.read(trace.path), Topology.preset("h100", ranks)
+    layers = trace.layers or tuple(range(recording.num_layers))
+    if max(layers) >= recording.num_layers:
+        raise ValueError(f"--layer {max(layers)} is not among the {recording.num_layers} layers of {trace.path}; count from 0")
+    rows = []
+    for layer in layers:
+        problem = recording.problem(layer, topology, slots, overlap_s=trace.overlap_s)
+        quota_s = get_solver("quota")(problem).cost.total_s
+        for limit_s in limits_s:
+            answer = solve_milp(problem, move_owners=trace.move_owners, time_limit_s=limit_s)
+            split = answer.split or split_exact(problem.load, answer.placement, topology)
+            rows.append(
+                {
+                    "what": "milp",
+                    "solver": "milp",
+                    "experts": problem.num_experts,
+                    "ranks": ranks,
+                    "slots": slots,
+                    "layer": layer,
+                    "max_over_mean": split.max_over_mean,
+                    "copies": answer.placement.num_copies,
+                    "ms_of_step": 1e3 * answer.cost.total_s,
+                    "ratio_to_quota": answer.cost.total_s / quota_s,
+                    "gap": answer.gap,
+                    "limit_s": limit_s,
+                    "seconds": answer.seconds,
+                }
+            )
+    return rows
+
+
+def _owner_maps(train: Recording, topology: Topology, limit_s: float) -> dict[str, OwnerMap]:
+    """Place all layers in every way that changes owners, from one recording."""
+    num_layers, num_ranks = train.num_layers, topology.num_ranks
+    problems = [train.problem(layer, topology, 0) for layer in range(num_layers)]
+    totals_LE = np.stack([problem.load.totals_E for problem in problems])
+    by_load = [get_solver("lpt")(problem).placement.expert_to_owner_E for problem in problems]
+    pairs_LEE = train.pair_counts()
+    return {
+        "contiguous": OwnerMap.contiguous(num_layers, train.num_experts, num_ranks),
+        "lpt": OwnerMap(np.stack(by_load), num_ranks),
+        "moetuner": tune_owners(totals_LE, pairs_LEE, topology, time_limit_s=limit_s),
+        "joint": solve_joint(problems, pair_counts_LEE=pairs_LEE).owners,
+    }
+
+
+def hops(trace: TraceCase, ranks: int, *, limit_s: float) -> list[dict[str, Any]]:
+    """Place from half of the tasks, count hops and balance on the other half; `ranks` in all, on the trace's nodes."""
+    nodes = trace.nodes
+    if ranks % nodes:
+        raise ValueError(f"--ranks {ranks} do not fill --nodes {nodes}; give a multiple")
+    train, test = Recording.read(trace.path).halves()
+    topology = Topology.preset("h100", num_nodes=nodes, ranks_per_node=ranks // nodes)
+    pairs_LEE, rows = test.pair_counts(), []
+    for solver, owners in _owner_maps(train, topology, limit_s).items():
+        shares = count_hops(owners, pairs_LEE, topology)
+        busiest = []
+        for layer, owner_E in enumerate(owners.expert_to_owner_LE):
+            rows_R = np.bincount(owner_E, weights=test.load(layer, ranks).totals_E, minlength=ranks)
+            busiest.append(rows_R.max() / rows_R.mean())
+        rows.append(
+            {
+                "what": "moetuner",
+                "solver": solver,
+                "experts": train.num_experts,
+                "ranks": ranks,
+                "nodes": nodes,
+                "off_rank": shares.off_rank,
+                "off_node": shares.off_node,
+                "max_over_mean": float(np.mean(busiest)),
+            }
+        )
+    return rows
