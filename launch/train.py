@@ -179,7 +179,7 @@ class Trainer:
         # Phase 2: update
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.handle.step()
+        self.handle.step(self.optimizer)
         self.step += 1
 
         # Phase 3: agree on what happened, and whether to stop

@@ -213,7 +213,7 @@ def test_a_move_that_does_not_pay_is_refused_and_explained() -> None:
 
 def solve_in_the_background(rank: int) -> list[str]:
     model = make_model(ffn_dim=FFN_DIM)
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=2, rehome_effort=0.01, timeout_s=60)
+    config = RuntimeConfig(policy="static", slots=0, rehome_every=2, rehome_effort=0.01, timeout_s=100)
     handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=config)
     optimizer = torch.optim.SGD(handle.parameter_groups(), lr=0.01, foreach=False)
     for step in range(3):
