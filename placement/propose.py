@@ -1,7 +1,7 @@
 """Owners for the steps to come, proposed in a process of its own, which calls `main`.
 
-It reads a pickled `Question` from standard input and writes a pickled `Proposal` to standard output; both ends are this package's.
-The one who asks goes on training meanwhile.
+It reads a pickled `Question` from standard input and writes a pickled `Proposal` to standard output; both ends are this
+package's. The one who asks goes on training meanwhile.
 """
 
 from __future__ import annotations
