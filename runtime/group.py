@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,20 +55,22 @@ def group_of_process_group(
 
     `transport` names one of `moesaic.collectives.TRANSPORTS`; "auto" lets `choose_transport` name it.
 
-    Without a `topology` the preset of the device is used, with as many nodes as torchrun's LOCAL_WORLD_SIZE implies. The
-    preset, not a measurement, so that plans, and with them results, do not change from run to run.
+    Without a `topology` the preset of the device is used, on the nodes that the ranks are found on. The preset, not a
+    measurement, so that plans, and with them results, do not change from run to run.
     """
-    on_cuda = dist.get_backend(group) == "nccl"
+    on_cuda, node_of_R = dist.get_backend(group) == "nccl", nodes_of_group(group)
     if transport == "auto":
-        transport = choose_transport(nodes_of_group(group), on_cuda=on_cuda).name
+        transport = choose_transport(node_of_R, on_cuda=on_cuda).name
     tokens, experts = make_transports(transport, group, num_transports=2, timeout_s=timeout_s)
-    return RankGroup(tokens, experts, topology or default_topology(group.size(), on_cuda=on_cuda))
+    return RankGroup(tokens, experts, topology or default_topology(node_of_R, on_cuda=on_cuda))
 
 
-def default_topology(num_ranks: int, *, on_cuda: bool) -> Topology:
-    """The preset for this kind of device, its nodes filled as the launcher said."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-    ranks_per_node = local if 0 < local < num_ranks and num_ranks % local == 0 else num_ranks
+def default_topology(node_of_R: Sequence[int], *, on_cuda: bool) -> Topology:
+    """The preset for this kind of device; one node where the ranks do not fill nodes of one size, one after the other."""
+    num_ranks, num_nodes = len(node_of_R), len(set(node_of_R))
+    ranks_per_node = num_ranks // num_nodes
+    if list(node_of_R) != [rank // ranks_per_node for rank in range(num_ranks)]:
+        ranks_per_node = num_ranks
     preset = "cpu"
     if on_cuda:
         major, _ = torch.cuda.get_device_capability()
