@@ -35,7 +35,9 @@ def step_command(json_path: str | None, **case: int | float | str) -> None:
 
 
 @bench.command("collectives")
-@click.option("--ops", default=",".join(collectives.OPS), show_default=True, help="Collectives, separated by commas.")
+@click.option(
+    "--ops", default=",".join(collectives.OPS), show_default=True, help="Collectives, separated by commas; also token_rows."
+)
 @click.option("--ranks", default="2,4", show_default=True, help="Numbers of processes, one run each.")
 @click.option("--sizes", default="64K,1M,4M,16M", show_default=True, help="Bytes of one message; K, M and G are binary.")
 @click.option("--transports", default="c10d,shm,mpi", show_default=True, help="Transports; c10d is Gloo.")

@@ -3,6 +3,7 @@
     all_to_all     every rank sends `bytes` to every other rank
     sparse_gather  rank 0 owns one expert of `bytes`, every other rank gets a copy
     sparse_reduce  its transpose: contributions of `bytes` from every other rank are summed at rank 0
+    token_rows     `bytes` of token rows of every rank to all ranks and back, directly and node by node; when asked for
 
 Everything of one size is measured round by round in one run, each round starting with another. Beside the transports run a
 plain memory copy, made by as many processes at once, of the bytes that a rank receives, and MPI's own collective (Alltoallv,
@@ -28,9 +29,12 @@ from typing import Any
 import numpy as np
 
 from ..collectives import SCHEDULES, TRANSPORTS
+from ..placement import Topology
 from .network import Network
+from .token_rows import crossing_bytes
 
 OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
+TOKEN_OP = "token_rows"
 # What is measured beside the transports, under the key `transport`.
 COPY, MPI_OWN = "memory copy", "mpi4py"
 COLUMNS = (
@@ -65,7 +69,7 @@ class CollectivesCase:
     rounds: int
 
     def __post_init__(self) -> None:
-        for name, known in (("ops", OPS), ("transports", TRANSPORTS), ("schedules", SCHEDULES)):
+        for name, known in (("ops", (*OPS, TOKEN_OP)), ("transports", TRANSPORTS), ("schedules", SCHEDULES)):
             wrong = [value for value in getattr(self, name) if value not in known]
             if wrong:
                 raise ValueError(f"--{name} has {wrong[0]!r}; choose from {', '.join(known)}")
@@ -87,12 +91,21 @@ class CollectivesCase:
 
     def received_bytes(self, op: str, size: int) -> int:
         """What the busiest rank must receive, whatever the schedule: sums can be made on the way."""
+        if op == TOKEN_OP:
+            return 2 * size * (self.ranks - 1)
         return size * (self.ranks - 1) if op == "all_to_all" else size
 
     def link_bytes(self, op: str, size: int) -> int:
         """What must cross the busiest link between nodes, in its busier direction."""
         inside = self.ranks // self.nodes
+        if op == TOKEN_OP:
+            return crossing_bytes(self.topology(), size)
         return size * inside * (self.ranks - inside) if op == "all_to_all" else size
+
+    def topology(self) -> Topology:
+        """The machine as a planner would be told of it."""
+        topology = Topology.preset("cpu", num_nodes=self.nodes, ranks_per_node=self.ranks // self.nodes)
+        return topology if self.nodes == 1 else replace(topology, node_bytes_per_s=self.link_bits_per_s / 8)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,9 @@ from ..collectives import (
     sparse_reduce_scatter,
 )
 from ..collectives.transports.mpi import MpiJob, MpiTransport
-from ..placement import Placement, Topology
-from .collectives import COPY, MPI_OWN, CollectivesCase
+from ..placement import Placement
+from .collectives import COPY, MPI_OWN, TOKEN_OP, CollectivesCase
+from .token_rows import ROUTES, token_rows
 
 # Small collectives are repeated until a timed piece moves about as many bytes as this, so that its ends do not count.
 _TIMED_BYTES = 8 << 20
@@ -78,30 +78,25 @@ def _ways(op: str, case: CollectivesCase, transports: dict[str, Transport], buff
     rank = dist.get_rank()
     ways = {COPY: _copy(case.received_bytes(op, buffers.incoming[0].nbytes))}
     mpi = transports.get("mpi")
-    if isinstance(mpi, MpiTransport):
+    if isinstance(mpi, MpiTransport) and op != TOKEN_OP:
         ways[MPI_OWN] = _mpi_own(op, mpi.job, buffers)
     for name, transport in transports.items():
         if op == "all_to_all":
             ways[f"{name}/direct"] = _all_to_all(transport, buffers)
             continue
+        if op == TOKEN_OP:
+            rows = buffers.outgoing[0], buffers.incoming[0]
+            ways |= {f"{name}/{route}": token_rows(transport, route, *rows, case.topology()) for route in ROUTES}
+            continue
         placement = Placement.everywhere(np.zeros(1, np.int64), case.ranks)
         for schedule_name in case.schedules:
-            schedule = make_schedule(schedule_name, placement, _topology(case), buffers.incoming[0].nbytes)
+            schedule = make_schedule(schedule_name, placement, case.topology(), buffers.incoming[0].nbytes)
             make = _gather if op == "sparse_gather" else _reduce
             ways[f"{name}/{schedule_name}"] = make(transport, schedule, buffers)
     for name, way in ways.items():
         if name != COPY:
             _check(f"{op} by {name} on rank {rank}", op, way, buffers)
     return ways
-
-
-def _topology(case: CollectivesCase) -> Topology:
-    """The machine as a planner would be told of it."""
-    topology = Topology.preset("cpu", num_nodes=case.nodes, ranks_per_node=case.ranks // case.nodes)
-    if case.nodes == 1:
-        return topology
-    rates: dict[str, Any] = dict(vars(topology)) | {"node_bytes_per_s": case.link_bits_per_s / 8}
-    return Topology(**{name: rates[name] for name in Topology.__dataclass_fields__})
 
 
 def _check(what: str, op: str, way: Callable[[], None], buffers: Buffers) -> None:
@@ -115,6 +110,8 @@ def _check(what: str, op: str, way: Callable[[], None], buffers: Buffers) -> Non
     way()
     if op == "all_to_all":
         expected = {peer: 10.0 * peer + rank for peer in range(world_size) if peer != rank}
+    elif op == TOKEN_OP:
+        expected = {0: 10.0 * rank * world_size}
     elif op == "sparse_gather":
         expected = {0: 0.0} if rank else {}
     else:

@@ -1,8 +1,9 @@
 """What a schedule costs: bytes and messages by link class, predicted seconds, and what no schedule can go below.
 
 The model of time. A rank sends and receives at `device_bytes_per_s`, a node's link carries `node_bytes_per_s` each way, and
-each message costs the ranks at its ends `latency_s`. The busiest rank or node link sets the pace; to it comes the way of one
-chunk through the relays: at every hop after the first, as often as the relay sends it, a chunk's time and a latency.
+each message costs the ranks at its ends `latency_s`, one after the other where a rank sends and receives. The busiest rank or
+node link sets the pace; to it comes the way of one chunk through the relays: at every hop after the first, as often as the
+relay sends it, a chunk's time and a latency.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Loads:
 
     most_bytes: float  # that one rank sends, or receives
     most_node_bytes: float  # that one node sends, or receives
-    most_messages: int  # that one rank sends, or receives
+    most_messages: int  # that one rank sends and receives
     fill_bytes_s: float
     fill_latency_s: float
 

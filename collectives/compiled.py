@@ -17,7 +17,7 @@ def count_loads(start_G, src_H, dst_H, chunks_G, num_chunks_G, num_ranks, ranks_
     """The numbers of `account.Loads`, in its order, float64 [5]; the fourth in seconds, the last counts hops."""
     num_nodes = num_ranks // ranks_per_node
     sent_R, received_R = np.zeros(num_ranks), np.zeros(num_ranks)
-    posted_R, taken_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
+    messages_R = np.zeros(num_ranks, np.int64)
     left_N, entered_N = np.zeros(num_nodes), np.zeros(num_nodes)
     forwards_R, way_hops_R, way_s_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64), np.zeros(num_ranks)
     fill_s, fill_hops = 0.0, 0
@@ -34,8 +34,8 @@ def count_loads(start_G, src_H, dst_H, chunks_G, num_chunks_G, num_ranks, ranks_
             src, dst = src_H[h], dst_H[h]
             sent_R[src] += route_bytes
             received_R[dst] += route_bytes
-            posted_R[src] += chunks_G[g]
-            taken_R[dst] += chunks_G[g]
+            messages_R[src] += chunks_G[g]
+            messages_R[dst] += chunks_G[g]
             from_node, to_node = src // ranks_per_node, dst // ranks_per_node
             step_s = chunk_s
             if from_node != to_node:
@@ -52,7 +52,7 @@ def count_loads(start_G, src_H, dst_H, chunks_G, num_chunks_G, num_ranks, ranks_
     loads = np.empty(5)
     loads[0] = max(sent_R.max(), received_R.max())
     loads[1] = max(left_N.max(), entered_N.max())
-    loads[2] = max(posted_R.max(), taken_R.max())
+    loads[2] = messages_R.max()
     loads[3], loads[4] = fill_s, fill_hops
     return loads
 

@@ -6,6 +6,7 @@ planning.py       predicted load -> placement, exact load -> split
 bank.py           every expert once: weights and gradients of the experts this rank owns
 materialize.py    copies in, their gradients home
 dispatch.py       rows to their experts and back
+dispatch_by_node.py  the same over nodes of several ranks: each row crosses to a node once
 experts.py        the local experts' SwiGLU
 layer_pass.py     one forward and its backward; replay under activation checkpointing
 layer_runtime.py  what one layer has of all this

@@ -80,6 +80,13 @@ def test_nodes_with_links() -> None:
     assert all(row["nodes"] == 2 and row["ratio_to_mpi"] is None for row in rows)
 
 
+def test_token_rows_by_both_routes() -> None:
+    """Values are checked before they are timed; by node no more crosses than must, directly one row for each rank there."""
+    skip_without_network()
+    rows = rows_of("--ops token_rows --ranks 4 --nodes 2 --sizes 64K --rounds 1 --transports c10d --json -")
+    assert [(row["transport"], row["schedule"]) for row in rows] == [(COPY, None), ("c10d", "direct"), ("c10d", "by_node")]
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -108,4 +115,5 @@ def test_what_must_travel() -> None:
     )
     assert [case.received_bytes(op, 400) for op in OPS] == [1200, 400, 400]
     assert [case.link_bytes(op, 400) for op in OPS] == [1600, 400, 400]
+    assert case.link_bytes("token_rows", 400) == 2 * 2 * 400
     assert CollectivesCase.from_json(case.to_json()) == case

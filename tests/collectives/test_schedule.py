@@ -208,12 +208,12 @@ def test_worked_examples() -> None:
 
 
 def test_predicted_time_of_a_chain() -> None:
-    """4 MB through 7 hops at 25 MB/s and 0.5 ms: 44 chunks leave the owner, and the last one has 6 hops more to go."""
+    """4 MB through 7 hops at 25 MB/s and 0.5 ms: 31 chunks come in and go out at a rank, the last one has 6 more hops to go."""
     placement = Placement.everywhere(np.array([0]), 8)
     topology = Topology(num_nodes=8, ranks_per_node=1, **SLOW)
     chain = relay_gather(placement, topology, 4_000_000)
-    assert chain.routes[0].num_chunks == 44
-    assert predicted_s(chain, topology, 4_000_000) == pytest.approx((44 + 6) * (4_000_000 / 44 / 25e6 + 5e-4))
+    assert chain.routes[0].num_chunks == 31
+    assert predicted_s(chain, topology, 4_000_000) == pytest.approx((31 + 6) * 4_000_000 / 31 / 25e6 + (2 * 31 + 6) * 5e-4)
     direct = predicted_s(direct_gather(placement), topology, 4_000_000)
     assert direct == pytest.approx(7 * (4_000_000 / 25e6 + 5e-4))
 

@@ -1,0 +1,49 @@
+"""The op `token_rows` of `moesaic bench collectives`: tokens to the ranks that compute them and back, by each route.
+
+Every rank has `bytes` of token rows, and every rank computes something of each token: the most that can be saved by going node
+by node. A timed piece is a forward's describe, dispatch and combine; experts return rows as they are.
+
+Shape letters: T tokens, D model dim, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import gcd
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..collectives import Transport
+from ..placement import ExpertLoad, Placement, Topology, split_exact
+from ..runtime.dispatch import build_handle
+from ..runtime.dispatch_by_node import build_node_handle
+
+ROUTES = ("direct", "by_node")
+_MOST_COLUMNS = 1024
+
+
+def token_rows(transport: Transport, route: str, x: Tensor, y: Tensor, topology: Topology) -> Callable[[], None]:
+    """A function that sends the rows of `x` to all ranks and leaves their sum, R times `x`, in `y`; flat fp32 tensors."""
+    num_ranks = transport.world_size
+    x_TD = x.view(-1, gcd(x.numel(), _MOST_COLUMNS))
+    num_tokens = x_TD.shape[0]
+    placement = Placement.owners_only(np.arange(num_ranks), num_ranks)
+    split = split_exact(ExpertLoad(np.full((num_ranks, num_ranks), num_tokens)), placement, topology)
+    ids_TK = torch.arange(num_ranks).repeat(num_tokens, 1)
+    weights_TK = torch.ones(num_tokens, num_ranks)
+    build = partial(build_node_handle, ranks_per_node=topology.ranks_per_node) if route == "by_node" else build_handle
+
+    def forward() -> None:
+        handle = build(ids_TK, weights_TK, split, [transport.rank], transport, "describe", "")
+        rows_ND = handle.send_rows(x_TD, transport, "dispatch", "")
+        y.copy_(handle.return_rows(rows_ND, transport, "combine", "").x_TD.view(-1))
+
+    return forward
+
+
+def crossing_bytes(topology: Topology, size: int) -> int:
+    """What must leave and enter each node for dispatch and combine, whatever the route: each row once to each other node."""
+    return 2 * size * topology.ranks_per_node * (topology.num_nodes - 1)
