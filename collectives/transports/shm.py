@@ -22,6 +22,9 @@ from .shm_mailbox import MAX_INTS, Address, Letter, Mailbox
 from .shm_memory import Arena
 
 
+_SMALL_BYTES = 1 << 20
+
+
 @dataclass(slots=True, eq=False)
 class _Sent:
     peer: int
@@ -51,7 +54,7 @@ class _Exchange:
         """Copy every message in as it appears; then wait until the peers have copied theirs, or at least can."""
         transport, deadline_s = self._transport, time.monotonic() + self._transport.timeout_s
         while self._expected:
-            self._wait_until(self._any_here, self._senders, deadline_s)
+            self._wait_until(self._enough_is_here, self._senders, deadline_s)
             here = [e for e in self._expected if transport.mailbox.has_posted(e.peer, e.number)]
             for expected in here:
                 transport.read(expected.peer, expected.number, expected.tensor, self._place())
@@ -71,8 +74,10 @@ class _Exchange:
         if not self._transport.mailbox.wait(is_done_meanwhile, needed, deadline_s):
             raise CollectiveError(self._describe())
 
-    def _any_here(self) -> bool:
-        return any(self._transport.mailbox.has_posted(e.peer, e.number) for e in self._expected)
+    def _enough_is_here(self) -> bool:
+        """Small messages are read together, since every wake-up costs more than their copies; large ones as they appear."""
+        here = (self._transport.mailbox.has_posted(e.peer, e.number) for e in self._expected)
+        return all(here) if self._expected_bytes <= _SMALL_BYTES else any(here)
 
     def _senders(self) -> set[int]:
         return {e.peer for e in self._expected}
