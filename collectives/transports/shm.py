@@ -21,8 +21,9 @@ from .node import NodeIdentity
 from .shm_mailbox import MAX_INTS, Address, Letter, Mailbox
 from .shm_memory import Arena
 
-
+# An exchange that is read all at once: so few bytes that wake-ups cost more than copies, far fewer messages than rings hold.
 _SMALL_BYTES = 1 << 20
+_FEW_MESSAGES = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -75,9 +76,10 @@ class _Exchange:
             raise CollectiveError(self._describe())
 
     def _enough_is_here(self) -> bool:
-        """Small messages are read together, since every wake-up costs more than their copies; large ones as they appear."""
+        """Small messages are read together, large ones as they appear."""
         here = (self._transport.mailbox.has_posted(e.peer, e.number) for e in self._expected)
-        return all(here) if self._expected_bytes <= _SMALL_BYTES else any(here)
+        is_small = self._expected_bytes <= _SMALL_BYTES and len(self._expected) <= _FEW_MESSAGES
+        return all(here) if is_small else any(here)
 
     def _senders(self) -> set[int]:
         return {e.peer for e in self._expected}
