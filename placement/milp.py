@@ -32,6 +32,8 @@ _OWNER_PROPOSALS, _COPY_PROPOSALS = 1_500_000, 200_000
 # Ranges of copies to prove one by one. Programs of more (expert, rank) pairs take so long to write down that one must do.
 _MOST_RANGES, _MOST_STATES_OF_RANGES = 4, 4096
 _ROUGH_GAP = 5e-3
+# Of the time limit; engines stop a little late, and their answer has to be priced.
+_ENGINE_SHARE = 0.97
 
 
 def _heuristics(problem: Problem, move_owners: bool) -> list[Placement]:
@@ -197,7 +199,7 @@ def solve(
     proof = _Proof(problem, move_owners, engine, best, bound.total_s)
     # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
     for tolerance in sorted({max(relative_gap, _ROUGH_GAP), relative_gap}, reverse=True):
-        proof.tighten(tolerance, start + time_limit_s)
+        proof.tighten(tolerance, start + _ENGINE_SHARE * time_limit_s)
     best = proof.best
     seconds = perf_counter() - start
     found = solution(best.placement, best.cost, Bound(bound.max_rows, min(proof.bound_s, best.cost.total_s)), seconds, "milp")

@@ -161,3 +161,16 @@ def test_hecate_owners_refuse_bad_loads():
         hecate_owners(np.array([[1, -1]]), Topology.preset("cpu", 2), degree=1)
     with pytest.raises(ValueError, match="degree must be an integer of at least 0, got -1"):
         hecate_owners(np.array([[1, 1]]), Topology.preset("cpu", 2), degree=-1)
+
+
+def test_quota_copies_for_bytes_only_where_that_pays():
+    """A balanced load whose tokens stay home once copied: copies from w * F * (q + beta) / 4 rows on, or when they hide."""
+    # Rank r's tokens go to the expert of rank r + 1: every rank computes as much, every row travels.
+    shape = LayerShape(4, 1, 512, 64, bytes_per_element=2, gradient_bytes_per_element=2)
+    topology = dataclasses.replace(Topology.preset("h100", 4), latency_s=0.0, half_rate_rows=0)
+    break_even = 3 * 64 * (1 + 1) // 4
+    for rows, copies in ((break_even - 2, 0), (break_even + 2, 4)):
+        load = ExpertLoad(np.roll(np.eye(4, dtype=np.int64), 1, axis=1) * rows)
+        problem = Problem(load, np.arange(4), topology, shape, slots=1)
+        assert get_solver("quota")(problem).placement.num_copies == copies
+        assert get_solver("quota")(dataclasses.replace(problem, overlap_s=1.0)).placement.num_copies == 4
