@@ -39,8 +39,11 @@ def _gather_rows_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (n < num_rows)[:, None] & (d < width)[None, :]
     ids = tl.load(ids_ptr + n, mask=n < num_rows, other=0).to(tl.int64)
-    sources = tl.where(ids < num_x, x_ptr + ids * stride_x, beside_ptr + (ids - num_x) * stride_beside)
-    rows = tl.load(sources[:, None] + d[None, :], mask=mask)
+    # Two loads, of which one is masked off: a pointer chosen per row would lose its alignment, and with it wide loads.
+    is_x = (ids < num_x)[:, None]
+    rows = tl.load(x_ptr + ids[:, None] * stride_x + d[None, :], mask=mask & is_x)
+    others = tl.load(beside_ptr + (ids - num_x)[:, None] * stride_beside + d[None, :], mask=mask & ~is_x)
+    rows = tl.where(is_x, rows, others)
     tl.store(out_ptr + n[:, None] * stride_out + d[None, :], rows, mask=mask)
 
 

@@ -67,11 +67,11 @@ class _Solver:
     def answer(self) -> Proposal | str:
         """The proposal, or why there is none; whatever still runs is ended."""
         assert self._process is not None and self._thread is not None
-        if self._thread.is_alive():
+        is_late = self._thread.is_alive()
+        if is_late:
             self._process.kill()
-            self._problem = "the solver was not done in time"
         self._thread.join()
-        return self._answer or self._problem
+        return "the solver was not done in time" if is_late else self._answer or self._problem
 
     def _converse(self, process: subprocess.Popen[bytes], question: Question) -> None:
         try:

@@ -211,37 +211,50 @@ def test_a_move_that_does_not_pay_is_refused_and_explained() -> None:
     assert losses == run_ranks(2, train, "adamw", "none", False, 12)[0]
 
 
-def solve_in_the_background(rank: int) -> list[str]:
-    model = make_model(ffn_dim=FFN_DIM)
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=2, rehome_effort=0.01, timeout_s=100)
-    handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=config)
-    optimizer = torch.optim.SGD(handle.parameter_groups(), lr=0.01, foreach=False)
-    for step in range(3):
-        model(rank_slice(global_batch(step)[0], rank, 2)).sum().backward()
-        optimizer.step()
-        if step == 2 and rank == 0:
-            handle._rehomers[0]._solver._thread.join()  # type: ignore[union-attr]
-        handle.step(optimizer)
+def step_without_an_optimizer(rank: int) -> None:
+    config = RuntimeConfig(policy="static", slots=0, rehome_every=2, timeout_s=60)
+    handle = shard_experts(make_model(), mesh=init_device_mesh("cpu", (2,)), config=config)
     with pytest.raises(ValueError, match=r"rehome_every is 2, but handle.step\(\) got no optimizer"):
         handle.step()
-    return [d.reason for d in handle.rehomings()]
+
+
+def test_re_homing_needs_the_optimizer() -> None:
+    run_ranks(2, step_without_an_optimizer)
+
+
+def question() -> Question:
+    rng = np.random.default_rng(3)
+    shape = LayerShape(num_experts=8, top_k=2, dim=64, ffn_dim=128)
+    loads = [rng.integers(0, 2000, (4, 8)) * (np.arange(8) < 3) + 1 for _ in range(3)]
+    owners_LE = OwnerMap.contiguous(3, 8, 4).expert_to_owner_LE
+    return Question(
+        tuple(
+            Problem(ExpertLoad(load_RE), owner_E, Topology.preset("cpu", 4), shape, slots=1)
+            for load_RE, owner_E in zip(loads, owners_LE, strict=True)
+        ),
+        "quota",
+        0.05,
+    )
 
 
 def test_the_solver_works_in_a_process_of_its_own() -> None:
-    reasons = run_ranks(2, solve_in_the_background)[0]
-    assert len(reasons) == 1
-    assert "experts would save" in reasons[0], reasons
+    solver = rehomer._Solver(limit_s=600)
+    solver.ask(question())
+    assert solver._thread is not None
+    solver._thread.join()
+    answer = solver.answer()
+    assert isinstance(answer, Proposal), answer
+    assert answer.owners == propose(question()).owners
+
+
+def test_an_answer_that_is_not_there_is_not_waited_for() -> None:
+    solver = rehomer._Solver(limit_s=600)
+    solver.ask(question())
+    assert solver.answer() == "the solver was not done in time"
 
 
 def test_a_proposal_is_no_worse_and_keeps_the_numbers() -> None:
-    rng = np.random.default_rng(3)
-    owners = OwnerMap.contiguous(3, 8, 4)
-    shape = LayerShape(num_experts=8, top_k=2, dim=64, ffn_dim=128)
-    loads = [rng.integers(0, 2000, (4, 8)) * (np.arange(8) < 3) + 1 for _ in range(3)]
-    problems = tuple(
-        Problem(ExpertLoad(load_RE), owner_E, Topology.preset("cpu", 4), shape, slots=1)
-        for load_RE, owner_E in zip(loads, owners.expert_to_owner_LE, strict=True)
-    )
-    proposal = propose(Question(problems, "quota", 0.05))
-    assert proposal.owners.num_rows_R.tolist() == owners.num_rows_R.tolist()
+    proposal = propose(question())
+    current = OwnerMap.contiguous(3, 8, 4)
+    assert proposal.owners.num_rows_R.tolist() == current.num_rows_R.tolist()
     assert proposal.step_s < proposal.current_step_s
