@@ -1,16 +1,21 @@
 """moesaic: load-adaptive Mixture-of-Experts training: fully sharded, sparsely materialized experts."""
 
-from .runtime import (
-    Adapter,
-    Handle,
-    MoELayer,
-    Router,
-    RouterConfig,
-    Routing,
-    RuntimeConfig,
-    register_adapter,
-    shard_experts,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runtime import (
+        Adapter,
+        Handle,
+        MoELayer,
+        Router,
+        RouterConfig,
+        Routing,
+        RuntimeConfig,
+        register_adapter,
+        shard_experts,
+    )
 
 __all__ = [
     "Adapter",
@@ -23,3 +28,16 @@ __all__ = [
     "register_adapter",
     "shard_experts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the runtime, and torch with it, when one of its names is asked for: offline placement needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import runtime
+
+    return getattr(runtime, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -26,7 +26,7 @@ def bench() -> None:
 @click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--skew", type=click.FloatRange(min=0), default=1.2, show_default=True, help="Zipf exponent of expert popularity.")
 @click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold.")
-@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Timed steps of each policy.")
+@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed steps of each policy.")
 @click.option("--optimizer", type=click.Choice(list(step.OPTIMIZERS)), default="sgd", show_default=True)
 @JSON_OPTION
 def step_command(json_path: str | None, **case: int | float | str) -> None:

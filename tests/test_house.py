@@ -58,7 +58,9 @@ def watched(file, mode="r", *args, **kwargs):
         written.append(str(file))
     return plain_open(file, mode, *args, **kwargs)
 builtins.open = watched
-import moesaic, moesaic.launch, moesaic.kernels, moesaic.placement
+import moesaic.placement, moesaic.launch.cli, moesaic.launch.place, moesaic.launch.trace
+assert "torch" not in sys.modules  # placing offline does not wait for it
+import moesaic.launch, moesaic.kernels, moesaic.runtime
 import torch
 assert not written, written
 assert not torch.cuda.is_initialized()
@@ -90,6 +92,9 @@ def test_public_names() -> None:
         "register_adapter",
         "shard_experts",
     ]
+    assert all(getattr(moesaic, name) is getattr(moesaic.runtime, name) for name in moesaic.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'shard_expert'"):
+        _ = moesaic.shard_expert
 
 
 def test_readme_shows_every_file() -> None:
