@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 
 @intrinsic
-def _copy_bytes(typingctx, target, source, num_bytes):
+def copy_bytes(typingctx, target, source, num_bytes):
     """memcpy between two addresses."""
 
     def codegen(context, builder, signature, args):
@@ -33,7 +33,7 @@ def gather_bytes(out, out_stride, x, x_stride, num_x, beside, beside_stride, ids
     for n in range(ids_N.size):
         i = ids_N[n]
         source = x + i * x_stride if i < num_x else beside + (i - num_x) * beside_stride
-        _copy_bytes(out + n * out_stride, source, row_bytes)
+        copy_bytes(out + n * out_stride, source, row_bytes)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

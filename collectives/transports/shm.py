@@ -6,101 +6,85 @@ memory that peers map, so the receiver's copy is the only one. Any other tensor 
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending
 from .node import NodeIdentity
-from .shm_mailbox import MAX_INTS, Address, Letter, Mailbox
+from .shm_mailbox import Address, Mailbox
 from .shm_memory import Arena
-
-# An exchange that is read all at once: so few bytes that wake-ups cost more than copies, far fewer messages than rings hold.
-_SMALL_BYTES = 1 << 20
-_FEW_MESSAGES = 64
 
 
 @dataclass(slots=True, eq=False)
 class _Sent:
-    peer: int
-    number: int
-    tensor: Tensor  # kept until the peer has read it
+    """Messages of one exchange, as `shm_control` takes them, and their tensors, which live until their receivers have read them."""
 
-
-@dataclass(slots=True, eq=False)
-class _Expected:
-    peer: int
-    number: int
-    tensor: Tensor
+    messages_M5: np.ndarray
+    tensors: list[Tensor]
 
 
 class _Exchange:
     """Messages of one exchange: what this rank expects, and what it sent and others have not read."""
 
-    def __init__(self, transport: ShmTransport, sent: list[_Sent], expected: list[_Expected], op: str, where: str):
+    def __init__(self, transport: ShmTransport, sent: _Sent, recvs_Q5: np.ndarray, tensors: list[Tensor], op: str, where: str):
         self._transport = transport
-        self._sent = sent
-        self._expected = expected
+        self._sends_M5 = sent.messages_M5
+        self._recvs_Q5 = recvs_Q5
+        self._tensors = tensors  # the compiled loops know addresses only
         self._op = op
         self._where = where
-        self._expected_bytes = sum(e.tensor.nbytes for e in expected)
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Copy every message in as it appears; then wait until the peers have copied theirs, or at least can."""
-        transport, deadline_s = self._transport, time.monotonic() + self._transport.timeout_s
-        while self._expected:
-            self._wait_until(self._enough_is_here, self._senders, deadline_s)
-            here = [e for e in self._expected if transport.mailbox.has_posted(e.peer, e.number)]
-            for expected in here:
-                transport.read(expected.peer, expected.number, expected.tensor, self._place())
-            transport.mailbox.notify({e.peer for e in here})
-            self._expected = [e for e in self._expected if e not in here]
-        if until_sent:
-            self._wait_until(lambda: not self._readers(), self._readers, deadline_s)
-            self._sent = []
-        else:
-            self._wait_until(transport.post_queued, self._readers, deadline_s)
+        transport = self._transport
+        deadline_s = time.monotonic() + transport.timeout_s
 
-    def _wait_until(self, is_done: Callable[[], bool], needed: Callable[[], set[int]], deadline_s: float) -> None:
-        def is_done_meanwhile() -> bool:
-            self._transport.post_queued()
-            return is_done()
+        def look(spin_ns: int) -> bool:
+            all_posted = transport.post_queued()
+            spin_ns = spin_ns if all_posted else 0
+            if not transport.advance(self._recvs_Q5, self._sends_M5, until_sent, spin_ns, self._place):
+                return False
+            return until_sent or transport.post_queued()
 
-        if not self._transport.mailbox.wait(is_done_meanwhile, needed, deadline_s):
+        if not transport.mailbox.wait(look, self._needed, deadline_s):
             raise CollectiveError(self._describe())
+        self._tensors = []
 
-    def _enough_is_here(self) -> bool:
-        """Small messages are read together, large ones as they appear."""
-        here = (self._transport.mailbox.has_posted(e.peer, e.number) for e in self._expected)
-        is_small = self._expected_bytes <= _SMALL_BYTES and len(self._expected) <= _FEW_MESSAGES
-        return all(here) if is_small else any(here)
+    def _needed(self) -> set[int]:
+        return {peer for peer, _ in self._missing()} or {peer for peer, _ in self._unread()}
 
-    def _senders(self) -> set[int]:
-        return {e.peer for e in self._expected}
+    def _missing(self) -> list[tuple[int, int]]:
+        """Peer and bytes of every message that did not come."""
+        return [(peer, nbytes) for peer, _, _, nbytes, is_read in self._recvs_Q5.tolist() if not is_read]
 
-    def _readers(self) -> set[int]:
-        return {s.peer for s in self._sent if not self._transport.mailbox.was_taken(s.peer, s.number)}
+    def _unread(self) -> list[tuple[int, int]]:
+        """Peer and bytes of every message that was not taken."""
+        mailbox, sends_M5 = self._transport.mailbox, self._sends_M5
+        rows = enumerate(sends_M5.tolist())
+        return [
+            (row[0], row[4]) for m, row in rows if not mailbox.control.was_taken(mailbox.controls_R, mailbox.rank, sends_M5, m)
+        ]
 
     def _place(self) -> str:
         return self._op + (f" at {self._where}" if self._where else "")
 
     def _describe(self) -> str:
         gone = self._transport.mailbox.gone()
-        missing = [(e.peer, e.tensor.nbytes) for e in self._expected]
-        unread = [(s.peer, s.tensor.nbytes) for s in self._sent if not self._transport.mailbox.was_taken(s.peer, s.number)]
-        lost = gone & ({peer for peer, _ in missing} | {peer for peer, _ in unread})
+        missing, unread = self._missing(), self._unread()
+        lost = gone & {peer for peer, _ in missing + unread}
         if lost:
             ending = f"rank {', '.join(map(str, sorted(lost)))} is gone"
         else:
             ending = f"did not complete within {self._transport.timeout_s:g} s"
-        received = self._expected_bytes - sum(nbytes for _, nbytes in missing)
-        text = f"received {received} of {self._expected_bytes} B"
+        expected = sum(row[3] for row in self._recvs_Q5.tolist())
+        received = expected - sum(nbytes for _, nbytes in missing)
+        text = f"received {received} of {expected} B"
         text += "".join(f", missing {nbytes} B from rank {peer}" for peer, nbytes in missing)
         text += "".join(f", {nbytes} B not read by rank {peer}" for peer, nbytes in unread)
         return f"rank {self._transport.rank}: {self._place()}: {ending} ({text})"
@@ -130,12 +114,12 @@ class ShmTransport:
         self.mailbox = Mailbox(rank, world_size)
         self.mailbox.connect(_addresses_on_one_node(gather, self.mailbox.address))
         self._arena = Arena(self.mailbox.publish)
-        self._peers = [peer for peer in range(world_size) if peer != rank]
         self._num_sent = [0] * world_size
+        self._num_posted_R = np.zeros(world_size, np.int64)
         self._num_received = [0] * world_size  # messages that an exchange asked for
-        self._queued: dict[int, deque[tuple[int, Letter]]] = {}  # messages that their receiver's ring has no room for yet
-        self._boards = 0
+        self._queued: list[_Sent] = []  # with messages that their receiver's ring has no room for yet
         self._in_flight: list[_Sent] = []
+        self._boards = 0
         # Peers find memory through this process: none may leave before all have connected.
         gather(None)
 
@@ -145,73 +129,92 @@ class ShmTransport:
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Describe every message to its receiver; see `Transport.exchange`."""
-        sent = [self._queue(b, op) for b in sends if b.tensor.numel()]
-        self.post_queued()
-        self._in_flight = [s for s in self._in_flight if not self.mailbox.was_taken(s.peer, s.number)] + sent
-        expected = []
+        sent = self._described(sends, op)
+        if sent.tensors:
+            self._queued.append(sent)
+            self.post_queued()
+            mailbox = self.mailbox
+            all_taken, controls_R = mailbox.control.all_taken, mailbox.controls_R
+            self._in_flight = [s for s in self._in_flight if not all_taken(controls_R, self.rank, s.messages_M5)]
+            self._in_flight.append(sent)
+        expected, tensors = [], []
         for buffer in recvs:
-            if buffer.tensor.numel():
-                expected.append(_Expected(buffer.peer, self._num_received[buffer.peer], buffer.tensor))
-                self._num_received[buffer.peer] += 1
-        return _Exchange(self, sent, expected, op, where)
+            tensor, peer = buffer.tensor, buffer.peer
+            nbytes = tensor.nbytes
+            if nbytes:
+                expected += (peer, self._num_received[peer], tensor.data_ptr(), nbytes, 0)
+                self._num_received[peer] += 1
+                tensors.append(tensor)
+        return _Exchange(self, sent, np.array(expected, np.int64).reshape(-1, 5), tensors, op, where)
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Gather int64 [n] from every rank: [R, n]."""
-        return torch.cat([self._gather_board(part, where) for part in values.split(MAX_INTS)], dim=1)
+        return torch.cat([self._gather_board(part, where) for part in values.split(self.mailbox.control.MAX_INTS)], dim=1)
 
     def _gather_board(self, values: Tensor, where: str) -> Tensor:
-        count = values.numel()
         self._boards += 1
         number, mailbox = self._boards, self.mailbox
+        control, controls_R = mailbox.control, mailbox.controls_R
         mailbox.show(number, values)
 
         def absent() -> set[int]:
-            return {peer for peer in self._peers if not mailbox.shown(peer, number)}
+            return {peer for peer in range(self.world_size) if not control.shows(controls_R, peer, number)}
 
-        if not mailbox.wait(lambda: not absent(), absent, time.monotonic() + self.timeout_s):
-            ranks, gone = absent(), self.mailbox.gone()
+        def look(spin_ns: int) -> bool:
+            return bool(control.all_show(controls_R, number, spin_ns))
+
+        if not mailbox.wait(look, absent, time.monotonic() + self.timeout_s):
+            ranks, gone = absent(), mailbox.gone()
             ending = "gone" if ranks & gone else f"absent after {self.timeout_s:g} s"
             place = f" at {where}" if where else ""
             names = ", ".join(map(str, sorted(ranks & gone or ranks)))
-            raise CollectiveError(f"rank {self.rank}: gather of {count} integers{place}: rank {names} is {ending}")
-        return torch.stack([mailbox.board(rank, number)[:count] for rank in range(self.world_size)])
+            raise CollectiveError(f"rank {self.rank}: gather of {values.numel()} integers{place}: rank {names} is {ending}")
+        return mailbox.boards(number, values.numel())
 
-    def read(self, peer: int, number: int, tensor: Tensor, what: str) -> None:
-        """Copy the message of that number from `peer` into `tensor` and give the peer its memory back."""
-        letter = self.mailbox.letter(peer, number)
-        if letter.nbytes != tensor.nbytes:
+    def advance(
+        self, recvs_Q5: np.ndarray, sends_M5: np.ndarray, until_taken: bool, spin_ns: int, what: Callable[[], str]
+    ) -> bool:
+        """Read messages as they appear and look for `spin_ns` whether all is done; see `shm_control.advance`."""
+        mailbox = self.mailbox
+        control, controls_R, bases_RG = mailbox.control, mailbox.controls_R, mailbox.bases_RG
+        status = control.advance(controls_R, self.rank, bases_RG, recvs_Q5, sends_M5, until_taken, spin_ns)
+        if status == control.NEW_SEGMENT:
+            mailbox.map_segments()
+            status = control.advance(controls_R, self.rank, bases_RG, recvs_Q5, sends_M5, until_taken, spin_ns)
+        if status == control.WRONG_SIZE:
+            peer, there, here = control.wrong_size(controls_R, self.rank, recvs_Q5)
             raise CollectiveError(
-                f"rank {self.rank}: {what}: rank {peer} sent {letter.nbytes} B where {tensor.nbytes} B were expected; "
+                f"rank {self.rank}: {what()}: rank {peer} sent {there} B where {here} B were expected; "
                 "the ranks are at different places of the program"
             )
-        # The C library's copy moves twice the bytes per second that torch's does.
-        ctypes.memmove(tensor.data_ptr(), self.mailbox.address_of(peer, letter), letter.nbytes)
-        self.mailbox.take(peer, number)
+        return bool(status == control.DONE)
 
     def post_queued(self) -> bool:
         """Describe what was sent to the peers whose rings have room; returns whether that is all of it."""
-        peers = []
-        for peer, queue in self._queued.items():
-            while queue and self.mailbox.has_room(peer, queue[0][0]):
-                self.mailbox.post(peer, *queue.popleft())
-                peers.append(peer)
-        if peers:
-            self.mailbox.notify(set(peers))
-            self._queued = {peer: queue for peer, queue in self._queued.items() if queue}
+        if self._queued:
+            post, controls_R = self.mailbox.control.post, self.mailbox.controls_R
+            self._queued = [s for s in self._queued if not post(controls_R, self.rank, self._num_posted_R, s.messages_M5)]
         return not self._queued
 
-    def _queue(self, buffer: Buffer, op: str) -> _Sent:
-        tensor, peer = buffer.tensor, buffer.peer
-        place = self._arena.place_of(tensor)
-        if place is None:
-            tensor = self._arena.empty(tensor.shape, tensor.dtype).copy_(tensor)
-            place = self._arena.place_of(tensor)
-            assert place is not None
-        number = self._num_sent[peer]
-        self._num_sent[peer] += 1
-        self._queued.setdefault(peer, deque()).append((number, Letter(place.segment, place.offset, tensor.nbytes)))
-        self.traffic.add(op, peer, tensor.nbytes)
-        return _Sent(peer, number, tensor)
+    def _described(self, buffers: Sequence[Buffer], op: str) -> _Sent:
+        """Where the messages lie, in memory that peers can read."""
+        arena, num_sent = self._arena, self._num_sent
+        rows, tensors = [], []
+        for buffer in buffers:
+            tensor, peer = buffer.tensor, buffer.peer
+            nbytes = tensor.nbytes
+            if not nbytes:
+                continue
+            place = arena.place_of(tensor)
+            if place is None:
+                tensor = arena.empty(tensor.shape, tensor.dtype).copy_(tensor)
+                place = arena.place_of(tensor)
+                assert place is not None
+            rows += (peer, num_sent[peer], place.segment, place.offset, nbytes)
+            num_sent[peer] += 1
+            tensors.append(tensor)
+            self.traffic.add(op, peer, nbytes)
+        return _Sent(np.array(rows, np.int64).reshape(-1, 5), tensors)
 
 
 def _addresses_on_one_node(gather: Callable[[object], Sequence[object]], address: Address) -> list[Address]:

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,8 +59,7 @@ def _map(here: int, fd: int, nbytes: int) -> Segment:
     return Segment(fd, memory, torch.frombuffer(memory, dtype=torch.uint8).data_ptr())
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where bytes lie in an arena: its segment by number, and the offset in it."""
 
     segment: int

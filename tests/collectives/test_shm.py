@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from moesaic.collectives import Buffer, CollectiveError, make_transports
 from moesaic.collectives.transports.shm import ShmTransport
-from moesaic.collectives.transports.shm_mailbox import MAX_INTS, RING
+from moesaic.collectives.transports.shm_control import MAX_INTS, RING
 from moesaic.collectives.transports.shm_memory import Arena, Segment, open_segment
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transports import check_transport

@@ -1,0 +1,273 @@
+"""Control segments: what each rank of one node tells the others, and the compiled loops that tell and read it.
+
+Every rank has one control segment that all others map. It alone writes its rings of posted messages, its marks of what it took
+from others, and its board of integers. What others write there is its doorbell, a semaphore, and the word that says whether it
+must be rung: whoever clears that word rings. Import this module lazily: it imports numba, and a first call compiles.
+
+Messages are rows of int64 arrays; shapes: R ranks, M messages sent, Q messages expected, G segments of a rank.
+"""
+# mypy: disable-error-code=no-untyped-def
+# numba infers the types of compiled functions.
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from ...kernels.permute_cpu import copy_bytes
+from .shm_memory import Segment
+
+RING = 512
+MAX_SEGMENTS = 64
+MAX_INTS = 4096
+
+# Where things lie in a control segment, in bytes. The doorbell at 0 is a sem_t, which has 32 bytes on 64-bit Linux.
+_IS_WAITING = 64
+_NUM_SEGMENTS = 128
+_SEGMENTS = _NUM_SEGMENTS + 8  # [MAX_SEGMENTS] file descriptor, bytes
+_BOARD_NUMBERS = _SEGMENTS + 16 * MAX_SEGMENTS  # [2]
+_BOARDS = _BOARD_NUMBERS + 16  # [2, MAX_INTS]
+_RINGS = -(-(_BOARDS + 16 * MAX_INTS) // 64) * 64  # [R, RING] posted messages: number + 1, segment, offset, bytes
+_POSTED_BYTES = 32
+
+# Columns of messages that are sent and expected. The last of the latter says whether the message was read.
+PEER, NUMBER, SEGMENT, OFFSET, SENT_BYTES = range(5)
+ADDRESS, NBYTES, IS_READ = range(2, 5)
+
+# What `advance` returns.
+DONE, NOT_YET, NEW_SEGMENT, WRONG_SIZE = range(4)
+
+
+class Control:
+    """Python's views on one rank's control segment."""
+
+    def __init__(self, segment: Segment):
+        self.segment = segment
+        words = segment.memory.cast("q")
+        self.is_waiting = words[_IS_WAITING // 8 :][:1]
+        self.num_segments = words[_NUM_SEGMENTS // 8 :][:1]
+        self.segments = words[_SEGMENTS // 8 :][: 2 * MAX_SEGMENTS]
+        self.boards = torch.frombuffer(words[_BOARDS // 8 :][: 2 * MAX_INTS], dtype=torch.int64).view(2, MAX_INTS)
+        self.doorbell = ctypes.c_void_p(segment.address)
+
+    @staticmethod
+    def nbytes(world_size: int) -> int:
+        """Size of a control segment."""
+        return _RINGS + world_size * RING * (_POSTED_BYTES + 8)
+
+
+_c_int = types.int32
+_sched_yield = types.ExternalFunction("sched_yield", _c_int())
+_sem_post = types.ExternalFunction("sem_post", _c_int(types.intp))
+_clock_gettime = types.ExternalFunction("clock_gettime", _c_int(_c_int, types.intp))
+_CLOCK_MONOTONIC = 1
+_WORD = ir.IntType(64)
+
+
+@intrinsic
+def _load(typingctx, address):
+    """The word at an address; what its writer wrote before it is visible after."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], _WORD.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _store(typingctx, address, value):
+    """Write a word; whoever sees it sees all that was written before."""
+
+    def codegen(context, builder, signature, args):
+        builder.store_atomic(args[1], builder.inttoptr(args[0], _WORD.as_pointer()), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _swap(typingctx, address, value):
+    """Write a word and return the one before, in one step."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("xchg", builder.inttoptr(args[0], _WORD.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _fence(typingctx):
+    """What was written before is visible to all before anything is read after."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@njit(cache=True, nogil=True)
+def _wake(control):
+    """Ring a rank that sleeps or is about to; a fence must lie between what it waits for and this."""
+    if _load(control + _IS_WAITING) and _swap(control + _IS_WAITING, 0):
+        _sem_post(control)
+
+
+@njit(cache=True, nogil=True)
+def _slot(rank, number):
+    """Which of all ring places of a segment belongs to the message of that number to or from `rank`."""
+    return rank * RING + number % RING
+
+
+@njit(cache=True, nogil=True)
+def _mark_of(controls_R, reader, sender, number):
+    """Address of the word by which `reader` says that it took a message."""
+    return controls_R[reader] + _RINGS + controls_R.size * RING * _POSTED_BYTES + 8 * _slot(sender, number)
+
+
+@njit(cache=True, nogil=True)
+def _now_ns(clock):
+    _clock_gettime(_CLOCK_MONOTONIC, clock.ctypes.data)
+    return clock[0] * 1_000_000_000 + clock[1]
+
+
+@njit("boolean(int64[::1], int64, int64[::1], int64[:, ::1])", cache=True, nogil=True)
+def post(controls_R, rank, num_posted_R, sends_M5):
+    """Describe messages to their receivers, in turn, as far as rings have room; returns whether all of them are."""
+    all_posted = True
+    for m in range(sends_M5.shape[0]):
+        peer, number = sends_M5[m, PEER], sends_M5[m, NUMBER]
+        if number < num_posted_R[peer]:
+            continue
+        has_room = number < RING or _load(_mark_of(controls_R, peer, rank, number - RING)) > number - RING
+        if number > num_posted_R[peer] or not has_room:
+            all_posted = False
+            continue
+        posted = controls_R[rank] + _RINGS + _POSTED_BYTES * _slot(peer, number)
+        _store(posted + 8, sends_M5[m, SEGMENT])
+        _store(posted + 16, sends_M5[m, OFFSET])
+        _store(posted + 24, sends_M5[m, SENT_BYTES])
+        _store(posted, number + 1)
+        num_posted_R[peer] = number + 1
+    _fence()
+    for m in range(sends_M5.shape[0]):
+        _wake(controls_R[sends_M5[m, PEER]])
+    return all_posted
+
+
+@njit("boolean(int64[::1], int64, int64[:, ::1], int64)", cache=True, nogil=True)
+def was_taken(controls_R, rank, sends_M5, m):
+    """Whether the receiver of message m has read it."""
+    number = sends_M5[m, NUMBER]
+    return _load(_mark_of(controls_R, sends_M5[m, PEER], rank, number)) > number
+
+
+@njit("UniTuple(int64, 3)(int64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
+def wrong_size(controls_R, rank, recvs_Q5):
+    """The first message of another size than was expected: its peer, its bytes there and here; zeros if there is none."""
+    for q in range(recvs_Q5.shape[0]):
+        peer, number = recvs_Q5[q, PEER], recvs_Q5[q, NUMBER]
+        posted = controls_R[peer] + _RINGS + _POSTED_BYTES * _slot(rank, number)
+        if _load(posted) == number + 1 and _load(posted + 24) != recvs_Q5[q, NBYTES]:
+            return peer, _load(posted + 24), recvs_Q5[q, NBYTES]
+    return 0, 0, 0
+
+
+@njit("boolean(int64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
+def all_taken(controls_R, rank, sends_M5):
+    """Whether every receiver has read its messages."""
+    for m in range(sends_M5.shape[0]):
+        if not was_taken(controls_R, rank, sends_M5, m):
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _read(controls_R, rank, bases_RG, recvs_Q5):
+    """Copy in what is there and was not read; see `advance` for what is returned."""
+    status, last_read = DONE, -1
+    for q in range(recvs_Q5.shape[0]):
+        if recvs_Q5[q, IS_READ]:
+            continue
+        peer, number = recvs_Q5[q, PEER], recvs_Q5[q, NUMBER]
+        posted = controls_R[peer] + _RINGS + _POSTED_BYTES * _slot(rank, number)
+        if _load(posted) != number + 1:
+            status = max(status, NOT_YET)
+            continue
+        base = bases_RG[peer, _load(posted + 8)]
+        if base == 0 or _load(posted + 24) != recvs_Q5[q, NBYTES]:
+            status = max(status, NEW_SEGMENT if base == 0 else WRONG_SIZE)
+            continue
+        copy_bytes(recvs_Q5[q, ADDRESS], base + _load(posted + 16), recvs_Q5[q, NBYTES])
+        _store(_mark_of(controls_R, rank, peer, number), number + 1)
+        recvs_Q5[q, IS_READ] = 1
+        last_read = q
+    if last_read >= 0:
+        _fence()
+        for q in range(last_read + 1):
+            _wake(controls_R[recvs_Q5[q, PEER]])
+    return status
+
+
+@njit("int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64[:, ::1], boolean, int64)", cache=True, nogil=True)
+def advance(controls_R, rank, bases_RG, recvs_Q5, sends_M5, until_taken, spin_ns):
+    """Read every message as it appears, then see whether those sent were taken; give up `spin_ns` after the first look.
+
+    Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know;
+    or WRONG_SIZE. A rank that keeps looking yields its core to whoever can run.
+    """
+    clock = np.empty(2, np.int64)
+    until_ns = _now_ns(clock) + spin_ns
+    while True:
+        status = _read(controls_R, rank, bases_RG, recvs_Q5)
+        if status > NOT_YET:
+            return status
+        if status == DONE and (not until_taken or all_taken(controls_R, rank, sends_M5)):
+            return DONE
+        if _now_ns(clock) >= until_ns:
+            return NOT_YET
+        _sched_yield()
+
+
+@njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
+def show(controls_R, rank, number):
+    """Let everyone see this rank's board under `number`."""
+    _store(controls_R[rank] + _BOARD_NUMBERS + 8 * (number % 2), number)
+    _fence()
+    for peer in range(controls_R.size):
+        if peer != rank:
+            _wake(controls_R[peer])
+
+
+@njit("boolean(int64[::1], int64, int64)", cache=True, nogil=True)
+def shows(controls_R, rank, number):
+    """Whether the board of `rank` shows `number`."""
+    return _load(controls_R[rank] + _BOARD_NUMBERS + 8 * (number % 2)) == number
+
+
+@njit("boolean(int64[::1], int64, int64)", cache=True, nogil=True)
+def all_show(controls_R, number, spin_ns):
+    """Whether all boards show `number`; gives up `spin_ns` after the first look."""
+    clock = np.empty(2, np.int64)
+    until_ns = _now_ns(clock) + spin_ns
+    rank = 0
+    while True:
+        while rank < controls_R.size and shows(controls_R, rank, number):
+            rank += 1
+        if rank == controls_R.size:
+            return True
+        if _now_ns(clock) >= until_ns:
+            return False
+        _sched_yield()
+
+
+@njit("void(int64)", cache=True, nogil=True)
+def ask_to_be_woken(control):
+    """Say that this rank is about to sleep. It must look once more after this: what appeared before rings nobody."""
+    _store(control + _IS_WAITING, 1)
+    _fence()
