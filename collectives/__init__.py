@@ -10,10 +10,12 @@ compiled.py    their compiled loops
 account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
 flow.py        the executor: chunks go on as soon as they have arrived
 verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows
+average.py     the mean of tensors that all ranks hold
 reference.py   the same verbs on plain lists of per-rank tensors: what each of them means
 """
 
 from .account import Account, Bound, LinkCounts, account, predicted_s
+from .average import average
 from .schedule import Message, Route, Schedule
 from .schedules.choose import SCHEDULES, ScheduleChoice, choose_schedule, make_schedule
 from .schedules.direct import direct_gather
@@ -49,6 +51,7 @@ __all__ = [
     "TransportChoice",
     "account",
     "all_to_all_rows",
+    "average",
     "choose_schedule",
     "choose_transport",
     "direct_gather",

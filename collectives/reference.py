@@ -61,6 +61,12 @@ def reduce_along_reference(
     return [value.view_as(total) for value, total in zip(sums, totals_E, strict=True)]
 
 
+def average_reference(tensors_R: Sequence[Tensor]) -> Tensor:
+    """What every rank's tensor becomes: the mean, added up in rank order, in fp32 (fp64 for fp64)."""
+    dtype = torch.promote_types(tensors_R[0].dtype, torch.float32)
+    return (reduce(torch.add, [t.to(dtype) for t in tensors_R]) / len(tensors_R)).to(tensors_R[0].dtype)
+
+
 def all_to_all_rows_reference(rows_RR: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """What every rank receives, in source order, where rank s sends rows_RR[s][d] to rank d."""
     num_ranks = len(rows_RR)

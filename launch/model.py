@@ -7,6 +7,8 @@
 
 # B batch, L sequence length, D model dim, H heads, C channels per head, V vocabulary (256 bytes)
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,10 +27,19 @@ def rope_tables(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tens
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x_BHLC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channel pairs (i, i + C / 2) of `x_BHLC` by the angle of their position."""
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """The tables of one sequence length. Not bare tensors, which FSDP2 would round to bf16 where blocks compute in it."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def apply_rope(x_BHLC: Tensor, rope: Rope) -> Tensor:
+    """Rotate the channel pairs (i, i + C / 2) of `x_BHLC` by the angle of their position, in fp32."""
     first, second = x_BHLC.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = torch.cat((first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin), dim=-1)
+    return rotated.to(x_BHLC.dtype)
 
 
 class Attention(nn.Module):
@@ -42,13 +53,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim // num_heads)
         self.k_norm = nn.RMSNorm(dim // num_heads)
 
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
         B, L, D = x_BLD.shape
         qkv = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
         q_BHLC, k_BHLC, v_BHLC = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q_BHLC = apply_rope(self.q_norm(q_BHLC), cos, sin)
-        k_BHLC = apply_rope(self.k_norm(k_BHLC), cos, sin)
+        q_BHLC = apply_rope(self.q_norm(q_BHLC), rope)
+        k_BHLC = apply_rope(self.k_norm(k_BHLC), rope)
         y_BHLC = F.scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, is_causal=True)
         return self.out(y_BHLC.transpose(1, 2).reshape(B, L, D))
 
@@ -63,9 +74,9 @@ class Block(nn.Module):
         self.moe_norm = nn.RMSNorm(config.dim)
         self.moe = MoELayer(config.dim, config.ffn_dim, config.num_experts, config.top_k, router=router)
 
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), cos, sin)
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope)
         return x_BLD + self.moe(self.moe_norm(x_BLD))
 
 
@@ -88,13 +99,13 @@ class Transformer(nn.Module):
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Byte ids int64 [B, L] -> logits [B, L, V]."""
-        cos, sin = self.cos[: ids_BL.shape[1]], self.sin[: ids_BL.shape[1]]
+        rope = Rope(self.cos[: ids_BL.shape[1]], self.sin[: ids_BL.shape[1]])
         x_BLD = self.embedding(ids_BL)
         for block in self.blocks:
             if self.activation_checkpoint and self.training:
-                x_BLD = checkpoint(block, x_BLD, cos, sin, use_reentrant=False)
+                x_BLD = checkpoint(block, x_BLD, rope, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, cos, sin)
+                x_BLD = block(x_BLD, rope)
         return self.head(self.norm(x_BLD))
 
 

@@ -4,10 +4,23 @@ from collections.abc import Callable
 
 import torch
 
+outside_graphs = torch._disable_dynamo
+"""Decorates what `torch.compile` leaves as it is. Unlike `torch.compiler.disable` it imports the compiler when called."""
+
 
 def current_backward_node() -> torch.autograd.graph.Node | None:
     """The autograd node whose backward runs on this thread now, or None outside a backward pass."""
     return torch._C._current_autograd_node()
+
+
+def current_backward_id() -> int:
+    """A number that tells the backward pass that runs on this thread now from others; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor was written to in place, but for writes through `.data` and by fused optimizers."""
+    return tensor._version
 
 
 def call_after_backward(callback: Callable[[], None]) -> None:

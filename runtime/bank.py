@@ -4,21 +4,25 @@ A bank spans all MoE layers whose experts have one shape. Its parameters have on
 the row order of the owner map, so any optimizer sees ordinary parameters. Gradients are written into rows of `.grad`
 by the expert backward and by the sparse reduce; the parameters are never inputs of the autograd graph.
 
+Where experts compute in a narrower dtype than that of the master weights, the bank also keeps its rows in that dtype. This is
+what FSDP2 calls `param_dtype`, but a row is cast once a step, and not for every gather.
+
 Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert ffn dim.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from weakref import WeakSet
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..collectives import LocalTransport, Transport
+from ..collectives import LocalTransport, Transport, average
 from ..kernels import Clamp, FFNWeights
 from ..placement import OwnerMap
-from ._compat import call_after_backward
+from ._compat import call_after_backward, current_backward_id, version_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,9 @@ class Bank(nn.Module):
         owners: the owner map over the bank's layers; counts per rank may differ, zero included.
         rank: this rank.
         device, dtype: of the master weights.
+        compute_dtype: of the rows as they are computed with and copied; the master weights' by default.
         transport: what the weights will travel on; it knows the memory to keep them in.
+        replicas: the ranks that own the same experts in other groups, over which gradients are averaged; none by default.
     """
 
     gate_up: nn.Parameter
@@ -90,7 +96,9 @@ class Bank(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
         transport: Transport | None = None,
+        replicas: Transport | None = None,
     ):
         super().__init__()
         self.shape = shape
@@ -100,9 +108,22 @@ class Bank(nn.Module):
         """The row of every (layer, expert) that this rank owns. Where an expert lies is nobody else's concern."""
         num_rows = int(owners.num_rows_R[rank])
         self._empty_layers: set[int] = set()  # whose gradient rows are allocated and hold nothing yet
-        like, transport = torch.empty(0, device=device, dtype=dtype), transport or LocalTransport()
+        self._backward_id = -1  # the last backward pass that wrote gradients
+        self._replicas = replicas or LocalTransport()
+        self.averages_gradients = True
+        """Whether a backward pass ends with gradients averaged over the replicas; see `Handle.set_requires_all_reduce`."""
+        self._transport = transport or LocalTransport()
+        like = torch.empty(0, device=device, dtype=dtype)
         for name, size in shape.tensor_sizes().items():
-            self.register_parameter(name, nn.Parameter(transport.empty((num_rows, *size), like)))
+            self.register_parameter(name, nn.Parameter(self._transport.empty((num_rows, *size), like)))
+        self.compute_dtype = compute_dtype or self.gate_up.dtype
+        self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, where it is another
+        self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the versions of the masters that it was cast from
+        if self.compute_dtype != self.gate_up.dtype:
+            # Fused optimizers write without raising a tensor's version.
+            this = ref(self)
+            hook = register_optimizer_step_post_hook(lambda *_: bank.drop_casts() if (bank := this()) else None)
+            finalize(self, hook.remove)
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -126,9 +147,39 @@ class Bank(nn.Module):
         self.owners, self.rows = owners, rows
 
     def weights(self, layer: int, expert: int) -> ExpertTensors:
-        """Weights of an owned expert, in place."""
+        """Master weights of an owned expert, in place."""
         row = self.row_of(layer, expert)
-        return ExpertTensors(**{name: getattr(self, name).data[row] for name in self.weight_names})
+        # Not `.data`: what is written here must be seen by `compute_weights`.
+        return ExpertTensors(**{name: getattr(self, name).detach()[row] for name in self.weight_names})
+
+    @torch.no_grad()
+    def compute_weights(self, layer: int, expert: int) -> ExpertTensors:
+        """Weights of an owned expert in the compute dtype: the masters themselves, or their cast.
+
+        A row is cast when it is first asked for after the masters changed, by an optimizer or in place; changes through `.data`
+        show after `drop_casts`, which every `Handle.step` calls.
+        """
+        masters = self.weights(layer, expert)
+        if self.compute_dtype == self.gate_up.dtype:
+            return masters
+        row, versions = self.row_of(layer, expert), tuple(version_of(parameter) for parameter in self.parameters())
+        if not self._casts:
+            self._casts = {n: self._transport.empty(p.shape, self.compute_like) for n, p in self.named_parameters()}
+        cast = ExpertTensors(**{name: self._casts[name][row] for name in self.weight_names})
+        if self._cast_from.get(row) != versions:
+            for narrow, master in zip(cast.tensors(), masters.tensors(), strict=True):
+                narrow.copy_(master)
+            self._cast_from[row] = versions
+        return cast
+
+    def drop_casts(self) -> None:
+        """Have every row cast anew when it is next asked for."""
+        self._cast_from.clear()
+
+    @property
+    def compute_like(self) -> Tensor:
+        """An empty tensor with the dtype and on the device that the experts compute in."""
+        return torch.empty(0, dtype=self.compute_dtype, device=self.gate_up.device)
 
     def grads(self, layer: int, expert: int) -> ExpertTensors:
         """Gradient of an owned expert, in place; see `begin_grads`."""
@@ -142,26 +193,45 @@ class Bank(nn.Module):
         much memory traffic as the optimizer: the first backward of each layer overwrites its rows instead, and the rows of
         layers that this backward pass never reaches become zeros when it is complete.
         """
+        if self._backward_id != current_backward_id():
+            self._backward_id = current_backward_id()
+            call_after_backward(self._finish_backward)
         if all(parameter.grad is None for parameter in self.parameters()):
             for parameter in self.parameters():
                 parameter.grad = torch.empty_like(parameter)
             self._empty_layers = set(range(self.owners.num_layers))
-            call_after_backward(self._clear_unreached)
         is_empty = layer in self._empty_layers
         self._empty_layers.discard(layer)
         return is_empty
 
-    def _clear_unreached(self) -> None:
+    def _finish_backward(self) -> None:
+        """Clear what was not reached, and average over the replicas.
+
+        Gradients of earlier backward passes, which were averaged then, keep their value: the mean of equals is themselves.
+        """
         for (layer, _), row in self.rows.items():
             for parameter in self.parameters():
                 if layer in self._empty_layers and parameter.grad is not None:
                     parameter.grad[row].zero_()
         self._empty_layers = set()
+        if self.averages_gradients:
+            grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            average(self._replicas, grads, op="replicate", where="the end of a backward pass")
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's weights."""
+        """Bytes of one expert's master weights."""
         return self.shape.num_elements * self.gate_up.element_size()
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of one copy of an expert's weights."""
+        return self.shape.num_elements * self.compute_dtype.itemsize
+
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes of the rows that are kept in the compute dtype beside the masters."""
+        return sum(cast.nbytes for cast in self._casts.values())
 
     @property
     def is_trainable(self) -> bool:
@@ -184,13 +254,22 @@ def slot_bound(num_layers: int, slots: int) -> int:
     return (num_layers + 2) * slots
 
 
+def slot_bytes_bound(bank: Bank, slots: int) -> int:
+    """Bytes of those buffers. Where copies are narrower than gradients, a reduce cannot receive into the copies it follows."""
+    num_layers = bank.owners.num_layers
+    if bank.copy_bytes == bank.expert_bytes or not slots:
+        return slot_bound(num_layers, slots) * bank.expert_bytes
+    return num_layers * slots * bank.copy_bytes + (slots + max(slots, 2)) * bank.expert_bytes
+
+
 class SlotPool:
     """Expert-sized buffers that materializations borrow: copies of weights, and their gradients.
 
     A buffer comes back when its last use has been enqueued. One that is never given back, because its graph was dropped
     without a backward, is simply freed: the pool holds only the free ones.
 
-    `peak_slots` is the largest number of buffers that ever existed at once, lent or free; see `slot_bound`.
+    `peak_slots` is the largest number of buffers that ever existed at once, lent or free, `peak_bytes` the most memory they took;
+    see `slot_bound`.
     """
 
     def __init__(self, shape: ExpertShape, transport: Transport):
@@ -199,6 +278,7 @@ class SlotPool:
         self._free: list[ExpertTensors] = []
         self._alive: WeakSet[ExpertTensors] = WeakSet()
         self.peak_slots = 0
+        self.peak_bytes = 0
 
     def acquire(self, like: Tensor) -> ExpertTensors:
         """A buffer with undefined content on the device and with the dtype of `like`."""
@@ -208,6 +288,7 @@ class SlotPool:
         buffer = ExpertTensors(**{n: self._transport.empty(size, like) for n, size in self._shape.tensor_sizes().items()})
         self._alive.add(buffer)
         self.peak_slots = max(self.peak_slots, len(self._alive))
+        self.peak_bytes = max(self.peak_bytes, sum(tensor.nbytes for slot in self._alive for tensor in slot.tensors()))
         return buffer
 
     def release(self, buffer: ExpertTensors) -> None:

@@ -65,6 +65,10 @@ class RuntimeConfig:
     """How the next load is predicted from the past; 'best' uses whichever had the smallest recent error."""
     shard_dense: bool = True
     """Shard everything but the experts with FSDP2 `fully_shard`; False leaves the rest of the model to you."""
+    compute_dtype: Literal["as_is", "bf16"] = "as_is"
+    """What experts and the dense rest compute in, and what copies, token rows and FSDP2's gathers travel in: the parameters' own
+    dtype, or bf16 cast from them. Master weights, gradients, their reductions and optimizer state keep the parameters' dtype; of
+    FSDP2 it is MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32). Router logits are fp32."""
     overlap_s: float = 0.0
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
@@ -102,6 +106,8 @@ class RuntimeConfig:
             raise ValueError(f"runtime.transport is {self.transport!r}; choose 'auto' or one of {', '.join(TRANSPORTS)}")
         if self.token_route not in ("auto", "direct", "by_node"):
             raise ValueError(f"runtime.token_route is {self.token_route!r}; choose 'auto', 'direct' or 'by_node'")
+        if self.compute_dtype not in ("as_is", "bf16"):
+            raise ValueError(f"runtime.compute_dtype is {self.compute_dtype!r}; choose 'as_is' or 'bf16'")
         if self.reduce_wire not in ("as_is", "bf16"):
             raise ValueError(f"runtime.reduce_wire is {self.reduce_wire!r}; choose 'as_is' or 'bf16'")
         if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from ..placement import Topology
 
 @dataclass(frozen=True, eq=False)
 class RankGroup:
-    """The ranks of one FSSDP group.
+    """The ranks of one FSSDP group, and this rank's replicas in groups that train other tokens beside it.
 
     Token rows and expert weights travel on transports of their own, so that copies in flight for the next layer are
     never mistaken for the rows of this one.
@@ -23,8 +23,13 @@ class RankGroup:
     tokens: Transport
     experts: Transport
     topology: Topology
+    replicas: Transport = field(default_factory=LocalTransport)
+    """The ranks that own what this one owns, one in each group."""
+    replica_topology: Topology = field(default_factory=lambda: Topology.preset("cpu", 1))
 
     def __post_init__(self) -> None:
+        if self.replicas.world_size != self.replica_topology.num_ranks:
+            raise ValueError(f"{self.replicas.world_size} replicas on a topology of {self.replica_topology.num_ranks} ranks")
         sizes = (self.tokens.world_size, self.experts.world_size, self.topology.num_ranks)
         if len(set(sizes)) != 1:
             raise ValueError(
@@ -42,6 +47,11 @@ class RankGroup:
         """Ranks in the group."""
         return self.tokens.world_size
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one rank, of all groups, that decides and writes what is decided and written once."""
+        return self.rank == self.replicas.rank == 0
+
 
 def single_rank_group() -> RankGroup:
     """A group of one, without a process group: what a layer has before it is sharded."""
@@ -49,9 +59,14 @@ def single_rank_group() -> RankGroup:
 
 
 def group_of_process_group(
-    group: dist.ProcessGroup, *, timeout_s: float, topology: Topology | None = None, transport: str = "auto"
+    group: dist.ProcessGroup,
+    *,
+    timeout_s: float,
+    topology: Topology | None = None,
+    transport: str = "auto",
+    replicas: dist.ProcessGroup | None = None,
 ) -> RankGroup:
-    """The ranks of a torch process group. Collective: every rank of `group` must call it.
+    """The ranks of a torch process group. Collective: every rank of `group`, and of `replicas`, must call it.
 
     `transport` names one of `moesaic.collectives.TRANSPORTS`; "auto" lets `choose_transport` name it.
 
@@ -59,10 +74,15 @@ def group_of_process_group(
     measurement, so that plans, and with them results, do not change from run to run.
     """
     on_cuda, node_of_R = dist.get_backend(group) == "nccl", nodes_of_group(group)
-    if transport == "auto":
-        transport = choose_transport(node_of_R, on_cuda=on_cuda).name
-    tokens, experts = make_transports(transport, group, num_transports=2, timeout_s=timeout_s)
-    return RankGroup(tokens, experts, topology or default_topology(node_of_R, on_cuda=on_cuda))
+    name = choose_transport(node_of_R, on_cuda=on_cuda).name if transport == "auto" else transport
+    tokens, experts = make_transports(name, group, num_transports=2, timeout_s=timeout_s)
+    topology = topology or default_topology(node_of_R, on_cuda=on_cuda)
+    if replicas is None:
+        return RankGroup(tokens, experts, topology)
+    node_of_R = nodes_of_group(replicas)
+    name = choose_transport(node_of_R, on_cuda=on_cuda).name if transport == "auto" else transport
+    (between,) = make_transports(name, replicas, num_transports=1, timeout_s=timeout_s)
+    return RankGroup(tokens, experts, topology, between, default_topology(node_of_R, on_cuda=on_cuda))
 
 
 def default_topology(node_of_R: Sequence[int], *, on_cuda: bool) -> Topology:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..collectives import LinkCounts, Traffic
+from ..collectives import LinkCounts
 from ..placement import OwnerMap
 from .adapters.safetensors_files import SafetensorsFolder, write_folder
 from .adapters.weights import checkpoint_tensors, load_weights, state_on_rank_zero
-from .bank import Bank, slot_bound
+from .bank import Bank, slot_bytes_bound
 from .config import RuntimeConfig
 from .group import RankGroup
 from .layer import MoELayer
@@ -80,8 +80,7 @@ class Handle:
         if self._rehomers and optimizer is None:
             raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
         counters = [layer.runtime.counters for layer in self.layers.values()]
-        traffic = {self.group.tokens.traffic, self.group.experts.traffic}
-        self._metrics = step_metrics(counters, self._sent_bytes(traffic))
+        self._metrics = step_metrics(counters, self._sent_bytes())
         self._metrics |= {key: float(count) for key, count in self.memory().items()}
         self._loads = [
             np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
@@ -93,15 +92,19 @@ class Handle:
             layer.runtime.counters.reset()
             layer.runtime.drop_prefetched()
             layer.runtime.step = self._step
+        for bank in self.banks:
+            bank.drop_casts()
         for rehomer in self._rehomers:
             loads = dict(zip(self.layers.values(), self._loads, strict=True))
             here = [load for layer, load in loads.items() if layer.runtime.bank is rehomer.bank]
             rehomer.step(self._step, np.stack(here), optimizer)
-        for t in traffic:
-            t.reset()
+        for transport in (self.group.tokens, self.group.experts, self.group.replicas):
+            transport.traffic.reset()
 
     def rehome(self, owners: Sequence[OwnerMap], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Make these the owner maps, one per bank: weights, gradients and the optimizer's state move. Collective, between steps.
+
+        Replicas, on a two-dimensional mesh, must get the same maps.
 
         Raises:
             ValueError: a rank would own another number of experts than now, or some optimizer state has no rows to move.
@@ -125,18 +128,18 @@ class Handle:
     def memory(self) -> dict[str, int]:
         """Bytes of expert state on this rank, apart from the optimizer's.
 
-        expert_bytes: master weights and gradients of the experts owned here. slot_bytes_bound: the most that copies, their
+        expert_bytes: master weights and gradients of the experts owned here, and with `RuntimeConfig.compute_dtype` their
+        weights in that dtype. slot_bytes_bound: the most that copies, their
         gradients and staging can take for one forward in flight, predicted from the slot budget. slot_bytes_peak: the most
         they did take so far.
         """
         runtimes = [layer.runtime for layer in self.layers.values()]
-        peaks = {runtime.pool: runtime.pool.peak_slots * runtime.bank.expert_bytes for runtime in runtimes}
+        pools = {runtime.pool for runtime in runtimes}
         return {
-            "expert_bytes": sum(2 * p.nbytes for bank in self.banks for p in bank.parameters()),
-            "slot_bytes_bound": sum(
-                slot_bound(bank.owners.num_layers, self.config.slots) * bank.expert_bytes for bank in self.banks
-            ),
-            "slot_bytes_peak": sum(peaks.values()),
+            "expert_bytes": sum(2 * p.nbytes for bank in self.banks for p in bank.parameters())
+            + sum(bank.cast_bytes for bank in self.banks),
+            "slot_bytes_bound": sum(slot_bytes_bound(bank, self.config.slots) for bank in self.banks),
+            "slot_bytes_peak": sum(pool.peak_bytes for pool in pools),
         }
 
     def metrics(self) -> dict[str, float]:
@@ -152,12 +155,23 @@ class Handle:
         """The owner map of every bank."""
         return [bank.owners for bank in self.banks]
 
+    def set_requires_all_reduce(self, required: bool) -> None:
+        """Whether backward passes end with gradients averaged over the groups of a two-dimensional mesh; at first they do.
+
+        For gradient accumulation: False before all micro-batches but the last saves their averaging, and changes nothing else.
+        Applies to the dense part as well, as FSDP2's method of the same name, where `shard_experts` sharded it.
+        """
+        for bank in self.banks:
+            bank.averages_gradients = required
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_all_reduce(required)
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; return the norm before, the same everywhere.
 
         Like `torch.nn.utils.clip_grad_norm_` on the unsharded model: expert gradients, which exist once, and shards of dense
-        ones are summed over ranks; parameters that every rank holds whole count once.
+        ones are summed over ranks; parameters that every rank holds whole, and replicas, count once.
         """
         expert_parameters = {id(p) for bank in self.banks for p in bank.parameters()}
         grads: list[Tensor] = []
@@ -199,7 +213,7 @@ class Handle:
         Collective. Models from transformers come out under transformers' own names.
         """
         self._reshard()
-        return state_on_rank_zero(self.model, self.layers, self.group.tokens)
+        return state_on_rank_zero(self.model, self.layers, self.group.tokens) if self.group.replicas.rank == 0 else {}
 
     def load_family_state_dict(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         """Copy this rank's part of the weights out of the unwrapped model's whole state dict.
@@ -214,13 +228,16 @@ class Handle:
     def save_safetensors(self, folder: str | Path, *, max_file_bytes: int = 4 << 30) -> None:
         """Write the weights as transformers' `save_pretrained` lays them out, with the model's config, if it has one.
 
-        Collective; every rank writes the experts it owns into the same folder, which must hold no safetensors yet.
+        Collective; every rank, of the first replica, writes the experts it owns into the same folder, which must hold no
+        safetensors yet.
         """
         self._reshard()
-        tensors = checkpoint_tensors(self.model, self.layers, self.group.tokens)
-        write_folder(Path(folder), tensors, rank=self.group.rank, max_file_bytes=max_file_bytes)
+        replica = self.group.replicas.rank
+        tensors = () if replica else checkpoint_tensors(self.model, self.layers, self.group.tokens)
+        rank = replica * self.group.world_size + self.group.rank
+        write_folder(Path(folder), tensors, rank=rank, max_file_bytes=max_file_bytes)
         save_config = getattr(getattr(self.model, "config", None), "save_pretrained", None)
-        if self.group.rank == 0 and save_config is not None:
+        if self.group.is_first and save_config is not None:
             save_config(folder)
 
     def load_safetensors(self, folder: str | Path) -> tuple[str, ...]:
@@ -239,13 +256,19 @@ class Handle:
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
 
-    def _sent_bytes(self, traffic: Iterable[Traffic]) -> dict[str, LinkCounts]:
+    def _sent_bytes(self) -> dict[str, LinkCounts]:
         """What this rank has sent since the last step, by operation and link class."""
+        group = self.group
         bytes_by_op: dict[str, np.ndarray] = {}
-        for part in traffic:
+        for part in {group.tokens.traffic, group.experts.traffic}:
             for op in part.total_bytes():
                 bytes_by_op[op] = bytes_by_op.get(op, 0) + part.bytes_R(op)
-        return {op: LinkCounts.sent_by(self.group.rank, bytes_R, self.group.topology) for op, bytes_R in bytes_by_op.items()}
+        sent = {op: LinkCounts.sent_by(group.rank, bytes_R, group.topology) for op, bytes_R in bytes_by_op.items()}
+        between = group.replicas.traffic
+        return sent | {
+            op: LinkCounts.sent_by(group.replicas.rank, between.bytes_R(op), group.replica_topology)
+            for op in between.total_bytes()
+        }
 
     @property
     def _device(self) -> torch.device:

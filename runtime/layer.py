@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..collectives import LocalTransport
 from ..kernels import Clamp
 from ..placement import OwnerMap, get_solver
+from ._compat import outside_graphs
 from .bank import Bank, ExpertShape, SlotPool
 from .config import RouterConfig, RuntimeConfig
 from .family import Family
@@ -74,8 +77,13 @@ class MoELayer(nn.Module):
             clock=StageClock(),
         )
 
+    @outside_graphs
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run hooks and `forward` as they are: a compiled model has one graph before the layer and one behind it."""
+        return super().__call__(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to every token of `x` [..., D]."""
+        """Apply the layer to every token of `x` [..., D]; the result has its dtype."""
         runtime = self.runtime
         x_TD = x.reshape(-1, self.dim)
         this = runtime.begin(is_training=self.training)
@@ -87,11 +95,11 @@ class MoELayer(nn.Module):
         # After dispatch, so that the gather also travels under it, and in backward the reduce under dispatch's transpose.
         token = runtime.materialize(token, this)
         rows_ND = runtime.experts(rows_ND, row_weights_N, token, this)
-        y_TD = runtime.combine(rows_ND, this)
+        y_TD = runtime.combine(rows_ND, this).to(x.dtype)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.
-        aux_loss = self.router.loss(routing, load, runtime.group.rank)
+        aux_loss = runtime.router_loss(self.router, routing, load, this)
         if not this.is_replay:
             self.aux_loss = aux_loss
         return y_TD.view_as(x)

@@ -37,6 +37,7 @@ class LayerPass:
     staging: list[ExpertTensors] = field(default_factory=list)  # where the reduce receives others' gradients
     topk_ids_TK: Tensor | None = None
     load: ExpertLoad | None = None
+    load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
     handle: DispatchHandle | None = None
     is_replay: bool = False
     is_finished: bool = False

@@ -61,15 +61,15 @@ class LayerRuntime:
         owners_E = bank.owners.expert_to_owner_LE[layer]
         self.num_experts = int(owners_E.size)
         self.owned_experts = _owned(owners_E, group.rank)
-        element_bytes = bank.gate_up.element_size()
+        gradient_bytes = bank.gate_up.element_size()
         self.reduce_wire = torch.bfloat16 if config.reduce_wire == "bf16" else None
         shape = LayerShape(
             num_experts=self.num_experts,
             top_k=top_k,
             dim=bank.shape.dim,
             ffn_dim=bank.shape.ffn_dim,
-            bytes_per_element=element_bytes,
-            gradient_bytes_per_element=element_bytes if self.reduce_wire is None else min(element_bytes, 2),
+            bytes_per_element=bank.compute_dtype.itemsize,
+            gradient_bytes_per_element=gradient_bytes if self.reduce_wire is None else min(gradient_bytes, 2),
         )
         by_node = min(group.topology.num_nodes, group.topology.ranks_per_node) > 1
         if config.token_route != "auto":
@@ -134,6 +134,17 @@ class LayerRuntime:
                 layer_pass.load = ExpertLoad(load_RE.cpu().numpy())
         return layer_pass.load
 
+    def router_loss(self, router: Router, routing: Routing, load: ExpertLoad, layer_pass: LayerPass) -> Tensor:
+        """The router's losses on this rank. A global batch is that of all replicas, group after group."""
+        replicas, rank = self.group.replicas, self.group.rank
+        if replicas.world_size > 1:
+            if layer_pass.load_of_all is None:
+                counts = torch.from_numpy(load.load_RE.flatten()).to(self.bank.gate_up.device)
+                loads = replicas.all_gather_ints(counts, where=layer_pass.where).cpu().numpy()
+                layer_pass.load_of_all = ExpertLoad(loads.reshape(-1, load.num_experts))
+            load, rank = layer_pass.load_of_all, replicas.rank * load.num_ranks + rank
+        return router.loss(routing, load, rank)
+
     def plan(self, load: ExpertLoad, layer_pass: LayerPass) -> None:
         """Split the exact load over the pass's copies, and learn from it in training."""
         if layer_pass.plan.split is not None:
@@ -149,8 +160,8 @@ class LayerRuntime:
         return materialize(token, self, layer_pass)
 
     def dispatch(self, x_TD: Tensor, routing: Routing, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
-        """Send rows to where they are computed; see `dispatch.dispatch`."""
-        return dispatch(x_TD, routing.weights_TK, self, layer_pass)
+        """Send rows, in the compute dtype, to where they are computed; see `dispatch.dispatch`."""
+        return dispatch(x_TD.to(self.bank.compute_dtype), routing.weights_TK, self, layer_pass)
 
     def experts(self, x_ND: Tensor, row_weights_N: Tensor, token: Tensor, layer_pass: LayerPass) -> Tensor:
         """Run the local experts; see `experts.experts`."""

@@ -25,11 +25,11 @@ def begin_materialize(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     """Borrow slots for this rank's copies and launch the gather that fills them."""
     bank, rank = runtime.bank, runtime.group.rank
     copies = layer_pass.plan.copies_of(rank)
-    layer_pass.copies = {e: runtime.pool.acquire(like=bank.gate_up.data) for e in copies}
+    layer_pass.copies = {e: runtime.pool.acquire(like=bank.compute_like) for e in copies}
     layer_pass.gather = sparse_all_gather(
         layer_pass.plan.gather,
         runtime.group.experts,
-        {e: bank.weights(runtime.layer, e).tensors() for e in runtime.owned_experts},
+        {e: bank.compute_weights(runtime.layer, e).tensors() for e in runtime.owned_experts},
         {e: slot.tensors() for e, slot in layer_pass.copies.items()},
         op=layer_pass.op("gather"),
         where=layer_pass.where,
@@ -82,8 +82,8 @@ def wait_for_copies(layer_pass: LayerPass) -> None:
 
 def materialized_weights(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights:
     """The weights of this rank's experts in group order: owned ones in place in the bank, copies in their slots."""
-    experts = [layer_pass.copies.get(e) or runtime.bank.weights(runtime.layer, e) for e in runtime.experts_here(layer_pass)]
-    return group_weights(experts)
+    copies, bank = layer_pass.copies, runtime.bank
+    return group_weights([copies.get(e) or bank.compute_weights(runtime.layer, e) for e in runtime.experts_here(layer_pass)])
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, Link
     gather_busiest_bytes   bytes that the busiest rank sends or receives in one gather, by the schedule
     gather_bound_bytes     what no schedule goes below: copies received by one rank, or distinct experts sent by one owner
     dead_experts           experts that got no token in the step
-    bytes_<op>             bytes that this rank sent in training: gather, reduce, describe, dispatch, combine, the two backwards
+    bytes_<op>             bytes that this rank sent in training: gather, reduce, describe, dispatch, combine, the two backwards,
+                           and replicate, the averaging of gradients over replicas
     cross_node_bytes_<op>  the part of them that left the node
     """
     summaries = [counters.summary() for counters in layers if counters.num_forwards]

@@ -89,11 +89,14 @@ def row_tensors(bank: Bank, optimizer: torch.optim.Optimizer | None) -> list[Ten
     """Everything that has one row per expert of the bank: weights, gradients, and the optimizer's state.
 
     Raises:
-        ValueError: a piece of optimizer state that is neither one number nor has the bank's rows, so that no row of it can move.
+        ValueError: a piece of optimizer state that is neither one number nor has the bank's rows, so that no row of it can move;
+            an optimizer without the bank's parameters, or one whose update of an expert depends on which others lie beside it.
     """
+    if optimizer is not None and bank.is_trainable:
+        _check_holds(bank, optimizer)
     tensors: list[Tensor] = []
     for name, parameter in bank.named_parameters():
-        tensors.append(parameter.data)
+        tensors.append(parameter.detach())
         if parameter.grad is not None:
             tensors.append(parameter.grad)
         for field, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
@@ -106,6 +109,21 @@ def row_tensors(bank: Bank, optimizer: torch.optim.Optimizer | None) -> list[Ten
                 )
             tensors.append(value)
     return tensors
+
+
+def _check_holds(bank: Bank, optimizer: torch.optim.Optimizer) -> None:
+    kind, held = type(optimizer).__name__, {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in bank.named_parameters():
+        if id(parameter) not in held:
+            raise ValueError(
+                f"{kind} does not hold the experts' {name}, so its state could not follow them; "
+                "give the optimizer that was built from handle.parameter_groups()"
+            )
+    if isinstance(optimizer, torch.optim.Adafactor):
+        raise ValueError(
+            f"{kind} scales each update by norms over all experts of a rank, which change with their owners; "
+            "use an optimizer that updates every expert alone, or do not re-home"
+        )
 
 
 @torch.no_grad()

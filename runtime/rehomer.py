@@ -118,7 +118,7 @@ class Rehomer:
             self._follow_answer(step, optimizer)
         if step % every == 0 and self._asked_at < 0:
             row_tensors(self.bank, optimizer)  # state that cannot move is refused before anything is solved
-            if self._group.rank == 0:
+            if self._group.is_first:
                 self._solver.ask(Question(self._problems(), self._config.policy, self._config.rehome_effort))
             self._loads, self._num_steps, self._asked_at = None, 0, step
 
@@ -134,7 +134,7 @@ class Rehomer:
         current = self.bank.owners
         tensors = row_tensors(self.bank, optimizer)
         wanted, decision = current, Decision(step, 0, 0.0, 0.0, "decided by rank 0")
-        if self._group.rank == 0:
+        if self._group.is_first:
             wanted, decision = self._decide(step, self._solver.answer(), bytes_per_row(tensors))
         wanted = self._agree(wanted)
         num_moved = len(current.moves_to(wanted))
@@ -145,7 +145,7 @@ class Rehomer:
             self._bytes_per_s = bytes_to_move(current, wanted, bytes_per_row(tensors)) / move_s
             decision = Decision(step, num_moved, decision.saved_s, move_s, decision.reason)
         self.decisions.append(decision)
-        if self._group.rank == 0:
+        if self._group.is_first:
             logger.info("step %d: %s", step, decision.reason)
 
     def _decide(self, step: int, answer: Proposal | str, row_bytes: int) -> tuple[OwnerMap, Decision]:
@@ -162,9 +162,10 @@ class Rehomer:
         return answer.owners, Decision(step, num_moves, saved_s, move_s, f"owners move: {numbers}")
 
     def _agree(self, wanted: OwnerMap) -> OwnerMap:
-        """Rank 0's owner map, on every rank."""
+        """Rank 0's owner map, on every rank, of replicas too: they must go on owning the same experts."""
         owners = torch.from_numpy(wanted.expert_to_owner_LE.copy()).flatten()
-        owners = self._group.tokens.all_gather_ints(owners, where="re-homing")[0]
+        owners = self._group.tokens.all_gather_ints(owners, where="re-homing")[0].contiguous()
+        owners = self._group.replicas.all_gather_ints(owners, where="re-homing")[0]
         return OwnerMap(owners.view(wanted.expert_to_owner_LE.shape).numpy(), wanted.num_ranks)
 
     def _move(self, wanted: OwnerMap, tensors: Sequence[torch.Tensor]) -> None:

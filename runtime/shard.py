@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
 from .adapters import adopt_moe_layers
@@ -45,18 +45,20 @@ def shard_experts(
 
     Args:
         model: changed in place. Any module with MoE blocks that an adapter knows: `MoELayer`, families of transformers.
-        mesh: one-dimensional, over all ranks.
+        mesh: over all ranks. One dimension; or two, (replicate, shard), as for FSDP2: experts are shared inside each group of
+            the second dimension, and gradients are averaged over the groups besides.
         config: placement policy, slots, time limit.
         topology: rates that turn bytes and rows into seconds; the preset of the device by default.
         solver: places copies in place of `config.policy`.
         placements: of every MoE layer, in order: owners and copies of a saved plan, kept for good in place of any solver.
 
     Raises:
-        ValueError: no MoE block, a mesh that is not one-dimensional or leaves out ranks, or a model that is already sharded.
+        ValueError: no MoE block, a mesh of more than two dimensions or that leaves out ranks, or a model that is already sharded.
     """
     config = config or RuntimeConfig()
-    if mesh.ndim != 1:
-        raise ValueError(f"the mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names}; give a one-dimensional mesh over all ranks")
+    if mesh.ndim > 2:
+        names = mesh.mesh_dim_names
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions {names}; give one of one dimension, or of two: replicate, shard")
     if mesh.size() != dist.get_world_size():
         # Groups side by side would train apart: nothing averages expert gradients between them.
         raise ValueError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; give a mesh over all ranks")
@@ -64,7 +66,13 @@ def shard_experts(
     layers = adopt_moe_layers(model)
     if any(layer.experts is None for layer in layers.values()):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
-    group = group_of_process_group(mesh.get_group(), timeout_s=config.timeout_s, topology=topology, transport=config.transport)
+    group = group_of_process_group(
+        mesh.get_group(mesh.ndim - 1),
+        timeout_s=config.timeout_s,
+        topology=topology,
+        transport=config.transport,
+        replicas=mesh.get_group(0) if mesh.ndim == 2 else None,
+    )
     clock = StageClock()
     owners = None if placements is None else _owners_of(placements, layers, group)
     banks = share_experts(layers, group, config=config, solver=solver, clock=clock, owners=owners, device=_device_of(mesh))
@@ -72,7 +80,7 @@ def shard_experts(
         layer.runtime.planner.hold(placement)
     prefetch_in_order(model, list(layers.values()))
     if config.shard_dense:
-        _shard_dense(model, mesh, layers, banks)
+        _shard_dense(model, mesh, layers, banks, config)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             allocate_meta(model, _device_of(mesh))
     return Handle(model, layers, banks, group, config, clock)
@@ -141,7 +149,17 @@ def _share_alike(
     owners = owners or OwnerMap.contiguous(len(layers), num_experts, group.world_size)
     weights = first.gate_up
     device = device if weights.is_meta else weights.device
-    bank = Bank(first.shape, owners, group.rank, device=device, dtype=weights.dtype, transport=group.experts)
+    compute_dtype = torch.bfloat16 if config.compute_dtype == "bf16" else weights.dtype
+    bank = Bank(
+        first.shape,
+        owners,
+        group.rank,
+        device=device,
+        dtype=weights.dtype,
+        compute_dtype=compute_dtype,
+        transport=group.experts,
+        replicas=group.replicas,
+    )
     bank.requires_grad_(first.is_trainable)
     next(iter(layers.values())).add_module("bank", bank)
     pool = SlotPool(first.shape, group.experts)
@@ -165,8 +183,13 @@ def _device_of(mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
-def _shard_dense(model: nn.Module, mesh: DeviceMesh, layers: Mapping[str, MoELayer], banks: Sequence[Bank]) -> None:
+def _shard_dense(
+    model: nn.Module, mesh: DeviceMesh, layers: Mapping[str, MoELayer], banks: Sequence[Bank], config: RuntimeConfig
+) -> None:
     """FSDP2 on every element of a ModuleList that holds a MoE layer, then on the whole; banks stay as they are."""
+    precision = MixedPrecisionPolicy()
+    if config.compute_dtype == "bf16":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ignored: set[nn.Parameter] = {parameter for bank in banks for parameter in bank.parameters()}
     blocks: dict[str, nn.Module] = {}
     for name in layers:
@@ -176,5 +199,5 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, layers: Mapping[str, MoELay
                 blocks[".".join(parts[:end])] = model.get_submodule(".".join(parts[:end]))
                 break
     for block in blocks.values():
-        fully_shard(block, mesh=mesh, ignored_params=ignored)
-    fully_shard(model, mesh=mesh, ignored_params=ignored)
+        fully_shard(block, mesh=mesh, ignored_params=ignored, mp_policy=precision)
+    fully_shard(model, mesh=mesh, ignored_params=ignored, mp_policy=precision)

@@ -77,14 +77,21 @@ def make_transports(name: str, group: dist.ProcessGroup, *, num_transports: int,
         return [job.transport(rank, world_size, timeout_s=timeout_s) for _ in times]
     ranks = dist.get_process_group_ranks(group)
     if name == "c10d":
-        return [C10dTransport(dist.new_group(ranks), timeout_s=timeout_s) for _ in times]
+        return [C10dTransport(_new_group(ranks), timeout_s=timeout_s) for _ in times]
     node_of_R = nodes_of_group(group)
     members = [r for r in range(world_size) if node_of_R[r] == node_of_R[rank]]
     made: list[Transport] = []
     for _ in times:
         inside = _shm(group, members, timeout_s)
-        made.append(HierarchicalTransport(inside, C10dTransport(dist.new_group(ranks), timeout_s=timeout_s), node_of_R))
+        made.append(HierarchicalTransport(inside, C10dTransport(_new_group(ranks), timeout_s=timeout_s), node_of_R))
     return made
+
+
+def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A process group of these ranks. The others take no part: they may be making theirs."""
+    group = dist.new_group(ranks, use_local_synchronization=len(ranks) < dist.get_world_size())
+    assert group is not None
+    return group
 
 
 def _shm(group: dist.ProcessGroup, members: Sequence[int], timeout_s: float) -> ShmTransport:

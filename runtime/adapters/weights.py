@@ -181,10 +181,11 @@ def _dense_reads(model: nn.Module, layers: Mapping[str, MoELayer]) -> Iterator[_
 
 def _local_rows(tensor: DTensor) -> slice:
     """The rows of a tensor that FSDP2 keeps on this rank: the chunks of `torch.chunk`, one a rank."""
-    (placement,) = tensor.placements
-    assert isinstance(placement, Shard) and placement.dim == 0, placement
-    chunk = -(-tensor.shape[0] // tensor.device_mesh.size())
-    start = min(tensor.device_mesh.get_local_rank() * chunk, tensor.shape[0])
+    *replicated, placement = tensor.placements
+    assert isinstance(placement, Shard) and placement.dim == 0 and all(p.is_replicate() for p in replicated), tensor.placements
+    mesh, axis = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    chunk = -(-tensor.shape[0] // mesh.size(axis))
+    start = min(mesh.get_local_rank(axis) * chunk, tensor.shape[0])
     return slice(start, start + tensor.to_local().shape[0])
 
 

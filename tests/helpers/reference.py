@@ -5,14 +5,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic import MoELayer
+from moesaic.runtime.router import balanced_ids
 
 
 class DenseMoE(nn.Module):
-    """The dumbest MoE: for every token and choice, add weight * expert(token). Parameters under logical names."""
+    """The dumbest MoE: for every token and choice, add weight * expert(token). Parameters under logical names.
 
-    def __init__(self, layer: MoELayer):
+    `rounds` rounds to bf16 what experts compute with, their weights and tokens, and nothing else.
+    """
+
+    def __init__(self, layer: MoELayer, rounds: bool = False):
         super().__init__()
         assert layer.experts is not None
+        self.rounds = rounds
+        self.force_balance = layer.router.config.force_balance
         self.top_k = layer.top_k
         self.normalize = layer.router.config.normalize_weights
         self.bias_E = getattr(layer.router, "bias_E", 0.0)
@@ -22,8 +28,10 @@ class DenseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        logits_TE = x_TD @ self.router.T
+        logits_TE = at_least_fp32(x_TD) @ at_least_fp32(self.router).T
         ids_TK = (logits_TE + self.bias_E).topk(self.top_k, dim=-1).indices
+        if self.force_balance:
+            ids_TK = balanced_ids(*logits_TE.shape, self.top_k)
         scores_TE = logits_TE.softmax(dim=-1)
         rows = []
         for t, token in enumerate(x_TD):
@@ -35,5 +43,17 @@ class DenseMoE(nn.Module):
         return y_TD.view_as(x)
 
     def expert(self, e: int, token: Tensor) -> Tensor:
-        gate, up = (self.gate_up[e] @ token).chunk(2)
-        return self.down[e] @ (F.silu(gate) * up)
+        gate_up_w, down_w = self.gate_up[e], self.down[e]
+        if self.rounds:
+            gate_up_w, down_w, token = rounded(gate_up_w), rounded(down_w), rounded(token)
+        gate, up = (gate_up_w @ token).chunk(2)
+        return down_w @ (F.silu(gate) * up)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """The tensor with the values of bf16, its gradient as if nothing had been rounded."""
+    return tensor + (tensor.bfloat16().to(tensor.dtype) - tensor).detach()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moesaic import RouterConfig
 from moesaic.launch.config import ModelConfig
-from moesaic.launch.model import Transformer, apply_rope, build_model, rope_tables
+from moesaic.launch.model import Rope, Transformer, apply_rope, build_model, rope_tables
 
 
 def tiny_model(seed: int = 1, **values: int | bool) -> Transformer:
@@ -68,10 +68,10 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 def test_rope_keeps_lengths_and_depends_on_distance_alone() -> None:
     """The product of a rotated query and key is the same at positions (3, 1) and (12, 10)."""
-    cos, sin = rope_tables(16, 8, theta=100.0)
+    rope = Rope(*rope_tables(16, 8, theta=100.0))
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(8, generator=generator), torch.randn(8, generator=generator)
-    q_LC, k_LC = apply_rope(q.expand(16, 8), cos, sin), apply_rope(k.expand(16, 8), cos, sin)
+    q_LC, k_LC = apply_rope(q.expand(16, 8), rope), apply_rope(k.expand(16, 8), rope)
     torch.testing.assert_close(q_LC.norm(dim=1), q.norm().expand(16))
     torch.testing.assert_close(q_LC[3] @ k_LC[1], q_LC[12] @ k_LC[10])
     assert not torch.allclose(q_LC[3] @ k_LC[1], q_LC[3] @ k_LC[2])

@@ -24,9 +24,9 @@ from tests.helpers.threads import run_threads
 NUM_BATCHES = 3
 
 
-def reference(case: Case) -> dict[str, Tensor]:
+def reference(case: Case, rounds: bool = False) -> dict[str, Tensor]:
     """Outputs, input gradients, and gradients of the mean of the ranks' losses, after all micro-batches, in fp64."""
-    layers = [DenseMoE(layer).double() for layer in case.layers()]
+    layers = [DenseMoE(layer, rounds).double() for layer in case.layers()]
     results: dict[str, Tensor] = {}
     for batch in range(NUM_BATCHES):
         for rank in range(case.world_size):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, RuntimeConfig, shard_experts
@@ -24,11 +24,45 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
 from tests.runtime.test_shard import SOLVERS
 
+
+class PerExpert(torch.optim.Optimizer):
+    """An optimizer of torch's for single matrices, applied to every expert's alone; other parameters get plain SGD.
+
+    Its state is that of the rows, stacked.
+    """
+
+    def __init__(self, groups: Any, kind: type[torch.optim.Optimizer], lr: float):
+        super().__init__(groups, {"lr": lr})
+        self.kind = kind
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if parameter.ndim != 3:
+                parameter.add_(parameter.grad, alpha=-0.01)
+                continue
+            rows = []
+            for row in range(parameter.shape[0]):
+                matrix = nn.Parameter(parameter.detach()[row])
+                matrix.grad = parameter.grad[row]
+                optimizer = self.kind([matrix], lr=0.01)
+                before = self.state.get(parameter, {})
+                optimizer.state[matrix] |= {key: value[row] if value.ndim else value.clone() for key, value in before.items()}
+                optimizer.step()
+                rows.append(optimizer.state[matrix])
+            if rows:
+                self.state[parameter] = {
+                    key: torch.stack([state[key] for state in rows]) if value.ndim else value for key, value in rows[0].items()
+                }
+
+
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, foreach=False),
     "adamw_foreach": lambda groups: torch.optim.AdamW(groups, lr=0.01, foreach=True),
     "adamw_fused": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
     "sgd_momentum": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
+    "muon": lambda groups: PerExpert(groups, torch.optim.Muon, lr=0.01),  # orthogonalizes whole matrices
+    "adafactor": lambda groups: PerExpert(groups, torch.optim.Adafactor, lr=0.01),  # factored second moments
 }
 
 
@@ -160,6 +194,19 @@ def test_state_that_cannot_follow_is_refused() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match=r"Odd keeps 'history' of gate_up as \(3,\), without the bank's 4 rows"):
         row_tensors(bank, optimizer)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (torch.optim.Adafactor, "Adafactor scales each update by norms over all experts of a rank, .*; use an optimizer that"),
+        (lambda parameters: torch.optim.SGD([next(parameters)]), "SGD does not hold the experts' down, .*; give the optimizer"),
+    ],
+)
+def test_optimizers_that_cannot_follow_are_refused(make: Any, message: str) -> None:
+    bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 4, 1), 0)
+    with pytest.raises(ValueError, match=message):
+        row_tensors(bank, make(bank.parameters()))
 
 
 def rehome_while_training(rank: int, proposal_saves_s: float) -> tuple[list[str], list[float], list[int]]:

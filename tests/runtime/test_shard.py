@@ -306,8 +306,8 @@ def refuse(rank: int, what: str) -> str:
         with pytest.raises(ValueError, match="sharded already") as refused:
             shard_experts(model, mesh=mesh)
     else:
-        grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-        part, match = (grid, "2 dimensions") if what == "grid" else (grid["shard"], "1 of 2 ranks")
+        grid = init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("pipeline", "replicate", "shard"))
+        part, match = (grid, "3 dimensions") if what == "grid" else (grid["replicate", "shard"], "1 of 2 ranks")
         with pytest.raises(ValueError, match=match) as refused:
             shard_experts(make_model(), mesh=part)
     return str(refused.value)

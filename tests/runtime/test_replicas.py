@@ -1,0 +1,145 @@
+"""A two-dimensional mesh: experts shared inside groups, gradients averaged over the groups."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic.collectives import average
+from moesaic.collectives.reference import average_reference
+from moesaic.runtime.group import RankGroup
+from tests.helpers.compare import assert_all_close, assert_bitwise
+from tests.helpers.model import NUM_EXPERTS, Model, cross_entropy, global_batch, make_model, rank_slice
+from tests.helpers.ranks import run_ranks
+from tests.helpers.threads import run_threads
+from tests.runtime.test_rehome import shuffled
+from tests.runtime.test_shard import SOLVERS, backward_on_one, make_optimizer, train_on_one, whole
+
+MESH = (2, 2)
+LAYERS = ("blocks.0.moe", "blocks.1.moe")
+
+
+def average_on_rank(group: RankGroup, tensors_R: list[list[Tensor]], piece_bytes: int) -> tuple[list[Tensor], int]:
+    tensors = [tensor.clone() for tensor in tensors_R[group.rank]]
+    average(group.tokens, tensors, op="replicate", piece_bytes=piece_bytes)
+    return tensors, group.tokens.traffic.total_bytes().get("replicate", 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    world_size=st.integers(1, 5),
+    sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 7)), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    piece_bytes=st.integers(1, 200),
+)
+def test_average_is_the_mean_in_rank_order(
+    world_size: int, sizes: list[tuple[int, int]], dtype: torch.dtype, piece_bytes: int
+) -> None:
+    """The same bits on every rank, whatever the pieces, and 2 (R - 1) / R of the bytes sent by the ranks together."""
+    tensors_R = [[torch.randn(size).to(dtype) for size in sizes] for _ in range(world_size)]
+    expected = [average_reference(tensors) for tensors in zip(*tensors_R, strict=True)]
+    results = run_threads(world_size, average_on_rank, tensors_R, piece_bytes)
+    for tensors, _ in results:
+        assert all(torch.equal(actual, mean) for actual, mean in zip(tensors, expected, strict=True))
+    assert sum(sent for _, sent in results) == 2 * (world_size - 1) * sum(t.nbytes for t in expected)
+
+
+def wrapped(use_checkpoint: bool = False, **options: Any) -> tuple[Model, Handle]:
+    model = make_model(use_checkpoint=use_checkpoint)
+    mesh = init_device_mesh("cpu", MESH, mesh_dim_names=("replicate", "shard"))
+    config = RuntimeConfig(policy="static", slots=NUM_EXPERTS, timeout_s=60, **options)
+    return model, shard_experts(model, mesh=mesh, config=config, solver=SOLVERS["random"])
+
+
+def gradients(model: Model, handle: Handle) -> dict[str, Tensor]:
+    """Every gradient under its logical name; replicas, and what ranks share, must agree bit for bit."""
+    mine = {name: whole(p.grad).clone() for name, p in model.named_parameters() if ".bank." not in name}
+    mine |= {
+        f"{name}.experts.{e}.{weight}": getattr(layer.runtime.bank.grads(layer.runtime.layer, e), weight).clone()
+        for name, layer in handle.layers.items()
+        for e in layer.runtime.owned_experts
+        for weight in ("gate_up", "down")
+    }
+    everybody: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    grads: dict[str, Tensor] = {}
+    for part in everybody:
+        common = grads.keys() & part.keys()
+        assert_bitwise({name: part[name] for name in common}, {name: grads[name] for name in common})
+        grads |= part
+    return grads
+
+
+def backward_on_mesh(rank: int, num_batches: int, use_checkpoint: bool, only_last: bool) -> Any:
+    model, handle = wrapped(use_checkpoint)
+    model(rank_slice(global_batch(0)[0], rank, 4))  # so that copies exist
+    handle.step()
+    for batch in range(num_batches):
+        ids, targets = (rank_slice(t, rank, 4) for t in global_batch(batch))
+        handle.set_requires_all_reduce(not only_last or batch == num_batches - 1)
+        loss = cross_entropy(model(ids), targets) + handle.aux_loss()
+        (loss / num_batches).backward()
+    grads = gradients(model, handle)
+    norm = handle.clip_grad_norm_(0.5)
+    clipped = gradients(model, handle)
+    handle.step()
+    return grads, norm, clipped, handle.metrics().get("bytes_replicate", 0.0)
+
+
+@pytest.mark.parametrize("num_batches,use_checkpoint,only_last", [(1, False, False), (3, True, False), (3, False, True)])
+def test_gradients_and_norm_equal_one_process(num_batches: int, use_checkpoint: bool, only_last: bool) -> None:
+    """Losses of the global batch included; the averaging happens after every micro-batch, or after the last alone."""
+    expected = backward_on_one(num_batches)
+    results = run_ranks(4, backward_on_mesh, num_batches, use_checkpoint, only_last)
+    for grads, norm, clipped, _ in results:
+        assert_all_close(grads, expected[0])
+        assert norm.item() == pytest.approx(expected[1].item(), rel=1e-5)
+        assert_all_close(clipped, expected[2])
+    # Half of each rank's gradients to its replica, half of the means back; two layers of all experts on each pair.
+    num_averages = 1 if only_last else num_batches
+    assert sum(sent for *_, sent in results) == num_averages * 2 * (2 * NUM_EXPERTS * 3 * 16 * 24 * 4)
+
+
+def train_on_mesh(rank: int, folder: str) -> list[float]:
+    """Ten steps with AdamW and owners that change; a checkpoint after the fifth, which a fresh model goes on from."""
+    import torch.distributed.checkpoint as dcp
+
+    model, handle = wrapped()
+    optimizer = make_optimizer(model, "adamw")
+    losses = []
+    for step in range(10):
+        if step == 5:
+            dcp.save(handle.state_dict(optimizer), checkpoint_id=folder)
+            model, handle = wrapped()
+            optimizer = make_optimizer(model, "adamw")
+            handle.prepare_optimizer(optimizer)
+            state = handle.state_dict(optimizer)
+            dcp.load(state, checkpoint_id=folder)
+            handle.load_state_dict(state, optimizer)
+        ids, targets = (rank_slice(t, rank, 4) for t in global_batch(step))
+        loss = cross_entropy(model(ids), targets)
+        (loss + handle.aux_loss()).backward()
+        handle.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.step()
+        handle.rehome([shuffled(owners, step) for owners in handle.placement], optimizer)
+        mean = loss.detach().double()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / 4)
+    whole_state = handle.family_state_dict()
+    assert bool(whole_state) == (rank == 0)
+    assert all(isinstance(p, DTensor) and p.device_mesh.ndim == 2 for n, p in model.named_parameters() if ".bank." not in n)
+    return losses
+
+
+def test_a_curve_with_replicas_is_that_of_one_process(tmp_path: Any) -> None:
+    results = run_ranks(4, train_on_mesh, str(tmp_path))
+    assert results[0] == pytest.approx(train_on_one("adamw", 10), rel=5e-4)
