@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ..collectives import choose_transport
+from .model_check import COLUMNS, Request, check_model
+from .output import JSON_OPTION, publish
 from .self_test import two_process_tests
 
 PACKAGES = ("moesaic", "torch", "triton", "numpy", "numba", "pulp", "highspy", "mpi4py", "nvidia-nccl-cu12")
@@ -84,9 +86,29 @@ def _probe_nccl() -> tuple[str, bool]:
 
 
 @click.command("doctor")
-@click.option("--json", "json_path", type=click.Path(), help="Also write the report as JSON; - for standard output alone.")
-def command(json_path: str | None) -> int:
-    """Show what is installed, the devices, and which transports work on this machine."""
+@click.option(
+    "--model", "target", metavar="TARGET", help="Check this model: file.py:function, package.module:callable, or a folder."
+)
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes to check the model on.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the inputs that are made up."
+)
+@click.option("--input", "input_path", type=click.Path(), help="Inputs that torch.save wrote, in place of made-up ones.")
+@click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Largest relative difference that passes.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@JSON_OPTION
+def command(
+    target: str | None, ranks: int, tokens: int, input_path: str | None, tolerance: float, device: str, json_path: str | None
+) -> int:
+    """Show what is installed, the devices, and which transports work on this machine.
+
+    With --model, check instead that a model of yours computes on several ranks what it computes on one: outputs, gradients,
+    global norm, router losses and expert counts, without copies of experts, with copies, and after experts have moved. TARGET is
+    a callable that returns the model, or (model, example inputs), or a folder with a Hugging Face config.json, which gets random
+    weights. The check runs in fp32 and without dropout. Exit status 0 if everything passes, 1 if not.
+    """
+    if target is not None:
+        return _report_model(Request(target, ranks, tokens, input_path, tolerance, device), json_path)
     findings = [*installed_packages(), *devices(), *transports()]
     report = {
         "schema": 1,
@@ -104,3 +126,13 @@ def command(json_path: str | None) -> int:
     for finding in findings:
         click.echo(f"{'ok' if finding.works else '--'}  {finding.what:9}  {finding.name:{width}}  {finding.status}")
     return 0
+
+
+def _report_model(request: Request, json_path: str | None) -> int:
+    rows = check_model(request)
+    publish("doctor", [asdict(row) for row in rows], COLUMNS, json_path)
+    failed = sum(row.result == "fail" for row in rows)
+    if json_path != "-":
+        verdict = f"{failed} of {len(rows)} checks failed" if failed else f"all {len(rows)} checks passed"
+        click.echo(f"{verdict}: {request.target} on {request.ranks} ranks")
+    return 1 if failed else 0

@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..collectives import Buffer, CollectiveError, Transport, make_transports
+from .children import problem_of, run_children
 
 _LIMIT_S = 120.0
 _WITHOUT_MPI = ("c10d", "shm", "hierarchical")
@@ -56,25 +56,14 @@ def _try(names: list[str], launchers: Sequence[list[str]]) -> dict[str, str]:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         }
         program = [sys.executable, "-m", "moesaic.launch.self_test", folder, ",".join(names)]
-        processes = [
-            subprocess.Popen(
-                [*words, *program], env=env | {"RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-            for rank, words in enumerate(launchers)
-        ]
-        problem = ""
-        for process in processes:
-            try:
-                _, stderr = process.communicate(timeout=_LIMIT_S)
-                if process.returncode:
-                    problem = problem or (stderr.strip().splitlines() or [f"ended with {process.returncode}"])[-1]
-            except subprocess.TimeoutExpired:
-                problem = problem or f"no answer within {_LIMIT_S:g} s"
-            finally:
-                process.kill()
+        children = run_children(
+            [[*words, *program] for words in launchers],
+            [env | {"RANK": str(rank)} for rank in range(len(launchers))],
+            limit_s=_LIMIT_S,
+        )
         report = Path(folder) / "report.json"
         found: dict[str, str] = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-        return {name: found.get(name, problem or "nothing was reported") for name in names}
+        return {name: found.get(name, problem_of(children) or "nothing was reported") for name in names}
 
 
 def _problem_of(transport: Transport) -> str:

@@ -83,17 +83,20 @@ class ScoringRouter(Router):
             if self.config.force_balance:
                 topk_ids_TK = balanced_ids(x_TD.shape[0], self.num_experts, self.top_k).to(x_TD.device)
             else:
-                topk_ids_TK = self._choose(logits_TE.detach())
+                topk_ids_TK = self.choice_scores(logits_TE.detach()).topk(self.top_k, dim=-1).indices
         return Routing(topk_ids_TK, self._weigh(logits_TE, topk_ids_TK), logits_TE)
 
     def _scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(dim=-1) if self.config.score == "softmax" else logits_TE.sigmoid()
 
-    def _choose(self, logits_TE: Tensor) -> Tensor:
-        """The K best of the best groups: aux-loss-free bias and group-limited choice (arXiv 2412.19437, section 2.1.2)."""
+    def choice_scores(self, logits_TE: Tensor) -> Tensor:
+        """What the K best are chosen by, [T, E]: aux-loss-free bias and group-limited choice (arXiv 2412.19437, section 2.1.2).
+
+        Experts of closed groups have -inf.
+        """
         config, bias_E = self.config, self.choice_bias()
         if bias_E is None and config.num_groups == 1:
-            return logits_TE.topk(self.top_k, dim=-1).indices  # scores rise with logits
+            return logits_TE  # scores rise with logits
         scores_TE = self._scores(logits_TE)
         if bias_E is not None:
             scores_TE = scores_TE + bias_E
@@ -103,7 +106,7 @@ class ScoringRouter(Router):
             is_open_TG = torch.zeros_like(best, dtype=torch.bool)
             is_open_TG.scatter_(1, best.topk(config.groups_per_token, dim=-1).indices, True)
             scores_TE = grouped_TGN.masked_fill(~is_open_TG[:, :, None], -torch.inf).flatten(1)
-        return scores_TE.topk(self.top_k, dim=-1).indices
+        return scores_TE
 
     def _weigh(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
         config = self.config
