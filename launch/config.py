@@ -38,6 +38,10 @@ class RunConfig:
     """Folder that holds the run folders."""
     seed: CountOrZero = 1
     """Seed of the model's initial weights and of the order of the training text."""
+    metrics: Literal["brief", "detailed"] = "brief"
+    """What a line of metrics.jsonl holds: numbers of the step, or those of every MoE layer besides."""
+    tensorboard: bool = False
+    """Write the same numbers for TensorBoard, into the run folder's tensorboard/ (needs moesaic[report])."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,8 @@ class TrainConfig:
     """Windows of seq_len bytes per optimizer step, over all ranks and micro-batches."""
     micro_batches: Count = 1
     """Gradient accumulation: the batch is cut into this many forward and backward passes."""
+    replay: str = ""
+    """A routing trace whose loads are forced on the routers in training, step by step; empty: the routers choose."""
     eval_every: CountOrZero = 100
     """Steps between evaluations on the validation text; 0: only before the first step and after the last."""
     eval_batches: Count = 4

@@ -2,7 +2,8 @@
 
 ```
 runs/NAME/config.toml       the resolved configuration
-runs/NAME/metrics.jsonl     one JSON object per step
+runs/NAME/metrics.jsonl     one JSON object per step; run.metrics=detailed adds one per MoE layer inside
+runs/NAME/tensorboard/      the same for TensorBoard, with run.tensorboard
 runs/NAME/trace.npz         routing loads of every step, for `moesaic place` and `moesaic trace`
 runs/NAME/summary.json      the numbers of the printed summary
 runs/NAME/checkpoints/      step-N folders
@@ -12,18 +13,21 @@ runs/NAME/checkpoints/      step-N folders
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from types import MappingProxyType
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
 from ..placement import TraceMeta, TraceWriter
+from ..runtime.rehomer import Decision
 from .config import Config, RunConfig
 from .process import Process
+from .tensorboard import TensorBoard
 
 
 def create_run_folder(config: RunConfig) -> Path:
@@ -47,7 +51,10 @@ def create_run_folder(config: RunConfig) -> Path:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl; the handle's metrics of the step stand beside these keys."""
+    """One line of metrics.jsonl; the handle's metrics of the step stand beside these keys.
+
+    Where something was decided about owners, `rehomings` lists it: experts moved, seconds saved and needed, and the reason.
+    """
 
     step: int
     """Optimizer steps done."""
@@ -115,6 +122,8 @@ class Records:
         self._closing = ExitStack()
         self._metrics: TextIO | None = None
         self._trace: TraceWriter | None = None
+        self._tensorboard: TensorBoard | None = None
+        self._is_detailed = config.run.metrics == "detailed"
         self._bar: tqdm | None = None
         if not process.is_first:
             return
@@ -122,6 +131,8 @@ class Records:
         self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed on exit)
         self._closing.enter_context(self._metrics)
         self._trace = self._closing.enter_context(TraceWriter(folder / "trace.npz", trace_meta(config, process.world_size)))
+        if config.run.tensorboard:
+            self._tensorboard = self._closing.enter_context(TensorBoard(folder / "tensorboard"))
         self._bar = self._closing.enter_context(
             tqdm(
                 total=config.train.steps,
@@ -140,15 +151,31 @@ class Records:
     def __exit__(self, *exc: object) -> None:
         self._closing.close()
 
-    def add(self, record: StepRecord, metrics: Mapping[str, float], loads_LRE: np.ndarray, *, val_loss: float | None) -> None:
-        """Take in one step: a metrics line, a trace entry, the bar."""
+    def add(
+        self,
+        record: StepRecord,
+        metrics: Mapping[str, float],
+        loads_LRE: np.ndarray,
+        *,
+        val_loss: float | None,
+        layers: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+        decisions: Sequence[Decision] = (),
+    ) -> None:
+        """Take in one step: a metrics line, a trace entry, the bar; decisions about owners are said besides."""
         if self._metrics is None or self._trace is None or self._bar is None:
             return
         row = asdict(record) | dict(metrics)
         if val_loss is not None:
             row["val_loss"] = val_loss
             self._val_losses.append(val_loss)
-        print(json.dumps(row), file=self._metrics)
+        line: dict[str, Any] = row | ({"rehomings": [asdict(decision) for decision in decisions]} if decisions else {})
+        if self._is_detailed:
+            line["layers"] = [{"layer": name, **summary} for name, summary in layers.items()]
+        print(json.dumps(line), file=self._metrics)
+        if self._tensorboard is not None:
+            self._tensorboard.add(record.step, line)
+        for decision in decisions:
+            self.say(f"step {record.step}: {decision.reason}")
         self._rows.append(row)
         self._trace.append(loads_LRE)
         self._bar.set_postfix(self._postfix(row), refresh=False)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..placement import SavedPlan, read_plan
+from ..placement import SavedPlan, Trace, read_plan
+from ..placement.files import digest_of
 from ..runtime import shard_experts
 from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
 from .config import Config, OptimConfig, load_config
@@ -38,6 +39,8 @@ from .process import (
     set_threads,
 )
 from .records import Records, StepRecord, create_run_folder, trace_meta
+from .replay import Replay, open_replay
+from .tensorboard import require_tensorboard
 
 
 def train(config: Config) -> int:
@@ -51,11 +54,13 @@ def train(config: Config) -> int:
     reuse_memory(process, config.launch)
     with process_group(process, config.launch, timeout_s=config.runtime.timeout_s) as mesh:
         check_same(process, "the configuration", config.to_toml())
+        agreed(process, lambda: require_tensorboard() if config.run.tensorboard and process.is_first else None)
         text = _shared_text(process, config)
         resume = Path(config.checkpoint.resume).expanduser() if config.checkpoint.resume else None
         progress = agreed(process, lambda: read_progress(resume, config, text)) if resume else None
         plan = _saved_plan(process, config)
-        trainer = Trainer(config, process, mesh, text, progress, plan)
+        trace = _replayed_trace(process, config)
+        trainer = Trainer(config, process, mesh, text, progress, plan, trace)
         if resume:
             load_checkpoint(resume, trainer.handle, trainer.optimizer)
         folder = Path(
@@ -98,6 +103,17 @@ def _saved_plan(process: Process, config: Config) -> SavedPlan | None:
     return plan
 
 
+def _replayed_trace(process: Process, config: Config) -> Trace | None:
+    """The trace of train.replay, the same on all machines and fit for this run; None without one."""
+    if not config.train.replay:
+        return None
+    num_tokens = config.train.batch_size * config.data.seq_len // process.world_size
+    meta = trace_meta(config, process.world_size)
+    trace = agreed(process, lambda: open_replay(config.train.replay, meta, num_tokens=num_tokens, num_steps=config.train.steps))
+    check_same(process, "the trace (train.replay)", digest_of(trace.path))
+    return trace
+
+
 def _describe(config: Config, process: Process, text: Text, trainer: "Trainer", folder: Path) -> str:
     return (
         f"moesaic: {process.world_size} rank(s) on {process.device.type}, {torch.get_num_threads()} thread(s) each; "
@@ -128,6 +144,7 @@ class Trainer:
         text: Text,
         progress: Progress | None,
         plan: SavedPlan | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.config = config
         self.process = process
@@ -143,6 +160,9 @@ class Trainer:
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
         self.step = progress.step if progress else 0
+        layers = list(self.handle.layers.values())
+        self._replay = None if trace is None else Replay(trace, layers, process.rank, first_step=self.step)
+        self._num_decisions = 0  # about owners, that are recorded
         self.data = TrainingData(
             Windows(text.train(), config.data.seq_len),
             shape,
@@ -172,6 +192,8 @@ class Trainer:
         start_s = time.perf_counter()
 
         # Phase 1: gradients of one global batch
+        if self._replay is not None:
+            self._replay.begin_step()
         lr = self._set_learning_rate()
         losses = self._forward_backward()
         grad_norm = self.handle.clip_grad_norm_(config.optim.clip_norm or math.inf)
@@ -200,7 +222,11 @@ class Trainer:
             tokens_per_s=self.tokens_per_step / seconds,
             bytes_sent=totals.bytes_sent,
         )
-        records.add(record, metrics, self.handle.loads(), val_loss=val_loss)
+        decisions = self.handle.rehomings()[self._num_decisions :]
+        self._num_decisions += len(decisions)
+        records.add(
+            record, metrics, self.handle.loads(), val_loss=val_loss, layers=self.handle.layer_metrics(), decisions=decisions
+        )
         if config.checkpoint.every and (is_last or _is_due(self.step, config.checkpoint.every)):
             self.save(records)
         return totals.signum

@@ -48,6 +48,7 @@ class Handle:
         self.clock = clock
         self._step = 0
         self._metrics: dict[str, float] = {}
+        self._layer_metrics: dict[str, dict[str, float]] = {}
         self._loads: list[np.ndarray] = []
         self._rehomers = [
             Rehomer(bank, self._runtimes_of(bank), group, config)
@@ -81,6 +82,7 @@ class Handle:
             raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
         counters = [layer.runtime.counters for layer in self.layers.values()]
         self._metrics = step_metrics(counters, self._sent_bytes())
+        self._layer_metrics = {n: layer.runtime.counters.summary() for n, layer in self.layers.items() if _has_run(layer)}
         self._metrics |= {key: float(count) for key, count in self.memory().items()}
         self._loads = [
             np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
@@ -98,6 +100,8 @@ class Handle:
             loads = dict(zip(self.layers.values(), self._loads, strict=True))
             here = [load for layer, load in loads.items() if layer.runtime.bank is rehomer.bank]
             rehomer.step(self._step, np.stack(here), optimizer)
+        if self._rehomers:
+            self._metrics["moved_experts"] = float(sum(d.num_moved for d in self.rehomings() if d.step == self._step))
         for transport in (self.group.tokens, self.group.experts, self.group.replicas):
             transport.traffic.reset()
 
@@ -143,8 +147,15 @@ class Handle:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The last closed step in numbers; the keys are those of `metrics.step_metrics` and of `memory`."""
+        """The last closed step in numbers; the keys are those of `metrics.step_metrics` and of `memory`.
+
+        With `RuntimeConfig.rehome_every` also moved_experts: experts that changed their owner after the step.
+        """
         return dict(self._metrics)
+
+    def layer_metrics(self) -> dict[str, dict[str, float]]:
+        """The last closed step by the layer's name; the keys are those of `metrics.step_metrics`, but for bytes sent."""
+        return {name: dict(summary) for name, summary in self._layer_metrics.items()}
 
     def loads(self) -> np.ndarray:
         """Assignments of the last closed step by layer, source rank and expert, int64 [L, R, E]; layers must agree on E."""
@@ -273,3 +284,7 @@ class Handle:
     @property
     def _device(self) -> torch.device:
         return self.banks[0].gate_up.device
+
+
+def _has_run(layer: MoELayer) -> bool:
+    return layer.runtime.counters.num_forwards > 0

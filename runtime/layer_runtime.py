@@ -76,7 +76,7 @@ class LayerRuntime:
             by_node = config.token_route == "by_node"
         self.build_handle = partial(build_node_handle, ranks_per_node=group.topology.ranks_per_node) if by_node else build_handle
         """Describes where rows travel; see `dispatch.build_handle`."""
-        self.planner = LayerPlanner(owners_E, group.topology, shape, solver, config)
+        self.planner = LayerPlanner(owners_E, group.topology, shape, self.counters.timed(solver), config)
         self.step = 0
         self._prefetched: LayerPass | None = None
 
@@ -149,11 +149,11 @@ class LayerRuntime:
         """Split the exact load over the pass's copies, and learn from it in training."""
         if layer_pass.plan.split is not None:
             return
-        with self.stage("plan"):
+        with self.stage("plan"), self.counters.planning():
             layer_pass.plan = self.planner.split(layer_pass.plan, load)
             if layer_pass.is_training:
-                self.planner.observe(load)
-                self.counters.count(layer_pass.plan, load)
+                error = self.planner.observe(load)
+                self.counters.count(layer_pass.plan, load, error)
 
     def materialize(self, token: Tensor, layer_pass: LayerPass) -> Tensor:
         """Have the copies at hand; see `materialize.materialize`."""
@@ -175,7 +175,7 @@ class LayerRuntime:
         return y_TD
 
     def _launch(self, is_training: bool) -> LayerPass:
-        with self.stage("plan"):
+        with self.stage("plan"), self.counters.planning():
             plan = self.planner.place()
             layer_pass = LayerPass(f"step {self.step}, {self.name}, plan {plan.number}", plan, is_training)
         with self.stage("materialize"):

@@ -1,18 +1,20 @@
-"""What a step looked like: load balance with and without copies, copies, bytes."""
+"""What a step looked like, over all layers and layer by layer: load balance with and without copies, copies, bytes, planning."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
 
 import numpy as np
 
 from ..collectives import LinkCounts
-from ..placement import ExpertLoad
+from ..placement import ExpertLoad, Problem, Solution, Solver
 from .planning import Plan
 
 
 class LayerCounters:
-    """Sums over the training forwards of one layer since the step began. The same on every rank."""
+    """Sums over the training forwards of one layer since the step began. The same on every rank, but for the seconds."""
 
     def __init__(self) -> None:
         self.reset()
@@ -23,25 +25,50 @@ class LayerCounters:
         self.num_copies = 0
         self.gather_busiest_bytes = 0
         self.gather_bound_bytes = 0
+        self.gather_cross_node_bytes = 0
         self.load_RE: np.ndarray | None = None
+        self.plan_s = 0.0
+        self.solve_s = 0.0
         self._imbalance: list[float] = []
         self._imbalance_static: list[float] = []
+        self._prediction_errors: list[float] = []
 
-    def count(self, plan: Plan, load: ExpertLoad) -> None:
-        """Take in one forward."""
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """The body places copies or splits a load; its time counts as `plan_s`."""
+        start_s = perf_counter()
+        yield
+        self.plan_s += perf_counter() - start_s
+
+    def timed(self, solver: Solver) -> Solver:
+        """The same solver, whose time counts as `solve_s`."""
+
+        def solve(problem: Problem) -> Solution:
+            start_s = perf_counter()
+            solution = solver(problem)
+            self.solve_s += perf_counter() - start_s
+            return solution
+
+        return solve
+
+    def count(self, plan: Plan, load: ExpertLoad, prediction_error: float | None = None) -> None:
+        """Take in one forward, and how wrong the forecast of its load was."""
         assert plan.split is not None
         owned_rows_R = np.bincount(plan.placement.expert_to_owner_E, weights=load.totals_E, minlength=load.num_ranks)
         self.num_forwards += 1
         self.num_copies += plan.placement.num_copies
         self.gather_busiest_bytes += plan.gather_account.bound.busiest_bytes
         self.gather_bound_bytes += plan.gather_account.bound.rank_bytes
+        self.gather_cross_node_bytes += plan.gather_account.bytes.cross_node
+        self._prediction_errors += [] if prediction_error is None else [prediction_error]
         self.load_RE = load.load_RE if self.load_RE is None else self.load_RE + load.load_RE
         self._imbalance.append(max_over_mean(plan.split.rows_RE.sum(axis=1)))
         self._imbalance_static.append(max_over_mean(owned_rows_R))
 
     def summary(self) -> dict[str, float]:
-        """Means over the step's forwards; see `step_metrics` for the keys."""
+        """Means over the step's forwards, the step's seconds; see `step_metrics` for the keys."""
         assert self.load_RE is not None and self.num_forwards
+        errors = {"prediction_error": float(np.mean(self._prediction_errors))} if self._prediction_errors else {}
         return {
             "max_over_mean": float(np.mean(self._imbalance)),
             "max_over_mean_static": float(np.mean(self._imbalance_static)),
@@ -49,7 +76,11 @@ class LayerCounters:
             "copies_per_layer": self.num_copies / self.num_forwards,
             "gather_busiest_bytes": self.gather_busiest_bytes / self.num_forwards,
             "gather_bound_bytes": self.gather_bound_bytes / self.num_forwards,
+            "gather_cross_node_bytes": self.gather_cross_node_bytes / self.num_forwards,
             "dead_experts": float(np.count_nonzero(self.load_RE.sum(axis=0) == 0)),
+            "plan_s": self.plan_s,
+            "solve_s": self.solve_s,
+            **errors,
         }
 
 
@@ -60,7 +91,7 @@ def max_over_mean(counts: np.ndarray) -> float:
 
 
 def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, LinkCounts]) -> dict[str, float]:
-    """One step as flat numbers, means over the MoE layers that ran.
+    """One step as flat numbers: means over the MoE layers that ran, but for seconds, which are sums.
 
     max_over_mean          rows of the busiest rank over the mean rank, as computed (with copies)
     max_over_mean_static   the same had every expert stayed on its owner: plain expert parallelism on the same routing
@@ -68,13 +99,17 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, Link
     copies_per_layer       copies made, over all ranks
     gather_busiest_bytes   bytes that the busiest rank sends or receives in one gather, by the schedule
     gather_bound_bytes     what no schedule goes below: copies received by one rank, or distinct experts sent by one owner
+    gather_cross_node_bytes  bytes of one gather, all ranks together, that leave a node, by the schedule
     dead_experts           experts that got no token in the step
+    plan_s, solve_s        seconds this rank placed copies and split loads, and the part of them that the solver took
+    prediction_error       total variation distance between the expert shares that were forecast and those that came
     bytes_<op>             bytes that this rank sent in training: gather, reduce, describe, dispatch, combine, the two backwards,
                            and replicate, the averaging of gradients over replicas
     cross_node_bytes_<op>  the part of them that left the node
     """
     summaries = [counters.summary() for counters in layers if counters.num_forwards]
-    metrics = {key: float(np.mean([summary[key] for summary in summaries])) for key in (summaries[0] if summaries else ())}
+    keys = [key for key in (summaries[0] if summaries else ()) if all(key in summary for summary in summaries)]
+    metrics = {key: (np.sum if key.endswith("_s") else np.mean)([s[key] for s in summaries]).item() for key in keys}
     trained = {op: counts for op, counts in sorted(bytes_by_op.items()) if not op.startswith("eval_")}
     metrics |= {f"bytes_{op}": float(counts.same_node + counts.cross_node) for op, counts in trained.items()}
     return metrics | {f"cross_node_bytes_{op}": float(counts.cross_node) for op, counts in trained.items()}

@@ -18,6 +18,7 @@ from ..placement import (
     Split,
     Topology,
     make_predictor,
+    prediction_error,
     split_exact,
     split_local_even,
 )
@@ -114,9 +115,11 @@ class LayerPlanner:
         """The same plan with the exact load split over its copies."""
         return replace(plan, split=self._split_rule(load, plan.placement, self._topology))
 
-    def observe(self, load: ExpertLoad) -> None:
-        """Learn from a measured load."""
+    def observe(self, load: ExpertLoad) -> float | None:
+        """Learn from a measured load; return how wrong its forecast was (`prediction_error`), None if there was none."""
+        predicted = self._predictor.predict()
         self._predictor.observe(load)
+        return None if predicted is None else prediction_error(predicted, load)
 
     def _check_budget(self, placement: Placement) -> None:
         copies_R = placement.copies_RE.sum(axis=1)

@@ -2,7 +2,10 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ import torch
 from moesaic.launch.config import Config, LaunchConfig, ModelConfig, RunConfig, load_config
 from moesaic.launch.process import Process
 from moesaic.launch.records import Records, StepRecord, create_run_folder
+from moesaic.launch.tensorboard import require_tensorboard
 from moesaic.placement import Trace
+from moesaic.runtime.rehomer import Decision
 
 
 def record_of(step: int) -> StepRecord:
@@ -107,3 +112,59 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         records.say("nothing")
     assert records.summary() is None
     assert list(tmp_path.iterdir()) == []
+
+
+LAYERS = {
+    "blocks.0.moe": {"max_over_mean": 1.2, "dead_experts": 1.0},
+    "blocks.1.moe": {"max_over_mean": 1.0, "dead_experts": 0.0},
+}
+DECISION = Decision(4, 2, 0.5, 0.25, "owners move: 2 experts would save 0.5 s over 4 steps and take 0.25 s to move")
+
+
+class FakeWriter:
+    """Stands in for TensorBoard's."""
+
+    written: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, folder: str):
+        self.written["folder"] = Path(folder).name
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.written[tag] = (value, step)
+
+    add_text = add_scalar
+
+    def close(self) -> None:
+        self.written["closed"] = True
+
+
+@pytest.mark.parametrize("level", ["brief", "detailed"])
+def test_layers_and_decisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str
+) -> None:
+    """Decisions are always written and said; layers when detailed; TensorBoard gets the same."""
+    monkeypatch.setattr("moesaic.launch.tensorboard.find_spec", lambda name: name)
+    monkeypatch.setattr("moesaic.launch.tensorboard.import_module", lambda name: SimpleNamespace(SummaryWriter=FakeWriter))
+    monkeypatch.setattr(FakeWriter, "written", {})
+    config = tiny_config(tmp_path)
+    config = replace(config, run=replace(config.run, metrics=level, tensorboard=True))
+    with Records(tmp_path, config, process_of(0), first_step=0) as records:
+        loads_LRE = np.full((2, 2, 3), 2)
+        records.add(record_of(1), METRICS, loads_LRE, val_loss=3.0, layers=LAYERS, decisions=[DECISION])
+        records.add(record_of(2), METRICS, loads_LRE, val_loss=None, layers=LAYERS)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["rehomings"] == [asdict(DECISION)]
+    assert "rehomings" not in rows[1]
+    assert capsys.readouterr().out == f"step 1: {DECISION.reason}\n"
+    layers = [{"layer": name, **summary} for name, summary in LAYERS.items()]
+    assert rows[1].get("layers") == (layers if level == "detailed" else None)
+    written = FakeWriter.written
+    assert (written["folder"], written["closed"], written["rehoming"]) == ("tensorboard", True, (DECISION.reason, 1))
+    assert (written["step/loss"], written["step/val_loss"]) == ((3.0, 2), (3.0, 1))
+    assert written.get("max_over_mean/blocks.0.moe") == ((1.2, 2) if level == "detailed" else None)
+
+
+def test_tensorboard_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.launch.tensorboard.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"run.tensorboard needs TensorBoard: pip install 'moesaic\[report\]', or set"):
+        require_tensorboard()

@@ -116,6 +116,7 @@ def test_a_text_that_one_rank_cannot_see(folder: Path) -> None:
         ([], {"RANK": "0"}, "only one of RANK and WORLD_SIZE"),
         (["checkpoint.resume=/nowhere"], {}, "checkpoint.resume '/nowhere' is no checkpoint"),
         (["run.folder=/proc/nowhere"], {}, "/proc/nowhere"),
+        (["train.replay=/nowhere.npz"], {}, "train.replay"),
     ],
 )
 def test_wrong_input_alone(

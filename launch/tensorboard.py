@@ -1,0 +1,39 @@
+"""Metrics for TensorBoard, where its package is installed."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def require_tensorboard() -> None:
+    """Raise ValueError if the package is missing."""
+    if find_spec("tensorboard") is None:
+        raise ValueError("run.tensorboard needs TensorBoard: pip install 'moesaic[report]', or set run.tensorboard=false")
+
+
+class TensorBoard:
+    """A run's event file in `folder`; a context manager that closes it."""
+
+    def __init__(self, folder: Path):
+        require_tensorboard()
+        self._writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+
+    def add(self, step: int, row: Mapping[str, Any]) -> None:
+        """Every number of a metrics line: the step's under its key, a layer's under layer/key, sorted by key."""
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                self._writer.add_scalar(f"step/{key}", value, step)
+        for layer in row.get("layers", ()):
+            for key, value in layer.items():
+                if key != "layer":
+                    self._writer.add_scalar(f"{key}/{layer['layer']}", value, step)
+        for decision in row.get("rehomings", ()):
+            self._writer.add_text("rehoming", decision["reason"], step)
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._writer.close()
