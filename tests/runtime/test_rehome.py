@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology
 from moesaic.placement.propose import Proposal, Question, propose
 from moesaic.runtime import rehomer
 from moesaic.runtime.bank import Bank, ExpertShape
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.rehome import migrate, rounds_of, row_tensors
+from moesaic.runtime.state import state_of
 from tests.helpers.model import cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
@@ -207,6 +208,17 @@ def test_optimizers_that_cannot_follow_are_refused(make: Any, message: str) -> N
     bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 4, 1), 0)
     with pytest.raises(ValueError, match=message):
         row_tensors(bank, make(bank.parameters()))
+    assert len(row_tensors(bank.requires_grad_(False), make(bank.parameters()))) == 2  # frozen experts have no state
+
+
+def test_state_that_belongs_to_no_expert_is_not_saved() -> None:
+    """The same one line when the state is asked for under logical names."""
+    layer = MoELayer(2, 3, 4, 1)
+    optimizer = Odd(layer.parameters(), lr=0.1)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"'history' has 3 rows for a bank of 4 experts; use an optimizer whose") as refused:
+        state_of(layer, {"": layer}, optimizer)
+    assert "\n" not in str(refused.value)
 
 
 def rehome_while_training(rank: int, proposal_saves_s: float) -> tuple[list[str], list[float], list[int]]:
