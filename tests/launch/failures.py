@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.benchmarks.network import Network
-from tests.launch.ranks import set_options, tiny_values
+from tests.launch.ranks import Rank, set_options, tiny_values
 
 # The time limit of every wait, and what starting up, noticing and ending may take beside it.
 TIMEOUT_S = 5.0
@@ -102,7 +102,10 @@ def fail(case: Case, folder: Path) -> Outcome:
     return Outcome(victims, moment_s, tuple(statuses.get(r) for r in range(case.world_size)), stderrs, ended_s, leftovers)
 
 
-def _start(case: Case, folder: Path, network: Network | None) -> list[subprocess.Popen[bytes]]:
+Started = Rank | subprocess.Popen[bytes]
+
+
+def _start(case: Case, folder: Path, network: Network | None) -> list[Started]:
     values = [
         *tiny_values(folder),
         "train.steps=1000000",
@@ -111,7 +114,7 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[subprocess
         f"runtime.transport={case.transport}",
         f"launch.init_method=file://{folder}/meeting",
     ]
-    processes = []
+    processes: list[Started] = []
     for rank in range(case.world_size):
         node = network.nodes[rank // case.ranks_per_node] if network else None
         variables = {
@@ -121,11 +124,15 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[subprocess
             "LOCAL_WORLD_SIZE": str(case.ranks_per_node),
             "OMP_NUM_THREADS": "1",
         }
-        with open(folder / f"stderr-{rank}", "wb") as stderr:
+        path = folder / f"stderr-{rank}"
+        if node is None:
+            processes.append(Rank(set_options(values), os.environ | variables, folder, Path(os.devnull), path))
+            continue
+        with open(path, "wb") as stderr:
             processes.append(
                 subprocess.Popen(
-                    [*(node.prefix if node else []), sys.executable, "-m", "moesaic.launch.train", *set_options(values)],
-                    env=os.environ | variables | (node.environment if node else {}),
+                    [*node.prefix, sys.executable, "-m", "moesaic.launch.train", *set_options(values)],
+                    env=os.environ | variables | node.environment,
                     cwd=folder,
                     stdout=subprocess.DEVNULL,
                     stderr=stderr,
@@ -134,7 +141,7 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[subprocess
     return processes
 
 
-def _wait_for_steps(metrics: Path, steps: int, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _wait_for_steps(metrics: Path, steps: int, processes: Sequence[Started]) -> None:
     deadline_s = time.monotonic() + START_LIMIT_S
     while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < steps:
         assert time.monotonic() < deadline_s, "training did not begin"
@@ -144,7 +151,7 @@ def _wait_for_steps(metrics: Path, steps: int, processes: Sequence[subprocess.Po
         time.sleep(0.02)
 
 
-def _kill_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _kill_all(processes: Sequence[Started]) -> None:
     for process in processes:
         process.kill()
         process.wait()
