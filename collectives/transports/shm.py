@@ -23,7 +23,7 @@ from .shm_memory import Arena
 
 @dataclass(slots=True, eq=False)
 class _Sent:
-    """Messages of one exchange, as `shm_control` takes them, and their tensors, which live until their receivers have read them."""
+    """Messages of one exchange, as `shm_control` takes them, and their tensors, which live until they have been read."""
 
     messages_M5: np.ndarray
     tensors: list[Tensor]
@@ -137,7 +137,8 @@ class ShmTransport:
             all_taken, controls_R = mailbox.control.all_taken, mailbox.controls_R
             self._in_flight = [s for s in self._in_flight if not all_taken(controls_R, self.rank, s.messages_M5)]
             self._in_flight.append(sent)
-        expected, tensors = [], []
+        expected: list[int] = []
+        tensors = []
         for buffer in recvs:
             tensor, peer = buffer.tensor, buffer.peer
             nbytes = tensor.nbytes
@@ -199,7 +200,8 @@ class ShmTransport:
     def _described(self, buffers: Sequence[Buffer], op: str) -> _Sent:
         """Where the messages lie, in memory that peers can read."""
         arena, num_sent = self._arena, self._num_sent
-        rows, tensors = [], []
+        rows: list[int] = []
+        tensors = []
         for buffer in buffers:
             tensor, peer = buffer.tensor, buffer.peer
             nbytes = tensor.nbytes

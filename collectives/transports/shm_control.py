@@ -9,6 +9,9 @@ Messages are rows of int64 arrays; shapes: R ranks, M messages sent, Q messages 
 # mypy: disable-error-code=no-untyped-def
 # numba infers the types of compiled functions.
 
+# The compiler gives the loops their types, which Python annotations cannot say.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes
@@ -181,7 +184,7 @@ def wrong_size(controls_R, rank, recvs_Q5):
 @njit("boolean(int64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
 def all_taken(controls_R, rank, sends_M5):
     """Whether every receiver has read its messages."""
-    for m in range(sends_M5.shape[0]):
+    for m in range(sends_M5.shape[0]):  # noqa: SIM110 (the compiler takes no generator)
         if not was_taken(controls_R, rank, sends_M5, m):
             return False
     return True
