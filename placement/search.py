@@ -15,6 +15,7 @@ from numba import njit
 
 from .cost import seconds_of
 from .flow import level, prefer_local
+from .values import Problem
 
 _price = njit(cache=True)(seconds_of)
 
@@ -32,6 +33,24 @@ class Layer(NamedTuple):
     ranks_per_node: int
     half_rate_rows: int
     slots: int
+
+
+def layer_of(problem: Problem) -> Layer:
+    """Arrange a problem as the compiled routines read it."""
+    owner_E, totals_E, owned_R = problem.expert_to_owner_E, problem.load.totals_E, problem.owned_rows_R
+    experts = np.lexsort((-totals_E, owner_E))
+    return Layer(
+        problem.load.load_ER,
+        totals_E,
+        owner_E,
+        owned_R,
+        np.argsort(-owned_R, kind="stable"),
+        experts,
+        np.searchsorted(owner_E[experts], np.arange(problem.num_ranks + 1)),
+        problem.topology.ranks_per_node,
+        problem.topology.half_rate_rows,
+        problem.slots,
+    )
 
 
 class Traffic(NamedTuple):
@@ -238,127 +257,6 @@ def score(layer, static, copies_2C, tally_5):
     _tally(layer, static, experts_M, start_M, ranks_J, rows_J, rows_R, tally_5)
 
 
-class Fill(NamedTuple):
-    """A plan to which copies are added: who holds what (owner or copy), and the copies that ranks and nodes get and send."""
-
-    holds_RE: np.ndarray
-    holds_NE: np.ndarray
-    got_R: np.ndarray
-    sent_R: np.ndarray
-    got_N: np.ndarray
-    sent_N: np.ndarray
-
-
-@njit(cache=True)
-def _add(layer, state, expert, rank):
-    """Put a copy on a rank."""
-    owner, per_node = layer.owner_E[expert], layer.ranks_per_node
-    state.holds_RE[rank, expert] = True
-    state.holds_NE[rank // per_node, expert] = True
-    state.got_R[rank] += 1
-    state.sent_R[owner] += 1
-    if rank // per_node != owner // per_node:
-        state.got_N[rank // per_node] += 1
-        state.sent_N[owner // per_node] += 1
-
-
-@njit(cache=True)
-def _start_fill(layer, copies_2C):
-    """Count what owners and copies hold."""
-    num_experts, num_ranks = layer.load_ER.shape
-    per_node = layer.ranks_per_node
-    num_nodes = num_ranks // per_node
-    state = Fill(
-        np.zeros((num_ranks, num_experts), np.bool_),
-        np.zeros((num_nodes, num_experts), np.bool_),
-        np.zeros(num_ranks, np.int64),
-        np.zeros(num_ranks, np.int64),
-        np.zeros(num_nodes, np.int64),
-        np.zeros(num_nodes, np.int64),
-    )
-    for expert in range(num_experts):
-        state.holds_RE[layer.owner_E[expert], expert] = True
-        state.holds_NE[layer.owner_E[expert] // per_node, expert] = True
-    for c in range(copies_2C.shape[1]):
-        _add(layer, state, copies_2C[0, c], copies_2C[1, c])
-    return state
-
-
-@njit(cache=True)
-def _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, row_s):
-    """Return the expert whose copy at `rank` saves most seconds of dispatch, and those seconds; -1 if there is none.
-
-    A copy keeps the rank's own tokens at home and, where it is its node's first, the node's tokens in the node: first_s_NE.
-    """
-    best, best_s = -1, 0.0
-    node = rank // layer.ranks_per_node
-    load_E, first_s_E = load_RE[rank], first_s_NE[node]
-    for expert in range(load_E.size):
-        saved_s = load_E[expert] * row_s + first_s_E[expert]
-        if saved_s <= best_s or state.holds_RE[rank, expert]:
-            continue
-        owner = layer.owner_E[expert]
-        home = owner // layer.ranks_per_node
-        if state.sent_R[owner] >= most:
-            continue
-        if home != node and (state.got_N[node] >= most_node or state.sent_N[home] >= most_node):
-            continue
-        best, best_s = expert, saved_s
-    return best, best_s
-
-
-@njit(cache=True)
-def filled(layer, copies_2C, most_2P, least_P, min_rows, row_s, node_row_s):
-    """Add copies for the sake of dispatch bytes to one plan, once for every column of most_2P; score what comes of it.
-
-    No device sends or gets more than most_2P[0] copies then, and no node link more than most_2P[1], unless it did so already.
-    Ranks take turns, each its best copy, so that all links are relieved alike; one must save more than least_P seconds and take
-    `min_rows` rows of its rank. row_s and node_row_s are the seconds of one row on the links. Returns what `candidates` does.
-    """
-    given = copies_2C.shape[1]
-    num_plans, slots = least_P.size, layer.slots
-    tallies = np.zeros((num_plans, 5), np.int64)
-    sizes = np.zeros(num_plans, np.int64)
-    copies = np.zeros((num_plans, 2, layer.owned_R.size * slots), np.int64)
-    static = static_traffic(layer)
-    load_RE = np.ascontiguousarray(layer.load_ER.T)
-    load_NE = np.zeros((load_RE.shape[0] // layer.ranks_per_node, load_RE.shape[1]), np.int64)
-    for rank in range(load_RE.shape[0]):
-        load_NE[rank // layer.ranks_per_node] += load_RE[rank]
-    for p in range(num_plans):
-        most, most_node, count = most_2P[0, p], most_2P[1, p], given
-        copies[p, :, :given] = copies_2C
-        state = _start_fill(layer, copies_2C)
-        first_s_NE = np.where(state.holds_NE, 0.0, load_NE * node_row_s)
-        for turn in range(min(most, slots)):
-            for rank in layer.ranks:
-                if state.got_R[rank] > turn:
-                    continue
-                expert, saved_s = _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, row_s)
-                if expert < 0 or saved_s <= least_P[p] or load_RE[rank, expert] < min_rows:
-                    continue
-                _add(layer, state, expert, rank)
-                first_s_NE[rank // layer.ranks_per_node, expert] = 0.0
-                copies[p, 0, count], copies[p, 1, count] = expert, rank
-                count += 1
-        sizes[p] = count
-        score(layer, static, copies[p, :, :count], tallies[p])
-    return tallies, sizes, copies
-
-
-@njit(cache=True)
-def cheapest(prices, tallies, sizes):
-    """Return the index of the cheapest plan, of equals the one with fewest copies and then the first, and its stages' seconds."""
-    best, best_s = -1, 0.0
-    for p in range(sizes.size):
-        stages = _price(prices, tallies[p, 0], tallies[p, 1], tallies[p, 2], tallies[p, 3], tallies[p, 4], 0, 0)
-        total_s = stages[0] + stages[1] + stages[2] + stages[3] + stages[4]
-        if best < 0 or total_s < best_s or (total_s == best_s and sizes[p] < sizes[best]):
-            best, best_s = p, total_s
-    t = tallies[best]
-    return best, _price(prices, t[0], t[1], t[2], t[3], t[4], 0, 0)
-
-
 @njit(cache=True)
 def candidates(layer, least_rows, min_rows_P, rise_P):
     """Build and score one plan for every entry of `min_rows_P` (smallest group moved) and `rise_P` (threshold).
@@ -386,3 +284,24 @@ def candidates(layer, least_rows, min_rows_P, rise_P):
         score(layer, static, copies[count, :, :size], tallies[count])
         count += 1
     return tallies[:count], sizes[:count], copies[:count]
+
+
+class Plan(NamedTuple):
+    """Copies, int64 [2, C] as (expert, rank) columns, with the first five fields of cost.Tally and the seconds of cost.Cost."""
+
+    copies_2C: np.ndarray
+    tally_5: np.ndarray
+    stages: tuple[float, float, float, float, float]
+
+
+@njit(cache=True)
+def cheapest(prices, tallies, sizes, copies):
+    """Return the cheapest plan of those that `candidates` lists, of equals the one with fewest copies and then the first."""
+    best, best_s = -1, 0.0
+    for p in range(sizes.size):
+        stages = _price(prices, tallies[p, 0], tallies[p, 1], tallies[p, 2], tallies[p, 3], tallies[p, 4], 0, 0)
+        total_s = stages[0] + stages[1] + stages[2] + stages[3] + stages[4]
+        if best < 0 or total_s < best_s or (total_s == best_s and sizes[p] < sizes[best]):
+            best, best_s = p, total_s
+    t = tallies[best]
+    return Plan(copies[best, :, : sizes[best]], t, _price(prices, t[0], t[1], t[2], t[3], t[4], 0, 0))

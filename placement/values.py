@@ -165,9 +165,15 @@ class Placement(ByContent):
         """Build the placement without copies: plain expert parallelism."""
         owner_E = as_counts("expert_to_owner_E", expert_to_owner_E, ndim=1)
         check_ids("expert_to_owner_E", owner_E, check_positive_int("num_ranks", num_ranks), "ranks")
-        replicas_RE = np.zeros((num_ranks, owner_E.size), dtype=np.bool_)
-        replicas_RE[owner_E, np.arange(owner_E.size)] = True
-        return cls(owner_E, replicas_RE)
+        return cls.with_copies(owner_E, num_ranks, np.empty((2, 0), dtype=np.int64))
+
+    @classmethod
+    def with_copies(cls, expert_to_owner_E: np.ndarray, num_ranks: int, copies_2C: np.ndarray) -> Placement:
+        """Build the placement of these owners with copies as (expert, rank) columns, int64 [2, C]."""
+        replicas_RE = np.zeros((num_ranks, expert_to_owner_E.size), dtype=np.bool_)
+        replicas_RE[expert_to_owner_E, np.arange(expert_to_owner_E.size)] = True
+        replicas_RE[copies_2C[1], copies_2C[0]] = True
+        return cls(expert_to_owner_E, replicas_RE)
 
     @classmethod
     def everywhere(cls, expert_to_owner_E: np.ndarray, num_ranks: int) -> Placement:

@@ -1,0 +1,186 @@
+"""Compiled routines of the quota planner that add copies for the sake of dispatch bytes, and choose among all its plans.
+
+Import this module lazily: it imports numba, and a first call compiles. Shape letters: R ranks, E experts, N nodes, C copies,
+P plans.
+"""
+# mypy: disable-error-code=no-untyped-def
+# numba infers the types of compiled functions.
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from .search import candidates, cheapest, score, static_traffic
+
+
+class Fill(NamedTuple):
+    """A plan to which copies are added: who holds what (owner or copy), and the copies that ranks and nodes get and send."""
+
+    holds_RE: np.ndarray
+    holds_NE: np.ndarray
+    got_R: np.ndarray
+    sent_R: np.ndarray
+    got_N: np.ndarray
+    sent_N: np.ndarray
+
+
+@njit(cache=True)
+def _add(layer, state, expert, rank):
+    """Put a copy on a rank."""
+    owner, per_node = layer.owner_E[expert], layer.ranks_per_node
+    state.holds_RE[rank, expert] = True
+    state.holds_NE[rank // per_node, expert] = True
+    state.got_R[rank] += 1
+    state.sent_R[owner] += 1
+    if rank // per_node != owner // per_node:
+        state.got_N[rank // per_node] += 1
+        state.sent_N[owner // per_node] += 1
+
+
+@njit(cache=True)
+def _start_fill(layer, copies_2C):
+    """Count what owners and copies hold."""
+    num_experts, num_ranks = layer.load_ER.shape
+    per_node = layer.ranks_per_node
+    num_nodes = num_ranks // per_node
+    state = Fill(
+        np.zeros((num_ranks, num_experts), np.bool_),
+        np.zeros((num_nodes, num_experts), np.bool_),
+        np.zeros(num_ranks, np.int64),
+        np.zeros(num_ranks, np.int64),
+        np.zeros(num_nodes, np.int64),
+        np.zeros(num_nodes, np.int64),
+    )
+    for expert in range(num_experts):
+        state.holds_RE[layer.owner_E[expert], expert] = True
+        state.holds_NE[layer.owner_E[expert] // per_node, expert] = True
+    for c in range(copies_2C.shape[1]):
+        _add(layer, state, copies_2C[0, c], copies_2C[1, c])
+    return state
+
+
+@njit(cache=True)
+def _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, row_s, least_s):
+    """Return the expert whose copy at `rank` saves most seconds of dispatch; -1 if none saves more than least_s.
+
+    A copy keeps the rank's own tokens at home and, where it is its node's first, the node's tokens in the node: first_s_NE.
+    """
+    best, best_s = -1, least_s
+    node = rank // layer.ranks_per_node
+    load_E, first_s_E, holds_E = load_RE[rank], first_s_NE[node], state.holds_RE[rank]
+    for expert in range(load_E.size):
+        saved_s = load_E[expert] * row_s + first_s_E[expert]
+        if saved_s <= best_s or holds_E[expert]:
+            continue
+        owner = layer.owner_E[expert]
+        home = owner // layer.ranks_per_node
+        if state.sent_R[owner] >= most:
+            continue
+        if home != node and (state.got_N[node] >= most_node or state.sent_N[home] >= most_node):
+            continue
+        best, best_s = expert, saved_s
+    return best
+
+
+@njit(cache=True)
+def _node_seconds(load_RE, ranks_per_node, node_row_s):
+    """Return the seconds that every node's rows of every expert take on its link, float64 [N, E]."""
+    load_s_NE = np.zeros((load_RE.shape[0] // ranks_per_node, load_RE.shape[1]))
+    if node_row_s > 0:
+        for rank in range(load_RE.shape[0]):
+            for expert in range(load_RE.shape[1]):
+                load_s_NE[rank // ranks_per_node, expert] += load_RE[rank, expert]
+        load_s_NE *= node_row_s
+    return load_s_NE
+
+
+@njit(cache=True)
+def filled(layer, load_RE, copies_2C, most_2P, least_P, min_rows, row_s, node_row_s):
+    """Add copies for the sake of dispatch bytes to one plan, once for every column of most_2P; score what comes of it.
+
+    No device sends or gets more than most_2P[0] copies then, and no node link more than most_2P[1], unless it did so already.
+    Ranks take turns, each its best copy, so that all links are relieved alike; one must save more than least_P seconds and take
+    `min_rows` rows of its rank. row_s and node_row_s are the seconds of one row on the links. Returns what `candidates` does.
+    """
+    given = copies_2C.shape[1]
+    num_plans, slots = least_P.size, layer.slots
+    tallies = np.zeros((num_plans, 5), np.int64)
+    sizes = np.zeros(num_plans, np.int64)
+    copies = np.zeros((num_plans, 2, layer.owned_R.size * slots), np.int64)
+    static = static_traffic(layer)
+    load_s_NE = _node_seconds(load_RE, layer.ranks_per_node, node_row_s)
+    for p in range(num_plans):
+        most, most_node, count = most_2P[0, p], most_2P[1, p], given
+        copies[p, :, :given] = copies_2C
+        state = _start_fill(layer, copies_2C)
+        first_s_NE = np.where(state.holds_NE, 0.0, load_s_NE)
+        for turn in range(min(most, slots)):
+            for rank in layer.ranks:
+                if state.got_R[rank] > turn:
+                    continue
+                expert = _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, row_s, least_P[p])
+                if expert < 0 or load_RE[rank, expert] < min_rows:
+                    continue
+                _add(layer, state, expert, rank)
+                first_s_NE[rank // layer.ranks_per_node, expert] = 0.0
+                copies[p, 0, count], copies[p, 1, count] = expert, rank
+                count += 1
+        sizes[p] = count
+        score(layer, static, copies[p, :, :count], tallies[p])
+    return tallies, sizes, copies
+
+
+@njit(cache=True)
+def _fills_to_try(layer, prices, tally_5):
+    """Return int64 [2, P], the most copies per device and per node link, and float [P], the seconds a further copy must save.
+
+    A copy of expert e at rank d that is worth its bytes only saves n rows of dispatch and combine, forward and backward: 4 * n
+    rows' bytes; it costs its gathers and its reduce. So it pays from n = (gathers * expert bytes + gradient bytes) / (4 * row
+    bytes) rows on: w * F * (q + beta) / 4, whatever the model dimension. Copies that hide under other work, or beside the
+    busiest device's copies, cost one more small group of rows instead.
+    """
+    num_nodes, per_node = layer.owned_R.size // layer.ranks_per_node, layer.ranks_per_node
+    group_s = prices.work_row_s * layer.half_rate_rows
+    shown_s = (prices.gathers * prices.expert_bytes + prices.gradient_bytes) / prices.device_bytes_per_s
+    beside_s = prices.expert_bytes * max(tally_5[3] / prices.device_bytes_per_s, tally_5[4] / prices.node_bytes_per_s)
+    # The gather hides under the work ahead, and gather and reduce of the backward under twice that.
+    behind = ((prices.gathers - 1) * prices.expert_bytes + prices.gradient_bytes) / prices.expert_bytes
+    room_s = min(prices.overlap_s - prices.latency_s, (2 * prices.overlap_s - prices.gathers * prices.latency_s) / behind)
+    # A little more, so that rounding takes no copy away.
+    free = max(beside_s, room_s, 0.0) / prices.expert_bytes * (1 + 1e-9)
+    most_2P, least_P = np.empty((2, 2), np.int64), np.array([group_s, group_s + shown_s])
+    all_copies = layer.owned_R.size * layer.slots
+    most_2P[0, 0] = int(min(free * prices.device_bytes_per_s, all_copies))
+    most_2P[1, 0] = int(min(free * prices.node_bytes_per_s, all_copies))
+    most_2P[0, 1], most_2P[1, 1] = tally_5[3] + layer.slots, tally_5[4] + layer.slots * per_node
+    is_tight = most_2P[0, 0] < layer.slots or (num_nodes > 1 and most_2P[1, 0] < layer.slots * per_node)
+    return most_2P[:, : 1 + is_tight], least_P[: 1 + is_tight]
+
+
+@njit(cache=True)
+def _total(stages):
+    """Sum up as cost.Cost does."""
+    return stages[0] + stages[1] + stages[2] + stages[3] + stages[4]
+
+
+@njit(cache=True)
+def plan(layer, load_RE, prices, least_rows, plans_2P):
+    """Return the cheapest plan found: first the best for balance, then what copies for dispatch bytes add to it.
+
+    plans_2P: the smallest group moved and the threshold's rise of every plan that `candidates` builds; all groups have at least
+    plans_2P[0, 0] rows.
+    """
+    best = cheapest(prices, *candidates(layer, least_rows, plans_2P[0], plans_2P[1]))
+    if layer.slots == 0 or best.tally_5[1] == 0:
+        return best
+    row_s, node_row_s = 4 * prices.row_bytes / prices.device_bytes_per_s, 4 * prices.row_bytes / prices.node_bytes_per_s
+    # Only the slowest link counts; all ranks of a node relieve its link together.
+    node_counts = best.tally_5[2] * node_row_s > best.tally_5[1] * row_s
+    node_row_s = node_row_s * layer.ranks_per_node if node_counts else 0.0
+    most_2P, least_P = _fills_to_try(layer, prices, best.tally_5)
+    fills = filled(layer, load_RE, best.copies_2C, most_2P, least_P, plans_2P[0, 0], row_s, node_row_s)
+    more = cheapest(prices, *fills)
+    return more if _total(more.stages) < _total(best.stages) else best
