@@ -14,6 +14,11 @@ import moesaic
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology
 
 
+def examples(fast: int) -> int:
+    """Return how many cases a test generates: `fast`, or MOESAIC_EXAMPLES times as many where that is set."""
+    return fast * int(os.environ.get("MOESAIC_EXAMPLES", "1"))
+
+
 @dataclass(frozen=True)
 class Case:
     """A load on a topology with a placement to split it over."""

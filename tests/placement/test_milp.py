@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, cost, get_solver, milp, split_exact
+from moesaic.placement import SOLVERS, ExpertLoad, LayerShape, OwnerMap, Problem, Topology, cost, get_solver, milp, split_exact
 from moesaic.placement.cost import prices_of, seconds_of
 from moesaic.placement.exhaustive import every_placement
 from moesaic.placement.priced import split_priced
-from tests.placement.cases import problems, shared_trace, zipf_problem
+from tests.placement.cases import examples, problems, shared_trace, zipf_problem
 
 
 def only_rows_count(problem: Problem) -> Problem:
@@ -23,7 +23,7 @@ def only_rows_count(problem: Problem) -> Problem:
     return dataclasses.replace(problem, topology=topology)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(problem=problems(max_ranks=3, max_experts=4, max_slots=1))
 def test_equals_enumeration_when_rows_count(problem):
     problem = only_rows_count(problem)
@@ -33,7 +33,7 @@ def test_equals_enumeration_when_rows_count(problem):
     assert answer.bound.total_s <= best.cost.total_s
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(problem=problems(max_ranks=3, max_experts=4, max_slots=1))
 def test_equals_enumeration_with_every_stage(problem):
     """bound <= the best of all placements under their best known split <= the answer's cost, and the gap says how far."""
@@ -58,7 +58,7 @@ def test_bound_holds_when_links_are_almost_free():
     assert answer.cost.compute_s == best.cost.compute_s
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(problem=problems(max_ranks=3, max_experts=4, max_slots=1))
 def test_two_engines_agree(problem):
     """HiGHS and CBC prove bounds that differ by no more than both tolerances."""
@@ -67,7 +67,7 @@ def test_two_engines_agree(problem):
     assert by_highs.bound.total_s == pytest.approx(by_cbc.bound.total_s, abs=1e-3 * unit)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(problem=problems(max_ranks=4, max_experts=5, max_slots=2))
 def test_never_worse_than_the_heuristics(problem):
     """Owners are as many per rank as before, slots hold, and no heuristic with as many rows per rank is cheaper."""
@@ -75,8 +75,11 @@ def test_never_worse_than_the_heuristics(problem):
     owned_R = np.bincount(problem.expert_to_owner_E, minlength=problem.num_ranks)
     assert (np.bincount(answer.placement.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all()
     assert (answer.placement.copies_RE.sum(axis=1) <= problem.slots).all()
-    for name in ("static", "lpt", "smartmoe", "flexmoe", "laer", "hecate", "quota"):
-        assert answer.cost.total_s <= get_solver(name)(problem).cost.total_s
+    for name in sorted(SOLVERS.keys() - {"milp"}):
+        other = get_solver(name)(problem)
+        # EPLB packs copies first: it may leave ranks with other numbers of rows to own.
+        if (np.bincount(other.placement.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all():
+            assert answer.cost.total_s <= other.cost.total_s * (1 + 1e-4), name
 
 
 def test_owners_move_only_when_it_pays():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from moesaic.placement import ExpertLoad, OwnerMap, Placement, Split, Topology, split_exact, split_local_even
-from tests.placement.cases import Case, cases
+from tests.placement.cases import Case, cases, examples
 
 
 def hall_optimum(load: ExpertLoad, placement: Placement) -> int:
@@ -90,7 +90,7 @@ def test_exact_is_optimal(case):
     assert split.max_rows == hall_optimum(case.load, case.placement)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(cases(max_ranks=3, max_experts=3))
 def test_exact_equals_enumeration(case):
     small = Case(ExpertLoad(case.load.load_RE % 4), case.placement, case.topology)
@@ -98,7 +98,7 @@ def test_exact_equals_enumeration(case):
     assert split.max_rows == enumerated_optimum(small.load, small.placement)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(cases(max_ranks=24, max_experts=40))
 def test_exact_equals_linear_program(case):
     split = split_exact(case.load, case.placement, case.topology)
