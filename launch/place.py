@@ -23,7 +23,7 @@ from .picture import write_picture
 from .trace_options import Count, TraceOptions, trace_options
 
 # Those that answer at once; the exact ones take seconds a layer and play where they are named.
-COMPARED = ("static", "lpt", "smartmoe", "eplb", "flexmoe", "laer", "hecate", "quota")
+COMPARED = ("static", "lpt", "smartmoe", "eplb", "flexmoe", "laer", "hecate", "quota", "balance")
 COLUMNS = (
     *("solver", "ranks", "nodes", "slots", "knows", "split", "max_over_mean", "max_over_mean_p95", "max_over_mean_max"),
     *("bound", "copies", "off_rank_share", "cross_node_share", "step_s", "solve_s", "gap", "moves"),

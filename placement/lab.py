@@ -75,7 +75,7 @@ class LabSetting:
         takes_limit = "time_limit_s" in inspect.signature(solve).parameters
         return partial(solve, time_limit_s=self.time_limit_s) if takes_limit else solve
 
-    def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int) -> Problem:
+    def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int, forecast_error: float = 0.0) -> Problem:
         """One layer's question at one step."""
         return Problem(
             load=load,
@@ -87,6 +87,7 @@ class LabSetting:
             overlap_s=self.overlap_s,
             backward_multiplier=self.backward_multiplier,
             move_horizon_steps=horizon,
+            forecast_error=forecast_error,
         )
 
     def loads(self, loads_LRE: np.ndarray) -> list[ExpertLoad]:
@@ -166,7 +167,7 @@ class _Lane:
         self._standing = list(placements)
         self._solve_s, self._num_solved = seconds, len(placements)
 
-    def _place(self, layer: int, known: ExpertLoad | None) -> Placement:
+    def _place(self, layer: int, known: ExpertLoad | None, forecast_error: float) -> Placement:
         standing = self._standing[layer]
         self._age[layer] += 1
         if known is None and standing is not None:
@@ -175,7 +176,7 @@ class _Lane:
             return Placement.owners_only(self._owners[layer], self._setting.topology.num_ranks)
         if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.rehome_every:
             return standing
-        problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon)
+        problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, forecast_error)
         solution = self._setting.solver(self.name)(problem)
         self._solve_s += solution.seconds
         self._num_solved += 1
@@ -185,11 +186,11 @@ class _Lane:
     def solve_all(self, loads: Sequence[ExpertLoad]) -> None:
         """Place every layer once, from these loads, for all steps to come."""
         for layer, load in enumerate(loads):
-            self._standing[layer] = self._place(layer, load)
+            self._standing[layer] = self._place(layer, load, 0.0)
 
-    def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad) -> None:
-        """Place one layer from what is known, and judge the placement by the actual load."""
-        placement = self._place(layer, known)
+    def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float) -> None:
+        """Place one layer from what is known, expecting that error of it, and judge the placement by the actual load."""
+        placement = self._place(layer, known, forecast_error)
         problem = self._setting.problem(actual, self._owners[layer], self.slots, self.horizon)
         bound = lower_bound(problem, owners_may_move=self.name not in KEEPS_OWNERS)
         moves = int(np.count_nonzero(placement.expert_to_owner_E != self._owners[layer]))
@@ -340,6 +341,7 @@ def _play(source: LoadSource, setting: LabSetting, lanes: Sequence[_Lane], judge
         for layer, (predictor, actual) in enumerate(zip(predictors, setting.loads(loads_LRE), strict=True)):
             known = {"predicted": predictor.predict(), "exact": actual}
             for lane in lanes if step in judged else ():
-                lane.play(layer, None if lane.is_fixed else known[lane.knows], actual)
+                error = predictor.expected_error() if lane.knows == "predicted" else 0.0
+                lane.play(layer, None if lane.is_fixed else known[lane.knows], actual, error)
             predictor.observe(actual)
         on_step()

@@ -17,6 +17,8 @@ WINDOW = 5
 EMA_DECAY = 0.9
 # Past predictions whose error decides which predictor 'best' uses.
 ERROR_WINDOW = 10
+# Expected of a forecast before one was judged; from step to step 0.01 to 0.25 were recorded (FIELD, section 7.1).
+FIRST_ERROR = 0.1
 
 
 class Predictor(Protocol):
@@ -78,13 +80,13 @@ class EmaPredictor:
 
 
 class BestPredictor:
-    """Whichever of last, window and EMA had the smallest error over the last `ERROR_WINDOW` loads; ties go to the first.
+    """Whichever of some predictors had the smallest error over the last `ERROR_WINDOW` loads; ties go to the first.
 
     The error of one prediction is the total variation distance between expert shares, from 0 to 1.
     """
 
-    def __init__(self) -> None:
-        self._predictors: tuple[Predictor, ...] = (LastPredictor(), WindowPredictor(), EmaPredictor())
+    def __init__(self, *predictors: Predictor) -> None:
+        self._predictors = predictors or (LastPredictor(), WindowPredictor(), EmaPredictor())
         self._errors: tuple[deque[float], ...] = tuple(deque(maxlen=ERROR_WINDOW) for _ in self._predictors)
 
     def observe(self, load: ExpertLoad) -> None:
@@ -97,8 +99,16 @@ class BestPredictor:
 
     def predict(self) -> ExpertLoad | None:
         """The prediction of the predictor that did best lately."""
+        return self._predictors[self._best()].predict()
+
+    def expected_error(self) -> float:
+        """The mean error of that predictor lately; `FIRST_ERROR` before one prediction was judged."""
+        errors = self._errors[self._best()]
+        return sum(errors) / len(errors) if errors else FIRST_ERROR
+
+    def _best(self) -> int:
         scores = [sum(errors) for errors in self._errors]
-        return self._predictors[scores.index(min(scores))].predict()
+        return scores.index(min(scores))
 
 
 def prediction_error(predicted: ExpertLoad, actual: ExpertLoad) -> float:
@@ -107,11 +117,16 @@ def prediction_error(predicted: ExpertLoad, actual: ExpertLoad) -> float:
     return 0.5 * float(np.abs(shares[0] - shares[1]).sum())
 
 
-PREDICTORS: Mapping[str, Callable[[], Predictor]] = MappingProxyType(
-    {"best": BestPredictor, "last": LastPredictor, "window": WindowPredictor, "ema": EmaPredictor}
+PREDICTORS: Mapping[str, Callable[[], BestPredictor]] = MappingProxyType(
+    {
+        "best": BestPredictor,
+        "last": lambda: BestPredictor(LastPredictor()),
+        "window": lambda: BestPredictor(WindowPredictor()),
+        "ema": lambda: BestPredictor(EmaPredictor()),
+    }
 )
 
 
-def make_predictor(name: Literal["best", "last", "window", "ema"]) -> Predictor:
+def make_predictor(name: Literal["best", "last", "window", "ema"]) -> BestPredictor:
     """A fresh predictor by its configuration name."""
     return PREDICTORS[name]()

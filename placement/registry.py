@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import eplb, exhaustive, flexmoe, hecate, laer, milp, moetuner, permutation, quota, static
+from . import balance, eplb, exhaustive, flexmoe, hecate, laer, milp, moetuner, permutation, quota, static
 from .cost import Solution
 from .values import Problem
 
@@ -23,6 +23,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "laer": laer.solve,
         "hecate": hecate.solve,
         "quota": quota.solve,
+        "balance": balance.solve,
         "milp": milp.solve,
         "moetuner": moetuner.solve,
         "exhaustive": exhaustive.solve,
@@ -31,7 +32,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 
 
 # Those that only add copies: what a training step can apply at once. The others also change owners, between steps.
-KEEPS_OWNERS = frozenset({"static", "flexmoe", "laer", "hecate", "quota", "exhaustive"})
+KEEPS_OWNERS = frozenset({"static", "flexmoe", "laer", "hecate", "quota", "balance", "exhaustive"})
 
 
 def get_solver(name: str, *, keeps_owners: bool = False) -> Solver:

@@ -190,7 +190,8 @@ class Problem(ByContent):
     overlap_s: seconds of other work before the layer that hide its gather. backward_multiplier: expert FLOPs of a step over
     those of a forward (3, or 4 with recompute). min_rows_per_copy: smallest group a solver may move to a copy, None for its own
     choice. move_horizon_steps: steps over which a change of owner is written off. state_multiplier: bytes that move with an
-    owner over the bytes of its fp32 weights (3 with both Adam moments).
+    owner over the bytes of its fp32 weights (3 with both Adam moments). forecast_error: total variation distance, 0 to 1, by
+    which the load to come is expected to differ from `load`; 0 where it is known.
     """
 
     load: ExpertLoad
@@ -204,6 +205,7 @@ class Problem(ByContent):
     min_rows_per_copy: int | None = None
     move_horizon_steps: int = 100
     state_multiplier: float = 3.0
+    forecast_error: float = 0.0
 
     def __post_init__(self) -> None:
         owner_E = as_counts("expert_to_owner_E", self.expert_to_owner_E, ndim=1)
@@ -228,6 +230,8 @@ class Problem(ByContent):
             check_positive_int("min_rows_per_copy", self.min_rows_per_copy)
         check_positive_int("move_horizon_steps", self.move_horizon_steps)
         check_seconds("state_multiplier", self.state_multiplier)
+        if not 0 <= self.forecast_error <= 1:
+            raise ValueError(f"forecast_error must be a distance from 0 to 1, got {self.forecast_error!r}")
         freeze(self, "expert_to_owner_E", owner_E)
 
     @property

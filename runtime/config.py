@@ -56,7 +56,8 @@ class RuntimeConfig:
     """How experts are placed and moved."""
 
     policy: str = "quota"
-    """Solver that places the copies: 'static' (none), 'hecate', 'quota', or another name of `moesaic.placement.SOLVERS`."""
+    """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds),
+    'balance' (fewest rows on the busiest rank, also where the forecast is wrong), or another name of `placement.SOLVERS`."""
     split: Literal["exact", "local_even"] = "exact"
     """How tokens are split over copies: the exact min-max split, or Hecate's rule (local first, then even)."""
     slots: int = 2

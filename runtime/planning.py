@@ -88,8 +88,8 @@ class LayerPlanner:
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, self._topology.num_ranks))
         self._is_held = False
 
-    def problem(self, load: ExpertLoad) -> Problem:
-        """What a solver is asked for this layer, for a load."""
+    def problem(self, load: ExpertLoad, forecast_error: float = 0.0) -> Problem:
+        """What a solver is asked for this layer, for a load that was measured, or forecast with that error expected."""
         return Problem(
             load=load,
             expert_to_owner_E=self._owners_E,
@@ -97,6 +97,7 @@ class LayerPlanner:
             shape=self._shape,
             slots=self._config.slots,
             overlap_s=self._config.overlap_s,
+            forecast_error=forecast_error,
         )
 
     def place(self) -> Plan:
@@ -105,7 +106,7 @@ class LayerPlanner:
             return self._plan
         predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
-            placement = self._solver(self.problem(predicted)).placement
+            placement = self._solver(self.problem(predicted, self._predictor.expected_error())).placement
             if placement != self._plan.placement:
                 self._check_budget(placement)
                 self._plan = self._plan_of(placement)
