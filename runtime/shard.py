@@ -53,12 +53,15 @@ def shard_experts(
         placements: of every MoE layer, in order: owners and copies of a saved plan, kept for good in place of any solver.
 
     Raises:
-        ValueError: no MoE block, a mesh of more than two dimensions or that leaves out ranks, or a model that is already sharded.
+        ValueError: no MoE block; a mesh of more than two dimensions, of two without names, or that leaves out ranks; a model that
+            is already sharded.
     """
     config = config or RuntimeConfig()
     if mesh.ndim > 2:
         names = mesh.mesh_dim_names
         raise ValueError(f"the mesh has {mesh.ndim} dimensions {names}; give one of one dimension, or of two: replicate, shard")
+    if mesh.ndim == 2 and mesh.mesh_dim_names is None:
+        raise ValueError("the mesh has 2 dimensions without names; give it mesh_dim_names=('replicate', 'shard')")
     if mesh.size() != dist.get_world_size():
         # Groups side by side would train apart: nothing averages expert gradients between them.
         raise ValueError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; give a mesh over all ranks")

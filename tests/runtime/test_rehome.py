@@ -221,7 +221,9 @@ def test_state_that_belongs_to_no_expert_is_not_saved() -> None:
     assert "\n" not in str(refused.value)
 
 
-def rehome_while_training(rank: int, proposal_saves_s: float) -> tuple[list[str], list[float], list[int]]:
+def rehome_while_training(
+    rank: int, proposal_saves_s: float, mesh_shape: tuple[int, ...] = (2,)
+) -> tuple[list[str], list[float], list[int]]:
     """Train with a solver that always proposes the same exchange; it stands in for the process that would search."""
 
     class Solver:
@@ -240,11 +242,13 @@ def rehome_while_training(rank: int, proposal_saves_s: float) -> tuple[list[str]
     rehomer._Solver = Solver  # type: ignore[misc]
     model = make_model(ffn_dim=FFN_DIM)
     config = RuntimeConfig(policy="static", slots=0, rehome_every=4, timeout_s=60)
-    handle: Handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=config)
+    names = ("replicate", "shard")[-len(mesh_shape) :]
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    handle: Handle = shard_experts(model, mesh=mesh, config=config)
     optimizer = torch.optim.AdamW(handle.parameter_groups(), lr=0.01, foreach=False)
     losses = []
     for step in range(12):
-        ids, targets = (rank_slice(t, rank, 2) for t in global_batch(step))
+        ids, targets = (rank_slice(t, rank, dist.get_world_size()) for t in global_batch(step))
         loss = cross_entropy(model(ids), targets) + handle.aux_loss()
         loss.backward()
         optimizer.step()

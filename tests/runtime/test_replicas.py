@@ -19,7 +19,7 @@ from tests.helpers.compare import assert_all_close, assert_bitwise
 from tests.helpers.model import NUM_EXPERTS, Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
-from tests.runtime.test_rehome import shuffled
+from tests.runtime.test_rehome import rehome_while_training, shuffled
 from tests.runtime.test_shard import SOLVERS, backward_on_one, make_optimizer, train_on_one, whole
 
 MESH = (2, 2)
@@ -134,12 +134,33 @@ def train_on_mesh(rank: int, folder: str) -> list[float]:
         mean = loss.detach().double()
         dist.all_reduce(mean)
         losses.append(mean.item() / 4)
-    whole_state = handle.family_state_dict()
-    assert bool(whole_state) == (rank == 0)
-    assert all(isinstance(p, DTensor) and p.device_mesh.ndim == 2 for n, p in model.named_parameters() if ".bank." not in n)
+    check_export(rank, handle, f"{folder}/safetensors")
     return losses
 
 
+def check_export(rank: int, handle: Handle, folder: str) -> None:
+    """The whole state is on rank 0 alone; what one replica writes, all of a fresh model read."""
+    assert bool(handle.family_state_dict()) == (rank == 0)
+    handle.save_safetensors(folder)
+    _, fresh = wrapped()
+    assert fresh.load_safetensors(folder) == ()
+    fresh.rehome(handle.placement)
+    expected = handle.state_dict()
+    assert all(tensor.device_mesh.ndim == 2 for tensor in expected.values() if isinstance(tensor, DTensor))
+    assert_bitwise({k: whole(v) for k, v in fresh.state_dict().items()}, {k: whole(v) for k, v in expected.items()})
+
+
 def test_a_curve_with_replicas_is_that_of_one_process(tmp_path: Any) -> None:
+    """AdamW, clipping, a checkpoint, owners that move."""
     results = run_ranks(4, train_on_mesh, str(tmp_path))
     assert results[0] == pytest.approx(train_on_one("adamw", 10), rel=5e-4)
+
+
+def test_replicas_follow_one_decision() -> None:
+    """Each group observes its own loads; owners must stay the same in all of them."""
+    reasons, losses, moved = zip(*run_ranks(4, rehome_while_training, 0.5, MESH), strict=True)
+    assert all(moved[0])
+    assert all(m == moved[0] for m in moved)
+    assert all(reason.startswith("owners move: ") for reason in reasons[0])
+    assert set(reasons[1] + reasons[2] + reasons[3]) == {"decided by rank 0"}
+    assert losses[0] == pytest.approx(run_ranks(2, rehome_while_training, 0.5)[0][1], rel=5e-4)

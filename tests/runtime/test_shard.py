@@ -308,12 +308,14 @@ def refuse(rank: int, what: str) -> str:
     else:
         grid = init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("pipeline", "replicate", "shard"))
         part, match = (grid, "3 dimensions") if what == "grid" else (grid["replicate", "shard"], "1 of 2 ranks")
+        if what == "grid without names":
+            part, match = init_device_mesh("cpu", (2, 1)), "2 dimensions without names"
         with pytest.raises(ValueError, match=match) as refused:
             shard_experts(make_model(), mesh=part)
     return str(refused.value)
 
 
-@pytest.mark.parametrize("what", ["no moe", "twice", "grid", "part of a grid"])
+@pytest.mark.parametrize("what", ["no moe", "twice", "grid", "part of a grid", "grid without names"])
 def test_wrong_use_is_one_line_on_every_rank(what: str) -> None:
     messages = run_ranks(2, refuse, what)
     assert messages[0] == messages[1]
