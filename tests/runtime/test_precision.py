@@ -19,6 +19,7 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.rehome import migrate, row_tensors
 from tests.helpers.cases import Case, cases
 from tests.helpers.compare import assert_all_close
+from tests.helpers.families import FAMILIES, batch_ids, forward, make_family_model
 from tests.helpers.model import NUM_EXPERTS, Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import DenseMoE
@@ -186,3 +187,23 @@ def test_a_run_in_bf16_follows_the_run_in_fp32_and_repeats_its_bits() -> None:
     assert first[-1] < 0.9 * first[0]
     assert first == pytest.approx(fp32, rel=0.02)
     assert first != fp32
+
+
+def losses_of_families(rank: int, compute_dtype: str) -> list[tuple[float, float]]:
+    """Loss and global gradient norm of one batch of every family."""
+    results = []
+    for family in FAMILIES:
+        model = make_family_model(family)
+        config = RuntimeConfig(timeout_s=60, compute_dtype=compute_dtype)  # type: ignore[arg-type]
+        handle = shard_experts(model, mesh=init_device_mesh("cpu", (1,)), config=config)
+        loss = forward(model, batch_ids(0)).loss
+        loss.backward()
+        results.append((loss.item(), handle.clip_grad_norm_(1.0).item()))
+    return results
+
+
+def test_every_family_runs_in_bf16() -> None:
+    pytest.importorskip("transformers")
+    fp32, bf16 = (run_ranks(1, losses_of_families, dtype)[0] for dtype in ("as_is", "bf16"))
+    assert all(pair == pytest.approx(expected, rel=0.01) for pair, expected in zip(bf16, fp32, strict=True))
+    assert all(pair != expected for pair, expected in zip(bf16, fp32, strict=True))
