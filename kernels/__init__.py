@@ -3,6 +3,7 @@
 from .clamped_ffn import Clamp, clamped_ffn, clamped_ffn_backward
 from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .histogram import histogram
 from .pack_rows import accumulate_rows, pack_rows
 from .permute import Bags, bags_of, gather_rows, sum_rows
 from .split_tokens import split_tokens
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
+    "histogram",
     "pack_rows",
     "split_tokens",
     "sum_rows",

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grouped_gemm import add_wgrad, check_groups, group_slices, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .grouped_gemm import (
+    add_wgrad,
+    check_groups,
+    group_slices,
+    grouped_gemm,
+    grouped_gemm_dgrad,
+    grouped_gemm_wgrad,
+    zero_empty,
+)
 from .swiglu import SwigluGrads, swiglu, swiglu_backward
 
 # Upper bound on the rows of one chunk.
@@ -115,22 +123,19 @@ def grouped_ffn_backward(
         out = GroupedFFNGrads(
             dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)
         )
-    is_fresh = list(overwrite) if grads is not None and overwrite is not None else [False] * len(group_sizes)
-    if grads is not None:
-        for group, size in enumerate(group_sizes):
-            if is_fresh[group] and (size == 0 or x_ND.device.type != "cpu"):
-                grads.gate_up[group].zero_()
-                grads.down[group].zero_()
-                is_fresh[group] = False
+    is_fresh = [False] * len(group_sizes) if overwrite is None else list(overwrite)
     if x_ND.device.type != "cpu":
         dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
         buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
         inner = swiglu_backward(dh_NF, gate_up_N2F, row_weights_N, out=buffers)
         grouped_gemm_dgrad(inner.dgate_up_N2F, weights.gate_up, group_sizes, out=out.dx_ND)
         if grads is not None:
-            grouped_gemm_wgrad(dy_ND, inner.h_NF, group_sizes, grads.down, alpha=alpha)
-            grouped_gemm_wgrad(inner.dgate_up_N2F, x_ND, group_sizes, grads.gate_up, alpha=alpha)
+            grouped_gemm_wgrad(dy_ND, inner.h_NF, group_sizes, grads.down, alpha=alpha, overwrite=is_fresh)
+            grouped_gemm_wgrad(inner.dgate_up_N2F, x_ND, group_sizes, grads.gate_up, alpha=alpha, overwrite=is_fresh)
         return out
+    if grads is not None:
+        zero_empty(grads.gate_up, group_sizes, is_fresh)
+        zero_empty(grads.down, group_sizes, is_fresh)
     chunks = list(_row_chunks(group_sizes))
     # One allocation for dh (later h) and dgate_up: the allocator keeps and recycles a single block.
     max_rows = _max_rows(chunks)

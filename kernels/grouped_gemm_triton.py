@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import check_devices, unit_stride
+from .checks import check_devices
+from .grouped_gemm import zero_empty
+from .permute_triton import unit_stride
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class TileConfig:
     num_warps: int
     num_stages: int
 
+
+_MAX_GROUPS = 65_535  # programs in the second dimension of a CUDA grid
 
 # The whole space the rules below choose from; the benchmark sweeps it.
 HALF_CONFIGS = (
@@ -128,13 +132,14 @@ def _grouped_wgrad_kernel(
 ):
     """grad_g += alpha * dy_g.T @ x_g, one tile of one group per program, rows in ascending order.
 
-    Each entry of `groups` is (first row, end row, group); groups without rows are not listed. With group sizes [3, 0, 2]:
-    groups = [(0, 3, 0), (3, 5, 2)].
+    Each entry of `groups` is (first row, end row, group, 1 if its gradient is added to and 0 if it is set); groups without rows
+    are not listed. With group sizes [3, 0, 2], the last to be set: groups = [(0, 3, 0, 1), (3, 5, 2, 0)].
     """
     entry = tl.program_id(1)
-    first = tl.load(groups_ptr + entry * 3)
-    end = tl.load(groups_ptr + entry * 3 + 1)
-    group = tl.load(groups_ptr + entry * 3 + 2)
+    first = tl.load(groups_ptr + entry * 4)
+    end = tl.load(groups_ptr + entry * 4 + 1)
+    group = tl.load(groups_ptr + entry * 4 + 2)
+    is_added = tl.load(groups_ptr + entry * 4 + 3)
     grad_ptr = tl.multiple_of(tl.load(addresses_ptr + group).to(tl.pointer_type(tl.float32)), ALIGNMENT)
 
     tile_o, tile_i = _tile_of(tl.program_id(0), num_o_tiles, num_i_tiles, GROUP_M)
@@ -153,7 +158,8 @@ def _grouped_wgrad_kernel(
         x_ptrs += BLOCK_K * stride_x
     grad_ptrs = grad_ptr + o[:, None].to(tl.int64) * stride_grad_o + i[None, :].to(tl.int64) * stride_grad_i
     mask = (o < width_o)[:, None] & (i < width_i)[None, :]
-    tl.store(grad_ptrs, tl.load(grad_ptrs, mask=mask, other=0.0) + alpha * total, mask=mask)
+    before = tl.load(grad_ptrs, mask=mask & (o < width_o * is_added)[:, None], other=0.0)
+    tl.store(grad_ptrs, before + alpha * total, mask=mask)
 
 
 def grouped_gemm_triton(
@@ -191,18 +197,20 @@ def grouped_gemm_wgrad_triton(
     grads: Sequence[Tensor],
     *,
     alpha: float = 1.0,
+    overwrite: Sequence[bool] | None = None,
     config: TileConfig | None = None,
 ) -> None:
     """Launch `_grouped_wgrad_kernel` over the groups that have rows."""
-    if dy_NO.dtype != x_NI.dtype:
-        raise ValueError(f"dy_NO is {dy_NO.dtype} but x_NI is {x_NI.dtype}; cast one of them")
-    check_devices(dy_NO.device, x_NI=x_NI)
     _check_weights(grads, torch.float32, dy_NO.device)
     dy_NO, x_NI = unit_stride(dy_NO), unit_stride(x_NI)
     O, I = grads[0].shape  # noqa: E741
-    groups = row_tiles(group_sizes, max(1, sum(group_sizes)))
+    zero_empty(grads, group_sizes, overwrite)
+    is_fresh = [False] * len(grads) if overwrite is None else overwrite
+    groups = [(*tile, int(not is_fresh[tile[2]])) for tile in row_tiles(group_sizes, max(1, sum(group_sizes)))]
     if not groups:
         return
+    if len(groups) > _MAX_GROUPS:
+        raise ValueError(f"one launch serves up to {_MAX_GROUPS} groups, got {len(groups)}; split the call")
     config = _config(dy_NO.dtype, O) if config is None else config
     num_o_tiles, num_i_tiles = triton.cdiv(O, config.block_m), triton.cdiv(I, config.block_n)
     table, addresses = _device_tables(groups, grads, dy_NO.device)
@@ -302,11 +310,11 @@ def _dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _device_tables(tiles: list[tuple[int, int, int]], tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _device_tables(tiles: Sequence[tuple[int, ...]], tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """(tiles, addresses) as int64 on the device, in one copy that the host doesn't wait for."""
     flat = [value for tile in tiles for value in tile] + [tensor.data_ptr() for tensor in tensors]
     table = torch.tensor(flat, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    return table[: 3 * len(tiles)], table[3 * len(tiles) :]
+    return table[: -len(tensors)], table[-len(tensors) :]
 
 
 def _alignment(tensors: Sequence[Tensor]) -> int:

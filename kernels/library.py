@@ -4,7 +4,7 @@ The runtime calls the plain functions beside this file from its own autograd fun
 that want single ops under autograd or torch.compile. Import this module to register them; nothing else does.
 
 Shapes: M rows on the token side, N routed rows, D model dim, F ffn dim, T tokens, E experts, K top-k, G groups, O output
-width, I input width.
+width, I input width, B bank rows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from torch.library import custom_op
 from .grouped_gemm import grouped_gemm as plain_grouped_gemm
 from .grouped_gemm import grouped_gemm_dgrad as plain_grouped_gemm_dgrad
 from .grouped_gemm import grouped_gemm_wgrad as plain_grouped_gemm_wgrad
+from .histogram import histogram as plain_histogram
+from .pack_rows import accumulate_rows as plain_accumulate_rows
+from .pack_rows import pack_rows as plain_pack_rows
 from .permute import Bags
 from .permute import bags_of as plain_bags_of
 from .permute import gather_rows as plain_gather_rows
 from .permute import sum_rows as plain_sum_rows
+from .split_tokens import split_tokens as plain_split_tokens
 from .swiglu import swiglu as plain_swiglu
 from .swiglu import swiglu_backward as plain_swiglu_backward
 from .topk_gate import Score
@@ -225,3 +229,42 @@ def _topk_gate_backward(ctx: Any, dweights_TK: Tensor, dids: Tensor, dlse_T: Ten
 
 
 topk_gate.register_autograd(_topk_gate_backward, setup_context=_topk_gate_context)
+
+
+@custom_op("moesaic::histogram", mutates_args=())
+def histogram(ids: Tensor, num_bins: int) -> Tensor:
+    """`histogram.histogram`."""
+    return plain_histogram(ids, num_bins)
+
+
+@histogram.register_fake
+def _(ids: Tensor, num_bins: int) -> Tensor:
+    return ids.new_empty(num_bins, dtype=torch.int64)
+
+
+@custom_op("moesaic::split_tokens", mutates_args=())
+def split_tokens(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
+    """`split_tokens.split_tokens`."""
+    return plain_split_tokens(topk_ids_TK, flow_ER)
+
+
+@split_tokens.register_fake
+def _(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
+    return topk_ids_TK.new_empty(topk_ids_TK.numel(), dtype=torch.int64)
+
+
+@custom_op("moesaic::pack_rows", mutates_args=())
+def pack_rows(bank: Tensor, row_ids_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """`pack_rows.pack_rows`; no autograd, the way back is `accumulate_rows`."""
+    return plain_pack_rows(bank, row_ids_N, dtype=dtype)
+
+
+@pack_rows.register_fake
+def _(bank: Tensor, row_ids_N: Tensor, dtype: torch.dtype) -> Tensor:
+    return bank.new_empty(row_ids_N.numel(), *bank.shape[1:], dtype=dtype)
+
+
+@custom_op("moesaic::accumulate_rows", mutates_args=("bank",))
+def accumulate_rows(bank: Tensor, indices_N: Tensor, offsets: Tensor, buffer: Tensor, alpha: float) -> None:
+    """`pack_rows.accumulate_rows` over bags given by their tensors; adds to `bank` in place."""
+    plain_accumulate_rows(bank, Bags(indices_N, offsets), buffer, alpha=alpha)

@@ -12,11 +12,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .checks import check_devices, check_floating, check_ids
 from .permute import Bags
 
 
 def pack_rows(bank: Tensor, row_ids_N: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """Return a buffer [N, ...] with `buffer[n] = bank[row_ids_N[n]]`, cast to `dtype` (the bank's own by default)."""
+    check_devices(bank.device, row_ids_N=row_ids_N, out=out)
+    check_ids(row_ids_N=row_ids_N)
     if out is None:
         out = torch.empty((row_ids_N.numel(), *bank.shape[1:]), dtype=dtype or bank.dtype, device=bank.device)
     if out.shape != (row_ids_N.numel(), *bank.shape[1:]) or (dtype is not None and out.dtype != dtype):
@@ -38,6 +41,8 @@ def accumulate_rows(bank: Tensor, bags: Bags, buffer: Tensor, *, alpha: float = 
             f"{bags.num_bags} bags and a buffer {tuple(buffer.shape)} do not fit a bank {tuple(bank.shape)}; "
             "give one bag per bank row and rows of one shape"
         )
+    check_devices(bank.device, indices=bags.indices, offsets=bags.offsets, buffer=buffer)
+    check_floating(bank=bank, buffer=buffer)
     if bank.device.type != "cuda":
         accumulate_rows_torch(bank, bags, buffer, alpha=alpha)
         return
@@ -48,7 +53,10 @@ def accumulate_rows(bank: Tensor, bags: Bags, buffer: Tensor, *, alpha: float = 
 
 def pack_rows_torch(bank: Tensor, row_ids_N: Tensor, *, out: Tensor) -> Tensor:
     """Torch twin of `pack_rows`: one copy per row, which also casts."""
-    for n, row in enumerate(row_ids_N.tolist()):
+    row_ids = row_ids_N.tolist()
+    if row_ids and not 0 <= min(row_ids) <= max(row_ids) < len(bank):
+        raise ValueError(f"row_ids_N goes from {min(row_ids)} to {max(row_ids)}; ids must be in [0, {len(bank)})")
+    for n, row in enumerate(row_ids):
         out[n].copy_(bank[row])
     return out
 

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .permute import Bags
-from .permute_triton import check_devices
 
 _BLOCK = 4096
+_MAX_ROWS = 65_535  # programs in the second dimension of a CUDA grid
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def _accumulate_rows_kernel(bank_ptr, indices_ptr, offsets_ptr, buffer_ptr, row_
 
 def pack_rows_triton(bank: Tensor, row_ids_N: Tensor, *, out: Tensor) -> Tensor:
     """Launch `_pack_rows_kernel`; `out` is written and returned."""
-    check_devices(bank.device, row_ids_N=row_ids_N, out=out)
     _check_contiguous(bank=bank, out=out)
+    _check_grid(row_ids_N.numel())
     row_size = bank[0].numel() if len(bank) else 0
     if out.numel() > 0:
         grid = (triton.cdiv(row_size, _BLOCK), row_ids_N.numel())
@@ -58,13 +58,13 @@ def pack_rows_triton(bank: Tensor, row_ids_N: Tensor, *, out: Tensor) -> Tensor:
 
 def accumulate_rows_triton(bank: Tensor, bags: Bags, buffer: Tensor, *, alpha: float = 1.0) -> None:
     """Launch `_accumulate_rows_kernel`."""
-    check_devices(bank.device, indices=bags.indices, offsets=bags.offsets, buffer=buffer)
     _check_contiguous(bank=bank, buffer=buffer)
+    _check_grid(bank.shape[0])
     if bank.numel() == 0 or buffer.numel() == 0:
         return
     row_size = bank[0].numel()
     _accumulate_rows_kernel[(triton.cdiv(row_size, _BLOCK), bank.shape[0])](
-        bank, bags.indices, bags.offsets, buffer, row_size, alpha, BLOCK=_BLOCK, num_warps=8
+        bank, bags.indices.contiguous(), bags.offsets.contiguous(), buffer, row_size, alpha, BLOCK=_BLOCK, num_warps=8
     )
 
 
@@ -73,3 +73,9 @@ def _check_contiguous(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with stride {tensor.stride()}")
+
+
+def _check_grid(num_rows: int) -> None:
+    """Raise ValueError for more rows than one launch can have."""
+    if num_rows > _MAX_ROWS:
+        raise ValueError(f"one launch serves up to {_MAX_ROWS} rows, each a whole expert, got {num_rows}; split the call")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import check_devices, check_floating, check_ids, check_int32
+
 
 @dataclass(frozen=True)
 class Bags:
@@ -48,8 +50,8 @@ def bags_of(row_ids_N: Tensor, num_rows: int) -> Bags:
     On a GPU nothing is read back, so ids out of range go unnoticed there; on the CPU they raise ValueError.
     """
     N = row_ids_N.numel()
-    if max(N, num_rows) >= 2**31:
-        raise ValueError(f"bags_of counts in int32, got {N} row ids and num_rows={num_rows}; split the batch")
+    check_ids(row_ids_N=row_ids_N)
+    check_int32("row ids and rows", max(N, num_rows), "split the batch")
     # One plain sort of (id, position) packed into an int64: keys are unique, so no stable sort is needed, and numpy's
     # vectorised sort is several times faster than a stable argsort.
     keys = (row_ids_N.long() << 32) | torch.arange(N, device=row_ids_N.device)
@@ -82,6 +84,8 @@ def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None
 
     With `beside` [P, D], ids from M on name its rows, as if it followed `x_MD`; neither is copied for that.
     """
+    check_devices(x_MD.device, row_ids_N=row_ids_N, out=out)
+    check_ids(row_ids_N=row_ids_N)
     _check_beside(x_MD, beside)
     if x_MD.device.type == "cuda":
         from .permute_triton import gather_rows_triton
@@ -98,6 +102,8 @@ def sum_rows(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None, out: 
     The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`.
     With `beside` [P, D], indices from N on name its rows, as if it followed `rows_ND`.
     """
+    check_devices(rows_ND.device, indices=bags.indices, offsets=bags.offsets, out=out)
+    check_floating(rows_ND=rows_ND)
     _check_beside(rows_ND, beside)
     if rows_ND.device.type == "cuda":
         from .permute_triton import sum_rows_triton

@@ -78,7 +78,6 @@ def _sum_rows_kernel(
 
 def gather_rows_triton(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Launch `_gather_rows_kernel`."""
-    check_devices(x_MD.device, row_ids_N=row_ids_N, out=out)
     x_MD = unit_stride(x_MD)
     beside = x_MD[:0] if beside is None else unit_stride(beside)
     N, D = row_ids_N.numel(), x_MD.shape[1]
@@ -109,7 +108,6 @@ def gather_rows_triton(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None
 
 def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Launch `_sum_rows_kernel`."""
-    check_devices(rows_ND.device, indices=bags.indices, offsets=bags.offsets, out=out)
     rows_ND = unit_stride(rows_ND)
     beside = rows_ND[:0] if beside is None else unit_stride(beside)
     D = rows_ND.shape[1]
@@ -121,8 +119,8 @@ def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None
     _sum_rows_kernel[(bags.num_bags, triton.cdiv(D, block_d))](
         rows_ND,
         beside,
-        bags.indices,
-        bags.offsets,
+        bags.indices.contiguous(),
+        bags.offsets.contiguous(),
         out,
         rows_ND.shape[0],
         D,
@@ -139,10 +137,3 @@ def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None
 def unit_stride(x: Tensor) -> Tensor:
     """`x` itself if its last dimension is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raise ValueError for a tensor on another device than the rows; a kernel would read a wild address."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, but the rows are on {device}; move one of them")

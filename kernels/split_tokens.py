@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_devices, check_ids, check_int32
+from .histogram import histogram_torch
+
 
 def split_tokens(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
     """Return `order_N` (int64): the assignments in sending order, sorted by (destination rank, expert, token).
@@ -25,6 +28,10 @@ def split_tokens(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
         raise ValueError(
             f"split_tokens needs ids [T, K] and flow [E, R], got {tuple(topk_ids_TK.shape)} and {tuple(flow_ER.shape)}"
         )
+    check_devices(topk_ids_TK.device, flow_ER=flow_ER)
+    check_ids(topk_ids_TK=topk_ids_TK, flow_ER=flow_ER)
+    check_int32("assignments", topk_ids_TK.numel(), "split the batch")
+    check_int32("pieces of experts", flow_ER.numel(), "split over fewer ranks")
     if topk_ids_TK.device.type != "cuda":
         return split_tokens_torch(topk_ids_TK, flow_ER)
     from .split_tokens_triton import split_tokens_triton
@@ -36,8 +43,8 @@ def split_tokens_torch(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
     """Torch twin of `split_tokens`: one sort by expert, then whole runs are copied to their places."""
     E, R = flow_ER.shape
     ids_N = topk_ids_TK.flatten()
-    load_E = torch.bincount(ids_N, minlength=E)
-    if load_E.numel() != E or not torch.equal(load_E, flow_ER.sum(dim=1)):
+    load_E = histogram_torch(ids_N, E)
+    if not torch.equal(load_E, flow_ER.sum(dim=1)):
         raise ValueError(f"flow sums to {flow_ER.sum(dim=1).tolist()} per expert, but the tokens chose {load_E.tolist()}")
     keys = ((ids_N.long() << 32) | torch.arange(ids_N.numel())).numpy()
     by_expert_N = torch.from_numpy(np.sort(keys)) & 0x7FFFFFFF

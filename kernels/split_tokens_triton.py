@@ -13,21 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import check_devices
-
-_BLOCK_N = 128
-
-
-@triton.jit
-def _count_kernel(ids_ptr, counts_ptr, num_rows, num_experts, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Count each expert's assignments in one block. With ids = [1, 0, 1]: counts = [1, 2]."""
-    block = tl.program_id(0).to(tl.int64)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    ids = tl.load(ids_ptr + n, mask=n < num_rows, other=-1).to(tl.int32)
-    for start in range(0, num_experts, BLOCK_E):
-        e = start + tl.arange(0, BLOCK_E)
-        counts = tl.sum((ids[:, None] == e[None, :]).to(tl.int32), axis=0)
-        tl.store(counts_ptr + block * num_experts + e, counts, mask=e < num_experts)
+from .histogram_triton import COUNT_BLOCK, count_blocks
 
 
 @triton.jit
@@ -72,28 +58,22 @@ def _place_kernel(
 
 def split_tokens_triton(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
     """Two launches and four small scans; all on the device."""
-    check_devices(topk_ids_TK.device, flow_ER=flow_ER)
     E, R = flow_ER.shape
     N = topk_ids_TK.numel()
-    if N >= 2**31:
-        raise ValueError(f"split_tokens counts in int32, got {N} assignments; split the batch")
     order_N = torch.empty(N, dtype=torch.int64, device=topk_ids_TK.device)
     if N == 0:
         return order_N
-    ids_N = topk_ids_TK.reshape(-1)
-    num_blocks = triton.cdiv(N, _BLOCK_N)
-    counts_CE = torch.empty(num_blocks, E, dtype=torch.int32, device=ids_N.device)
-    _count_kernel[(num_blocks,)](
-        ids_N, counts_CE, N, E, BLOCK_N=_BLOCK_N, BLOCK_E=min(triton.next_power_of_2(E), 64), num_warps=4
-    )
+    # A single column of a wider matrix flattens to a view with gaps.
+    ids_N = topk_ids_TK.reshape(-1).contiguous()
+    counts_CE = count_blocks(ids_N, E)
     before_CE = counts_CE.cumsum(dim=0, dtype=torch.int32) - counts_CE
 
-    flow_ER = flow_ER.to(torch.int32)
+    flow_ER = flow_ER.to(torch.int32).contiguous()
     piece_end_ER = flow_ER.cumsum(dim=1, dtype=torch.int32)
     flow_RE = flow_ER.t().contiguous()
     run_start_RE = (flow_RE.view(-1).cumsum(dim=0, dtype=torch.int32) - flow_RE.view(-1)).view(R, E)
     shift_ER = (run_start_RE.t() - (piece_end_ER - flow_ER)).contiguous()
-    _place_kernel[(num_blocks,)](
+    _place_kernel[(counts_CE.shape[0],)](
         ids_N,
         before_CE,
         piece_end_ER,
@@ -102,7 +82,7 @@ def split_tokens_triton(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
         N,
         E,
         R,
-        BLOCK_N=_BLOCK_N,
+        BLOCK_N=COUNT_BLOCK,
         LOG_RANKS=max(1, R.bit_length()),
         num_warps=4,
     )

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_devices, check_floating
+
 # The compiled pass runs on one thread; with more threads than this torch's own passes finish sooner.
 _COMPILED_MAX_THREADS = 4
 # Elements of one [rows, F] block: five such fp32 blocks (gate, up, dh, two temporaries) stay in a 2 MiB cache.
@@ -32,6 +34,8 @@ class SwigluGrads:
 
 def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return `h_NF = silu(gate) * up`, times `row_weights_N[:, None]` when weights are given. No autograd."""
+    check_devices(gate_up_N2F.device, row_weights_N=row_weights_N, out=out)
+    check_floating(gate_up_N2F=gate_up_N2F)
     h_NF = gate_up_N2F.new_empty(_hidden_shape(gate_up_N2F)) if out is None else out
     if gate_up_N2F.device.type == "cuda":
         from .swiglu_triton import swiglu_triton
@@ -53,8 +57,11 @@ def swiglu_backward(
     `out` names buffers to write into. `dh_NF` itself may serve as `out.h_NF`, which on the CPU saves a copy; no other input
     may overlap one.
     """
+    check_devices(gate_up_N2F.device, dh_NF=dh_NF, row_weights_N=row_weights_N)
+    check_floating(gate_up_N2F=gate_up_N2F)
     _check_dh(dh_NF, gate_up_N2F)
     grads = _new_grads(gate_up_N2F, row_weights_N) if out is None else out
+    check_devices(gate_up_N2F.device, dgate_up_N2F=grads.dgate_up_N2F, drow_weights_N=grads.drow_weights_N, h_NF=grads.h_NF)
     if gate_up_N2F.device.type == "cuda":
         from .swiglu_triton import swiglu_backward_triton
 

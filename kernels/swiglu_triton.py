@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import check_devices, unit_stride
+from .permute_triton import unit_stride
 from .swiglu import SwigluGrads
 
 _FORWARD_TILE = 4096
@@ -98,7 +98,6 @@ def _swiglu_backward_kernel(
 
 def swiglu_triton(gate_up_N2F: Tensor, row_weights_N: Tensor | None, h_NF: Tensor) -> Tensor:
     """Launch `_swiglu_kernel`; `h_NF` is written and returned."""
-    check_devices(gate_up_N2F.device, row_weights_N=row_weights_N, out=h_NF)
     gate_up_N2F = unit_stride(gate_up_N2F)
     N, F = h_NF.shape
     _check_unit_stride(h_NF=h_NF)
@@ -125,7 +124,6 @@ def swiglu_triton(gate_up_N2F: Tensor, row_weights_N: Tensor | None, h_NF: Tenso
 
 def swiglu_backward_triton(dh_NF: Tensor, gate_up_N2F: Tensor, row_weights_N: Tensor | None, grads: SwigluGrads) -> SwigluGrads:
     """Launch `_swiglu_backward_kernel`; `grads` is written and returned, its `h_NF` may be `dh_NF`."""
-    check_devices(gate_up_N2F.device, dh_NF=dh_NF, row_weights_N=row_weights_N, dgate_up_N2F=grads.dgate_up_N2F, h_NF=grads.h_NF)
     dh_NF, gate_up_N2F = unit_stride(dh_NF), unit_stride(gate_up_N2F)
     N, F = dh_NF.shape
     _check_unit_stride(dgate_up_N2F=grads.dgate_up_N2F, h_NF=grads.h_NF)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_devices, check_ids
+
 Score = Literal["softmax", "sigmoid"]
 
 
@@ -38,6 +40,7 @@ def topk_gate(
     `bias_E` is added to the scores for the choice only (balancing without an auxiliary loss). No autograd.
     """
     _check(logits_TE, top_k, score, bias_E)
+    check_devices(logits_TE.device, bias_E=bias_E)
     if logits_TE.device.type != "cuda":
         return topk_gate_torch(logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E)
     from .topk_gate_triton import topk_gate_triton
@@ -55,6 +58,15 @@ def topk_gate_backward(
     score: Score = "softmax",
 ) -> Tensor:
     """Return `dlogits_TE` from the gradients of weights and log-sum-exp; the choice itself has no gradient."""
+    check_devices(logits_TE.device, dweights_TK=dweights_TK, dlse_T=dlse_T, topk_ids_TK=topk_ids_TK)
+    check_ids(topk_ids_TK=topk_ids_TK)
+    if topk_ids_TK.dim() != 2 or dweights_TK.shape != topk_ids_TK.shape or len(topk_ids_TK) != len(logits_TE):
+        raise ValueError(
+            f"ids {tuple(topk_ids_TK.shape)} and weight gradients {tuple(dweights_TK.shape)} must be [T, K] "
+            f"for the {len(logits_TE)} tokens of the logits"
+        )
+    if dlse_T is not None and dlse_T.shape != logits_TE.shape[:1]:
+        raise ValueError(f"dlse_T is {tuple(dlse_T.shape)}, must hold one value for each of {len(logits_TE)} tokens")
     _check(logits_TE, topk_ids_TK.shape[1], score, None)
     if logits_TE.device.type != "cuda":
         return topk_gate_backward_torch(dweights_TK, dlse_T, logits_TE, topk_ids_TK, normalize=normalize, score=score)

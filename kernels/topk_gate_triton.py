@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import check_devices, unit_stride
+from .permute_triton import unit_stride
 from .topk_gate import Gate, Score
 
 _TILE_ELEMENTS = 1024
@@ -141,7 +141,6 @@ def _topk_gate_backward_kernel(
 
 def topk_gate_triton(logits_TE: Tensor, top_k: int, *, normalize: bool, score: Score, bias_E: Tensor | None) -> Gate:
     """Launch `_topk_gate_kernel`."""
-    check_devices(logits_TE.device, bias_E=bias_E)
     logits_TE = unit_stride(logits_TE)
     T, E = logits_TE.shape
     gate = Gate(
@@ -179,7 +178,6 @@ def topk_gate_backward_triton(
     dweights_TK: Tensor, dlse_T: Tensor | None, logits_TE: Tensor, topk_ids_TK: Tensor, *, normalize: bool, score: Score
 ) -> Tensor:
     """Launch `_topk_gate_backward_kernel`."""
-    check_devices(logits_TE.device, dweights_TK=dweights_TK, dlse_T=dlse_T, topk_ids_TK=topk_ids_TK)
     logits_TE = unit_stride(logits_TE)
     T, E = logits_TE.shape
     dlogits_TE = logits_TE.new_empty(T, E)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import histogram
 from ..placement import ExpertLoad
 from .config import RouterConfig
 
@@ -24,7 +25,7 @@ class Routing:
 
     def counts_E(self, num_experts: int) -> Tensor:
         """Assignments to every expert, int64 [E]."""
-        return torch.bincount(self.topk_ids_TK.flatten(), minlength=num_experts)
+        return histogram(self.topk_ids_TK, num_experts)
 
 
 class Router(nn.Module, ABC):

@@ -5,19 +5,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from moesaic.benchmarks.kernel_cases import (
-    Shape,
-    bank_cases,
-    ffn_case,
-    layer_case,
-    product_cases,
-    router_cases,
-    row_cases,
-    zipf_sizes,
-)
-from moesaic.benchmarks.kernels import measure
+from moesaic.benchmarks import kernels
+from moesaic.benchmarks.kernel_cases import Shape, ffn_case, layer_case, product_cases, zipf_sizes
+from moesaic.benchmarks.kernel_row_cases import bank_cases, router_cases, row_cases
+from moesaic.benchmarks.kernels import measure, verdict
 
-KEYS = {"op", "shape", "dtype", "device", "achieved", "ceiling", "unit", "ratio_to_ceiling", "ratio_to_torch"}
+KEYS = {"op", "shape", "dtype", "device", "achieved", "ceiling", "unit", "ratio_to_ceiling", "target", "ratio_to_torch"}
 SHAPE = Shape("tiny", D=16, F=24, group_sizes=(5, 0, 11), experts=4, top_k=2)
 
 
@@ -32,10 +25,23 @@ def test_every_case_passes_its_gate_and_fills_a_row() -> None:
         assert row["ratio_to_ceiling"] > 0, case.op
 
 
-def test_a_wrong_result_is_not_timed() -> None:
-    case = next(product_cases(SHAPE, torch.float32, "cpu"))
-    with pytest.raises(ValueError, match=r"grouped_gemm at tiny: differs from torch by 5\.00e-01"):
-        measure(replace(case, check=lambda: 0.5), "cpu", rounds=1)
+def test_a_wrong_result_is_not_timed_and_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong, *_ = product_cases(SHAPE, torch.float32, "cpu")
+    cases = [replace(wrong, check=lambda: 0.5, ours=lambda: pytest.fail("timed")), right]
+    monkeypatch.setattr(kernels, "all_cases", lambda device, dtype: iter(cases))
+    rows, failures = kernels.run("cpu", torch.float32, rounds=1)
+    assert [row["op"] for row in rows] == ["grouped_gemm"]
+    assert failures == ["grouped_gemm_dgrad at tiny: ValueError: differs from torch by 5.00e-01, allowed is 1e-04"]
+    assert kernels.run("cpu", torch.float32, rounds=1, only="wgrad") == ([], [])
+    assert kernels.main(["--device", "cpu", "--rounds", "1"]) == 1
+
+
+def test_the_verdict_names_what_misses_its_target() -> None:
+    rows = [
+        {"op": op, "shape": "demo", "ratio_to_ceiling": ratio, "target": target}
+        for op, ratio, target in (("a", 0.9, 0.92), ("b", 0.92, 0.92), ("c", 0.1, None))
+    ]
+    assert verdict(rows) == "1 of 2 rows with a target reach it; a at demo 0.900 < 0.92"
 
 
 def test_zipf_sizes_add_up() -> None:

@@ -33,6 +33,10 @@ def example_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             library.topk_gate_backward,
             (torch.randn(4, 2), torch.randn(4), torch.randn(4, 5), torch.tensor([[0, 3]] * 4), True, "sigmoid"),
         ),
+        "histogram": (library.histogram, (row_ids_N, 5)),
+        "split_tokens": (library.split_tokens, (row_ids_N[:, None], torch.tensor([[1, 0], [0, 0], [1, 1], [0, 0], [0, 1]]))),
+        "pack_rows": (library.pack_rows, (torch.randn(5, 2, 3), row_ids_N, torch.bfloat16)),
+        "accumulate_rows": (library.accumulate_rows, (torch.randn(5, 3), indices_N, offsets, torch.randn(4, 3), 0.5)),
     }
 
 

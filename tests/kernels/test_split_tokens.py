@@ -36,6 +36,8 @@ def test_order_follows_the_flow(T: int, K: int, E: int, R: int) -> None:
     assert order_N.tolist() == naive_split(topk_ids_TK, flow_ER)
     assert sorted(order_N.tolist()) == list(range(T * K))
     assert torch.equal(order_N, split_tokens(topk_ids_TK.int(), flow_ER.int()))
+    gaps_TK = torch.stack([topk_ids_TK] * 2, dim=2)[..., 0]
+    assert torch.equal(order_N, split_tokens(gaps_TK, flow_ER.t().contiguous().t()))
 
 
 def test_the_documented_example() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moesaic.kernels import topk_gate, topk_gate_backward
 
-CASES = [(1, 1, 1), (7, 5, 1), (63, 16, 2), (65, 7, 7), (129, 63, 8)]  # T, E, K
+CASES = [(1, 1, 1), (7, 5, 1), (63, 16, 2), (65, 7, 7), (129, 63, 8), (1025, 3, 2)]  # T, E, K
 SCORES = ["softmax", "sigmoid"]
 
 
@@ -49,6 +49,23 @@ def test_bias_moves_the_choice_and_not_the_weights(score: str) -> None:
     ids, weights = naive_gate(logits_TE.double(), 3, False, score, bias_E.double())
     assert torch.equal(gate.topk_ids_TK, ids)
     torch.testing.assert_close(gate.weights_TK.double(), weights, rtol=1e-6, atol=1e-7)
+
+
+def test_strided_inputs_give_the_same() -> None:
+    """Logits and gradients as columns of wider matrices, and transposed."""
+    wide_TE, logits_ET = torch.randn(33, 20), torch.randn(9, 33)
+    for logits_TE in (wide_TE[:, ::2], logits_ET.t()):
+        dweights_TK, dlse_T = torch.randn(33, 6)[:, ::2], torch.randn(66)[::2]
+        gate, expected = topk_gate(logits_TE, 3), topk_gate(logits_TE.contiguous(), 3)
+        assert torch.equal(gate.topk_ids_TK, expected.topk_ids_TK)
+        torch.testing.assert_close(gate.weights_TK, expected.weights_TK, rtol=1e-6, atol=1e-7)
+        ids_TK = torch.stack([gate.topk_ids_TK] * 2, dim=2)[..., 0]
+        torch.testing.assert_close(
+            topk_gate_backward(dweights_TK, dlse_T, logits_TE, ids_TK),
+            topk_gate_backward(dweights_TK.contiguous(), dlse_T.contiguous(), logits_TE.contiguous(), gate.topk_ids_TK),
+            rtol=1e-6,
+            atol=1e-7,
+        )
 
 
 def test_equal_logits_go_to_the_lower_ids() -> None:

@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 
 from moesaic.kernels import (
     grouped_gemm_triton,
+    histogram_triton,
     pack_rows_triton,
     permute_triton,
     split_tokens_triton,
@@ -142,10 +143,10 @@ def row_cases() -> dict[str, Case]:
             gate_constants | {"HAS_DLSE": True},
             num_warps=4,
         ),
-        "split count": Case(
-            split_tokens_triton._count_kernel,
+        "histogram": Case(
+            histogram_triton._count_kernel,
             {"ids_ptr": "*i64", "counts_ptr": "*i32"},
-            {"BLOCK_N": 128, "BLOCK_E": 64},
+            {"BLOCK_N": 128, "BLOCK_B": 64},
             num_warps=4,
         ),
         "split place": Case(

@@ -1,0 +1,202 @@
+"""The cases of `moesaic bench kernels` that memory bounds, beside a copy of as many bytes, and the router's in microseconds.
+
+Shape letters: N routed rows, D model dim, F expert ffn dim, G groups, T tokens, K top-k, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..kernels import (
+    SwigluGrads,
+    accumulate_rows,
+    bags_of,
+    gather_rows,
+    histogram,
+    pack_rows,
+    split_tokens,
+    sum_rows,
+    swiglu,
+    swiglu_backward,
+    topk_gate,
+)
+from .kernel_cases import Case, Shape, difference, dtype_name
+
+
+def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The memory-bound ops: gather, sum, both ways in turn, SwiGLU and its backward."""
+    N, D, F, K = shape.num_rows, shape.D, shape.F, shape.top_k
+    T, item = N // K, torch.empty((), dtype=dtype).element_size()
+    x, rows = torch.randn(T, D, device=device).to(dtype), torch.randn(N, D, device=device).to(dtype)
+    row_ids = torch.randperm(N, device=device) % T
+    bags, gathered = bags_of(row_ids, T), torch.empty_like(rows)
+    gate_up, dh, weights = (
+        torch.randn(N, 2 * F, device=device).to(dtype),
+        torch.randn(N, F, device=device).to(dtype),
+        torch.rand(N, device=device),
+    )
+    h, grads = torch.empty_like(dh), SwigluGrads(torch.empty_like(gate_up), torch.empty_like(weights), torch.empty_like(dh))
+    gate, up = gate_up.chunk(2, dim=1)
+
+    def make(op: str, num_bytes: float, **kwargs: Any) -> Case:
+        # Copies of as many bytes, half of them read and half written.
+        source = torch.ones(max(1, int(num_bytes) // 2), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        return Case(
+            op,
+            shape.name,
+            dtype_name(dtype),
+            "GB/s",
+            num_bytes,
+            ceiling=lambda: target.copy_(source),
+            tolerance=tolerance,
+            target=0.85 if device == "cuda" else 0.70 if op == "gather_rows + sum_rows" else None,
+            **kwargs,
+        )
+
+    index_add = lambda: torch.zeros_like(x).index_add_(0, row_ids, rows)  # noqa: E731
+    plain_swiglu = lambda: functional.silu(gate) * up * weights[:, None].to(dtype)  # noqa: E731
+    yield make(
+        "gather_rows",
+        (T + N) * D * item,
+        ours=partial(gather_rows, x, row_ids, out=gathered),
+        torch={"index_select": partial(torch.index_select, x, 0, row_ids, out=gathered)},
+        check=lambda: difference(gather_rows(x, row_ids), x[row_ids]),
+    )
+    yield make(
+        "sum_rows",
+        (T + N) * D * item,
+        ours=partial(sum_rows, rows, bags),
+        torch={"index_add": index_add},
+        check=lambda: difference(sum_rows(rows, bags), index_add()),
+    )
+    yield make(
+        "gather_rows + sum_rows",
+        2 * (T + N) * D * item,
+        ours=lambda: sum_rows(gather_rows(x, row_ids, out=gathered), bags),
+        torch={"index_select, index_add": lambda: torch.zeros_like(x).index_add_(0, row_ids, x[row_ids])},
+        check=lambda: difference(sum_rows(gather_rows(x, row_ids), bags), K * x),
+    )
+    yield make(
+        "swiglu",
+        3 * N * F * item,
+        ours=partial(swiglu, gate_up, weights, out=h),
+        torch={"silu, mul, mul": plain_swiglu},
+        check=lambda: difference(swiglu(gate_up, weights), plain_swiglu()),
+    )
+    yield make(
+        "swiglu_backward",
+        6 * N * F * item,
+        ours=partial(swiglu_backward, dh, gate_up, weights, out=grads),
+        torch={},
+        check=lambda: difference(swiglu_backward(dh, gate_up, weights).h_NF, plain_swiglu()),
+    )
+
+
+def bank_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Bank rows to a send buffer with a cast, and back into fp32 gradients."""
+    G, row = len(shape.group_sizes), 2 * shape.F * shape.D
+    bank, ids = torch.randn(G, row, device=device), torch.arange(G, device=device).flip(0)
+    buffer, item = torch.randn(G, row, device=device).to(dtype), torch.empty((), dtype=dtype).element_size()
+    bags, out = bags_of(ids, G), torch.empty(G, row, dtype=dtype, device=device)
+
+    def make(op: str, num_bytes: float, **kwargs: Any) -> Case:
+        source = torch.ones(int(num_bytes) // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return Case(
+            op,
+            shape.name,
+            dtype_name(dtype),
+            "GB/s",
+            num_bytes,
+            ceiling=lambda: target.copy_(source),
+            tolerance=1e-2,
+            target=0.85 if device == "cuda" else None,
+            **kwargs,
+        )
+
+    def check_accumulate() -> float:
+        expected = bank.index_add(0, ids, buffer.float())
+        accumulated = bank.clone()
+        accumulate_rows(accumulated, bags, buffer)
+        return difference(accumulated, expected)
+
+    yield make(
+        "pack_rows",
+        G * row * (4 + item),
+        ours=partial(pack_rows, bank, ids, out=out),
+        torch={"index, to": lambda: out.copy_(bank[ids])},
+        check=lambda: difference(pack_rows(bank, ids, dtype=dtype), bank[ids]),
+    )
+    yield make(
+        "accumulate_rows",
+        G * row * (8 + item),
+        ours=partial(accumulate_rows, bank, bags, buffer),
+        torch={"index_add": lambda: bank.index_add_(0, ids, buffer.float())},
+        check=check_accumulate,
+    )
+
+
+def router_cases(device: str) -> Iterator[Case]:
+    """The gate, the histogram and the split at E = 256, R = 64: small work, whose time itself is held to a limit."""
+    T, E, K, R = (8192, 256, 8, 64) if device == "cuda" else (2048, 256, 8, 64)
+    logits = torch.randn(T, E, device=device)
+    gate = topk_gate(logits, K)
+    pieces = torch.rand(E, R, device=device)
+    ends = (pieces.cumsum(1) / pieces.sum(1, keepdim=True) * gate.load_E[:, None]).round().long()
+    flow = ends.diff(dim=1, prepend=torch.zeros(E, 1, dtype=torch.int64, device=device))
+    rank_of_place = torch.repeat_interleave(torch.arange(R, device=device).repeat(E), flow.flatten())
+
+    def torch_split() -> Tensor:
+        by_expert = gate.topk_ids_TK.flatten().sort(stable=True).indices
+        return by_expert[rank_of_place.sort(stable=True).indices]
+
+    def torch_gate() -> tuple[Tensor, Tensor]:
+        weights, ids = logits.softmax(dim=1).topk(K)
+        return weights / weights.sum(dim=1, keepdim=True), torch.bincount(ids.flatten(), minlength=E)
+
+    name = f"T={T} E={E} K={K} R={R}"
+    yield Case(
+        op="topk_gate",
+        shape=name,
+        dtype="float32",
+        unit="us",
+        work=1e6,
+        ours=partial(topk_gate, logits, K),
+        ceiling=150.0 if device == "cuda" else 50_000.0,
+        torch={"softmax, topk, bincount": torch_gate},
+        check=lambda: difference(topk_gate(logits, K).weights_TK, torch_gate()[0]),
+        tolerance=1e-5,
+    )
+    yield Case(
+        op="histogram",
+        shape=name,
+        dtype="int64",
+        unit="us",
+        work=1e6,
+        ours=partial(histogram, gate.topk_ids_TK, E),
+        ceiling=50.0 if device == "cuda" else 500.0,
+        torch={"bincount": lambda: torch.bincount(gate.topk_ids_TK.flatten(), minlength=E)},
+        check=lambda: float(not torch.equal(histogram(gate.topk_ids_TK, E), gate.load_E)),
+        tolerance=0.0,
+    )
+    yield Case(
+        op="split_tokens",
+        shape=name,
+        dtype="int64",
+        unit="us",
+        work=1e6,
+        ours=partial(split_tokens, gate.topk_ids_TK, flow),
+        ceiling=150.0 if device == "cuda" else 5_000.0,
+        torch={"two sorts": torch_split},
+        check=lambda: float(not torch.equal(split_tokens(gate.topk_ids_TK, flow), torch_split())),
+        tolerance=0.0,
+        target=1.0,
+    )

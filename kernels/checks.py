@@ -1,0 +1,35 @@
+"""What ops ask of their arguments before anything runs: one device, a dtype they can serve, ids that are integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor on another device than the rows; a kernel would read a wild address."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but the rows are on {device}; move one of them")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raise ValueError for a tensor that is not floating point; sums of integers would be rounded to fp32 on the way."""
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}; cast it first")
+
+
+def check_ids(**tensors: Tensor) -> None:
+    """Raise ValueError for a tensor of ids or counts that is neither int32 nor int64; a kernel would truncate it."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}; cast it first")
+
+
+def check_int32(what: str, number: int, cure: str) -> None:
+    """Raise ValueError for a number of things that 32-bit counters can't hold."""
+    if number > INT32_MAX:
+        raise ValueError(f"{what} are counted in int32, got {number}, more than {INT32_MAX}; {cure}")
