@@ -31,11 +31,10 @@ from ..placement import Placement
 from .collectives import COPY, MPI_OWN, TOKEN_OP, CollectivesCase
 from .token_rows import ROUTES, token_rows
 
-# Small collectives are repeated until a timed piece moves about as many bytes as this, so that its ends do not count.
-_TIMED_BYTES = 8 << 20
-_MOST_REPEATS = 64
+# What a timed piece lasts at least: ranks leave a barrier up to a millisecond apart, which must not count.
+_PIECE_S = 0.02
+_MOST_REPEATS = 1024
 _TIMEOUT_S = 300.0
-_WARM_UP_ROUNDS = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ def main(folder: Path) -> None:
         buffers = Buffers.allocate(transports.get("shm") or next(iter(transports.values())), size)
         for op in case.ops:
             ways = _ways(op, case, transports, buffers)
-            measured[f"{op} {size}"] = _measure(ways, case, case.received_bytes(op, size))
+            measured[f"{op} {size}"] = _measure(ways, case.rounds)
     (folder / f"rank-{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
@@ -170,21 +169,36 @@ def _mpi_own(op: str, job: MpiJob, buffers: Buffers) -> Callable[[], None]:
     return lambda: communicator.Alltoallv(*message)
 
 
-def _measure(ways: dict[str, Callable[[], None]], case: CollectivesCase, num_bytes: int) -> dict[str, list[float]]:
+def _measure(ways: dict[str, Callable[[], None]], num_rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in every round, between barriers; each round begins with another way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    repeats = max(1, min(_MOST_REPEATS, _TIMED_BYTES // num_bytes))
+    repeats = {name: _repeats(way) for name, way in ways.items()}
     names = list(ways)
-    for round_index in range(_WARM_UP_ROUNDS + case.rounds):
+    for round_index in range(num_rounds):
         first = round_index % len(names)
         for name in names[first:] + names[:first]:
-            dist.barrier()
-            start_s = time.perf_counter()
-            for _ in range(repeats):
-                ways[name]()
-            if round_index >= _WARM_UP_ROUNDS:
-                seconds[name].append((time.perf_counter() - start_s) / repeats)
+            seconds[name].append(_piece_s(ways[name], repeats[name]) / repeats[name])
     return seconds
+
+
+def _piece_s(way: Callable[[], None], repeats: int) -> float:
+    dist.barrier()
+    start_s = time.perf_counter()
+    for _ in range(repeats):
+        way()
+    return time.perf_counter() - start_s
+
+
+def _repeats(way: Callable[[], None]) -> int:
+    """How often a way is repeated in a timed piece, the same on all ranks; this also warms it up."""
+    repeats = 1
+    while repeats < _MOST_REPEATS:
+        shortest_s = torch.tensor(_piece_s(way, repeats), dtype=torch.float64)
+        dist.all_reduce(shortest_s, op=dist.ReduceOp.MIN)
+        if shortest_s.item() >= _PIECE_S:
+            break
+        repeats *= 2
+    return repeats
 
 
 if __name__ == "__main__":

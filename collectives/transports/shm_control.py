@@ -42,6 +42,9 @@ _POSTED_BYTES = 32
 PEER, NUMBER, SEGMENT, OFFSET, SENT_BYTES = range(5)
 ADDRESS, NBYTES, IS_READ = range(2, 5)
 
+# Between two looks at memory a rank keeps its core for so long: a peer that runs answers sooner than a yielded core comes back.
+_PATIENCE_NS = 4_000
+
 # What `advance` returns.
 DONE, NOT_YET, NEW_SEGMENT, WRONG_SIZE = range(4)
 
@@ -139,6 +142,27 @@ def _now_ns(clock):
     return clock[0] * 1_000_000_000 + clock[1]
 
 
+@njit(cache=True, nogil=True)
+def _clock_for(spin_ns):
+    """Room for a timespec and the time of the next yield; and when `spin_ns` from now are over."""
+    clock = np.zeros(3, np.int64)
+    now_ns = _now_ns(clock)
+    clock[2] = now_ns + _PATIENCE_NS
+    return clock, now_ns + spin_ns
+
+
+@njit(cache=True, nogil=True)
+def _is_over(clock, until_ns):
+    """Whether it is `until_ns`; if not, the core is given to whoever can run, unless that was done just now."""
+    now_ns = _now_ns(clock)
+    if now_ns >= until_ns:
+        return True
+    if now_ns >= clock[2]:
+        _sched_yield()
+        clock[2] = _now_ns(clock) + _PATIENCE_NS
+    return False
+
+
 @njit("boolean(int64[::1], int64, int64[::1], int64[:, ::1])", cache=True, nogil=True)
 def post(controls_R, rank, num_posted_R, sends_M5):
     """Describe messages to their receivers, in turn, as far as rings have room; returns whether all of them are."""
@@ -224,17 +248,15 @@ def advance(controls_R, rank, bases_RG, recvs_Q5, sends_M5, until_taken, spin_ns
     Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know;
     or WRONG_SIZE. A rank that keeps looking yields its core to whoever can run.
     """
-    clock = np.empty(2, np.int64)
-    until_ns = _now_ns(clock) + spin_ns
+    clock, until_ns = _clock_for(spin_ns)
     while True:
         status = _read(controls_R, rank, bases_RG, recvs_Q5)
         if status > NOT_YET:
             return status
         if status == DONE and (not until_taken or all_taken(controls_R, rank, sends_M5)):
             return DONE
-        if _now_ns(clock) >= until_ns:
+        if _is_over(clock, until_ns):
             return NOT_YET
-        _sched_yield()
 
 
 @njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
@@ -256,17 +278,15 @@ def shows(controls_R, rank, number):
 @njit("boolean(int64[::1], int64, int64)", cache=True, nogil=True)
 def all_show(controls_R, number, spin_ns):
     """Whether all boards show `number`; gives up `spin_ns` after the first look."""
-    clock = np.empty(2, np.int64)
-    until_ns = _now_ns(clock) + spin_ns
+    clock, until_ns = _clock_for(spin_ns)
     rank = 0
     while True:
         while rank < controls_R.size and shows(controls_R, rank, number):
             rank += 1
         if rank == controls_R.size:
             return True
-        if _now_ns(clock) >= until_ns:
+        if _is_over(clock, until_ns):
             return False
-        _sched_yield()
 
 
 @njit("void(int64)", cache=True, nogil=True)
