@@ -53,6 +53,28 @@ def test_more_messages_than_a_ring_holds() -> None:
     run_ranks(2, send_more_than_a_ring_holds)
 
 
+def send_past_a_full_ring(rank: int) -> None:
+    """Rank 1 reads what rank 0 sent it only after a word from rank 2, which waits for rank 0."""
+    transport, count = shm(timeout_s=30.0), RING + 5
+    if rank == 0:
+        many = [Buffer(torch.tensor([i]), 1) for i in range(count)]
+        transport.exchange([*many, Buffer(torch.tensor([-1]), 2)], [], op="both").wait()
+        return
+    word, received = torch.tensor([7]), torch.full((count,), 101)
+    if rank == 2:
+        transport.exchange([], [Buffer(word, 0)], op="both").wait()
+        transport.exchange([Buffer(word, 1)], [], op="word").wait()
+    else:
+        transport.exchange([], [Buffer(word, 2)], op="word").wait()
+        transport.exchange([], [Buffer(part, 0) for part in received.split(1)], op="both").wait()
+        assert received.tolist() == list(range(count))
+    assert word.item() == -1
+
+
+def test_a_full_ring_holds_up_nobody_else() -> None:
+    run_ranks(3, send_past_a_full_ring)
+
+
 def drop_what_was_sent(rank: int) -> None:
     """Without `until_sent` a tensor may be dropped at once; its memory is not reused before the peer has read it."""
     transport, other = shm(), 1 - rank
