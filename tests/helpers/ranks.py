@@ -12,11 +12,19 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 LIMIT_S = 120.0
+
+
+def forking() -> ForkServerContext:
+    """The way to start processes: forked from the server, of which a test run has one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.preload", "hypothesis", "pytest"])
+    return context
 
 
 class RankPool:
@@ -34,8 +42,7 @@ class RankPool:
 
     def _start(self, prepare: Callable[[int], None] | None) -> None:
         world_size, store = self.world_size, str(Path(self._folder.name) / "store")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["moesaic.runtime", "hypothesis", "pytest"])
+        context = forking()
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve_rank, args=(theirs, rank, world_size, store, prepare), daemon=True)

@@ -1,17 +1,16 @@
 """Ranks as real processes of the training program: started with RANK and WORLD_SIZE, meeting over a file."""
 
 import atexit
-import functools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+from tests.helpers.ranks import forking
 
 LIMIT_S = 120.0
 
@@ -53,7 +52,9 @@ class Rank:
 
     def __init__(self, args: Sequence[str], environment: Mapping[str, str], cwd: Path, stdout: Path, stderr: Path):
         self.stdout, self.stderr = stdout, stderr
-        self._process = _context().Process(target=_train, args=(list(args), dict(environment), cwd, stdout, stderr), daemon=True)
+        for path in (stdout, stderr):
+            path.write_text("")
+        self._process = forking().Process(target=_train, args=(list(args), dict(environment), cwd, stdout, stderr), daemon=True)
         self._process.start()
 
     @property
@@ -75,13 +76,6 @@ class Rank:
 
     def kill(self) -> None:
         self._process.kill()
-
-
-@functools.cache
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.launch.preload"])
-    return context
 
 
 def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:

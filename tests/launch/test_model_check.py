@@ -135,15 +135,14 @@ def test_a_model_that_is_wrong_on_one_rank_fails(models: str, fault: str, failin
 
 
 @pytest.mark.usefixtures("without_new_processes")
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_hugging_face_folder(ranks: int, tmp_path: Path) -> None:
+def test_a_hugging_face_folder(tmp_path: Path) -> None:
     """Random weights of the configuration, against the model that transformers runs."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'moesaic[hf]'")
     from tests.helpers.families import FAMILIES
 
     prefix, options = FAMILIES["deepseek_v3"]
     getattr(transformers, prefix + "Config")(**options).save_pretrained(tmp_path)
-    rows = check_model(Request(str(tmp_path), ranks=ranks, tokens=36, device="cpu"))
+    rows = check_model(Request(str(tmp_path), tokens=36, device="cpu"))
     assert [row for row in rows if row.result == "fail"] == []
 
 

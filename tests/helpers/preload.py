@@ -1,4 +1,4 @@
-"""What takes a rank of the training program longest to begin with, done once in the process that all ranks are forked from.
+"""What takes a rank longest to begin with, done once in the process that all ranks are forked from.
 
 No tensor is computed here: threads that torch starts for it would not survive the fork.
 """
