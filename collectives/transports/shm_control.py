@@ -6,8 +6,6 @@ must be rung: whoever clears that word rings. Import this module lazily: it impo
 
 Messages are rows of int64 arrays; shapes: R ranks, M messages sent, Q messages expected, G segments of a rank.
 """
-# mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
 
 # The compiler gives the loops their types, which Python annotations cannot say.
 # mypy: ignore-errors
