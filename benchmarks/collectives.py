@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +29,7 @@ import numpy as np
 
 from ..collectives import SCHEDULES, TRANSPORTS
 from ..placement import Topology
-from .network import Network
+from .network import run_on_nodes, wait_for
 from .token_rows import crossing_bytes
 
 OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
@@ -126,10 +125,10 @@ def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], list[Unavailable]]
     left_out = {u.name for u in unavailable}
     present = replace(case, transports=tuple(name for name in case.transports if name not in left_out))
     _check_memory(case)
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "case.json").write_text(present.to_json(), encoding="utf-8")
-        _run_ranks(present, folder, stack)
+        _run_ranks(present, folder)
         measured = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(case.ranks)]
     return _rows(present, measured), unavailable
 
@@ -165,7 +164,7 @@ def _mpirun() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
-def _run_ranks(case: CollectivesCase, folder: Path, stack: ExitStack) -> None:
+def _run_ranks(case: CollectivesCase, folder: Path) -> None:
     program = [sys.executable, "-m", "moesaic.benchmarks.collectives_rank", str(folder)]
     # Freed buffers stay with the process, so that no round pays for page faults; one thread a rank.
     env = os.environ | {
@@ -182,31 +181,9 @@ def _run_ranks(case: CollectivesCase, folder: Path, stack: ExitStack) -> None:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "PRTE_MCA_hwloc_default_binding_policy": "none",
         }
-        _wait_for([subprocess.Popen([mpirun, "-n", str(case.ranks), *program], env=env)])
+        wait_for([subprocess.Popen([mpirun, "-n", str(case.ranks), *program], env=env)])
         return
-    prefixes: list[list[str]] = [[] for _ in range(case.ranks)]
-    node_env: list[dict[str, str]] = [{} for _ in range(case.ranks)]
-    if case.nodes > 1:
-        try:
-            network = stack.enter_context(Network(case.nodes, bits_per_s=case.link_bits_per_s))
-        except OSError as error:
-            raise ValueError(f"--nodes {case.nodes} needs network namespaces: {' '.join(str(error).split())}") from None
-        nodes = [network.nodes[r * case.nodes // case.ranks] for r in range(case.ranks)]
-        prefixes, node_env = [node.prefix for node in nodes], [node.environment for node in nodes]
-    ranks = [{"RANK": str(r), "WORLD_SIZE": str(case.ranks)} for r in range(case.ranks)]
-    _wait_for([subprocess.Popen([*prefixes[r], *program], env=env | ranks[r] | node_env[r]) for r in range(case.ranks)])
-
-
-def _wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for all to end; the first that fails ends the others."""
-    try:
-        for process in processes:
-            if process.wait():
-                raise RuntimeError(f"a rank of the benchmark ended with {process.returncode}")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_on_nodes(program, case.ranks, case.nodes, case.link_bits_per_s, env)
 
 
 def _rows(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -171,6 +172,45 @@ class Network:
 
     def _in_bridge(self, command: Sequence[str], text: str = "") -> None:
         _run([*self.bridge.prefix, *command], text)
+
+
+def run_on_nodes(
+    command: Sequence[str], num_ranks: int, num_nodes: int, bits_per_s: float, environment: Mapping[str, str]
+) -> None:
+    """Run a command once for every rank, with RANK and WORLD_SIZE set; ranks fill the nodes in order. One node has no network.
+
+    The first rank that fails ends the others.
+
+    Raises:
+        ValueError: this machine cannot make the nodes.
+        RuntimeError: a rank failed.
+    """
+    with ExitStack() as stack:
+        nodes: list[Node] = []
+        if num_nodes > 1:
+            try:
+                nodes = stack.enter_context(Network(num_nodes, bits_per_s=bits_per_s)).nodes
+            except OSError as error:
+                raise ValueError(f"--nodes {num_nodes} needs network namespaces: {' '.join(str(error).split())}") from None
+        processes = []
+        for rank in range(num_ranks):
+            env = {**os.environ, **environment, "RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+            node = nodes[rank * num_nodes // num_ranks] if nodes else None
+            prefix = node.prefix if node else []
+            processes.append(subprocess.Popen([*prefix, *command], env=env | (node.environment if node else {})))
+        wait_for(processes)
+
+
+def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for all to end; the first that fails ends the others."""
+    try:
+        for process in processes:
+            if process.wait():
+                raise RuntimeError(f"a rank of the benchmark ended with {process.returncode}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def why_not() -> str:

@@ -8,6 +8,7 @@ schedules/     direct, relay, hierarchical, element_sharded: from a placement to
 hops.py        schedules as arrays, which the making and the prediction of a schedule compute with
 compiled.py    their compiled loops
 account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
+progress.py    the communication thread, and waits that are counted
 flow.py        the executor: chunks go on as soon as they have arrived
 verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows
 average.py     the mean of tensors that all ranks hold
@@ -22,7 +23,7 @@ from .schedules.direct import direct_gather
 from .schedules.element_sharded import element_sharded_gather
 from .schedules.hierarchical import hierarchical_gather
 from .schedules.relay import relay_gather
-from .traffic import Traffic
+from .traffic import Span, Traffic
 from .transport import Buffer, CollectiveError, Pending, Transport
 from .transports.c10d import C10dTransport
 from .transports.choose import TRANSPORTS, TransportChoice, choose_transport, make_transports, nodes_of_group
@@ -46,6 +47,7 @@ __all__ = [
     "Schedule",
     "ScheduleChoice",
     "ShmTransport",
+    "Span",
     "Traffic",
     "Transport",
     "TransportChoice",

@@ -12,8 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .progress import Watched
 from .schedule import Message, Schedule
-from .transport import Buffer, Pending, Transport
+from .transport import Buffer, Done, Pending, Transport
 
 
 class Side(Protocol):
@@ -135,5 +136,13 @@ class RoundFlow:
 
 
 def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str, in_rounds: bool) -> Pending:
-    """Launch this rank's part of a schedule."""
-    return (RoundFlow if in_rounds else Flow)(schedule, transport, side, op=op, where=where)
+    """Launch this rank's part of a schedule, on the transport's communication thread where it has one."""
+    if not schedule.involves(transport.rank):
+        return Done()
+
+    def flow() -> Pending:
+        return (RoundFlow if in_rounds else Flow)(schedule, transport, side, op=op, where=where)
+
+    thread = transport.thread
+    begin = flow if thread is None or in_rounds else lambda: thread.carry_out(lambda: flow().wait())
+    return Watched(begin, transport.traffic, op=op, where=where)

@@ -119,6 +119,10 @@ class Schedule:
         received = sum(hop[dst] == rank for route in self.routes for hop in route.hops)
         return received if self.limit is None else min(received, self.limit)
 
+    def involves(self, rank: int) -> bool:
+        """Whether `rank` sends or receives anything."""
+        return any(rank in hop for route in self.routes for hop in route.hops)
+
     def messages_of(self, rank: int) -> list[Message]:
         """What `rank` sends and receives, in order."""
         return sorted(self._messages([route for route in self.routes if any(rank in hop for hop in route.hops)], rank))

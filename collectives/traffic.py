@@ -1,6 +1,7 @@
-"""Byte and message accounting: what this rank sent, by operation and peer."""
+"""What this rank sent, by operation and peer, and how long it waited."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +14,28 @@ class Unposted(Protocol):
         """Return when the collective is complete."""
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One collective on this rank's clock, `time.perf_counter` in seconds: in flight from launch to arrival, waited for from, to.
+
+    Without a communication thread nobody looks before the wait: the arrival is then the end of the wait.
+    """
+
+    op: str
+    where: str
+    launched_s: float
+    arrived_s: float
+    wait_from_s: float
+    wait_to_s: float
+
+
 class Traffic:
-    """Bytes and messages that one rank has sent, by operation name and destination rank.
+    """Bytes and messages that one rank has sent, by operation name and destination rank, and the seconds it waited for others.
 
     Only what leaves the rank counts: a copy inside a rank is not traffic.
+
+    `waited_s` is host time since the transport was made: on CUDA, where waits are left to the stream, next to nothing. `spans`
+    collects every collective while it is a list.
 
     `unposted` is the collective on this transport, if any, that has messages still to post; the next one lets it finish first,
     since messages between two ranks are matched in the order in which they are posted.
@@ -25,6 +44,8 @@ class Traffic:
     def __init__(self, world_size: int):
         self.world_size = world_size
         self.unposted: Unposted | None = None
+        self.waited_s = 0.0
+        self.spans: list[Span] | None = None
         self._bytes: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(world_size, np.int64))
         self._messages: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(world_size, np.int64))
 
@@ -32,6 +53,12 @@ class Traffic:
         """Count one message of `num_bytes` to rank `peer`."""
         self._bytes[op][peer] += num_bytes
         self._messages[op][peer] += 1
+
+    def add_wait(self, span: Span) -> None:
+        """Count the wait for one collective, which is over."""
+        self.waited_s += span.wait_to_s - span.wait_from_s
+        if self.spans is not None:
+            self.spans.append(span)
 
     def bytes_R(self, op: str) -> np.ndarray:
         """Bytes sent to every rank by `op`, int64 [R]."""
@@ -46,6 +73,6 @@ class Traffic:
         return {op: int(counts.sum()) for op, counts in self._bytes.items()}
 
     def reset(self) -> None:
-        """Start counting again from zero."""
+        """Start counting bytes and messages again from zero."""
         self._bytes.clear()
         self._messages.clear()

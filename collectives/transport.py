@@ -1,12 +1,17 @@
 """What a transport is: groups of point-to-point messages between ranks, and a gather of small integers."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from .traffic import Traffic
+
+if TYPE_CHECKING:
+    from .progress import CommunicationThread
 
 
 class CollectiveError(RuntimeError):
@@ -32,17 +37,27 @@ class Pending(Protocol):
         """
 
 
+class Done:
+    """The `Pending` of messages that there are none of."""
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        """Return at once."""
+
+
 class Transport(Protocol):
     """The ranks of one group and how bytes travel between them.
 
     Messages between the same two ranks are matched in the order in which both sides post them, so every rank
     must enter the exchanges of a transport in the same order. Empty tensors are not sent.
+
+    `thread` carries out the collectives of transports whose messages take long; None: they advance when they are waited for.
     """
 
     name: str
     rank: int
     world_size: int
     traffic: Traffic
+    thread: CommunicationThread | None
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A tensor of undefined content, dtype and device as `like`, in memory from which sending is cheapest."""

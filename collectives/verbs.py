@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .flow import launch
+from .progress import Watched
 from .schedule import Message, Schedule
 from .transport import Buffer, Pending, Transport
 
@@ -224,4 +225,4 @@ def all_to_all_rows(
     assert not sends[transport.rank] and not recvs[transport.rank], "own rows do not travel"
     outgoing = [Buffer(tensor, peer) for peer, tensors in enumerate(sends) for tensor in tensors]
     incoming = [Buffer(tensor, peer) for peer, tensors in enumerate(recvs) for tensor in tensors]
-    return transport.exchange(outgoing, incoming, op=op, where=where)
+    return Watched(lambda: transport.exchange(outgoing, incoming, op=op, where=where), transport.traffic, op=op, where=where)

@@ -42,6 +42,8 @@ class RunConfig:
     """What a line of metrics.jsonl holds: numbers of the step, or those of every MoE layer besides."""
     tensorboard: bool = False
     """Write the same numbers for TensorBoard, into the run folder's tensorboard/ (needs moesaic[report])."""
+    profile_steps: CountOrZero = 0
+    """Of so many steps, the run's last, every rank writes profile-rank-N.json into the run's folder, for ui.perfetto.dev."""
 
 
 @dataclass(frozen=True, kw_only=True)

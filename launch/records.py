@@ -7,6 +7,7 @@ runs/NAME/tensorboard/      the same for TensorBoard, with run.tensorboard
 runs/NAME/trace.npz         routing loads of every step, for `moesaic place` and `moesaic trace`
 runs/NAME/summary.json      the numbers of the printed summary
 runs/NAME/checkpoints/      step-N folders
+runs/NAME/profile-rank-N.json  a profile of the last steps, with run.profile_steps
 ```
 """
 

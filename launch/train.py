@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,9 +175,13 @@ class Trainer:
     def run(self, records: Records) -> int:
         """Train until the configured step or a stop signal; return the signal's number, or 0."""
         config = self.config
-        with StopSignal() as stop:
+        profile_from = max(self.step, config.train.steps - config.run.profile_steps)
+        with StopSignal() as stop, ExitStack() as profile:
             records.add_validation(self.step, self.evaluate())
             while self.step < config.train.steps:
+                if self.step == profile_from:
+                    records.folder.mkdir(parents=True, exist_ok=True)  # on machines that rank 0 is not on
+                    profile.enter_context(self.handle.profile(records.folder / f"profile-rank-{self.process.rank}.json"))
                 try:
                     signum = self._train_step(records, stop)
                 except (ValueError, RuntimeError) as error:

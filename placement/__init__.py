@@ -1,5 +1,6 @@
 """Placement: loads, owners, copies, the token split, cost, and the solvers. numpy only; no process group, no device."""
 
+from .calibrate import added_copies, calibrate
 from .cost import Bound, Cost, Solution, cost, lower_bound
 from .hecate import hecate_owners
 from .joint import JointSolution, solve_joint
@@ -36,6 +37,8 @@ __all__ = [
     "Trace",
     "TraceMeta",
     "TraceWriter",
+    "added_copies",
+    "calibrate",
     "cost",
     "count_hops",
     "get_solver",

@@ -96,16 +96,19 @@ def _pair_counts(src: np.ndarray, dst: np.ndarray, num_ranks: int) -> np.ndarray
     return np.bincount(src * num_ranks + dst, minlength=num_ranks * num_ranks).reshape(num_ranks, num_ranks)
 
 
+def _busiest_copies(placement: Placement, topology: Topology) -> tuple[int, int]:
+    ranks, experts = np.nonzero(placement.copies_RE)
+    return _busiest(_pair_counts(placement.expert_to_owner_E[experts], ranks, placement.num_ranks), topology)
+
+
 def tally(problem: Problem, placement: Placement, split: Split) -> Tally:
     """Count what the busiest rank and link have to do. Every copy is sent by its owner directly."""
     num_ranks, topology = problem.num_ranks, problem.topology
     groups_R = np.count_nonzero(split.rows_RE, axis=1)
     work_rows = int((split.rows_R + topology.half_rate_rows * groups_R).max())
-    ranks, experts = np.nonzero(placement.copies_RE)
-    copies_RR = _pair_counts(placement.expert_to_owner_E[experts], ranks, num_ranks)
     moved = np.flatnonzero(problem.expert_to_owner_E != placement.expert_to_owner_E)
     moves_RR = _pair_counts(problem.expert_to_owner_E[moved], placement.expert_to_owner_E[moved], num_ranks)
-    rows, copies, moves = _busiest(split.flow_RR, topology), _busiest(copies_RR, topology), _busiest(moves_RR, topology)
+    rows, copies, moves = _busiest(split.flow_RR, topology), _busiest_copies(placement, topology), _busiest(moves_RR, topology)
     return Tally(work_rows, rows[0], rows[1], copies[0], copies[1], moves[0], moves[1])
 
 
@@ -184,6 +187,13 @@ def price(problem: Problem, counts: Tally) -> Cost:
         (counts.device_moves, counts.node_moves),
     )
     return Cost(*seconds_of(prices_of(problem), *rows, *copies, *moves))
+
+
+def exposed_gather_s(problem: Problem, placement: Placement) -> float:
+    """Predict the seconds of one gather of a placement's copies that hides under nothing."""
+    device_copies, node_copies = _busiest_copies(placement, problem.topology)
+    prices = prices_of(problem)._replace(overlap_s=0.0, gathers=1.0)
+    return seconds_of(prices, 0, 0, 0, device_copies, node_copies, 0, 0)[2]
 
 
 def cost(problem: Problem, placement: Placement, split: Split) -> Cost:

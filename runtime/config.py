@@ -73,6 +73,11 @@ class RuntimeConfig:
     overlap_s: float = 0.0
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
+    overlap: bool = True
+    """Copies and their gradients travel under other work; False waits for them right after their launch, to compare or debug."""
+    calibrate: Literal["auto", "always", "never"] = "auto"
+    """Whether copies are added when the exact load is known, if they save more than their gather costs on the critical path;
+    "auto": in the first forwards, and while predictions are off by more than a tenth of the assignments on average."""
     schedule: Literal["auto", "direct", "relay", "hierarchical", "element_sharded"] = "auto"
     """How copies travel: the schedule that is predicted to be fastest, or always this one."""
     token_route: Literal["auto", "direct", "by_node"] = "auto"
@@ -116,6 +121,8 @@ class RuntimeConfig:
                 f"runtime.schedule {self.schedule!r} forwards sums, which bf16 would round at every rank; "
                 "set runtime.reduce_wire='as_is', or runtime.schedule='auto' or 'direct'"
             )
+        if self.calibrate not in ("auto", "always", "never"):
+            raise ValueError(f"runtime.calibrate is {self.calibrate!r}; choose 'auto', 'always' or 'never'")
         if self.split not in ("exact", "local_even"):
             raise ValueError(f"runtime.split is {self.split!r}; choose 'exact' or 'local_even'")
         if self.predictor not in ("best", "last", "window", "ema"):

@@ -266,7 +266,7 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.runtime, ctx.layer_pass = runtime, layer_pass
         transport, plan = runtime.group.tokens, layer_pass.plan
-        with runtime.stage("dispatch"):
+        with runtime.stage("dispatch", layer_pass):
             if layer_pass.handle is None:
                 assert plan.split is not None and layer_pass.topk_ids_TK is not None
                 layer_pass.handle = runtime.build_handle(
@@ -286,7 +286,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, dx_ND: Tensor, d_row_weights_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
         layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
         handle, op = layer_pass.handle, layer_pass.op("dispatch_backward")
-        with ctx.runtime.stage("dispatch"):
+        with ctx.runtime.stage("dispatch", layer_pass):
             home = handle.return_rows(dx_ND, transport, op, layer_pass.where, d_row_weights_N)
         assert home.gate_grads_A is not None
         return home.x_TD, home.gate_grads_A.view(handle.num_tokens, handle.top_k), None, None
@@ -298,14 +298,14 @@ class _Combine(torch.autograd.Function):
         ctx.runtime, ctx.layer_pass = runtime, layer_pass
         handle = layer_pass.handle
         assert handle is not None
-        with runtime.stage("combine"):
+        with runtime.stage("combine", layer_pass):
             return handle.return_rows(y_ND, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where).x_TD
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
         handle, op = layer_pass.handle, layer_pass.op("combine_backward")
-        with ctx.runtime.stage("combine"):
+        with ctx.runtime.stage("combine", layer_pass):
             return handle.send_rows(dy_TD.contiguous(), transport, op, layer_pass.where), None, None
 
 

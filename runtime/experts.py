@@ -29,7 +29,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         assert layer_pass.handle is not None
         ctx.runtime, ctx.layer_pass = runtime, layer_pass
-        with runtime.stage("experts"):
+        with runtime.stage("experts", layer_pass):
             weights = materialized_weights(runtime, layer_pass)
             clamp = runtime.bank.shape.clamp
             forward = grouped_ffn if clamp is None else partial(clamped_ffn, clamp=clamp)
@@ -46,7 +46,8 @@ class _Experts(torch.autograd.Function):
                 f"{layer_pass.where}: backward ran a second time through one forward, whose expert copies are released; "
                 "run the forward again"
             )
-        with runtime.stage("experts"):
+        runtime.reduces.finish()
+        with runtime.stage("experts", layer_pass):
             targets = gradient_targets(runtime, layer_pass)
             clamp = runtime.bank.shape.clamp
             backward = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)

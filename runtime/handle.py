@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from .config import RuntimeConfig
 from .group import RankGroup
 from .layer import MoELayer
 from .layer_runtime import LayerRuntime
-from .metrics import step_metrics
+from .metrics import exposed_metrics, step_metrics
+from .profile import profiled
 from .rehome import migrate, row_tensors
 from .rehomer import Decision, Rehomer
 from .stages import StageClock
@@ -80,9 +82,12 @@ class Handle:
         """
         if self._rehomers and optimizer is None:
             raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
+        for layer in self.layers.values():
+            layer.runtime.drop_prefetched()
         counters = [layer.runtime.counters for layer in self.layers.values()]
         self._metrics = step_metrics(counters, self._sent_bytes())
         self._layer_metrics = {n: layer.runtime.counters.summary() for n, layer in self.layers.items() if _has_run(layer)}
+        self._metrics |= exposed_metrics({name: layer.runtime.counters for name, layer in self.layers.items()})
         self._metrics |= {key: float(count) for key, count in self.memory().items()}
         self._loads = [
             np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
@@ -92,7 +97,6 @@ class Handle:
         for layer in self.layers.values():
             layer.aux_loss = None
             layer.runtime.counters.reset()
-            layer.runtime.drop_prefetched()
             layer.runtime.step = self._step
         for bank in self.banks:
             bank.drop_casts()
@@ -147,7 +151,7 @@ class Handle:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The last closed step in numbers; the keys are those of `metrics.step_metrics` and of `memory`.
+        """The last closed step in numbers; the keys are those of `metrics.step_metrics`, `exposed_metrics` and of `memory`.
 
         With `RuntimeConfig.rehome_every` also moved_experts: experts that changed their owner after the step.
         """
@@ -156,6 +160,14 @@ class Handle:
     def layer_metrics(self) -> dict[str, dict[str, float]]:
         """The last closed step by the layer's name; the keys are those of `metrics.step_metrics`, but for bytes sent."""
         return {name: dict(summary) for name, summary in self._layer_metrics.items()}
+
+    def profile(self, path: str | Path) -> AbstractContextManager[None]:
+        """Profile the steps of a `with` block on this rank, and write them to `path` as a trace for ui.perfetto.dev.
+
+        Compute, the stages of every MoE layer, and each collective from launch to arrival; see profile.py.
+        """
+        traffic = {"experts": self.group.experts.traffic, "token rows": self.group.tokens.traffic}
+        return profiled(Path(path), traffic, self.group.rank)
 
     def loads(self) -> np.ndarray:
         """Assignments of the last closed step by layer, source rank and expert, int64 [L, R, E]; layers must agree on E."""

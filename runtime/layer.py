@@ -16,6 +16,7 @@ from .config import RouterConfig, RuntimeConfig
 from .family import Family
 from .group import single_rank_group
 from .layer_runtime import LayerRuntime
+from .reduces import PendingReduces
 from .router import Router, TopKRouter
 from .stages import StageClock
 
@@ -75,6 +76,7 @@ class MoELayer(nn.Module):
             config=config,
             pool=SlotPool(shape, LocalTransport()),
             clock=StageClock(),
+            reduces=PendingReduces(),
         )
 
     @outside_graphs

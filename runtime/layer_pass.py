@@ -32,6 +32,7 @@ class LayerPass:
     is_training: bool = True
     copies: dict[int, ExpertTensors] = field(default_factory=dict)  # this rank's slots by expert; empty once released
     gather: Pending | None = None
+    added_gather: Pending | None = None  # of the copies that calibration added
     copy_grads: dict[int, ExpertTensors] = field(default_factory=dict)
     reduce: Pending | None = None
     staging: list[ExpertTensors] = field(default_factory=list)  # where the reduce receives others' gradients

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..collectives import Span
 from ..placement import ExpertLoad, LayerShape, Solver
 from .bank import Bank, SlotPool
 from .config import RuntimeConfig
@@ -17,9 +20,10 @@ from .dispatch_by_node import build_node_handle
 from .experts import experts
 from .group import RankGroup
 from .layer_pass import LayerPass, pass_being_recomputed
-from .materialize import begin_materialize, enter, materialize, release_copies
+from .materialize import begin_calibrated, begin_materialize, enter, materialize, release_copies, wait_for_copies
 from .metrics import LayerCounters
 from .planning import LayerPlanner
+from .reduces import PendingReduces
 from .router import Router, Routing
 from .stages import StageClock
 
@@ -36,6 +40,7 @@ class LayerRuntime:
         config: slots, split rule, predictor.
         pool: lends slots; one per bank.
         clock: times the stages; one per model.
+        reduces: waits for the reduces in flight; one per model.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class LayerRuntime:
         config: RuntimeConfig,
         pool: SlotPool,
         clock: StageClock,
+        reduces: PendingReduces,
     ):
         self.name = name
         self.bank = bank
@@ -57,6 +63,8 @@ class LayerRuntime:
         self.group = group
         self.pool = pool
         self.clock = clock
+        self.reduces = reduces
+        self.overlap = config.overlap
         self.counters = LayerCounters()
         owners_E = bank.owners.expert_to_owner_LE[layer]
         self.num_experts = int(owners_E.size)
@@ -87,9 +95,16 @@ class LayerRuntime:
         self.owned_experts = _owned(owners_E, self.group.rank)
         self.planner.change_owners(owners_E)
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """The clock and profiler range of one stage of this layer."""
-        return self.clock.stage(name, self.name)
+    @contextmanager
+    def stage(self, name: str, layer_pass: LayerPass) -> Iterator[None]:
+        """The clock and profiler range of one stage of this layer; in training, what it waits for others is counted."""
+        tokens, experts = self.group.tokens.traffic, self.group.experts.traffic
+        tokens_s, experts_s = tokens.waited_s, experts.waited_s
+        with self.clock.stage(name, self.name):
+            yield
+        if layer_pass.is_training:
+            self.counters.exposed_s["tokens"] += tokens.waited_s - tokens_s
+            self.counters.exposed_s["reduce" if name == "reduce" else "gather"] += experts.waited_s - experts_s
 
     def experts_here(self, layer_pass: LayerPass) -> tuple[int, ...]:
         """The experts this rank computes in a pass, in group order."""
@@ -103,7 +118,8 @@ class LayerRuntime:
     def drop_prefetched(self) -> None:
         """Take back a gather whose forward never came, before weights change."""
         if self._prefetched is not None:
-            release_copies(self, self._prefetched)
+            with self.stage("materialize", self._prefetched):
+                release_copies(self, self._prefetched)
             self._prefetched = None
 
     def begin(self, *, is_training: bool) -> LayerPass:
@@ -120,7 +136,7 @@ class LayerRuntime:
 
     def route(self, router: Router, x_TD: Tensor, layer_pass: LayerPass) -> Routing:
         """Choose experts; a recomputation repeats the choice that was made."""
-        with self.stage("route"):
+        with self.stage("route", layer_pass):
             routing = router(x_TD, layer_pass.topk_ids_TK)
             layer_pass.topk_ids_TK = routing.topk_ids_TK
             return routing
@@ -128,9 +144,9 @@ class LayerRuntime:
     def measure(self, routing: Routing, layer_pass: LayerPass) -> ExpertLoad:
         """The exact load of the layer on all ranks: int64 counts, gathered."""
         if layer_pass.load is None:
-            with self.stage("plan"):
+            with self.stage("plan", layer_pass):
                 counts_E = routing.counts_E(self.num_experts)
-                load_RE = self.group.tokens.all_gather_ints(counts_E, where=layer_pass.where)
+                load_RE = self._gathered(counts_E, layer_pass)
                 layer_pass.load = ExpertLoad(load_RE.cpu().numpy())
         return layer_pass.load
 
@@ -146,14 +162,19 @@ class LayerRuntime:
         return router.loss(routing, load, rank)
 
     def plan(self, load: ExpertLoad, layer_pass: LayerPass) -> None:
-        """Split the exact load over the pass's copies, and learn from it in training."""
+        """Split the exact load over the pass's copies, add those that calibration wants, and learn from the load in training."""
         if layer_pass.plan.split is not None:
             return
-        with self.stage("plan"), self.counters.planning():
+        with self.stage("plan", layer_pass), self.counters.planning():
             layer_pass.plan = self.planner.split(layer_pass.plan, load)
             if layer_pass.is_training:
                 error = self.planner.observe(load)
                 self.counters.count(layer_pass.plan, load, error)
+        if layer_pass.plan.added is not None:
+            with self.stage("materialize", layer_pass):
+                begin_calibrated(self, layer_pass, layer_pass.plan.added)
+                if not self.overlap:
+                    wait_for_copies(layer_pass)
 
     def materialize(self, token: Tensor, layer_pass: LayerPass) -> Tensor:
         """Have the copies at hand; see `materialize.materialize`."""
@@ -175,12 +196,22 @@ class LayerRuntime:
         return y_TD
 
     def _launch(self, is_training: bool) -> LayerPass:
-        with self.stage("plan"), self.counters.planning():
+        with self.clock.stage("plan", self.name), self.counters.planning():
             plan = self.planner.place()
             layer_pass = LayerPass(f"step {self.step}, {self.name}, plan {plan.number}", plan, is_training)
-        with self.stage("materialize"):
+        with self.stage("materialize", layer_pass):
             begin_materialize(self, layer_pass)
+            if not self.overlap:
+                wait_for_copies(layer_pass)
         return layer_pass
+
+    def _gathered(self, counts_E: Tensor, layer_pass: LayerPass) -> Tensor:
+        """Every rank's counts [R, E]."""
+        tokens, start_s = self.group.tokens, time.perf_counter()
+        load_RE = tokens.all_gather_ints(counts_E, where=layer_pass.where)
+        end_s = time.perf_counter()
+        tokens.traffic.add_wait(Span(layer_pass.op("measure"), layer_pass.where, start_s, end_s, start_s, end_s))
+        return load_RE
 
 
 def _owned(owners_E: np.ndarray, rank: int) -> tuple[int, ...]:

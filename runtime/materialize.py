@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..collectives import sparse_all_gather, sparse_reduce_scatter
+from ..collectives import Pending, Schedule, sparse_all_gather, sparse_reduce_scatter
 from ..kernels import FFNWeights
 from .bank import group_weights
 from .layer_pass import LayerPass
@@ -23,15 +23,25 @@ if TYPE_CHECKING:
 
 def begin_materialize(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     """Borrow slots for this rank's copies and launch the gather that fills them."""
-    bank, rank = runtime.bank, runtime.group.rank
-    copies = layer_pass.plan.copies_of(rank)
-    layer_pass.copies = {e: runtime.pool.acquire(like=bank.compute_like) for e in copies}
-    layer_pass.gather = sparse_all_gather(
-        layer_pass.plan.gather,
+    layer_pass.gather = _fill_slots(runtime, layer_pass, layer_pass.plan.gather, "gather")
+
+
+def begin_calibrated(runtime: LayerRuntime, layer_pass: LayerPass, added: Schedule) -> None:
+    """The same for the copies that calibration added to the plan."""
+    layer_pass.added_gather = _fill_slots(runtime, layer_pass, added, "calibrate")
+
+
+def _fill_slots(runtime: LayerRuntime, layer_pass: LayerPass, schedule: Schedule, op: str) -> Pending:
+    """Launch the gather of the plan's copies that have no slot yet."""
+    bank, copies = runtime.bank, layer_pass.plan.copies_of(runtime.group.rank)
+    filled = {e: runtime.pool.acquire(like=bank.compute_like) for e in copies if e not in layer_pass.copies}
+    layer_pass.copies |= filled
+    return sparse_all_gather(
+        schedule,
         runtime.group.experts,
         {e: bank.compute_weights(runtime.layer, e).tensors() for e in runtime.owned_experts},
-        {e: slot.tensors() for e, slot in layer_pass.copies.items()},
-        op=layer_pass.op("gather"),
+        {e: slot.tensors() for e, slot in filled.items()},
+        op=layer_pass.op(op),
         where=layer_pass.where,
     )
 
@@ -75,9 +85,10 @@ def release_copies(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
 
 def wait_for_copies(layer_pass: LayerPass) -> None:
     """Return when the slots are filled."""
-    if layer_pass.gather is not None:
-        layer_pass.gather.wait()
-        layer_pass.gather = None
+    for gather in (layer_pass.gather, layer_pass.added_gather):
+        if gather is not None:
+            gather.wait()
+    layer_pass.gather = layer_pass.added_gather = None
 
 
 def materialized_weights(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights:
@@ -122,10 +133,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_TD: Tensor, d_anchor: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        runtime, layer_pass = ctx.moesaic_mark
-        with runtime.stage("reduce"):
-            finish_reduce(runtime, layer_pass)
-        layer_pass.is_finished = True
+        ctx.moesaic_mark[1].is_finished = True
         return dx_TD, d_anchor, None, None
 
 
@@ -135,14 +143,16 @@ class _Materialize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
         ctx.runtime, ctx.layer_pass = runtime, layer_pass
-        with runtime.stage("materialize"):
+        with runtime.stage("materialize", layer_pass):
             wait_for_copies(layer_pass)
         return token.view_as(token)
 
     @staticmethod
     def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, None, None]:
-        with ctx.runtime.stage("reduce"):
-            begin_reduce(ctx.runtime, ctx.layer_pass)
+        runtime, layer_pass = ctx.runtime, ctx.layer_pass
+        with runtime.stage("reduce", layer_pass):
+            begin_reduce(runtime, layer_pass)
+        runtime.reduces.add(runtime, layer_pass)
         return d_token, None, None
 
 

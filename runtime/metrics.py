@@ -12,17 +12,22 @@ from ..collectives import LinkCounts
 from ..placement import ExpertLoad, Problem, Solution, Solver
 from .planning import Plan
 
+# What a rank may wait for: copies of experts, their gradients to come home, and the token rows (with the loads that are told).
+EXPOSED = ("gather", "reduce", "tokens")
+
 
 class LayerCounters:
-    """Sums over the training forwards of one layer since the step began. The same on every rank, but for the seconds."""
+    """Sums over the training passes of one layer since the step began. The same on every rank, but for the seconds."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Start a new step."""
+        self.exposed_s = dict.fromkeys(EXPOSED, 0.0)
         self.num_forwards = 0
         self.num_copies = 0
+        self.num_added = 0
         self.gather_busiest_bytes = 0
         self.gather_bound_bytes = 0
         self.gather_cross_node_bytes = 0
@@ -57,6 +62,7 @@ class LayerCounters:
         owned_rows_R = np.bincount(plan.placement.expert_to_owner_E, weights=load.totals_E, minlength=load.num_ranks)
         self.num_forwards += 1
         self.num_copies += plan.placement.num_copies
+        self.num_added += plan.num_added
         self.gather_busiest_bytes += plan.gather_account.bound.busiest_bytes
         self.gather_bound_bytes += plan.gather_account.bound.rank_bytes
         self.gather_cross_node_bytes += plan.gather_account.bytes.cross_node
@@ -74,6 +80,7 @@ class LayerCounters:
             "max_over_mean_static": float(np.mean(self._imbalance_static)),
             "expert_max_over_mean": max_over_mean(self.load_RE.sum(axis=0)),
             "copies_per_layer": self.num_copies / self.num_forwards,
+            "copies_calibrated": self.num_added / self.num_forwards,
             "gather_busiest_bytes": self.gather_busiest_bytes / self.num_forwards,
             "gather_bound_bytes": self.gather_bound_bytes / self.num_forwards,
             "gather_cross_node_bytes": self.gather_cross_node_bytes / self.num_forwards,
@@ -90,6 +97,17 @@ def max_over_mean(counts: np.ndarray) -> float:
     return float(counts.max()) * counts.size / total if total else 1.0
 
 
+def exposed_metrics(layers: Mapping[str, LayerCounters]) -> dict[str, float]:
+    """Seconds of the step in which this rank did nothing but wait for others, on the host's clock.
+
+    exposed_gather_s, exposed_reduce_s, exposed_tokens_s   for copies of experts, for their gradients, for token rows; all layers
+    exposed_s/<layer>                                      the three together, for one layer
+    """
+    exposed = {name: counters.exposed_s for name, counters in layers.items()}
+    total = {f"exposed_{what}_s": sum(seconds[what] for seconds in exposed.values()) for what in EXPOSED}
+    return total | {f"exposed_s/{name}": sum(seconds.values()) for name, seconds in exposed.items()}
+
+
 def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, LinkCounts]) -> dict[str, float]:
     """One step as flat numbers: means over the MoE layers that ran, but for seconds, which are sums.
 
@@ -97,14 +115,15 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, Link
     max_over_mean_static   the same had every expert stayed on its owner: plain expert parallelism on the same routing
     expert_max_over_mean   the busiest expert over the mean expert
     copies_per_layer       copies made, over all ranks
+    copies_calibrated      those of them that calibration added for the exact load
+    prediction_error       share of the assignments that were predicted for another expert, where anything was predicted
     gather_busiest_bytes   bytes that the busiest rank sends or receives in one gather, by the schedule
     gather_bound_bytes     what no schedule goes below: copies received by one rank, or distinct experts sent by one owner
     gather_cross_node_bytes  bytes of one gather, all ranks together, that leave a node, by the schedule
     dead_experts           experts that got no token in the step
     plan_s, solve_s        seconds this rank placed copies and split loads, and the part of them that the solver took
-    prediction_error       total variation distance between the expert shares that were forecast and those that came
-    bytes_<op>             bytes that this rank sent in training: gather, reduce, describe, dispatch, combine, the two backwards,
-                           and replicate, the averaging of gradients over replicas
+    bytes_<op>             bytes that this rank sent in training: gather, calibrate, reduce, describe, dispatch, combine, the two
+                           backwards, and replicate, the averaging of gradients over replicas
     cross_node_bytes_<op>  the part of them that left the node
     """
     summaries = [counters.summary() for counters in layers if counters.num_forwards]

@@ -4,6 +4,7 @@ Every rank plans alone and reaches the same plan: the inputs are integers that a
 the configuration, and solvers are deterministic. Nothing here is broadcast, and nothing else in the runtime plans.
 """
 
+from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,12 +18,18 @@ from ..placement import (
     Solver,
     Split,
     Topology,
+    added_copies,
+    calibrate,
     make_predictor,
     prediction_error,
     split_exact,
     split_local_even,
 )
 from .config import RuntimeConfig
+
+# Calibration is on while the predictions' errors (total variation of expert shares) of the last forwards have a larger mean.
+CALIBRATE_ABOVE = 0.1
+ERROR_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,13 @@ class Plan:
     number: int
     """Counts the placements of a layer's run from 0: the same number on every rank, for errors."""
     split: Split | None = None
+    added: Schedule | None = None
+    """The gather of the copies that calibration added, which `gather` and `reduce` include; None: it added none."""
+
+    @property
+    def num_added(self) -> int:
+        """Copies that calibration added."""
+        return 0 if self.added is None else len({(route.item, dst) for route in self.added.routes for _, dst in route.hops})
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
         """The experts that `rank` computes, ascending: the order of its groups of rows."""
@@ -74,6 +88,8 @@ class LayerPlanner:
         self._num_plans = 0
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
         self._is_held = False
+        self._predicted: ExpertLoad | None = None
+        self._errors: deque[float] = deque(maxlen=ERROR_WINDOW)
 
     def hold(self, placement: Placement) -> None:
         """Keep this placement, of the same owners, for every forward to come; nothing is solved any more."""
@@ -104,7 +120,7 @@ class LayerPlanner:
         """The placement for the next forward. Before the first load it is ownership alone, unless one is held."""
         if self._is_held:
             return self._plan
-        predicted = self._predictor.predict()
+        predicted = self._predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
             placement = self._solver(self.problem(predicted, self._predictor.expected_error())).placement
             if placement != self._plan.placement:
@@ -113,14 +129,34 @@ class LayerPlanner:
         return self._plan
 
     def split(self, plan: Plan, load: ExpertLoad) -> Plan:
-        """The same plan with the exact load split over its copies."""
-        return replace(plan, split=self._split_rule(load, plan.placement, self._topology))
+        """The same plan with the exact load split over its copies, and over more where calibration adds some."""
+        plan = replace(plan, split=self._split_rule(load, plan.placement, self._topology))
+        if not self.is_calibrating:
+            return plan
+        assert plan.split is not None
+        more = calibrate(self.problem(load), plan.split, self._solver, self._split_rule)
+        if more is None:
+            return plan
+        self._check_budget(more.placement)
+        added = self._gather_of(added_copies(more.placement, plan.placement))
+        return replace(self._plan_of(more.placement), split=more, added=added, number=plan.number)
+
+    @property
+    def is_calibrating(self) -> bool:
+        """Whether the next split may add copies: as configured, or while predictions are bad, or there were none."""
+        if self._is_held or not self._config.slots or self._topology.num_ranks == 1:
+            return False
+        if self._config.calibrate != "auto":
+            return self._config.calibrate == "always"
+        return not self._errors or sum(self._errors) / len(self._errors) > CALIBRATE_ABOVE
 
     def observe(self, load: ExpertLoad) -> float | None:
         """Learn from a measured load; return how wrong its forecast was (`prediction_error`), None if there was none."""
-        predicted = self._predictor.predict()
+        error = None if self._predicted is None else prediction_error(self._predicted, load)
+        if error is not None:
+            self._errors.append(error)
         self._predictor.observe(load)
-        return None if predicted is None else prediction_error(predicted, load)
+        return error
 
     def _check_budget(self, placement: Placement) -> None:
         copies_R = placement.copies_RE.sum(axis=1)
@@ -137,11 +173,7 @@ class LayerPlanner:
         Sums are made in fp32. A relay forwards partial sums, which therefore must travel in fp32; narrower gradients, and those
         that are narrowed for the wire, go straight to the owner, in two chunks so that the sum in progress takes half an expert.
         """
-        shape, name = self._shape, self._config.schedule
-        if name == "auto":
-            gather = choose_schedule(placement, self._topology, shape).schedule
-        else:
-            gather = make_schedule(name, placement, self._topology, shape.expert_bytes)
+        shape, gather = self._shape, self._gather_of(placement)
         if shape.gradient_bytes_per_element >= 4:
             reduce = gather.transpose().limit_receives(staging_limit(self._config.slots))
         else:
@@ -149,6 +181,11 @@ class LayerPlanner:
         counted = account(gather, self._topology, shape.parameters_per_expert, shape.bytes_per_element)
         self._num_plans += 1
         return Plan(placement, gather, reduce, counted, self._num_plans - 1)
+
+    def _gather_of(self, placement: Placement) -> Schedule:
+        if self._config.schedule == "auto":
+            return choose_schedule(placement, self._topology, self._shape).schedule
+        return make_schedule(self._config.schedule, placement, self._topology, self._shape.expert_bytes)
 
 
 def staging_limit(slots: int) -> int:

@@ -22,6 +22,7 @@ from .handle import Handle
 from .layer import MoELayer
 from .layer_runtime import LayerRuntime
 from .overlap import prefetch_in_order
+from .reduces import PendingReduces
 from .stages import StageClock
 
 
@@ -122,6 +123,7 @@ def share_experts(
         alike[(layer.experts.shape, layer.num_experts, weights.dtype, weights.device, weights.requires_grad)].append(name)
     if owners is not None and len(alike) != 1:
         raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
+    reduces = PendingReduces(overlap=config.overlap)
     return [
         _share_alike(
             {name: layers[name] for name in names},
@@ -129,6 +131,7 @@ def share_experts(
             config=config,
             solver=solver,
             clock=clock,
+            reduces=reduces,
             owners=owners,
             device=device,
         )
@@ -143,6 +146,7 @@ def _share_alike(
     config: RuntimeConfig,
     solver: Solver,
     clock: StageClock,
+    reduces: PendingReduces,
     owners: OwnerMap | None,
     device: torch.device | None,
 ) -> Bank:
@@ -174,7 +178,16 @@ def _share_alike(
             bank.load_rows({(index, e): whole.weights(0, e) for e in owned})
         layer.experts = None
         layer.runtime = LayerRuntime(
-            name, bank, index, layer.top_k, group=group, solver=solver, config=config, pool=pool, clock=clock
+            name,
+            bank,
+            index,
+            layer.top_k,
+            group=group,
+            solver=solver,
+            config=config,
+            pool=pool,
+            clock=clock,
+            reduces=reduces,
         )
     return bank
 

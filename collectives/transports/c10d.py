@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending
 
@@ -46,6 +47,7 @@ class C10dTransport:
         self.traffic = Traffic(self.world_size)
         self._timeout_s = timeout_s
         self._coalesce = dist.get_backend(group) == "nccl"
+        self.thread = None if self._coalesce else CommunicationThread()
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An ordinary tensor."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, Pending, Transport
 
@@ -42,6 +43,7 @@ class HierarchicalTransport:
         self.rank = outside.rank
         self.world_size = outside.world_size
         self.traffic = Traffic(self.world_size)
+        self.thread: CommunicationThread | None = CommunicationThread()
         assert len(node_of_R) == self.world_size
         self._members = [r for r, node in enumerate(node_of_R) if node == node_of_R[self.rank]]
         self._index = {rank: i for i, rank in enumerate(self._members)}

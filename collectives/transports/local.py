@@ -4,13 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, Pending
-
-
-class _Done:
-    def wait(self, *, until_sent: bool = True) -> None:
-        pass
+from ..transport import Buffer, Done, Pending
 
 
 class LocalTransport:
@@ -22,6 +18,7 @@ class LocalTransport:
         self.rank = 0
         self.world_size = 1
         self.traffic = Traffic(1)
+        self.thread: CommunicationThread | None = None
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An ordinary tensor."""
@@ -30,7 +27,7 @@ class LocalTransport:
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Accept the empty exchange."""
         assert not any(buffer.tensor.numel() for buffer in (*sends, *recvs)), f"{op} {where}: a message in a world of one rank"
-        return _Done()
+        return Done()
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Return `values` as the only row."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending
 
@@ -161,6 +162,7 @@ class MpiTransport:
         self.world_size = communicator.Get_size()
         self.timeout_s = timeout_s
         self.traffic = Traffic(self.world_size)
+        self.thread: CommunicationThread | None = None  # MPI may not be callable from several
         self._communicator = communicator
         self._abandoned: list[_Requests] = []
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending
 from .node import NodeIdentity
@@ -111,6 +112,7 @@ class ShmTransport:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.traffic = Traffic(world_size)
+        self.thread: CommunicationThread | None = None
         self.mailbox = Mailbox(rank, world_size)
         self.mailbox.connect(_addresses_on_one_node(gather, self.mailbox.address))
         self._arena = Arena(self.mailbox.publish)

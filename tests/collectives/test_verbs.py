@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from moesaic.collectives import (
     sparse_all_gather,
     sparse_reduce_scatter,
 )
+from moesaic.collectives.progress import CommunicationThread
 from moesaic.collectives.reference import (
     all_to_all_rows_reference,
     reduce_along_reference,
@@ -341,6 +343,39 @@ def wait_for_a_silent_peer(rank: int) -> str:
             transport.exchange([], [buffer], op="dispatch", where="step 3, blocks.0.moe").wait()
         message = str(failed.value)
     return message
+
+
+def chunks_pass_a_busy_rank(rank: int) -> list[float]:
+    """A relay through rank 1, whose main thread waits for the gather only after the last rank has all of it."""
+    placement = Placement.everywhere(np.zeros(1, np.int64), 3)
+    transport = C10dTransport(dist.new_group(), timeout_s=30)
+    item = [torch.full((4000,), 7.0 if rank == 0 else torch.nan)]
+    owned, copies = ({0: item}, {}) if rank == 0 else ({}, {0: item})
+    pending = sparse_all_gather(schedule_of("chain", placement, 4), transport, owned, copies, op="gather", where="here")
+    if rank == 2:
+        pending.wait()
+    dist.barrier()
+    pending.wait()
+    return item[0].unique().tolist()
+
+
+def test_chunks_are_passed_on_while_the_main_thread_is_busy() -> None:
+    assert run_ranks(3, chunks_pass_a_busy_rank) == [[7.0]] * 3
+
+
+def test_the_communication_thread_works_in_order_and_tells_what_went_wrong() -> None:
+    thread = CommunicationThread()
+    done: list[int] = []
+
+    def fail() -> None:
+        raise ValueError("this")
+
+    first, second, third = (thread.carry_out(work) for work in (lambda: done.append(1), fail, lambda: done.append(2)))
+    third.wait()
+    assert done == [1, 2]
+    first.wait()
+    with pytest.raises(ValueError, match="this"):
+        second.wait()
 
 
 def test_a_silent_peer_is_named() -> None:

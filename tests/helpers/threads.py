@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.collectives import Buffer, Pending, Traffic
+from moesaic.collectives.progress import CommunicationThread
 from moesaic.placement import Topology
 from moesaic.runtime.group import RankGroup
 
@@ -46,6 +47,7 @@ class ThreadTransport:
         self.world, self.rank, self.channel = world, rank, channel
         self.world_size = world.world_size
         self.traffic = Traffic(world.world_size)
+        self.thread: CommunicationThread | None = None
         self._numbers: dict[tuple[int, int], int] = defaultdict(int)
 
     def _key(self, src: int, dst: int) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """The training program as it runs: real processes, a tiny model on a small text."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -41,7 +42,9 @@ def test_a_run_from_start_to_end(folder: Path) -> None:
     assert [row["step"] for row in rows] == list(range(9))
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 4, 8]
     assert rows[8]["val_loss"] < rows[0]["val_loss"] - 0.3
-    assert {"lr", "grad_norm", "tokens_per_s", "bytes_sent", "max_over_mean", "copies_per_layer"} <= rows[1].keys()
+    assert {"lr", "grad_norm", "tokens_per_s", "bytes_sent", "max_over_mean", "copies_per_layer", "exposed_gather_s"} <= rows[
+        1
+    ].keys()
     trace = Trace(run / "trace.npz")
     assert (trace.num_steps, trace.meta.num_ranks) == (8, 2)
     for loads_LRE in trace.steps():
@@ -52,7 +55,9 @@ def test_a_run_from_start_to_end(folder: Path) -> None:
     train_tiny(2, values, folder)
     assert losses_of(folder / "runs" / "demo-2") == losses_of(run)
 
-    train_tiny(1, [*values, f"checkpoint.resume={run}/checkpoints/step-000004"], folder)
+    train_tiny(1, [*values, f"checkpoint.resume={run}/checkpoints/step-000004", "run.profile_steps=2"], folder)
+    profile = json.loads((folder / "runs" / "demo-3" / "profile-rank-0.json").read_text())
+    assert sum(event["name"] == "moesaic::experts(blocks.0.moe)" for event in profile["traceEvents"]) >= 2 * 3 * 2
     resumed = metrics_of(folder / "runs" / "demo-3")
     assert [row["step"] for row in resumed] == [4, 5, 6, 7, 8]
     np.testing.assert_allclose(losses_of(folder / "runs" / "demo-3"), losses_of(run)[4:], rtol=1e-4)

@@ -1,5 +1,9 @@
-"""Gathers are launched ahead, and nothing stale or borrowed is left over."""
+"""Gathers are launched ahead, reduces waited for late, and nothing stale or borrowed is left over."""
 
+import json
+import tempfile
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,15 +12,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic.collectives import Pending, Span
+from moesaic.runtime.profile import communication_events
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.runtime.test_shard import everywhere
 
 
-def wrapped() -> tuple[Model, Handle]:
+def wrapped(**options: Any) -> tuple[Model, Handle]:
     model = make_model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    config = RuntimeConfig(policy="static", slots=5, timeout_s=30)
+    config = RuntimeConfig(policy="static", slots=5, timeout_s=30, calibrate="never", **options)
     handle = shard_experts(model, mesh=mesh, config=config, solver=everywhere)
     # One training forward, so that the next placements have copies.
     cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
@@ -31,33 +37,134 @@ def gathers(handle: Handle) -> int:
     return int(handle.group.experts.traffic.messages_R("gather").sum())
 
 
-def launch_order(rank: int) -> dict[str, Any]:
-    """Which layers have a gather in flight when the first block runs, and when the second does."""
-    model, handle = wrapped()
+def launch_order(rank: int, overlap: bool) -> dict[str, Any]:
+    """Which layers have a gather in flight when a block's attention runs, and which a reduce when its backward does."""
+    model, handle = wrapped(overlap=overlap)
     first, second = (layer.runtime for layer in handle.layers.values())
     seen: dict[str, Any] = {}
 
     def look(name: str) -> Any:
         return lambda *_: seen.update({name: (first._prefetched is not None, second._prefetched is not None)})
 
+    def look_back(name: str) -> Any:
+        return lambda *_: seen.update({name: [p.where.split(", ")[1] for _, p in first.reduces._passes]})
+
+    model.blocks[0].mix.register_full_backward_pre_hook(look_back("backward of the first attention"))
+    model.blocks[1].mix.register_full_backward_pre_hook(look_back("backward of the second attention"))
     model.blocks[0].mix.register_forward_hook(look("attention of the first block"))
     model.blocks[1].mix.register_forward_hook(look("attention of the second block"))
     before = gathers(handle)
     loss = cross_entropy(model(batch(1)[0]), batch(1)[1])
     seen["gathers in forward"] = gathers(handle) - before
     loss.backward()
+    assert not first.reduces._passes, "a reduce is in flight after backward"
     seen["gathers in backward"] = gathers(handle) - before - seen["gathers in forward"]
+    handle.step()
+    seen["exposed"] = handle.metrics()
     return seen
 
 
 def test_gathers_run_ahead_of_their_layer() -> None:
     """The gather of a layer is in flight while the work before it runs; kept copies are not gathered again in backward."""
-    for seen in run_ranks(2, launch_order):
+    for seen in run_ranks(2, launch_order, True):
         assert seen["attention of the first block"] == (True, False)
         assert seen["attention of the second block"] == (False, True)
+        assert seen["backward of the second attention"] == ["blocks.1.moe"]
+        assert seen["backward of the first attention"] == ["blocks.0.moe"]
         # 2 layers x the experts this rank owns (2 or 3 of 5) x 2 matrices, to the one other rank.
         assert seen["gathers in forward"] in (2 * 2 + 3 * 2, 8, 12)
         assert seen["gathers in backward"] == 0
+        exposed = {key: seconds for key, seconds in seen["exposed"].items() if key.startswith("exposed_")}
+        per_layer = {f"exposed_s/blocks.{i}.moe": exposed[f"exposed_s/blocks.{i}.moe"] for i in range(2)}
+        totals = {f"exposed_{what}_s" for what in ("gather", "reduce", "tokens")}
+        assert exposed.keys() == totals | per_layer.keys()
+        assert sum(per_layer.values()) == pytest.approx(sum(exposed[key] for key in totals))
+        assert all(seconds > 0 for seconds in exposed.values())
+
+
+def test_without_overlap_nothing_is_in_flight_in_backward() -> None:
+    for seen in run_ranks(2, launch_order, False):
+        assert seen["backward of the second attention"] == seen["backward of the first attention"] == []
+
+
+class _HeldBack:
+    """Messages that count as arrived only once an event has happened."""
+
+    def __init__(self, pending: Pending, event: threading.Event):
+        self._pending, self._event = pending, event
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        assert self._event.wait(20), "communication did not go on beside the main thread"
+        self._pending.wait(until_sent=until_sent)
+
+
+def profile_of_a_step(rank: int) -> list[dict[str, Any]]:
+    """A step over Gloo, in which the second layer's gather and reduce arrive only after that layer's attention has begun."""
+    model, handle = wrapped(transport="c10d")
+    handle.step()
+    events = {"gather": threading.Event(), "reduce": threading.Event()}
+    transport = handle.group.experts
+    exchange = transport.exchange
+
+    def held_back(*args: Any, op: str, where: str) -> Pending:
+        pending = exchange(*args, op=op, where=where)
+        return _HeldBack(pending, events[op]) if "blocks.1" in where else pending
+
+    transport.exchange = held_back  # type: ignore[method-assign]
+    model.blocks[1].mix.register_forward_hook(lambda *_: events["gather"].set())
+    model.blocks[1].mix.register_full_backward_pre_hook(lambda *_: events["reduce"].set())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.json"
+        with handle.profile(path):
+            cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
+        handle.step()
+        assert [p.name for p in Path(folder).iterdir()] == ["profile.json"]
+        found: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    keep = ("ph", "cat", "name", "tid", "ts", "dur", "args")
+    return [{key: event[key] for key in keep if key in event} for event in found if event["ph"] in "XM"]
+
+
+def test_a_profile_shows_communication_under_attention() -> None:
+    """One file; spans of a track nest or follow each other; gather and reduce of a layer span its attention's work."""
+    for events in run_ranks(2, profile_of_a_step):
+        spans = [event for event in events if event.get("cat") == "communication"]
+        names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        assert {"communication: experts", "communication: token rows"} <= names
+        assert {span["name"].split(",")[0] for span in spans} >= {"gather", "reduce", "dispatch", "combine_backward", "measure"}
+        for a in spans:
+            for b in spans:
+                if a is not b and a["tid"] == b["tid"]:
+                    first, second = sorted((a, b), key=lambda event: (event["ts"], -event["dur"]))
+                    follows = first["ts"] + first["dur"] <= second["ts"] + 1e-3
+                    holds = second["ts"] + second["dur"] <= first["ts"] + first["dur"] + 1e-3
+                    assert follows or holds
+        attention = [event for event in events if event["name"] == "Linear"][1]
+        experts = {s["name"]: s for s in spans if s["name"] in ("gather", "reduce") and "blocks.1" in s["args"]["where"]}
+        gather, reduce = experts["gather"], experts["reduce"]
+        assert gather["ts"] < attention["ts"]
+        assert attention["ts"] + attention["dur"] < gather["ts"] + gather["dur"]
+        # In backward, the rows go back through dispatch, and the attention begins, while the reduce is under way.
+        stages = {event["name"]: event for event in events if event["name"].startswith("moesaic::")}
+        dispatch = stages["moesaic::dispatch(blocks.1.moe)"]  # the last of the name: backward's
+        assert reduce["ts"] < dispatch["ts"]
+        assert dispatch["ts"] + dispatch["dur"] < reduce["ts"] + reduce["dur"]
+
+
+def test_collectives_in_flight_together_get_tracks_of_their_own() -> None:
+    spans = [
+        Span("gather", "a", 0.0, 2.0, 1.5, 2.5),
+        Span("reduce", "b", 1.0, 3.0, 3.5, 3.5),
+        Span("dispatch", "c", 2.0, 4.0, 5.0, 5.0),
+    ]
+    events = communication_events({"experts": spans}, 3, pid=7, offset_us=10.0)
+    shown = [(e["name"], e["tid"] % (1 << 30), e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    assert shown == [
+        ("gather", 0, 10.0, 2e6),
+        ("gather, waited for", 0, 1.5e6 + 10, 0.5e6),
+        ("reduce", 1, 1e6 + 10, 2e6),
+        ("dispatch", 0, 2e6 + 10, 2e6),
+    ]
+    assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["rank 3", *2 * ["communication: experts"]]
 
 
 def forward_only(rank: int) -> dict[str, Any]:

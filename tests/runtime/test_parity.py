@@ -180,6 +180,47 @@ def test_gradients_that_travel_in_bf16(case: Case) -> None:
     assert_all_close({n: rounded[n] for n in grads}, {n: expected[n] for n in grads}, rtol=0.05)
 
 
+@settings(max_examples=25, deadline=None)
+@given(case=cases(min_world_size=2), use_checkpoint=st.booleans())
+def test_calibration_changes_no_result(case: Case, use_checkpoint: bool) -> None:
+    """Copies that the exact load adds, gathered late, reduced with the others, and met again by a recomputation."""
+    check(replace(case, hot_expert=True), order="interleaved", use_checkpoint=use_checkpoint, calibrate="always")
+
+
+def calibrated_traffic(group: RankGroup, case: Case, calibrate: str) -> dict[str, int]:
+    """Bytes that one training step of one layer sends between all ranks, by operation, and the copies it made."""
+    (layer,) = case.layers()
+    config = RuntimeConfig(slots=case.slots, calibrate=calibrate)  # type: ignore[arg-type]
+    share_experts({"0": layer}, group, config=config, solver=case.solver(), clock=StageClock())
+    layer(case.tokens(group.rank)).sum().backward()
+    counters = layer.runtime.counters
+    return group.experts.traffic.total_bytes() | {"copies": counters.num_copies, "added": counters.num_added}
+
+
+@pytest.mark.parametrize("calibrate", ["auto", "never"])
+def test_the_first_forward_is_calibrated(calibrate: str) -> None:
+    """Nothing is predicted yet, so no copy is gathered early: calibration makes them all, and only they travel, once each way."""
+    case = Case(
+        world_size=4,
+        num_experts=8,
+        top_k=2,
+        num_layers=1,
+        tokens_R=(40, 40, 40, 40),
+        placement="quota",
+        hot_expert=True,
+        any_owner=False,
+        normalize=True,
+        seed=3,
+    )
+    found = run_threads(4, calibrated_traffic, case, calibrate, topology=case.topology())
+    total = {key: sum(rank.get(key, 0) for rank in found) for key in ("gather", "calibrate", "reduce")}
+    copies = found[0]["added"]
+    assert (copies > 0) == (calibrate == "auto")
+    assert all(rank["copies"] == rank["added"] == copies for rank in found)
+    moved = copies * 3 * case.dim * case.ffn_dim * 4
+    assert total == {"gather": 0, "calibrate": moved, "reduce": moved}
+
+
 def test_bf16_on_the_wire_does_not_go_through_relays() -> None:
     with pytest.raises(ValueError, match=r"runtime.schedule 'relay' forwards sums.*set runtime.reduce_wire='as_is'"):
         RuntimeConfig(schedule="relay", reduce_wire="bf16")

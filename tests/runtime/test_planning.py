@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 
 from moesaic import RuntimeConfig
-from moesaic.placement import ExpertLoad, LayerShape, Placement, Problem, Topology
+from moesaic.placement import ExpertLoad, LayerShape, Placement, Problem, Topology, get_solver
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.planning import LayerPlanner, Plan
 from moesaic.runtime.shard import share_experts
@@ -67,6 +67,24 @@ def test_a_solver_that_breaks_the_budget_is_refused() -> None:
     breaking.observe(ExpertLoad(np.ones((2, 4), np.int64)))
     with pytest.raises(ValueError, match="2 copies on rank 0, which has 1 slots"):
         breaking.place()
+
+
+def test_calibration_rests_while_predictions_are_good() -> None:
+    """On until something was predicted; off when the load repeats; on again when it jumps to other experts; always and never."""
+    hot, other = (ExpertLoad(np.outer([1, 1], shares)) for shares in ([700, 100, 100, 100], [100, 100, 100, 700]))
+    learning, seen = planner(get_solver("quota"), slots=2), []
+    for load in (hot, *5 * [hot], other, *9 * [hot, other], *20 * [hot]):
+        learning.place()
+        seen.append(learning.is_calibrating)
+        learning.observe(load)
+    assert seen[:7] == [True, True, False, False, False, False, False]
+    assert all(seen[9:25])
+    assert not seen[-1]
+    for choice in ("always", "never"):
+        config = RuntimeConfig(slots=2, calibrate=choice)  # type: ignore[arg-type]
+        shape = LayerShape(num_experts=4, top_k=1, dim=4, ffn_dim=4)
+        fixed = LayerPlanner(np.array([0, 0, 1, 1]), Topology.preset("cpu", 2), shape, get_solver("quota"), config)
+        assert fixed.is_calibrating == (choice == "always")
 
 
 def count_state(rank: int) -> dict[str, int]:

@@ -1,0 +1,89 @@
+"""Collectives that go on while the main thread computes, and what waiting for them cost.
+
+Between nodes a message takes long, and a rank that passes chunks on must do so while its main thread is in a matrix product. So
+a transport between nodes has one communication thread, which carries out its collectives from launch to end, in the order in
+which they were launched. It sleeps while bytes travel. Inside a node receivers copy for themselves, at their wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import torch
+
+from .traffic import Span, Traffic
+from .transport import Pending
+
+
+class CommunicationThread:
+    """A thread that does what it is given, one after the other. It starts with the first piece of work.
+
+    It ends with this object, or with the process, which never waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[_Carried | None] | None = None
+
+    def carry_out(self, work: Callable[[], None]) -> _Carried:
+        """Have `work` done; what it raises is raised by the wait."""
+        if self._queue is None:
+            self._queue = SimpleQueue()
+            threading.Thread(target=_serve, args=(self._queue,), name="moesaic communication", daemon=True).start()
+            weakref.finalize(self, self._queue.put, None)
+        carried = _Carried(work)
+        self._queue.put(carried)
+        return carried
+
+
+class _Carried:
+    """One piece of work of the communication thread."""
+
+    def __init__(self, work: Callable[[], None]):
+        self._work: Callable[[], None] | None = work
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self.arrived_s: float | None = None
+
+    def carry_out(self) -> None:
+        assert self._work is not None
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+        self.arrived_s = time.perf_counter()
+        self._work = None  # and with it every buffer
+        self._done.set()
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        """Return when the work is done, sends included."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+
+def _serve(queue: SimpleQueue[_Carried | None]) -> None:
+    with torch.no_grad():
+        while (carried := queue.get()) is not None:
+            carried.carry_out()
+            del carried  # a thread that waits keeps no buffer alive
+
+
+class Watched:
+    """A collective whose waits are counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
+
+    def __init__(self, launch: Callable[[], Pending], traffic: Traffic, *, op: str, where: str):
+        self._traffic, self._op, self._where = traffic, op, where
+        self._launched_s = time.perf_counter()
+        self._pending = launch()
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        """Wait for the collective; see `Pending.wait`."""
+        start_s = time.perf_counter()
+        self._pending.wait(until_sent=until_sent)
+        end_s = time.perf_counter()
+        arrived_s = getattr(self._pending, "arrived_s", None) or end_s
+        self._traffic.add_wait(Span(self._op, self._where, self._launched_s, arrived_s, start_s, end_s))

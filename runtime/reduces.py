@@ -1,0 +1,47 @@
+"""Reduces in flight: launched in their layer's backward, waited for as late as its buffers and its gradient rows allow.
+
+That is when the layer before it begins the backward of its experts, so that a reduce travels under the attention's backward and
+the return of the token gradients; and for the last one when the backward pass is complete, so that `.grad` is. All ranks wait at
+the same point of the program: a rank that waits may need another to pass sums on. At most one layer's reduce is in flight, which
+`bank.slot_bound` has room for, and no layer adds to gradient rows that a reduce of its own still adds to.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ._compat import call_after_backward
+from .layer_pass import LayerPass
+from .materialize import finish_reduce
+
+if TYPE_CHECKING:
+    from .layer_runtime import LayerRuntime
+
+
+class PendingReduces:
+    """The reduces in flight of one model; all its layers share it.
+
+    Args:
+        overlap: False: wait right after the launch.
+    """
+
+    def __init__(self, *, overlap: bool = True):
+        self._overlap = overlap
+        self._passes: deque[tuple[LayerRuntime, LayerPass]] = deque()
+
+    def add(self, runtime: LayerRuntime, layer_pass: LayerPass) -> None:
+        """Take over a reduce that was just launched, in a backward pass."""
+        self._passes.append((runtime, layer_pass))
+        if not self._overlap:
+            self.finish()
+            return
+        # For every one, since a backward pass that breaks off never calls back.
+        call_after_backward(self.finish)
+
+    def finish(self) -> None:
+        """Wait until the owners' gradient rows hold everything that was launched."""
+        while self._passes:
+            runtime, layer_pass = self._passes.popleft()
+            with runtime.stage("reduce", layer_pass):
+                finish_reduce(runtime, layer_pass)
