@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from .rows import median_interval
 POLICIES: dict[str, RuntimeConfig] = {
     "static": RuntimeConfig(policy="static", slots=0, shard_dense=False),
     # Hecate as published: the hottest experts on every rank, as many as there are slots, and the even split over copies.
-    "hecate": RuntimeConfig(policy="hecate", split="local_even", shard_dense=False),
+    "hecate": RuntimeConfig(policy="hecate", split="local_even", calibrate="never", shard_dense=False),
     "quota": RuntimeConfig(policy="quota", shard_dense=False),
     "ideal": RuntimeConfig(policy="static", slots=0, shard_dense=False),
 }
@@ -150,7 +150,7 @@ class _Policy:
         torch.manual_seed(0)
         config = POLICIES[name]
         if config.slots:
-            config = RuntimeConfig(policy=config.policy, split=config.split, slots=case.slots, shard_dense=False)
+            config = replace(config, slots=case.slots)
         seeds = [1000 * rank + i for i in range(NUM_ROUTINGS)]
         if name == "ideal":
             routings = [balanced_ids(case.tokens, case.experts, case.top_k, seed=seed) for seed in seeds]
