@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import flexmoe, hecate, laer, permutation, quota, static
+from . import balance, eplb, flexmoe, hecate, laer, permutation, quota, static
 from .bounds import link_bound
 from .content import check_seconds
 from .cost import Bound, Cost, Solution, cost, prices_of, seconds_of, solution
@@ -38,13 +38,16 @@ _ENGINE_SHARE = 0.97
 
 def _heuristics(problem: Problem, move_owners: bool) -> list[Placement]:
     """Return placements to start from, the current one first."""
-    solvers = [static.solve, quota.solve, hecate.solve, laer.solve, flexmoe.solve]
+    solvers = [static.solve, quota.solve, balance.solve, hecate.solve, laer.solve, flexmoe.solve]
     found = [solve(problem).placement for solve in solvers]
     if move_owners:
-        for permute in (permutation.solve_lpt, permutation.solve_smartmoe):
-            owners = permute(problem).placement
-            moved = dataclasses.replace(problem, expert_to_owner_E=owners.expert_to_owner_E)
-            found += [owners, quota.solve(moved).placement]
+        owned_R = np.bincount(problem.expert_to_owner_E, minlength=problem.num_ranks)
+        for solve_owners in (permutation.solve_lpt, permutation.solve_smartmoe, eplb.solve, eplb.solve_hierarchical):
+            placed = solve_owners(problem).placement
+            # EPLB packs copies first and may leave a rank with another number of experts to own, which is not allowed here.
+            if (np.bincount(placed.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all():
+                moved = dataclasses.replace(problem, expert_to_owner_E=placed.expert_to_owner_E)
+                found += [placed, quota.solve(moved).placement]
     return found
 
 

@@ -75,11 +75,11 @@ def test_never_worse_than_the_heuristics(problem):
     owned_R = np.bincount(problem.expert_to_owner_E, minlength=problem.num_ranks)
     assert (np.bincount(answer.placement.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all()
     assert (answer.placement.copies_RE.sum(axis=1) <= problem.slots).all()
-    for name in sorted(SOLVERS.keys() - {"milp", "exhaustive"}):
+    for name in sorted(SOLVERS.keys() - {"milp", "moetuner", "exhaustive"}):
         other = get_solver(name)(problem)
         # EPLB packs copies first: it may leave ranks with other numbers of rows to own.
         if (np.bincount(other.placement.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all():
-            assert answer.cost.total_s <= other.cost.total_s * (1 + 1e-4), name
+            assert answer.cost.total_s <= other.cost.total_s, name
 
 
 def test_owners_move_only_when_it_pays():
