@@ -197,7 +197,7 @@ def _repeats(way: Callable[[], None]) -> int:
         dist.all_reduce(shortest_s, op=dist.ReduceOp.MIN)
         if shortest_s.item() >= _PIECE_S:
             break
-        repeats *= 2
+        repeats *= min(8, max(2, round(_PIECE_S / shortest_s.item())))
     return repeats
 
 
