@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         load = runtime.measure(routing, this)
         runtime.plan(load, this)
         rows_ND, row_weights_N = runtime.dispatch(x_TD, routing, this)
-        # After dispatch, so that the gather also travels under it, and in backward the reduce under dispatch's transpose.
+        # After dispatch, so that the gather also travels under it.
         token = runtime.materialize(token, this)
         rows_ND = runtime.experts(rows_ND, row_weights_N, token, this)
         y_TD = runtime.combine(rows_ND, this).to(x.dtype)

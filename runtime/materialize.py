@@ -124,7 +124,10 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTa
 
 
 class _Enter(torch.autograd.Function):
-    """The identity at a layer's door: marks the graph with the pass, and is the last of the layer's backward."""
+    """The identity at a layer's door: marks the graph with the pass. The last of the layer's backward, it launches the reduce.
+
+    Not earlier: on the way back through dispatch the next layer waits for token rows, and nobody yet for gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, anchor: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
@@ -133,26 +136,25 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_TD: Tensor, d_anchor: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        ctx.moesaic_mark[1].is_finished = True
+        runtime, layer_pass = ctx.moesaic_mark
+        with runtime.stage("reduce", layer_pass):
+            begin_reduce(runtime, layer_pass)
+        runtime.reduces.add(runtime, layer_pass)
+        layer_pass.is_finished = True
         return dx_TD, d_anchor, None, None
 
 
 class _Materialize(torch.autograd.Function):
-    """The identity on the pass's token. Forward waits for the gather, backward launches the reduce."""
+    """The identity on the pass's token. Forward waits for the gather."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
-        ctx.runtime, ctx.layer_pass = runtime, layer_pass
         with runtime.stage("materialize", layer_pass):
             wait_for_copies(layer_pass)
         return token.view_as(token)
 
     @staticmethod
     def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, None, None]:
-        runtime, layer_pass = ctx.runtime, ctx.layer_pass
-        with runtime.stage("reduce", layer_pass):
-            begin_reduce(runtime, layer_pass)
-        runtime.reduces.add(runtime, layer_pass)
         return d_token, None, None
 
 

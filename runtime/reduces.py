@@ -1,9 +1,9 @@
 """Reduces in flight: launched in their layer's backward, waited for as late as its buffers and its gradient rows allow.
 
-That is when the layer before it begins the backward of its experts, so that a reduce travels under the attention's backward and
-the return of the token gradients; and for the last one when the backward pass is complete, so that `.grad` is. All ranks wait at
-the same point of the program: a rank that waits may need another to pass sums on. At most one layer's reduce is in flight, which
-`bank.slot_bound` has room for, and no layer adds to gradient rows that a reduce of its own still adds to.
+That is when the layer before it begins the backward of its experts, so that a reduce travels under the attention's backward; and
+for the last one when the backward pass is complete, so that `.grad` is. All ranks wait at the same point of the program: a rank
+that waits may need another to pass sums on. At most one layer's reduce is in flight, which `bank.slot_bound` has room for, and no
+layer adds to gradient rows that a reduce of its own still adds to.
 """
 
 from __future__ import annotations
