@@ -95,7 +95,7 @@ def _saved_plan(process: Process, config: Config) -> SavedPlan | None:
         plan.check_model(trace_meta(config, process.world_size), "this run")
     except ValueError as error:
         raise ValueError(f"placement.file {config.placement.file}: {error}") from None
-    if plan.slots > config.runtime.slots:
+    if config.runtime.slots != "auto" and plan.slots > config.runtime.slots:
         raise ValueError(
             f"placement.file {config.placement.file} uses {plan.slots} slots, runtime.slots is {config.runtime.slots}; "
             f"set runtime.slots={plan.slots}"

@@ -246,33 +246,18 @@ class Bank(nn.Module):
                 target.copy_(tensor)
 
 
-def slot_bound(num_layers: int, slots: int) -> int:
-    """Expert-sized buffers that one forward in flight and its backward may hold when copies are kept until backward.
-
-    Every layer its copies; the layer in backward the gradients of its copies, and as much staging for others': (L + 2) * slots.
-    """
-    return (num_layers + 2) * slots
-
-
-def slot_bytes_bound(bank: Bank, slots: int) -> int:
-    """Bytes of those buffers. Where copies are narrower than gradients, a reduce cannot receive into the copies it follows."""
-    num_layers = bank.owners.num_layers
-    if bank.copy_bytes == bank.expert_bytes or not slots:
-        return slot_bound(num_layers, slots) * bank.expert_bytes
-    return num_layers * slots * bank.copy_bytes + (slots + max(slots, 2)) * bank.expert_bytes
-
-
 class SlotPool:
     """Expert-sized buffers that materializations borrow: copies of weights, and their gradients.
 
     A buffer comes back when its last use has been enqueued. One that is never given back, because its graph was dropped
     without a backward, is simply freed: the pool holds only the free ones.
 
-    `peak_slots` is the largest number of buffers that ever existed at once, lent or free, `peak_bytes` the most memory they took;
-    see `slot_bound`.
+    `peak_slots` is the largest number of buffers that ever existed at once, lent or free, `peak_bytes` the most memory they took,
+    and `predicted_bytes` the most that one forward and its backward may take; see `memory.peak_slot_bytes`.
     """
 
-    def __init__(self, shape: ExpertShape, transport: Transport):
+    def __init__(self, shape: ExpertShape, transport: Transport, predicted_bytes: int = 0):
+        self.predicted_bytes = predicted_bytes
         self._shape = shape
         self._transport = transport
         self._free: list[ExpertTensors] = []

@@ -60,8 +60,13 @@ class RuntimeConfig:
     'balance' (fewest rows on the busiest rank, also where the forecast is wrong), or another name of `placement.SOLVERS`."""
     split: Literal["exact", "local_even"] = "exact"
     """How tokens are split over copies: the exact min-max split, or Hecate's rule (local first, then even)."""
-    slots: int = 2
-    """Copies of other ranks' experts that a rank may hold per MoE layer."""
+    slots: int | Literal["auto"] = 2
+    """Copies of other ranks' experts that a rank may hold per MoE layer; "auto": as many as fit into `slot_bytes`, up to 4."""
+    materialize: Literal["keep", "rematerialize", "auto"] = "keep"
+    """Copies stay until backward, or are released after forward and gathered again, so that layers share slots; the last layer's
+    stay in any case, as its backward comes at once. "auto" keeps those of as many last layers as fit into `slot_bytes`."""
+    slot_bytes: int = 0
+    """The most bytes that copies, their gradients and staging may take on a rank, for one forward in flight; 0: no limit."""
     predictor: Literal["best", "last", "window", "ema"] = "best"
     """How the next load is predicted from the past; 'best' uses whichever had the smallest recent error."""
     shard_dense: bool = True
@@ -96,8 +101,15 @@ class RuntimeConfig:
     """Seconds after which a wait for other ranks fails."""
 
     def __post_init__(self) -> None:
-        if self.slots < 0:
-            raise ValueError(f"runtime.slots is {self.slots}; it must be 0 (no copies) or more")
+        if self.slots != "auto" and not (isinstance(self.slots, int) and self.slots >= 0):
+            raise ValueError(f"runtime.slots is {self.slots!r}; it must be 0 (no copies) or more, or 'auto'")
+        if self.materialize not in ("keep", "rematerialize", "auto"):
+            raise ValueError(f"runtime.materialize is {self.materialize!r}; choose 'keep', 'rematerialize' or 'auto'")
+        if self.slot_bytes < 0:
+            raise ValueError(f"runtime.slot_bytes is {self.slot_bytes}; it must be 0 (no limit) or a number of bytes")
+        for name in ("slots", "materialize"):
+            if getattr(self, name) == "auto" and not self.slot_bytes:
+                raise ValueError(f"runtime.{name} is 'auto', but runtime.slot_bytes is 0; state the bytes that slots may take")
         if self.rehome_every < 0:
             raise ValueError(f"runtime.rehome_every is {self.rehome_every}; it must be 0 (never) or a number of steps")
         if self.rehome_effort <= 0:

@@ -304,6 +304,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
+        ctx.runtime.rematerialize(layer_pass)
         handle, op = layer_pass.handle, layer_pass.op("combine_backward")
         with ctx.runtime.stage("combine", layer_pass):
             return handle.send_rows(dy_TD.contiguous(), transport, op, layer_pass.where), None, None

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import clamped_ffn, clamped_ffn_backward, grouped_ffn, grouped_ffn_backward
+from ._compat import version_of
 from .layer_pass import LayerPass
-from .materialize import gradient_targets, materialized_weights
+from .materialize import gradient_targets, materialized_weights, wait_for_copies
 
 if TYPE_CHECKING:
     from .layer_runtime import LayerRuntime
@@ -46,7 +47,14 @@ class _Experts(torch.autograd.Function):
                 f"{layer_pass.where}: backward ran a second time through one forward, whose expert copies are released; "
                 "run the forward again"
             )
-        runtime.reduces.finish()
+        if layer_pass.weights_version != version_of(runtime.bank.gate_up):
+            raise RuntimeError(
+                f"{layer_pass.where}: the experts' weights changed between this forward and its backward; "
+                "call backward before optimizer.step() and before weights are loaded"
+            )
+        runtime.reduces.make_room()
+        with runtime.stage("materialize", layer_pass):
+            wait_for_copies(layer_pass)
         with runtime.stage("experts", layer_pass):
             targets = gradient_targets(runtime, layer_pass)
             clamp = runtime.bank.shape.clamp

@@ -17,7 +17,7 @@ from ..collectives import LinkCounts
 from ..placement import OwnerMap
 from .adapters.safetensors_files import SafetensorsFolder, write_folder
 from .adapters.weights import checkpoint_tensors, load_weights, state_on_rank_zero
-from .bank import Bank, slot_bytes_bound
+from .bank import Bank
 from .config import RuntimeConfig
 from .group import RankGroup
 from .layer import MoELayer
@@ -133,22 +133,25 @@ class Handle:
         runtimes = [layer.runtime for layer in self.layers.values() if layer.runtime.bank is bank]
         return sorted(runtimes, key=lambda runtime: runtime.layer)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of expert state on this rank, apart from the optimizer's.
+    def memory(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+        """Bytes of expert state on this rank.
 
         expert_bytes: master weights and gradients of the experts owned here, and with `RuntimeConfig.compute_dtype` their
-        weights in that dtype. slot_bytes_bound: the most that copies, their
-        gradients and staging can take for one forward in flight, predicted from the slot budget. slot_bytes_peak: the most
-        they did take so far.
+        weights in that dtype. slot_bytes_bound: the most that copies, their gradients and staging can take for one forward in
+        flight, predicted; see `memory.peak_slot_bytes`. slot_bytes_peak: the most they did take so far. optimizer_bytes: state
+        of the experts in `optimizer`, if it is given.
         """
-        runtimes = [layer.runtime for layer in self.layers.values()]
-        pools = {runtime.pool for runtime in runtimes}
-        return {
+        pools = {layer.runtime.pool for layer in self.layers.values()}
+        memory = {
             "expert_bytes": sum(2 * p.nbytes for bank in self.banks for p in bank.parameters())
             + sum(bank.cast_bytes for bank in self.banks),
-            "slot_bytes_bound": sum(slot_bytes_bound(bank, self.config.slots) for bank in self.banks),
+            "slot_bytes_bound": sum(pool.predicted_bytes for pool in pools),
             "slot_bytes_peak": sum(pool.peak_bytes for pool in pools),
         }
+        if optimizer is not None:
+            states = [optimizer.state.get(p, {}) for bank in self.banks for p in bank.parameters()]
+            memory["optimizer_bytes"] = sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
+        return memory
 
     def metrics(self) -> dict[str, float]:
         """The last closed step in numbers; the keys are those of `metrics.step_metrics`, `exposed_metrics` and of `memory`.

@@ -17,6 +17,7 @@ from .family import Family
 from .group import single_rank_group
 from .layer_runtime import LayerRuntime
 from .reduces import PendingReduces
+from .rematerialize import Rematerializer
 from .router import Router, TopKRouter
 from .stages import StageClock
 
@@ -77,6 +78,7 @@ class MoELayer(nn.Module):
             pool=SlotPool(shape, LocalTransport()),
             clock=StageClock(),
             reduces=PendingReduces(),
+            rematerializer=Rematerializer(),
         )
 
     @outside_graphs

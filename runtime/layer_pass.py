@@ -8,6 +8,7 @@ finds it on the autograd nodes of its own forward, so interleaved micro-batches 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,9 @@ class LayerPass:
     where: str  # step and layer, for errors and profiles
     plan: Plan
     is_training: bool = True
+    weights_version: int = 0  # of the bank when the copies were gathered
     copies: dict[int, ExpertTensors] = field(default_factory=dict)  # this rank's slots by expert; empty once released
+    holds_copies: bool = False  # here or on their way; the same on every rank, also on one whose plan has none
     gather: Pending | None = None
     added_gather: Pending | None = None  # of the copies that calibration added
     copy_grads: dict[int, ExpertTensors] = field(default_factory=dict)
@@ -42,6 +45,7 @@ class LayerPass:
     handle: DispatchHandle | None = None
     is_replay: bool = False
     is_finished: bool = False
+    after_backward: Callable[[], None] | None = None  # launches what the layer that is next in backward needs
 
     def op(self, name: str) -> str:
         """The name under which traffic is counted: that of evaluation is kept apart from that of training steps."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from weakref import ref
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..collectives import Span
 from ..placement import ExpertLoad, LayerShape, Solver
+from ._compat import version_of
 from .bank import Bank, SlotPool
 from .config import RuntimeConfig
 from .dispatch import build_handle, combine, dispatch
@@ -24,6 +26,7 @@ from .materialize import begin_calibrated, begin_materialize, enter, materialize
 from .metrics import LayerCounters
 from .planning import LayerPlanner
 from .reduces import PendingReduces
+from .rematerialize import Rematerializer
 from .router import Router, Routing
 from .stages import StageClock
 
@@ -41,6 +44,8 @@ class LayerRuntime:
         pool: lends slots; one per bank.
         clock: times the stages; one per model.
         reduces: waits for the reduces in flight; one per model.
+        rematerializer: holds copies that were gathered again for backward; one per bank.
+        keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class LayerRuntime:
         pool: SlotPool,
         clock: StageClock,
         reduces: PendingReduces,
+        rematerializer: Rematerializer,
+        keeps_copies: bool = True,
     ):
         self.name = name
         self.bank = bank
@@ -65,6 +72,8 @@ class LayerRuntime:
         self.clock = clock
         self.reduces = reduces
         self.overlap = config.overlap
+        self.rematerializer = rematerializer
+        self.keeps_copies = keeps_copies
         self.counters = LayerCounters()
         owners_E = bank.owners.expert_to_owner_LE[layer]
         self.num_experts = int(owners_E.size)
@@ -87,6 +96,7 @@ class LayerRuntime:
         self.planner = LayerPlanner(owners_E, group.topology, shape, self.counters.timed(solver), config)
         self.step = 0
         self._prefetched: LayerPass | None = None
+        self._latest: ref[LayerPass] | None = None
 
     def follow_bank(self) -> None:
         """Go by the bank's owner map, which has changed. No pass may be under way."""
@@ -110,10 +120,11 @@ class LayerRuntime:
         """The experts this rank computes in a pass, in group order."""
         return layer_pass.plan.experts_of(self.group.rank)
 
-    def prefetch(self, *, is_training: bool) -> None:
+    def prefetch(self, *, is_training: bool) -> LayerPass:
         """Place the next forward's copies and launch their gather. Every rank must call it at the same point."""
         self.drop_prefetched()
         self._prefetched = self._launch(is_training)
+        return self._prefetched
 
     def drop_prefetched(self) -> None:
         """Take back a gather whose forward never came, before weights change."""
@@ -126,9 +137,23 @@ class LayerRuntime:
         """The pass of the forward that starts now: the prefetched one, a new one, or the one that is being recomputed."""
         replayed = pass_being_recomputed(self)
         if replayed is not None:
+            if not replayed.holds_copies:
+                # Not launched ahead, so another layer's backward may be first: there are slots for the reduce or for both.
+                self.reduces.finish()
+            self.rematerialize(replayed)
             return replayed
         layer_pass, self._prefetched = self._prefetched or self._launch(is_training), None
+        self._latest = ref(layer_pass)
         return layer_pass
+
+    @property
+    def latest_pass(self) -> LayerPass | None:
+        """The pass of the last forward, as long as a backward of it may come."""
+        return None if self._latest is None else self._latest()
+
+    def rematerialize(self, layer_pass: LayerPass) -> None:
+        """In backward: launch the gather of a pass's copies again, if they were released; see `rematerialize`."""
+        self.rematerializer.launch(self, layer_pass)
 
     def enter(self, x_TD: Tensor, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
         """Tie the pass into the autograd graph; see `materialize.enter`."""
@@ -189,16 +214,18 @@ class LayerRuntime:
         return experts(x_ND, row_weights_N, token, self, layer_pass)
 
     def combine(self, y_ND: Tensor, layer_pass: LayerPass) -> Tensor:
-        """Bring results home; see `dispatch.combine`. Without a backward to come, the slots are free again."""
+        """Bring results home; see `dispatch.combine`. Copies that no backward needs, or only later, are released."""
         y_TD = combine(y_ND, self, layer_pass)
-        if not torch.is_grad_enabled():
+        # A recomputation keeps what was gathered for it, as its backward is next.
+        if not torch.is_grad_enabled() or not (self.keeps_copies or layer_pass.is_replay):
             release_copies(self, layer_pass)
         return y_TD
 
     def _launch(self, is_training: bool) -> LayerPass:
         with self.clock.stage("plan", self.name), self.counters.planning():
             plan = self.planner.place()
-            layer_pass = LayerPass(f"step {self.step}, {self.name}, plan {plan.number}", plan, is_training)
+            where = f"step {self.step}, {self.name}, plan {plan.number}"
+            layer_pass = LayerPass(where, plan, is_training, weights_version=version_of(self.bank.gate_up))
         with self.stage("materialize", layer_pass):
             begin_materialize(self, layer_pass)
             if not self.overlap:

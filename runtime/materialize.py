@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from .layer_runtime import LayerRuntime
 
 
-def begin_materialize(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
-    """Borrow slots for this rank's copies and launch the gather that fills them."""
-    layer_pass.gather = _fill_slots(runtime, layer_pass, layer_pass.plan.gather, "gather")
+def begin_materialize(runtime: LayerRuntime, layer_pass: LayerPass, *, op: str = "gather") -> None:
+    """Borrow slots for this rank's copies and launch the gather that fills them, counted as `op`."""
+    layer_pass.holds_copies = True
+    layer_pass.gather = _fill_slots(runtime, layer_pass, layer_pass.plan.gather, op)
 
 
 def begin_calibrated(runtime: LayerRuntime, layer_pass: LayerPass, added: Schedule) -> None:
@@ -80,7 +81,7 @@ def release_copies(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     wait_for_copies(layer_pass)
     for slot in layer_pass.copies.values():
         runtime.pool.release(slot)
-    layer_pass.copies = {}
+    layer_pass.copies, layer_pass.holds_copies = {}, False
 
 
 def wait_for_copies(layer_pass: LayerPass) -> None:
@@ -127,6 +128,7 @@ class _Enter(torch.autograd.Function):
     """The identity at a layer's door: marks the graph with the pass. The last of the layer's backward, it launches the reduce.
 
     Not earlier: on the way back through dispatch the next layer waits for token rows, and nobody yet for gradients.
+    What travels then, the layer's reduce and the copies of the layer that is next, does so under the work between the two.
     """
 
     @staticmethod
@@ -141,6 +143,8 @@ class _Enter(torch.autograd.Function):
             begin_reduce(runtime, layer_pass)
         runtime.reduces.add(runtime, layer_pass)
         layer_pass.is_finished = True
+        if layer_pass.after_backward is not None:
+            layer_pass.after_backward()
         return dx_TD, d_anchor, None, None
 
 

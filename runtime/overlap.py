@@ -1,12 +1,14 @@
 """When gathers are launched: early enough that the copies travel under other work.
 
 The copies of MoE layer l are launched when layer l-1 is done, so they travel under whatever lies between (the attention
-of layer l); those of the first layer when the model's forward begins. Only this file knows.
+of layer l); those of the first layer when the model's forward begins. In backward the same between layer l and layer l-1, if
+layer l-1 has released its copies. Only this file knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,8 +35,14 @@ def prefetch_in_order(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     model.register_forward_pre_hook(before_model)
     for layer, following in pairwise(layers):
 
-        def after_layer(module: nn.Module, inputs: tuple[Any, ...], output: Any, following: MoELayer = following) -> None:
-            if not is_recomputing():
-                following.runtime.prefetch(is_training=following.training)
+        def after_layer(
+            module: nn.Module, inputs: tuple[Any, ...], output: Any, *, layer: MoELayer = layer, following: MoELayer = following
+        ) -> None:
+            if is_recomputing():
+                return
+            here, there = layer.runtime, following.runtime
+            launched = there.prefetch(is_training=following.training)
+            if here.latest_pass is not None:
+                launched.after_backward = partial(here.rematerialize, here.latest_pass)
 
         layer.register_forward_hook(after_layer)

@@ -82,7 +82,8 @@ class LayerPlanner:
         self._topology = topology
         self._shape = shape
         self._solver = solver
-        self._config = config
+        assert isinstance(config.slots, int), "slots are still to be chosen; see memory.plan_slots"
+        self._config, self._slots = config, config.slots
         self._predictor = make_predictor(config.predictor)
         self._split_rule = split_exact if config.split == "exact" else split_local_even
         self._num_plans = 0
@@ -111,7 +112,7 @@ class LayerPlanner:
             expert_to_owner_E=self._owners_E,
             topology=self._topology,
             shape=self._shape,
-            slots=self._config.slots,
+            slots=self._slots,
             overlap_s=self._config.overlap_s,
             forecast_error=forecast_error,
         )
@@ -160,10 +161,10 @@ class LayerPlanner:
 
     def _check_budget(self, placement: Placement) -> None:
         copies_R = placement.copies_RE.sum(axis=1)
-        if copies_R.max() > self._config.slots:
+        if copies_R.max() > self._slots:
             rank = int(copies_R.argmax())
             raise ValueError(
-                f"the placement puts {copies_R[rank]} copies on rank {rank}, which has {self._config.slots} slots; "
+                f"the placement puts {copies_R[rank]} copies on rank {rank}, which has {self._slots} slots; "
                 "raise runtime.slots, or mend the solver or plan"
             )
 
@@ -175,9 +176,9 @@ class LayerPlanner:
         """
         shape, gather = self._shape, self._gather_of(placement)
         if shape.gradient_bytes_per_element >= 4:
-            reduce = gather.transpose().limit_receives(staging_limit(self._config.slots))
+            reduce = gather.transpose().limit_receives(staging_limit(self._slots))
         else:
-            reduce = direct_gather(placement, num_chunks=2).transpose().limit_receives(max(self._config.slots, 1))
+            reduce = direct_gather(placement, num_chunks=2).transpose().limit_receives(max(self._slots, 1))
         counted = account(gather, self._topology, shape.parameters_per_expert, shape.bytes_per_element)
         self._num_plans += 1
         return Plan(placement, gather, reduce, counted, self._num_plans - 1)
@@ -191,6 +192,6 @@ class LayerPlanner:
 def staging_limit(slots: int) -> int:
     """Buffers that a reduce may receive in: as many as slots, and two where there is one, for the sum and what is added to it.
 
-    That stays within `bank.slot_bound`, since a layer's own copies have been given back before its reduce.
+    That stays within `memory.peak_slot_bytes`, since a layer's own copies have been given back before its reduce.
     """
     return max(slots, 2)

@@ -2,8 +2,8 @@
 
 That is when the layer before it begins the backward of its experts, so that a reduce travels under the attention's backward; and
 for the last one when the backward pass is complete, so that `.grad` is. All ranks wait at the same point of the program: a rank
-that waits may need another to pass sums on. At most one layer's reduce is in flight, which `bank.slot_bound` has room for, and no
-layer adds to gradient rows that a reduce of its own still adds to.
+that waits may need another to pass sums on. At most one layer's reduce is in flight, which `memory.peak_slot_bytes` has room for,
+and no layer adds to gradient rows that a reduce of its own still adds to.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ class PendingReduces:
         self._passes: deque[tuple[LayerRuntime, LayerPass]] = deque()
 
     def add(self, runtime: LayerRuntime, layer_pass: LayerPass) -> None:
-        """Take over a reduce that was just launched, in a backward pass."""
+        """Take over a reduce that was just launched, in a backward pass; `make_room` was called before its layer's gradients."""
         self._passes.append((runtime, layer_pass))
         if not self._overlap:
             self.finish()
-            return
-        # For every one, since a backward pass that breaks off never calls back.
+
+    def make_room(self) -> None:
+        """Before a layer begins its gradients: finish the reduces under way, and have its own finished at the end of the pass.
+
+        Called back for every layer, since a backward pass that breaks off never is; and before what a bank does at the end,
+        which must find its gradients complete.
+        """
+        self.finish()
         call_after_backward(self.finish)
 
     def finish(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from .group import RankGroup, group_of_process_group
 from .handle import Handle
 from .layer import MoELayer
 from .layer_runtime import LayerRuntime
+from .memory import BankSize, SlotPlan, plan_slots
 from .overlap import prefetch_in_order
 from .reduces import PendingReduces
+from .rematerialize import Rematerializer
 from .stages import StageClock
 
 
@@ -123,20 +126,31 @@ def share_experts(
         alike[(layer.experts.shape, layer.num_experts, weights.dtype, weights.device, weights.requires_grad)].append(name)
     if owners is not None and len(alike) != 1:
         raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
-    reduces = PendingReduces(overlap=config.overlap)
+    places = {name: place for place, name in enumerate(layers)}
+    sizes = [_size_of(layers[names[0]], group, config, tuple(places[name] for name in names)) for names in alike.values()]
+    slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.overlap)
     return [
         _share_alike(
             {name: layers[name] for name in names},
             group,
-            config=config,
+            config=replace(config, slots=slots.slots),
             solver=solver,
             clock=clock,
             reduces=reduces,
             owners=owners,
             device=device,
+            slots=slots,
+            size=size,
         )
-        for names in alike.values()
+        for names, size in zip(alike.values(), sizes, strict=True)
     ]
+
+
+def _size_of(layer: MoELayer, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
+    assert layer.experts is not None
+    expert_bytes = layer.experts.expert_bytes
+    copy_bytes = layer.experts.shape.num_elements * 2 if config.compute_dtype == "bf16" else expert_bytes
+    return BankSize(copy_bytes, expert_bytes, group.world_size, places)
 
 
 def _share_alike(
@@ -149,6 +163,8 @@ def _share_alike(
     reduces: PendingReduces,
     owners: OwnerMap | None,
     device: torch.device | None,
+    slots: SlotPlan,
+    size: BankSize,
 ) -> Bank:
     first = next(iter(layers.values())).experts
     assert first is not None
@@ -169,7 +185,7 @@ def _share_alike(
     )
     bank.requires_grad_(first.is_trainable)
     next(iter(layers.values())).add_module("bank", bank)
-    pool = SlotPool(first.shape, group.experts)
+    pool, rematerializer = SlotPool(first.shape, group.experts, slots.peak_bytes([size])), Rematerializer()
     for index, (name, layer) in enumerate(layers.items()):
         whole = layer.experts
         assert whole is not None
@@ -188,6 +204,8 @@ def _share_alike(
             pool=pool,
             clock=clock,
             reduces=reduces,
+            rematerializer=rematerializer,
+            keeps_copies=slots.keeps(size.layers[index]),
         )
     return bank
 

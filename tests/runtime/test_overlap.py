@@ -166,6 +166,55 @@ def test_collectives_in_flight_together_get_tracks_of_their_own() -> None:
     assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["rank 3", *2 * ["communication: experts"]]
 
 
+def backward_order(rank: int, materialize: Any) -> dict[str, Any]:
+    """What is in flight when the attention of the second block has its backward, and what is gathered and held, when."""
+    model, handle = wrapped(materialize=materialize)
+    first, second = (layer.runtime for layer in handle.layers.values())
+    traffic = handle.group.experts.traffic
+    sent = {op: int(traffic.bytes_R(op).sum()) for op in ("gather", "regather")}
+    seen: dict[str, Any] = {}
+
+    def look(*_: Any) -> None:
+        assert first.latest_pass is not None
+        seen.update({"gather": first.latest_pass.gather is not None, "reduce": len(second.reduces._passes)})
+
+    model.blocks[1].mix.register_full_backward_hook(look)
+    loss = cross_entropy(model(batch(1)[0]), batch(1)[1])
+    this = first.latest_pass
+    assert this is not None
+    seen["held after forward"] = this.holds_copies
+    loss.backward()
+    seen["left"] = this.holds_copies, len(second.reduces._passes)
+    sent = {op: int(traffic.bytes_R(op).sum()) - before for op, before in sent.items()}
+    return seen | {"bytes": sent, "owned": [len(r.owned_experts) for r in (first, second)]}
+
+
+@pytest.mark.parametrize("materialize", ["keep", "rematerialize"])
+def test_what_travels_under_the_attention_backward(materialize: str) -> None:
+    """The second layer's reduce, and the first one's copies if they were released: half of what forward had gathered."""
+    expert_bytes = 3 * 16 * 24 * 4
+    for seen in run_ranks(2, backward_order, materialize):
+        first, second = seen["owned"]
+        assert seen["held after forward"] == (materialize == "keep")
+        assert (seen["gather"], seen["reduce"]) == (materialize == "rematerialize", 1)
+        assert seen["bytes"]["gather"] == (first + second) * expert_bytes
+        assert seen["bytes"]["regather"] == (first * expert_bytes if materialize == "rematerialize" else 0)
+        assert seen["left"] == (False, 0)
+
+
+def test_backward_after_the_weights_changed_is_refused() -> None:
+    """The owners' rows, and copies gathered anew, would no longer be the weights of the forward."""
+    layer = make_model().blocks[0].moe
+    assert layer.experts is not None
+    loss = layer(torch.randn(3, 16)).square().sum()
+    for parameter in layer.experts.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(layer.experts.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="weights changed between this forward and its backward") as refused:
+        loss.backward()
+    assert "\n" not in str(refused.value)
+
+
 def forward_only(rank: int) -> dict[str, Any]:
     """Evaluation: same outputs as the unsharded model, the predictor learns nothing, the slots come back."""
     model, handle = wrapped()

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesaic import RuntimeConfig
+from moesaic import MoELayer, RuntimeConfig
 from moesaic.collectives import SCHEDULES
-from moesaic.runtime.bank import slot_bound
 from moesaic.runtime.group import RankGroup
+from moesaic.runtime.memory import BankSize, SlotPlan
+from moesaic.runtime.overlap import prefetch_in_order
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import PLACEMENTS, Case, cases
@@ -49,11 +50,23 @@ def rank_loss(y: Tensor) -> Tensor:
     return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + 0.1 * y.square().sum()
 
 
+class Stack(nn.Module):
+    """Residual MoE layers."""
+
+    def __init__(self, layers: list[MoELayer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
 def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: bool, options: dict[str, Any]) -> dict[str, Tensor]:
     """The same on one rank of a group. `order` says when backwards run: after each forward, or after all, newest last."""
-    layers = dict(enumerate(case.layers()))
-    for layer in layers.values():
-        layer.train()
+    model = Stack(case.layers()).train()
+    layers = dict(enumerate(model.layers))
     share_experts(
         {str(i): layer for i, layer in layers.items()},
         group,
@@ -62,12 +75,8 @@ def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: boo
         clock=StageClock(),
         owners=case.owners(),
     )
+    prefetch_in_order(model, model.layers)
     results: dict[str, Tensor] = {}
-
-    def forward(x: Tensor) -> Tensor:
-        for layer in layers.values():
-            x = x + layer(x)
-        return x
 
     def backward(batch: int, x: Tensor, y: Tensor) -> None:
         rank_loss(y).backward()
@@ -78,7 +87,7 @@ def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: boo
     waiting = []
     for batch in range(NUM_BATCHES):
         x = case.tokens(group.rank, batch).requires_grad_()
-        y = checkpoint(forward, x, use_reentrant=False) if use_checkpoint else forward(x)
+        y = checkpoint(model, x, use_reentrant=False) if use_checkpoint else model(x)
         waiting.append((batch, x, y))
         if order == "each":
             backward(*waiting.pop())
@@ -96,7 +105,8 @@ def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: boo
     # Invariant 6: what one forward in flight may borrow, times the forwards in flight.
     num_in_flight = 1 if order == "each" else NUM_BATCHES
     pool = layers[0].runtime.pool
-    assert pool.peak_slots <= slot_bound(len(layers), case.slots) * num_in_flight
+    assert pool.peak_bytes <= pool.predicted_bytes * num_in_flight
+    assert len(pool._free) == len(pool._alive), "slots that never came back"
     return results
 
 
@@ -127,10 +137,10 @@ def check(case: Case, order: str = "each", use_checkpoint: bool = False, **optio
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=cases())
-def test_any_case_equals_the_reference(case: Case) -> None:
+@given(case=cases(), materialize=st.sampled_from(("keep", "rematerialize")))
+def test_any_case_equals_the_reference(case: Case, materialize: str) -> None:
     """Outputs, input gradients and all parameter gradients, over three accumulated micro-batches."""
-    check(case)
+    check(case, materialize=materialize)
 
 
 @settings(max_examples=40, deadline=None)
@@ -152,6 +162,18 @@ def test_activation_checkpointing_repeats_the_routing(case: Case) -> None:
 @given(case=cases())
 def test_two_runs_are_bitwise_equal(case: Case) -> None:
     assert_bitwise(check(case), check(case))
+
+
+@settings(max_examples=8, deadline=None)
+@given(case=cases(), order=st.sampled_from(("each", "interleaved")), use_checkpoint=st.booleans())
+def test_materialization_modes_are_bitwise_equal(case: Case, order: str, use_checkpoint: bool) -> None:
+    """Copies that are kept, or gathered again for all layers but the last, or for as many as a budget says: the same weights."""
+    case = replace(case, num_layers=3)
+    expected = train(case, order, use_checkpoint)
+    assert_bitwise(train(case, order, use_checkpoint, materialize="rematerialize"), expected)
+    expert_bytes = 3 * case.dim * case.ffn_dim * 4
+    budget = SlotPlan(case.slots, 2, 3).peak_bytes([BankSize(expert_bytes, expert_bytes, case.world_size, (0, 1, 2))])
+    assert_bitwise(train(case, order, use_checkpoint, materialize="auto", slot_bytes=max(budget, 1)), expected)
 
 
 @settings(max_examples=40, deadline=None)

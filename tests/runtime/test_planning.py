@@ -125,6 +125,6 @@ def test_memory_stays_within_its_prediction(solver: str) -> None:
     expert_bytes = 3 * 16 * 24 * 4
     for memory in run_ranks(2, memory_after_steps, solver):
         assert memory["expert_bytes"] == 2 * 5 * expert_bytes
-        assert memory["slot_bytes_bound"] == (2 + 2) * 5 * expert_bytes
+        assert memory["slot_bytes_bound"] == (2 + 1) * 5 * expert_bytes
         assert memory["slot_bytes_peak"] <= memory["slot_bytes_bound"]
         assert (memory["slot_bytes_peak"] == 0) == (solver == "static")
