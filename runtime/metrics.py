@@ -122,8 +122,8 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, Link
     gather_cross_node_bytes  bytes of one gather, all ranks together, that leave a node, by the schedule
     dead_experts           experts that got no token in the step
     plan_s, solve_s        seconds this rank placed copies and split loads, and the part of them that the solver took
-    bytes_<op>             bytes that this rank sent in training: gather, calibrate, regather, reduce, describe, dispatch, combine,
-                           the two backwards, and replicate, the averaging of gradients over replicas
+    bytes_<op>             bytes that this rank sent in training: gather, calibrate, regather, reduce, describe, dispatch,
+                           combine, the two backwards, and replicate, the averaging of gradients over replicas
     cross_node_bytes_<op>  the part of them that left the node
     """
     summaries = [counters.summary() for counters in layers if counters.num_forwards]
