@@ -38,8 +38,6 @@ class Flow:
     """
 
     def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
-        if transport.traffic.unposted is not None:
-            transport.traffic.unposted.wait()
         self._transport, self._side, self._op, self._where = transport, side, op, where
         mine = schedule.messages_of(transport.rank)
         self._receives = deque(m for m in mine if m.dst == transport.rank)
@@ -97,8 +95,6 @@ class RoundFlow:
     """A collective in progress, group by group: each group of messages is launched when the one before has arrived here."""
 
     def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
-        if transport.traffic.unposted is not None:
-            transport.traffic.unposted.wait()
         self._transport, self._side, self._op, self._where = transport, side, op, where
         rank = transport.rank
         groups = ([m for m in group if rank in (m.src, m.dst)] for group in schedule.rounds())
@@ -136,13 +132,19 @@ class RoundFlow:
 
 
 def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str, in_rounds: bool) -> Pending:
-    """Launch this rank's part of a schedule, on the transport's communication thread where it has one."""
+    """Launch this rank's part of a schedule, on the transport's communication thread where it has one.
+
+    A flow that is not posted to its end is finished first, also by ranks that take no part in this schedule: those that do
+    wait here for what such a rank has still to pass on, and would wait for ever if it went on to wait for them elsewhere.
+    """
+    thread, unposted = transport.thread, transport.traffic.unposted
+    if (thread is None or in_rounds) and unposted is not None:
+        unposted.wait()
     if not schedule.involves(transport.rank):
         return Done()
 
     def flow() -> Pending:
         return (RoundFlow if in_rounds else Flow)(schedule, transport, side, op=op, where=where)
 
-    thread = transport.thread
     begin = flow if thread is None or in_rounds else lambda: thread.carry_out(lambda: flow().wait())
     return Watched(begin, transport.traffic, op=op, where=where)

@@ -263,6 +263,32 @@ def test_collectives_in_flight_do_not_mix(placement: Placement, names: tuple[str
     check_gather(placement, torch.float64, [r[1] for r in results])
 
 
+def test_a_rank_passes_on_before_others_wait_for_its_rows() -> None:
+    """A chain 0, 1, 2, 3, then a gather without rank 1, which all launch before rank 1 waits for everybody's rows.
+
+    Rank 2, which passes on to rank 3, finishes the chain as it launches the second gather: rank 1 must pass on first.
+    """
+    first = Placement(np.array([0]), np.ones((4, 1), dtype=bool))
+    second = Placement(np.array([0]), np.array([[True], [False], [True], [False]]))
+
+    def body(group: RankGroup) -> dict[int, Item]:
+        pending, copies = [], {}
+        for placement, name in ((first, "chain"), (second, "direct")):
+            copies = {e: poisoned(item) for e, item in contributions(placement, group.rank, torch.float32).items()}
+            owned = owned_by(group.rank, placement, items(placement, torch.float32))
+            pending.append(sparse_all_gather(schedule_of(name, placement), group.experts, owned, copies, op="gather"))
+        rows = torch.ones(1)
+        sends = [[] if r == group.rank else [rows] for r in range(4)]
+        recvs = [[] if r == group.rank else [torch.empty(1)] for r in range(4)]
+        all_to_all_rows(group.tokens, sends, recvs, op="rows").wait()
+        for gather in pending:
+            gather.wait()
+        return copies
+
+    with mock.patch("tests.helpers.threads.LIMIT_S", 5.0):
+        check_gather(second, torch.float32, run_threads(4, body))
+
+
 @settings(max_examples=40, deadline=None)
 @given(placement=placements(max_ranks=8), name=st.sampled_from(NAMES), pieces=st.integers(1, 3))
 def test_the_bytes_sent_are_those_of_the_schedule(placement: Placement, name: str, pieces: int) -> None:
