@@ -43,7 +43,8 @@ def forward_and_count(group: RankGroup, case: Case) -> tuple[dict[str, int], int
     group.tokens.traffic.reset()
     x = case.tokens(group.rank, 1).requires_grad_()
     y = layer(x)
-    plan = layer.runtime.planner._plan
+    assert layer.runtime.latest_pass is not None
+    plan = layer.runtime.latest_pass.plan
     y.sum().backward()
     traffic = group.tokens.traffic
     own = layer.router(x.detach()).topk_ids_TK.numpy()

@@ -68,10 +68,13 @@ def forward_and_count(group: RankGroup, case: Case, route: str) -> tuple[dict[st
     layer(case.tokens(group.rank, 0))
     group.tokens.traffic.reset()
     x = case.tokens(group.rank, 1).requires_grad_()
-    layer(x).sum().backward()
+    y = layer(x)
+    assert layer.runtime.latest_pass is not None
+    replicas_RE = layer.runtime.latest_pass.plan.placement.replicas_RE
+    y.sum().backward()
     ops = ("describe", "dispatch", "combine", "combine_backward", "dispatch_backward")
     sent = {op: group.tokens.traffic.bytes_R(op) for op in ops}
-    return sent, layer.router(x.detach()).topk_ids_TK.numpy(), layer.runtime.planner._plan.placement.replicas_RE
+    return sent, layer.router(x.detach()).topk_ids_TK.numpy(), replicas_RE
 
 
 @pytest.mark.parametrize("num_nodes,ranks_per_node", SHAPES)
