@@ -29,6 +29,31 @@ from ..kernels import (
 from .kernel_cases import Case, Shape, difference, dtype_name
 
 
+def _copy_bound(
+    op: str,
+    num_bytes: float,
+    *,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    cpu_target: float | None = None,
+    **kwargs: Any,
+) -> Case:
+    """A case whose ceiling is a copy of as many bytes, half of them read and half written."""
+    source = torch.ones(max(1, int(num_bytes) // 2), dtype=torch.uint8, device=device)
+    copied = torch.empty_like(source)
+    return Case(
+        op,
+        shape.name,
+        dtype_name(dtype),
+        "GB/s",
+        num_bytes,
+        ceiling=lambda: copied.copy_(source),
+        target=0.85 if device == "cuda" else cpu_target,
+        **kwargs,
+    )
+
+
 def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     """The memory-bound ops: gather, sum, both ways in turn, SwiGLU and its backward."""
     N, D, F, K = shape.num_rows, shape.D, shape.F, shape.top_k
@@ -44,22 +69,8 @@ def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     h, grads = torch.empty_like(dh), SwigluGrads(torch.empty_like(gate_up), torch.empty_like(weights), torch.empty_like(dh))
     gate, up = gate_up.chunk(2, dim=1)
 
-    def make(op: str, num_bytes: float, **kwargs: Any) -> Case:
-        # Copies of as many bytes, half of them read and half written.
-        source = torch.ones(max(1, int(num_bytes) // 2), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        return Case(
-            op,
-            shape.name,
-            dtype_name(dtype),
-            "GB/s",
-            num_bytes,
-            ceiling=lambda: target.copy_(source),
-            tolerance=tolerance,
-            target=0.85 if device == "cuda" else 0.70 if op == "gather_rows + sum_rows" else None,
-            **kwargs,
-        )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    make = partial(_copy_bound, shape=shape, dtype=dtype, device=device, tolerance=tolerance)
 
     index_add = lambda: torch.zeros_like(x).index_add_(0, row_ids, rows)  # noqa: E731
     plain_swiglu = lambda: functional.silu(gate) * up * weights[:, None].to(dtype)  # noqa: E731
@@ -81,6 +92,7 @@ def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
         "gather_rows + sum_rows",
         2 * (T + N) * D * item,
         ours=lambda: sum_rows(gather_rows(x, row_ids, out=gathered), bags),
+        cpu_target=0.70,
         torch={"index_select, index_add": lambda: torch.zeros_like(x).index_add_(0, row_ids, x[row_ids])},
         check=lambda: difference(sum_rows(gather_rows(x, row_ids), bags), K * x),
     )
@@ -107,20 +119,7 @@ def bank_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     buffer, item = torch.randn(G, row, device=device).to(dtype), torch.empty((), dtype=dtype).element_size()
     bags, out = bags_of(ids, G), torch.empty(G, row, dtype=dtype, device=device)
 
-    def make(op: str, num_bytes: float, **kwargs: Any) -> Case:
-        source = torch.ones(int(num_bytes) // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return Case(
-            op,
-            shape.name,
-            dtype_name(dtype),
-            "GB/s",
-            num_bytes,
-            ceiling=lambda: target.copy_(source),
-            tolerance=1e-2,
-            target=0.85 if device == "cuda" else None,
-            **kwargs,
-        )
+    make = partial(_copy_bound, shape=shape, dtype=dtype, device=device, tolerance=1e-2)
 
     def check_accumulate() -> float:
         expected = bank.index_add(0, ids, buffer.float())

@@ -25,7 +25,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import DenseMoE
 from tests.helpers.threads import run_threads
 from tests.runtime.test_parity import reference, train
-from tests.runtime.test_shard import SOLVERS, whole_gradients
+from tests.runtime.test_shard import SOLVERS, losses_on_ranks, whole_gradients
 
 # Of the largest element. Each of up to eight values in a row is rounded to bf16 (2 ** -9 of it), and sums may cancel.
 RTOL = 2**-5
@@ -162,22 +162,8 @@ def test_a_model_in_bf16_equals_one_process_that_casts_alike(world_size: int) ->
 
 
 def train_on_ranks(rank: int, compute_dtype: str) -> list[float]:
-    world_size = dist.get_world_size()
     model, handle = wrapped("random", compute_dtype)
-    optimizer = torch.optim.AdamW(handle.parameter_groups(), lr=3e-3)
-    losses = []
-    for step in range(30):
-        ids, targets = (rank_slice(t, rank, world_size) for t in global_batch(step))
-        loss = cross_entropy(model(ids).float(), targets)
-        (loss + handle.aux_loss()).backward()
-        handle.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        handle.step()
-        mean = loss.detach().double()
-        dist.all_reduce(mean)
-        losses.append(mean.item() / world_size)
-    return losses
+    return losses_on_ranks(rank, model, handle, torch.optim.AdamW(handle.parameter_groups(), lr=3e-3), 30)
 
 
 def test_a_run_in_bf16_follows_the_run_in_fp32_and_repeats_its_bits() -> None:

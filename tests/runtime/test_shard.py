@@ -122,14 +122,17 @@ def test_gradients_and_norm_equal_one_process(world_size: int, solver: str, num_
 
 
 def train_on_ranks(rank: int, solver: str, optimizer_name: str, num_steps: int) -> list[float]:
+    model, handle = wrapped(solver)
+    return losses_on_ranks(rank, model, handle, make_optimizer(model, optimizer_name), num_steps)
+
+
+def losses_on_ranks(rank: int, model: nn.Module, handle: Handle, optimizer: torch.optim.Optimizer, num_steps: int) -> list[float]:
     """The loss of the global batch at every step."""
     world_size = dist.get_world_size()
-    model, handle = wrapped(solver)
-    optimizer = make_optimizer(model, optimizer_name)
     losses = []
     for step in range(num_steps):
         ids, targets = (rank_slice(t, rank, world_size) for t in global_batch(step))
-        loss = cross_entropy(model(ids), targets)
+        loss = cross_entropy(model(ids).float(), targets)
         (loss + handle.aux_loss()).backward()
         handle.clip_grad_norm_(1.0)
         optimizer.step()
