@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import collectives, kernels, placement, step
+from . import collectives, kernels, overlap, placement, step
 from .rows import publish
 
 JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
@@ -17,7 +17,7 @@ def bench() -> None:
     """Measure this machine: ratios within one run."""
 
 
-@bench.command("step")
+@bench.command("step", short_help="One MoE layer's training step, by placement policy.")
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes, one thread each.")
 @click.option("--experts", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--hidden", type=click.IntRange(min=1), default=512, show_default=True, help="Model dim D.")
@@ -34,7 +34,7 @@ def step_command(json_path: str | None, **case: int | float | str) -> None:
     publish("step", step.run(step.StepCase(**case)), step.COLUMNS, json_path)  # type: ignore[arg-type]
 
 
-@bench.command("collectives")
+@bench.command("collectives", short_help="Collectives by transport and schedule, against Gloo and MPI.")
 @click.option(
     "--ops", default=",".join(collectives.OPS), show_default=True, help="Collectives, separated by commas; also token_rows."
 )
@@ -78,14 +78,18 @@ def _bytes(text: str) -> int:
     return _count("--sizes", number, minimum=1) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit]
 
 
-@bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@bench.command(
+    "kernels",
+    short_help="Every kernel against torch and this machine's ceilings.",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def kernels_command(arguments: tuple[str, ...]) -> int:
     """Every kernel against torch and this machine's ceilings; --help tells its options."""
     return kernels.main(arguments)
 
 
-@bench.command("placement")
+@bench.command("placement", short_help="Planner and split time, the exact solver's gap, hops.")
 @click.option(
     "--what",
     "whats",
@@ -144,3 +148,6 @@ def placement_command(
             path=path, layers=trace_layers, overlap_s=overlap_us * 1e-6, move_owners=move_owners, nodes=nodes
         )
     publish("placement", placement.run(trace=trace, **case), placement.COLUMNS, json_path)
+
+
+bench.add_command(overlap.command)

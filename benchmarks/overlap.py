@@ -1,6 +1,6 @@
 """Exposed communication with overlap and without, between nodes whose links have a given rate.
 
-    python -m moesaic.benchmarks.overlap --nodes 2 --link-mbit 200 --profile FOLDER
+    moesaic bench overlap --nodes 2 --link-mbit 200 --profile FOLDER
 
 A small transformer of attention and MoE layers trains twice side by side, on the same weights and tokens: once as usual, once
 with `RuntimeConfig.overlap` off, which waits for every gather and reduce right after its launch. Every rank holds copies of
@@ -200,7 +200,7 @@ def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
     return medians
 
 
-@click.command()
+@click.command("overlap", short_help="Exposed communication between nodes, with overlap and without.")
 @click.option("--nodes", type=click.IntRange(min=1), default=2, show_default=True, help="Network namespaces with links.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of a node's link.")

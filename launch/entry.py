@@ -30,7 +30,10 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        _report(error.format_message(), name)
+        if not _asks_for_help(error):
+            _report(error.format_message(), name)
+        elif speaks_for_run(os.environ):
+            error.show()
         return USAGE_STATUS
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED_STATUS
@@ -41,6 +44,11 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
         _report(str(error), name)
         return USAGE_STATUS
     return status if isinstance(status, int) else 0
+
+
+def _asks_for_help(error: click.ClickException) -> bool:
+    """Whether a group was called without a command, which click (from 8.2 on) answers with the group's help."""
+    return type(error).__name__ == "NoArgsIsHelpError"
 
 
 def _report(message: str, name: str, speaks: Callable[[Mapping[str, str]], bool] = speaks_for_run) -> None:

@@ -85,6 +85,8 @@ class NpzReader:
                 headers = {info.filename: self._open_header(archive, info) for info in infos}
         except FileNotFoundError:
             raise ValueError(f"there is no {self.what} at {self.path}") from None
+        except IsADirectoryError:
+            raise self.error("it is a folder; give a file in it") from None
         except _DAMAGE as error:
             raise self._damage(error, "it is damaged, unreadable or no .npz file") from None
         return {name.removesuffix(".npy"): member for name, member in headers.items()}

@@ -66,6 +66,14 @@ def test_wrong_use_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], 
     assert message in error_of(capsys, *args)
 
 
+@pytest.mark.parametrize("args", [[], ["bench"], ["place"], ["trace"]])
+def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
+    assert run_command(cli, args) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Usage: moesaic")
+    assert "\nCommands:\n" in shown
+
+
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 prints what every rank sees; a missing file is printed once per machine."""
     monkeypatch.setenv("RANK", "4")

@@ -162,6 +162,8 @@ def test_a_header_that_promises_more_than_the_file_holds(tmp_path):
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="there is no trace at"):
         Trace(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match="it is a folder; give a file in it"):
+        Trace(tmp_path)
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match="damaged, unreadable or no"):
         Trace(tmp_path / "text.npz")
