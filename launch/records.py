@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from ..collectives import SCHEDULES
 from ..placement import TraceMeta, TraceWriter
 from ..runtime.rehomer import Decision
 from .config import Config, RunConfig
@@ -86,6 +87,7 @@ class Summary:
     max_over_mean_static: float
     max_over_mean: float
     copies_per_layer: float
+    schedules: dict[str, float]
     bytes_sent_per_step: float
     expert_bytes: float
     slot_bytes_bound: float
@@ -102,12 +104,20 @@ class Summary:
                 f"max/mean rank load     {self.max_over_mean_static:.3f} under static EP, {self.max_over_mean:.3f} under FSSDP"
                 " (mean over steps, same routing)",
                 f"copies per layer       {self.copies_per_layer:.2f}",
+                f"copies travelled       {self._schedules()}",
                 f"sent per step          {self.bytes_sent_per_step / 1e6:.2f} MB over all ranks",
                 f"memory, rank 0         {self.expert_bytes / 1e6:.1f} MB of experts and gradients; slots took"
                 f" {self.slot_bytes_peak / 1e6:.1f} MB of the {self.slot_bytes_bound / 1e6:.1f} MB predicted at most",
                 f"files                  {self.folder}",
             )
         )
+
+    def _schedules(self) -> str:
+        """The schedules of the gathers, the most frequent first."""
+        total = sum(self.schedules.values())
+        ordered = sorted(self.schedules.items(), key=lambda schedule: -schedule[1])
+        shares = [f"{name} ({count / total:.0%} of gathers)" for name, count in ordered if count]
+        return ", ".join(shares) if shares else "not at all"
 
 
 class Records:
@@ -218,6 +228,7 @@ class Records:
             max_over_mean_static=mean("max_over_mean_static"),
             max_over_mean=mean("max_over_mean"),
             copies_per_layer=mean("copies_per_layer"),
+            schedules={name: mean(f"gathers_{name}") for name in SCHEDULES},
             bytes_sent_per_step=mean("bytes_sent"),
             expert_bytes=self._rows[-1]["expert_bytes"],
             slot_bytes_bound=self._rows[-1]["slot_bytes_bound"],

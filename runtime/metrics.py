@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from ..collectives import LinkCounts
+from ..collectives import SCHEDULES, LinkCounts
 from ..placement import ExpertLoad, Problem, Solution, Solver
 from .planning import Plan
 
@@ -28,6 +28,7 @@ class LayerCounters:
         self.num_forwards = 0
         self.num_copies = 0
         self.num_added = 0
+        self.num_gathers = dict.fromkeys(SCHEDULES, 0)
         self.gather_busiest_bytes = 0
         self.gather_bound_bytes = 0
         self.gather_cross_node_bytes = 0
@@ -63,6 +64,7 @@ class LayerCounters:
         self.num_forwards += 1
         self.num_copies += plan.placement.num_copies
         self.num_added += plan.num_added
+        self.num_gathers[plan.schedule_name] += plan.placement.num_copies > 0
         self.gather_busiest_bytes += plan.gather_account.bound.busiest_bytes
         self.gather_bound_bytes += plan.gather_account.bound.rank_bytes
         self.gather_cross_node_bytes += plan.gather_account.bytes.cross_node
@@ -81,6 +83,7 @@ class LayerCounters:
             "expert_max_over_mean": max_over_mean(self.load_RE.sum(axis=0)),
             "copies_per_layer": self.num_copies / self.num_forwards,
             "copies_calibrated": self.num_added / self.num_forwards,
+            **{f"gathers_{name}": count / self.num_forwards for name, count in self.num_gathers.items()},
             "gather_busiest_bytes": self.gather_busiest_bytes / self.num_forwards,
             "gather_bound_bytes": self.gather_bound_bytes / self.num_forwards,
             "gather_cross_node_bytes": self.gather_cross_node_bytes / self.num_forwards,
@@ -117,6 +120,7 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, Link
     copies_per_layer       copies made, over all ranks
     copies_calibrated      those of them that calibration added for the exact load
     prediction_error       share of the assignments that were predicted for another expert, where anything was predicted
+    gathers_<schedule>     share of the layers' forwards whose copies travelled by that schedule
     gather_busiest_bytes   bytes that the busiest rank sends or receives in one gather, by the schedule
     gather_bound_bytes     what no schedule goes below: copies received by one rank, or distinct experts sent by one owner
     gather_cross_node_bytes  bytes of one gather, all ranks together, that leave a node, by the schedule

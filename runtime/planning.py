@@ -37,6 +37,8 @@ class Plan:
     """Who holds which experts for one forward of one layer, how they get there, and (once routed) who computes what."""
 
     placement: Placement
+    schedule_name: str
+    """Which of `SCHEDULES` the gather follows."""
     gather: Schedule
     reduce: Schedule
     gather_account: Account
@@ -139,7 +141,7 @@ class LayerPlanner:
         if more is None:
             return plan
         self._check_budget(more.placement)
-        added = self._gather_of(added_copies(more.placement, plan.placement))
+        _, added = self._gather_of(added_copies(more.placement, plan.placement))
         return replace(self._plan_of(more.placement), split=more, added=added, number=plan.number)
 
     @property
@@ -174,19 +176,21 @@ class LayerPlanner:
         Sums are made in fp32. A relay forwards partial sums, which therefore must travel in fp32; narrower gradients, and those
         that are narrowed for the wire, go straight to the owner, in two chunks so that the sum in progress takes half an expert.
         """
-        shape, gather = self._shape, self._gather_of(placement)
+        shape, (name, gather) = self._shape, self._gather_of(placement)
         if shape.gradient_bytes_per_element >= 4:
             reduce = gather.transpose().limit_receives(staging_limit(self._slots))
         else:
             reduce = direct_gather(placement, num_chunks=2).transpose().limit_receives(max(self._slots, 1))
         counted = account(gather, self._topology, shape.parameters_per_expert, shape.bytes_per_element)
         self._num_plans += 1
-        return Plan(placement, gather, reduce, counted, self._num_plans - 1)
+        return Plan(placement, name, gather, reduce, counted, self._num_plans - 1)
 
-    def _gather_of(self, placement: Placement) -> Schedule:
+    def _gather_of(self, placement: Placement) -> tuple[str, Schedule]:
         if self._config.schedule == "auto":
-            return choose_schedule(placement, self._topology, self._shape).schedule
-        return make_schedule(self._config.schedule, placement, self._topology, self._shape.expert_bytes)
+            choice = choose_schedule(placement, self._topology, self._shape)
+            return choice.name, choice.schedule
+        name = self._config.schedule
+        return name, make_schedule(name, placement, self._topology, self._shape.expert_bytes)
 
 
 def staging_limit(slots: int) -> int:

@@ -27,6 +27,10 @@ METRICS = {
     "max_over_mean": 1.1,
     "max_over_mean_static": 1.5,
     "copies_per_layer": 2.0,
+    "gathers_direct": 0.25,
+    "gathers_relay": 0.75,
+    "gathers_hierarchical": 0.0,
+    "gathers_element_sharded": 0.0,
     "expert_bytes": 4e6,
     "slot_bytes_bound": 3e6,
     "slot_bytes_peak": 2e6,
@@ -90,6 +94,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["max_over_mean"] == pytest.approx(1.1)
     assert "5.500 -> 2.500 nats per byte" in str(summary)
     assert "1.500 under static EP, 1.100 under FSSDP" in str(summary)
+    assert "relay (75% of gathers), direct (25% of gathers)\n" in str(summary)
 
 
 def test_an_error_loses_no_steps(tmp_path: Path) -> None:

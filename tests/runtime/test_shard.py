@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
+from moesaic.collectives import SCHEDULES
 from moesaic.placement import Placement, Problem
 from tests.helpers.compare import assert_all_close
 from tests.helpers.model import (
@@ -290,6 +291,7 @@ def test_bytes_are_those_of_the_plan(world_size: int) -> None:
     # The busiest rank has no less to do than the bound says, and one node has no other to send to.
     assert all(0 < r["metrics"]["gather_bound_bytes"] <= r["metrics"]["gather_busiest_bytes"] for r in results)
     assert all(r["metrics"]["cross_node_bytes_gather"] == 0.0 for r in results)
+    assert all(sum(r["metrics"][f"gathers_{name}"] for name in SCHEDULES) == 1.0 for r in results)
     assert total == {"bytes_gather": copies * expert_bytes, "bytes_reduce": copies * expert_bytes, "bytes_dispatch": 0.0}
     for result in results:
         assert result["metrics"]["copies_per_layer"] == NUM_EXPERTS * (world_size - 1)
