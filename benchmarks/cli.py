@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import collectives, kernels, overlap, placement, step
+from . import collectives, kernels, overlap, placement, scaling, step
 from .rows import publish
 
 JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
@@ -151,3 +151,4 @@ def placement_command(
 
 
 bench.add_command(overlap.command)
+bench.add_command(scaling.command)

@@ -28,8 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..placement import Topology
 from ..placement.hecate import solve as hecate
 from ..runtime import Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
+from ..runtime.metrics import EXPOSED
 from ..runtime.router import TopKRouter, balanced_ids
 from .rows import median_interval
 
@@ -54,6 +56,7 @@ COLUMNS = (
     "max_over_mean",
     "copies",
     "bytes_cross_rank",
+    "exposed_comm_share",
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 # Different routings that the rounds go through, so that a policy must predict and cannot just remember.
@@ -122,7 +125,7 @@ def run(case: StepCase) -> list[dict[str, Any]]:
             process.join()
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"the ranks of the benchmark ended with {[process.exitcode for process in processes]}")
-        return _rows(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
+        return rows_of(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
 
 
 def _rank(rank: int, case: StepCase, folder: str) -> None:
@@ -134,7 +137,7 @@ def _rank(rank: int, case: StepCase, folder: str) -> None:
         world_size=case.ranks,
         timeout=timedelta(seconds=300),
     )
-    measured = _measure(rank, case)
+    measured = measure(rank, case)
     everybody: list[Any] = [None] * case.ranks
     dist.all_gather_object(everybody, measured)
     if rank == 0:
@@ -146,7 +149,7 @@ def _rank(rank: int, case: StepCase, folder: str) -> None:
 class _Policy:
     """One policy's layer, optimizer and counters on this rank."""
 
-    def __init__(self, name: str, rank: int, case: StepCase):
+    def __init__(self, name: str, rank: int, case: StepCase, topology: Topology | None, device: torch.device):
         torch.manual_seed(0)
         config = POLICIES[name]
         if config.slots:
@@ -157,12 +160,12 @@ class _Policy:
         else:
             routings = [zipf_ids(case.tokens, case.experts, case.top_k, case.skew, seed) for seed in seeds]
         scores = TopKRouter(case.hidden, case.experts, case.top_k, RouterConfig(aux_loss_coef=0.0))
-        self.router = GivenRouter(scores, routings)
+        self.router = GivenRouter(scores, [ids_TK.to(device) for ids_TK in routings])
         layer = MoELayer(case.hidden, case.ffn, case.experts, case.top_k, router=self.router)
-        self.model = nn.ModuleDict({"moe": layer})
-        mesh = init_device_mesh("cpu", (case.ranks,))
+        self.model = nn.ModuleDict({"moe": layer}).to(device)
+        mesh = init_device_mesh(device.type, (case.ranks,))
         solver = partial(hecate, degree=case.slots) if name == "hecate" else None
-        self.handle: Handle = shard_experts(self.model, mesh=mesh, config=config, solver=solver)
+        self.handle: Handle = shard_experts(self.model, mesh=mesh, config=config, topology=topology, solver=solver)
         self.layer = layer
         self.optimizer = OPTIMIZERS[case.optimizer](self.model.parameters(), lr=1e-4, fused=True)
         self.handle.clock.enabled = True
@@ -179,12 +182,18 @@ class _Policy:
         return y_TD.detach()
 
 
-def _measure(rank: int, case: StepCase) -> dict[str, Any]:
-    policies = {name: _Policy(name, rank, case) for name in POLICIES}
+def measure(rank: int, case: StepCase, *, topology: Topology | None = None, device: torch.device | None = None) -> dict[str, Any]:
+    """Measure a case on this rank of the default process group, on the CPU if no `device` is given. Collective.
+
+    `topology` is what the planner is told of the machine; see `shard_experts`. What every rank returns, in rank order, is what
+    `rows_of` takes.
+    """
+    device = device or torch.device("cpu")
+    policies = {name: _Policy(name, rank, case, topology, device) for name in POLICIES}
     generator = torch.Generator().manual_seed(rank)
-    x_TD = torch.randn(case.tokens, case.hidden, generator=generator).requires_grad_()
-    dy_TD = torch.randn(case.tokens, case.hidden, generator=generator) / case.tokens
-    floor = _floor(case)
+    x_TD = torch.randn(case.tokens, case.hidden, generator=generator).to(device).requires_grad_()
+    dy_TD = (torch.randn(case.tokens, case.hidden, generator=generator) / case.tokens).to(device)
+    floor = _floor(case, device)
     floor_seconds: list[float] = []
     names = list(policies)
     for round_index in range(WARM_UP_ROUNDS + case.rounds):
@@ -196,7 +205,7 @@ def _measure(rank: int, case: StepCase) -> dict[str, Any]:
             if round_index == WARM_UP_ROUNDS:
                 policy.handle.clock.seconds.clear()
             x_TD.grad = None
-            seconds, outputs[name] = _timed(partial(policy.step, x_TD, dy_TD, round_index))
+            seconds, outputs[name] = _timed(partial(policy.step, x_TD, dy_TD, round_index), device)
             if is_timed:
                 policy.seconds.append(seconds)
                 policy.metrics.append(policy.handle.metrics())
@@ -205,7 +214,7 @@ def _measure(rank: int, case: StepCase) -> dict[str, Any]:
             for name in ("hecate", "quota"):
                 torch.testing.assert_close(outputs[name], outputs["static"], rtol=1e-4, atol=1e-4)
         else:
-            floor_seconds.append(_timed(floor)[0])
+            floor_seconds.append(_timed(floor, device)[0])
     return {
         "seconds": {name: policy.seconds for name, policy in policies.items()},
         "metrics": {name: policy.metrics for name, policy in policies.items()},
@@ -215,20 +224,23 @@ def _measure(rank: int, case: StepCase) -> dict[str, Any]:
     }
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds until the last rank is done, from a common start."""
     dist.barrier()
     start = time.perf_counter()
     result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     dist.barrier()
     return time.perf_counter() - start, result
 
 
-def _floor(case: StepCase) -> Callable[[], None]:
+def _floor(case: StepCase, device: torch.device) -> Callable[[], None]:
     """The six matrix products of a SwiGLU expert step, for all rows of a balanced rank at once, into ready buffers."""
     rows, D, F = case.tokens * case.top_k, case.hidden, case.ffn
-    x, h, gate_up = torch.randn(rows, D), torch.randn(rows, F), torch.randn(rows, 2 * F)
-    w_gate_up, w_down = torch.randn(2 * F, D), torch.randn(D, F)
+    random = partial(torch.randn, device=device)
+    x, h, gate_up = random(rows, D), random(rows, F), random(rows, 2 * F)
+    w_gate_up, w_down = random(2 * F, D), random(D, F)
     dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
 
     def products() -> None:
@@ -244,7 +256,12 @@ def _floor(case: StepCase) -> Callable[[], None]:
     return products
 
 
-def _rows(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a policy, of what `measure` returned on every rank.
+
+    exposed_comm_share is the part of a step in which the mean rank only waited: for copies, their gradients, token rows, or
+    a rank that had more to do.
+    """
     seconds = {name: np.max([m["seconds"][name] for m in everybody], axis=0) for name in POLICIES}
     floor = np.max([m["floor"] for m in everybody], axis=0)
     rows = []
@@ -281,9 +298,19 @@ def _rows(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any
                 "max_over_mean": float(np.mean([step["max_over_mean"] for step in metrics])),
                 "copies": float(np.mean([step["copies_per_layer"] for step in metrics])),
                 "bytes_cross_rank": sum(v for s in metrics for k, v in s.items() if k.startswith("bytes_")) / case.rounds,
+                "exposed_comm_share": _exposed_share(everybody, name),
                 "peak_rss_bytes": max(m["peak_rss_bytes"] for m in everybody),
                 "stage_s": stage_s,
                 "floor_s": float(np.median(floor)),
             }
         )
     return rows
+
+
+def _exposed_share(everybody: list[dict[str, Any]], name: str) -> float:
+    waits = [
+        sum(step[f"exposed_{what}_s"] for what in EXPOSED) / seconds
+        for measured in everybody
+        for step, seconds in zip(measured["metrics"][name], measured["seconds"][name], strict=True)
+    ]
+    return float(np.mean(waits))

@@ -1,0 +1,282 @@
+"""Throughput of one MoE layer's training step across node counts: on real nodes, on emulated ones, or predicted.
+
+    torchrun --nnodes 4 --nproc-per-node 8 ... -m moesaic.benchmarks.scaling --nodes 1,2,4      real
+    moesaic bench scaling --nodes 1,2,4 --link-mbit 200                                         emulated
+    moesaic bench scaling --mode simulated --machine h100 --ranks-per-node 8 --nodes 1,2,4,8    simulated
+
+The layer, its routing and its policies are those of `moesaic bench step`; every rank brings the same number of tokens.
+
+real        Under torchrun: the first nodes of the job, as many as each count says, while the others wait.
+emulated    Nodes are network namespaces joined by links of `link_mbit`; every rank may use the same share of a core, so that
+            ranks do not borrow each other's time. Everything else is real: processes, transports, weights, bytes.
+simulated   No process at all: placements from the load before, priced on the load that came by the cost model (placement/cost.py)
+            for a machine of `Topology.preset`.
+
+efficiency is the throughput of a rank over that of a rank under the forced-balanced ideal on the fewest nodes of the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+from ..placement import Topology
+from . import cpu_share
+from .network import run_on_nodes
+from .rows import publish
+from .scaling_model import simulate
+from .step import StepCase, measure, rows_of
+
+COLUMNS = (
+    "mode",
+    "nodes",
+    "ranks",
+    "policy",
+    "tokens_per_s",
+    "ratio_to_static",
+    "ratio_to_ideal",
+    "ratio_to_ideal_low",
+    "ratio_to_ideal_high",
+    "efficiency",
+    "max_over_mean",
+    "copies",
+    "exposed_comm_share",
+)
+MODES = ("auto", "real", "emulated", "simulated")
+# Of the machine's cores, what emulated ranks may use together: the rest is for the links and the system.
+_USED_CORES = 0.8
+_TIMEOUT = timedelta(hours=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingCase:
+    """What is measured: `layer`, whose `ranks` each count sets, on each count of nodes, ascending."""
+
+    mode: str
+    nodes: tuple[int, ...]
+    ranks_per_node: int
+    link_mbit: float
+    machine: str
+    layer: StepCase
+
+    def on(self, nodes: int) -> StepCase:
+        """The layer on so many nodes."""
+        return replace(self.layer, ranks=nodes * self.ranks_per_node)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on the most nodes."""
+        return self.nodes[-1] * self.ranks_per_node
+
+
+def run(case: ScalingCase) -> list[dict[str, Any]] | None:
+    """Measure a case, one row a node count and policy; None on ranks of a real job other than the first.
+
+    Raises:
+        ValueError: the job is smaller than the case, or this machine cannot emulate nodes.
+    """
+    if case.mode == "simulated":
+        return _rows(
+            case, [simulate(case.on(nodes), _topology(case, nodes), 4 if case.machine == "cpu" else 2) for nodes in case.nodes]
+        )
+    if case.mode == "real":
+        everybody = _real(case)
+    else:
+        everybody = _emulated(case)
+    if everybody is None:
+        return None
+    return _rows(case, [rows_of(case.on(nodes), measured) for nodes, measured in zip(case.nodes, everybody, strict=True)])
+
+
+def _rows(case: ScalingCase, tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    (ideal,) = (row for row in tables[0] if row["policy"] == "ideal")
+    per_rank = ideal["tokens_per_s"] / ideal["ranks"]
+    return [
+        {
+            **row,
+            "mode": case.mode,
+            "nodes": nodes,
+            "ranks_per_node": case.ranks_per_node,
+            "link_mbit": case.link_mbit if case.mode == "emulated" else None,
+            "machine": case.machine if case.mode == "simulated" else None,
+            "efficiency": row["tokens_per_s"] / row["ranks"] / per_rank,
+        }
+        for nodes, table in zip(case.nodes, tables, strict=True)
+        for row in table
+    ]
+
+
+def _topology(case: ScalingCase, nodes: int) -> Topology:
+    """What the planner is told of the machine, where it is not a real one."""
+    if case.mode == "simulated":
+        return Topology.preset(case.machine, num_nodes=nodes, ranks_per_node=case.ranks_per_node)
+    cpu = Topology.preset("cpu", num_nodes=nodes, ranks_per_node=case.ranks_per_node)
+    return replace(cpu, node_bytes_per_s=case.link_mbit * 1e6 / 8, flops_per_s=cpu.flops_per_s * _cores_per_rank(case))
+
+
+def _cores_per_rank(case: ScalingCase) -> float:
+    return min(1.0, _USED_CORES * len(os.sched_getaffinity(0)) / case.world_size)
+
+
+def _real(case: ScalingCase) -> list[list[dict[str, Any]]] | None:
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise ValueError(f"--mode real needs the variables that torchrun sets: {error}") from None
+    if world_size < case.world_size:
+        raise ValueError(
+            f"--nodes {case.nodes[-1]} of {case.ranks_per_node} ranks are {case.world_size} ranks, the job has {world_size}; "
+            "start more, or give fewer"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return _in_turn(case, store, rank, world_size, device)
+
+
+def _in_turn(
+    case: ScalingCase, store: dist.Store, rank: int, world_size: int, device: torch.device
+) -> list[list[dict[str, Any]]] | None:
+    """Every node count in turn, on its first ranks; what all of them measured, on rank 0."""
+    store.set_timeout(_TIMEOUT)
+    measured = []
+    for nodes in case.nodes:
+        ranks = nodes * case.ranks_per_node
+        if rank < ranks:
+            with _process_group(f"{nodes} nodes", store, rank, ranks, device):
+                topology = _topology(case, nodes) if case.mode == "emulated" else None
+                own = measure(rank, case.on(nodes), topology=topology, device=device)
+                everybody: list[Any] = [None] * ranks
+                dist.all_gather_object(everybody, own)
+                measured.append(everybody)
+        _meet(f"after {nodes} nodes", store, world_size)
+    return measured if rank == 0 else None
+
+
+def _process_group(name: str, store: dist.Store, rank: int, world_size: int, device: torch.device) -> ExitStack:
+    """The default process group of the ranks below `world_size`, until the stack is left."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=300),
+    )
+    stack = ExitStack()
+    stack.callback(dist.destroy_process_group)
+    return stack
+
+
+def _meet(name: str, store: dist.Store, world_size: int) -> None:
+    """Wait for everybody, in a process group or not."""
+    if store.add(f"{name}: here", 1) == world_size:
+        store.set(name, "all here")
+    store.wait([name])
+
+
+def _emulated(case: ScalingCase) -> list[list[dict[str, Any]]]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            shares = stack.enter_context(cpu_share.CpuShares(case.world_size, _cores_per_rank(case)))
+        except OSError as error:
+            raise ValueError(f"--mode emulated needs control groups that limit the CPU: {error}") from None
+        plain = {**asdict(case), "groups": [str(shares.folder(rank)) for rank in range(case.world_size)]}
+        (folder / "case.json").write_text(json.dumps(plain), encoding="utf-8")
+        program = [sys.executable, "-m", "moesaic.benchmarks.scaling", "--as-rank", str(folder)]
+        environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+        run_on_nodes(program, case.world_size, case.nodes[-1], case.link_mbit * 1e6, environment)
+        measured: list[list[dict[str, Any]]] = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    return measured
+
+
+def _emulated_rank(folder: Path) -> None:
+    plain = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    groups = plain.pop("groups")
+    case = ScalingCase(**{**plain, "nodes": tuple(plain["nodes"]), "layer": StepCase(**plain["layer"])})
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    store = dist.FileStore(str(folder / "store"), -1)
+    # What is compiled at first use is, before this rank is slowed down.
+    with _process_group("rehearsal", store, rank, case.world_size, torch.device("cpu")):
+        measure(rank, replace(case.on(case.nodes[-1]), hidden=16, ffn=16, tokens=64, rounds=1))
+    cpu_share.enter(Path(groups[rank]))
+    measured = _in_turn(case, store, rank, case.world_size, torch.device("cpu"))
+    if measured is not None:
+        (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--nodes has {text!r}; give whole numbers of 1 or more, separated by commas")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+@click.command("scaling", short_help="Throughput across node counts: real, emulated or simulated nodes.")
+@click.option(
+    "--mode", type=click.Choice(MODES), default="auto", show_default=True, help="auto: real under torchrun, else emulated."
+)
+@click.option("--nodes", default="1,2,4", show_default=True, help="Numbers of nodes, separated by commas.")
+@click.option(
+    "--ranks-per-node", type=click.IntRange(min=1), help="By default what torchrun started on a node; 1 where it did not."
+)
+@click.option(
+    "--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of an emulated node's link."
+)
+@click.option("--machine", default="h100", show_default=True, help="What is simulated: cpu, a100, h100 or b200.")
+@click.option("--experts", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--hidden", type=click.IntRange(min=1), default=256, show_default=True, help="Model dim D.")
+@click.option("--ffn", type=click.IntRange(min=1), default=512, show_default=True, help="Expert ffn dim F.")
+@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens per rank.")
+@click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--skew", type=click.FloatRange(min=0), default=1.2, show_default=True, help="Zipf exponent of expert popularity.")
+@click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold.")
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed steps of each policy.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+@click.option("--as-rank", "rank_folder", hidden=True)
+def command(
+    mode: str,
+    nodes: str,
+    ranks_per_node: int | None,
+    link_mbit: float,
+    machine: str,
+    json_path: str | None,
+    rank_folder: str | None,
+    **layer: Any,
+) -> None:
+    """Throughput of one MoE layer's training step by node count and placement policy."""
+    if rank_folder is not None:
+        _emulated_rank(Path(rank_folder))
+        return
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if mode == "auto":
+        mode = "real" if launched else "emulated"
+    case = ScalingCase(
+        mode=mode,
+        nodes=_counts(nodes),
+        ranks_per_node=ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        link_mbit=link_mbit,
+        machine=machine,
+        layer=StepCase(ranks=1, **layer),
+    )
+    rows = run(case)
+    if rows is not None:
+        publish("scaling", rows, COLUMNS, json_path)
+
+
+if __name__ == "__main__":
+    command()

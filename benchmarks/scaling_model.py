@@ -1,0 +1,90 @@
+"""One MoE layer's training step on a machine that is not there: placed from the load before, priced on the load that came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..placement import (
+    Cost,
+    ExpertLoad,
+    LayerShape,
+    OwnerMap,
+    Placement,
+    Problem,
+    Solver,
+    Split,
+    Topology,
+    cost,
+    get_solver,
+    split_exact,
+    split_local_even,
+)
+from ..placement.hecate import solve as hecate
+from ..runtime.metrics import max_over_mean
+from ..runtime.router import balanced_ids
+from .step import NUM_ROUTINGS, StepCase, zipf_ids
+
+
+def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list[dict[str, Any]]:
+    """Predict a case on `topology`: rows like those of `moesaic bench step`, as far as the cost model knows.
+
+    Seconds are those of cost.py: expert matrix products, token rows and copies of `bytes_per_element`, gradients in fp32; nothing
+    hides under other work.
+    """
+    T, E, K = case.tokens, case.experts, case.top_k
+    drawn = [_load([zipf_ids(T, E, K, case.skew, seed) for seed in _seeds(case, i)], E) for i in range(NUM_ROUTINGS)]
+    balanced = [_load([balanced_ids(T, E, K, seed=seed) for seed in _seeds(case, i)], E) for i in range(NUM_ROUTINGS)]
+    owners_E = OwnerMap.contiguous(1, E, case.ranks).expert_to_owner_LE[0]
+    shape = LayerShape(num_experts=E, top_k=K, dim=case.hidden, ffn_dim=case.ffn, bytes_per_element=bytes_per_element)
+
+    def play(loads: Sequence[ExpertLoad], solver: Solver, slots: int, split_rule: Callable[..., Split]) -> list[_Step]:
+        played = []
+        for before, load in pairwise(loads):
+            asked, came = (Problem(load, owners_E, topology=topology, shape=shape, slots=slots) for load in (before, load))
+            placement = solver(asked).placement
+            split = split_rule(load, placement, topology)
+            played.append((cost(came, placement, split), split, placement))
+        return played
+
+    static = get_solver("static")
+    lanes = {
+        "static": play(drawn, static, 0, split_exact),
+        "hecate": play(drawn, partial(hecate, degree=case.slots), case.slots, split_local_even),
+        "quota": play(drawn, get_solver("quota"), case.slots, split_exact),
+        "ideal": play(balanced, static, 0, split_exact),
+    }
+    seconds = {name: float(np.median([step.total_s for step, _, _ in played])) for name, played in lanes.items()}
+    return [
+        {
+            "policy": name,
+            **asdict(case),
+            "rounds": NUM_ROUTINGS - 1,
+            "tokens_per_s": case.ranks * T / seconds[name],
+            "ratio_to_static": seconds["static"] / seconds[name],
+            "ratio_to_ideal": seconds["ideal"] / seconds[name],
+            "max_over_mean": float(np.mean([max_over_mean(split.rows_RE.sum(axis=1)) for _, split, _ in played])),
+            "copies": float(np.mean([placement.num_copies for _, _, placement in played])),
+            "exposed_comm_share": float(np.mean([1 - step.compute_s / step.total_s for step, _, _ in played])),
+        }
+        for name, played in lanes.items()
+    ]
+
+
+_Step = tuple[Cost, Split, Placement]
+
+
+def _seeds(case: StepCase, index: int) -> list[int]:
+    """Of the routings that the ranks of `moesaic bench step` draw."""
+    return [1000 * rank + index for rank in range(case.ranks)]
+
+
+def _load(ids_of_R: Sequence[Tensor], num_experts: int) -> ExpertLoad:
+    return ExpertLoad(np.stack([torch.bincount(ids_TK.flatten(), minlength=num_experts).numpy() for ids_TK in ids_of_R]))
