@@ -44,7 +44,15 @@ setup(
         "cuda12": ["nvidia-nccl-cu12"],
         "hf": ["transformers>=5.20", "safetensors>=0.5"],
         "report": ["matplotlib>=3.9", "tensorboard>=2.18"],
-        "test": ["mpi4py>=4.0", "openmpi>=5.0", "pytest>=8.3", "hypothesis>=6.110", "ruff>=0.12", "mypy>=1.15"],
+        "test": [
+            "matplotlib>=3.9",
+            "mpi4py>=4.0",
+            "openmpi>=5.0",
+            "pytest>=8.3",
+            "hypothesis>=6.110",
+            "ruff>=0.12",
+            "mypy>=1.15",
+        ],
     },
     entry_points={"console_scripts": ["moesaic = moesaic.launch.cli:main"]},
 )

@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "place": LazyCommand("moesaic.launch.place:command", "Solve, compare, replay and show placements on recorded routing."),
         "trace": LazyCommand("moesaic.launch.trace:command", "Look into, convert, generate and back-test routing traces."),
         "bench": LazyCommand("moesaic.benchmarks.cli:bench", "Measure this machine: ratios within one run."),
+        "report": LazyCommand("moesaic.launch.report:command", "Write a run or a trace as one HTML page."),
         "doctor": LazyCommand("moesaic.launch.doctor:command", "Show what is installed and what works on this machine."),
     }
 )

@@ -1,0 +1,245 @@
+"""`moesaic report`: a run or a routing trace as one self-contained HTML page. No script, no network."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ..placement.files import replace_text
+from ..placement.owners import OwnerMap
+from ..placement.sources import LoadSource, Sizes, open_source
+from .output import clear_errors, progress, table
+from .trace import INFO_COLUMNS, look_into
+from .trace_options import Count, TraceOptions, trace_options
+
+_STYLE = "body{font:14px sans-serif;margin:2em;color:#222}svg{display:block;max-width:100%;height:auto}pre{font-size:12px}"
+# A heat map has at most so many columns: longer traces are averaged over neighbouring steps.
+_MAX_COLUMNS = 240
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps; `keys` of metrics.jsonl by what the legend calls them. Keys that a run does not have are left out."""
+
+    title: str
+    unit: str
+    keys: Mapping[str, str]
+    is_log: bool = False
+
+
+_CHARTS = (
+    Chart("Loss", "nats per byte", {"training": "loss", "validation": "val_loss"}),
+    Chart("Gradient norm before clipping", "", {"norm": "grad_norm"}, is_log=True),
+    Chart("Throughput", "tokens/s", {"all ranks": "tokens_per_s"}),
+    Chart(
+        "Busiest rank over the mean rank",
+        "",
+        {"static expert parallelism": "max_over_mean_static", "as computed": "max_over_mean"},
+    ),
+    Chart("Busiest expert over the mean expert", "", {"expert": "expert_max_over_mean"}),
+    Chart("Copies per layer", "", {"all": "copies_per_layer", "added by calibration": "copies_calibrated"}),
+    Chart("Error of the load forecast", "share of assignments", {"error": "prediction_error"}),
+    Chart(
+        "Only waiting, rank 0",
+        "s per step",
+        {"for copies": "exposed_gather_s", "for gradients": "exposed_reduce_s", "for token rows": "exposed_tokens_s"},
+    ),
+    Chart("Planning, rank 0", "s per step", {"all": "plan_s", "solver": "solve_s"}),
+    Chart(
+        "Sent by rank 0",
+        "bytes per step",
+        {
+            "copies": "bytes_gather",
+            "copies again for backward": "bytes_regather",
+            "gradients of copies": "bytes_reduce",
+            "token rows out": "bytes_dispatch",
+            "token rows back": "bytes_combine",
+        },
+    ),
+)
+
+
+@click.command("report")
+@click.argument("path", metavar="RUN_OR_TRACE")
+@click.option("-o", "--out", required=True, metavar="FILE.html", help="The page; replaced only when it is complete.")
+@click.option("--ranks", type=Count, metavar="R", help="Show a trace on R ranks instead of its own.")
+@trace_options
+def command(path: str, out: str, ranks: int | None, **options: Any) -> None:
+    """Write a run's folder, or a routing trace, as one HTML page of curves, heat maps and tables."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("moesaic report draws with matplotlib: pip install 'moesaic[report]'")
+    source = Path(path)
+    with clear_errors():
+        if source.is_dir():
+            page = run_page(source)
+        else:
+            page = trace_page(source.name, TraceOptions.take(options).open(path, ranks))
+        replace_text(out, page)
+    click.echo(f"{out}: {len(page) / 1e6:.1f} MB")
+
+
+def run_page(folder: Path) -> str:
+    """The page of a run's folder: its summary if it ended well, curves of metrics.jsonl, moves of experts, and its trace.
+
+    Raises `ValueError` if the folder is not one of a run, or a line of it is damaged.
+    """
+    rows = read_metrics(folder / "metrics.jsonl")
+    body = []
+    if (folder / "summary.json").exists():
+        summary = _read_json((folder / "summary.json").read_text(encoding="utf-8"), f"{folder / 'summary.json'}")
+        lines = [{"what": key, "value": value} for key, value in summary.items() if not isinstance(value, dict)]
+        body.append(_section("Summary", _pre(table(lines, ("what", "value")))))
+    body += [_section(chart.title, drawn) for chart in _CHARTS if (drawn := _curves(chart, rows))]
+    decisions = [decision for row in rows for decision in row.get("rehomings", ())]
+    if decisions:
+        body.append(
+            _section("Proposals to move experts", _pre(table(decisions, ("step", "num_moved", "saved_s", "move_s", "reason"))))
+        )
+    trace = folder / "trace.npz"
+    if trace.exists():
+        body.append(_trace_sections(open_source(str(trace), None, sizes=Sizes())))
+    return _page(f"run {folder.name}", body)
+
+
+def trace_page(name: str, source: LoadSource) -> str:
+    """The page of a routing trace: a table by layer, and heat maps."""
+    return _page(f"trace {name}", [_trace_sections(source)])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, in order; the last one may be cut off, as a run that was killed leaves it."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} is no run: it has no {path.name}")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    rows = [_read_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    if not any("loss" in row for row in rows):
+        raise ValueError(f"{path} has no training step yet; let the run go on")
+    return rows
+
+
+def _read_json(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is damaged: it is no object")
+    return value
+
+
+def _trace_sections(source: LoadSource) -> str:
+    looks = [{**row, "layer": str(row["layer"])} for row in look_into(source)]
+    imbalance_LS, shares_LES = _trace_maps(source)
+    worst = int(imbalance_LS.mean(axis=1).argmax())
+    span = (1, source.num_steps)
+    return "".join(
+        (
+            _section("Routing by layer", _pre(table(looks, INFO_COLUMNS))),
+            _section(
+                "Busiest rank over the mean rank under static expert parallelism",
+                _heat_map(imbalance_LS, "layer", span, "max/mean"),
+            ),
+            _section(
+                f"Shares of the experts in layer {worst}, times the experts",
+                _heat_map(shares_LES[worst], "expert", span, "share"),
+            ),
+        )
+    )
+
+
+def _trace_maps(source: LoadSource) -> tuple[np.ndarray, np.ndarray]:
+    """Max/mean of ranks [L, S] and share times E of experts [L, E, S], in blocks of steps that are averaged."""
+    meta = source.meta
+    owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
+    per_column = -(-source.num_steps // _MAX_COLUMNS)
+    num_columns = -(-source.num_steps // per_column)
+    imbalance_LS = np.zeros((meta.num_layers, num_columns))
+    shares_LES = np.zeros((meta.num_layers, meta.num_experts, num_columns))
+    steps_S = np.zeros(num_columns)
+    with progress(source.num_steps, "step") as advance:
+        for step, loads_LRE in enumerate(source.steps()):
+            totals_LE = loads_LRE.sum(axis=1)
+            column = step // per_column
+            steps_S[column] += 1
+            for layer, (totals_E, owner_E) in enumerate(zip(totals_LE, owners_LE, strict=True)):
+                total = max(int(totals_E.sum()), 1)
+                rows_R = np.bincount(owner_E, weights=totals_E, minlength=meta.num_ranks)
+                imbalance_LS[layer, column] += rows_R.max() * meta.num_ranks / total
+                shares_LES[layer, :, column] += totals_E * meta.num_experts / total
+            advance()
+    return imbalance_LS / steps_S, shares_LES / steps_S
+
+
+def _curves(chart: Chart, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The chart as SVG; empty if no row has any of its keys."""
+    curves = {name: [(row["step"], row[key]) for row in rows if key in row] for name, key in chart.keys.items()}
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return ""
+    figure, axes = _figure(3.0)
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, label=name, linewidth=1.0, marker="." if len(points) < 20 else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel(chart.unit)
+    axes.grid(alpha=0.3)
+    if chart.is_log:
+        axes.set_yscale("log")
+    if len(curves) > 1:
+        axes.legend()
+    return _svg(figure)
+
+
+def _heat_map(values_YS: np.ndarray, what: str, span: tuple[int, int], unit: str) -> str:
+    """Rows [Y] over columns of steps [S] as SVG."""
+    figure, axes = _figure(1.5 + 0.12 * min(len(values_YS), 64))
+    extent = (span[0] - 0.5, span[1] + 0.5, len(values_YS) - 0.5, -0.5)
+    image = axes.imshow(values_YS, aspect="auto", interpolation="nearest", extent=extent, cmap="viridis")
+    axes.set_xlabel("step")
+    axes.set_ylabel(what)
+    figure.colorbar(image, ax=axes, label=unit)
+    return _svg(figure)
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    # Without a date and with names that are not random, the same run gives the same page; letters stay letters.
+    with matplotlib.rc_context({"svg.hashsalt": "moesaic", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    drawn = text.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{content}"
+
+
+def _pre(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _page(title: str, body: Sequence[str]) -> str:
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>moesaic {html.escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{''.join(body)}</html>\n"
+    )
