@@ -1,8 +1,10 @@
 """When experts change their owner: observe, ask a solver in the background, move if it pays.
 
-Every `rehome_every` steps the loads observed since the last question go to a process of its own (`placement.propose`); half
-as many steps later its answer is used if it is there, and dropped if not: no step waits for a solver. Rank 0 asks and decides,
-everybody follows. A move must save more predicted seconds until the next question than it is expected to take.
+Every `rehome_every` steps the loads observed since the last question go to a process of its own (`placement.propose`). No step
+waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
+follows what it finds. So ranks agree on the step of a move, and a run whose solver is in time repeats. An answer may be ten times
+`rehome_every` steps old, since what it is worth is judged by the load observed in between: a move must save more predicted
+seconds until the next question than it is expected to take.
 
 Shape letters: L layers, R ranks, E experts.
 """
@@ -13,6 +15,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 
 from ..placement import ExpertLoad, OwnerMap, Problem
-from ..placement.propose import Proposal, Question, propose
+from ..placement.propose import Question, propose, saved_s
 from .bank import Bank
 from .config import RuntimeConfig
 from .group import RankGroup
@@ -31,6 +34,10 @@ from .layer_runtime import LayerRuntime
 from .rehome import bytes_per_row, bytes_to_move, migrate, row_tensors
 
 logger = logging.getLogger("moesaic.rehome")
+
+# A solver may be late: its answer is looked for this often between two questions, and given up after this many times that time.
+_CHECKS_PER_INTERVAL = 10
+_MOST_INTERVALS = 10
 
 
 @dataclass(frozen=True)
@@ -45,46 +52,52 @@ class Decision:
 
 
 class _Solver:
-    """The background process of rank 0: at most one question at a time."""
+    """The background process of rank 0: one question at a time.
 
-    def __init__(self, limit_s: float):
-        self._limit_s = limit_s
-        self._process: subprocess.Popen[bytes] | None = None
+    It starts at once and stays, so that what it imports and loads is there by the first question.
+    """
+
+    def __init__(self) -> None:
+        self._start()
         self._thread: threading.Thread | None = None
-        self._answer: Proposal | None = None
-        self._problem = ""
+        self._answer: OwnerMap | str = ""
 
     def ask(self, question: Question) -> None:
-        self._answer, self._problem = None, f"no answer within {self._limit_s:g} s"
-        command = [sys.executable, "-c", f"from {propose.__module__} import main; main()"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        # The process must not outlive the run that asked.
-        weakref.finalize(self, process.kill)
-        self._process = process
-        self._thread = threading.Thread(target=self._converse, args=(process, question), daemon=True)
+        """Have a question answered. The one before must have been, or given up."""
+        if self._process.poll() is not None:
+            self._start()
+        self._thread = threading.Thread(target=self._converse, args=(self._process, question), daemon=True)
         self._thread.start()
 
-    def answer(self) -> Proposal | str:
-        """The proposal, or why there is none; whatever still runs is ended."""
-        assert self._process is not None and self._thread is not None
-        is_late = self._thread.is_alive()
-        if is_late:
-            self._process.kill()
+    def answer(self) -> OwnerMap | str | None:
+        """The owners proposed, or why there are none; None while the process still works on it. Never waits."""
+        assert self._thread is not None
+        return None if self._thread.is_alive() else self._answer
+
+    def give_up(self) -> None:
+        """End the process with its question; the next one starts another."""
+        assert self._thread is not None
+        self._process.kill()
         self._thread.join()
-        return "the solver was not done in time" if is_late else self._answer or self._problem
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
+        command = [sys.executable, "-c", f"from {propose.__module__} import main; main()"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        # The process must not outlive the run that asked.
+        weakref.finalize(self, self._process.kill)
 
     def _converse(self, process: subprocess.Popen[bytes], question: Question) -> None:
+        assert process.stdin is not None and process.stdout is not None
         try:
-            output, errors = process.communicate(pickle.dumps(question), timeout=self._limit_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            return
-        if process.returncode == 0:
-            self._answer = pickle.loads(output)
-        else:
-            last = errors.decode(errors="replace").strip().splitlines()
-            self._problem = f"the solver ended with {process.returncode}: {last[-1] if last else 'it said nothing'}"
+            pickle.dump(question, process.stdin)
+            process.stdin.flush()
+            self._answer = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            status = process.wait()
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().splitlines()
+            self._answer = f"the solver ended with {status}: {last[-1] if last else 'it said nothing'}"
 
 
 class Rehomer:
@@ -101,7 +114,7 @@ class Rehomer:
         self._runtimes = list(runtimes)
         self._group = group
         self._config = config
-        self._solver = _Solver(limit_s=config.timeout_s)
+        self._solver = _Solver() if group.is_first else None
         self._loads: np.ndarray | None = None  # int64 [L, R, E], since the last question
         self._num_steps = 0
         self._asked_at = -1
@@ -113,13 +126,14 @@ class Rehomer:
         every = self._config.rehome_every
         self._loads = loads_LRE.copy() if self._loads is None else self._loads + loads_LRE
         self._num_steps += 1
-        if self._asked_at >= 0 and step == self._asked_at + max(1, every // 2):
-            self._asked_at = -1
+        late_by = step - self._asked_at - max(1, every // 2)
+        if self._asked_at >= 0 and late_by >= 0 and late_by % max(1, every // _CHECKS_PER_INTERVAL) == 0:
             self._follow_answer(step, optimizer)
         if step % every == 0 and self._asked_at < 0:
-            row_tensors(self.bank, optimizer)  # state that cannot move is refused before anything is solved
-            if self._group.is_first:
-                self._solver.ask(Question(self._problems(), self._config.policy, self._config.rehome_effort))
+            tensors = row_tensors(self.bank, optimizer)  # state that cannot move is refused before anything is solved
+            if self._solver is not None:
+                move_s = bytes_per_row(tensors) / self._bytes_per_s
+                self._solver.ask(Question(self._problems(), self._config.policy, self._config.rehome_effort, move_s / every))
             self._loads, self._num_steps, self._asked_at = None, 0, step
 
     def _problems(self) -> tuple[Problem, ...]:
@@ -131,13 +145,22 @@ class Rehomer:
         )
 
     def _follow_answer(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        current = self.bank.owners
-        tensors = row_tensors(self.bank, optimizer)
-        wanted, decision = current, Decision(step, 0, 0.0, 0.0, "decided by rank 0")
-        if self._group.is_first:
-            wanted, decision = self._decide(step, self._solver.answer(), bytes_per_row(tensors))
-        wanted = self._agree(wanted)
-        num_moved = len(current.moves_to(wanted))
+        """Rank 0 looks whether there is an answer, and what it is worth now; all go by what rank 0 says."""
+        current, tensors = self.bank.owners, row_tensors(self.bank, optimizer)
+        decided: tuple[OwnerMap, Decision] | None = None
+        if self._solver is not None:
+            answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.rehome_every
+            if answer is None and age >= most:
+                self._solver.give_up()
+                answer = f"the solver had no answer {age} steps after it was asked, and {most} are allowed"
+            decided = None if answer is None else self._decide(step, answer, bytes_per_row(tensors))
+        (is_decided,) = self._from_first([decided is not None])
+        if not is_decided:
+            return
+        wanted, decision = decided or (current, Decision(step, 0, 0.0, 0.0, "decided by rank 0"))
+        owners = self._from_first(wanted.expert_to_owner_LE.ravel().tolist())
+        wanted = OwnerMap(np.reshape(owners, current.expert_to_owner_LE.shape), current.num_ranks)
+        num_moved, self._asked_at = len(current.moves_to(wanted)), -1
         if num_moved:
             start_s = time.perf_counter()
             self._move(wanted, tensors)
@@ -148,25 +171,28 @@ class Rehomer:
         if self._group.is_first:
             logger.info("step %d: %s", step, decision.reason)
 
-    def _decide(self, step: int, answer: Proposal | str, row_bytes: int) -> tuple[OwnerMap, Decision]:
+    def _decide(self, step: int, answer: OwnerMap | str, row_bytes: int) -> tuple[OwnerMap, Decision]:
+        """Price a proposal with the load observed since it was asked for, and the owners of now."""
         current = self.bank.owners
         if isinstance(answer, str):
             return current, Decision(step, 0, 0.0, 0.0, f"owners stay: {answer}")
         horizon = self._config.rehome_every
-        num_moves = len(current.moves_to(answer.owners))
-        saved_s = (answer.current_step_s - answer.step_s) * horizon
-        move_s = bytes_to_move(current, answer.owners, row_bytes) / self._bytes_per_s
-        numbers = f"{num_moves} experts would save {saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to move"
-        if num_moves == 0 or saved_s <= move_s:
-            return current, Decision(step, 0, saved_s, move_s, f"owners stay: {numbers}")
-        return answer.owners, Decision(step, num_moves, saved_s, move_s, f"owners move: {numbers}")
+        num_moves = len(current.moves_to(answer))
+        total_saved_s = saved_s(self._problems(), answer, self._config.policy) * horizon
+        move_s = bytes_to_move(current, answer, row_bytes) / self._bytes_per_s
+        numbers = (
+            f"{num_moves} experts would save {total_saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to move, "
+            f"by the load of the {self._num_steps} steps since the solver was asked"
+        )
+        if num_moves == 0 or total_saved_s <= move_s:
+            return current, Decision(step, 0, total_saved_s, move_s, f"owners stay: {numbers}")
+        return answer, Decision(step, num_moves, total_saved_s, move_s, f"owners move: {numbers}")
 
-    def _agree(self, wanted: OwnerMap) -> OwnerMap:
-        """Rank 0's owner map, on every rank, of replicas too: they must go on owning the same experts."""
-        owners = torch.from_numpy(wanted.expert_to_owner_LE.copy()).flatten()
-        owners = self._group.tokens.all_gather_ints(owners, where="re-homing")[0].contiguous()
-        owners = self._group.replicas.all_gather_ints(owners, where="re-homing")[0]
-        return OwnerMap(owners.view(wanted.expert_to_owner_LE.shape).numpy(), wanted.num_ranks)
+    def _from_first(self, values: Sequence[int]) -> list[int]:
+        """What rank 0 of the first replica says, on every rank, of replicas too: they must go on owning the same experts."""
+        told = torch.tensor(values, dtype=torch.int64)
+        told = self._group.tokens.all_gather_ints(told, where="re-homing")[0].contiguous()
+        return self._group.replicas.all_gather_ints(told, where="re-homing")[0].tolist()
 
     def _move(self, wanted: OwnerMap, tensors: Sequence[torch.Tensor]) -> None:
         migrate(self.bank, tensors, wanted, self._group.experts, where="re-homing")

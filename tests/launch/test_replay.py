@@ -106,11 +106,10 @@ def test_a_drifting_run_stays_balanced_and_says_why_experts_move(tmp_path: Path)
     assert np.array_equal(np.stack(list(Trace(run / "trace.npz").steps())), loads_SLRE)
     rows = metrics_of(run)[1:]
     decisions = [decision for row in rows for decision in row.get("rehomings", ())]  # type: ignore[attr-defined]
-    assert [decision["step"] for decision in decisions] == [6, 10]
     for decision in decisions:
+        assert decision["step"] >= 6  # asked after step 4 at the earliest
         assert decision["reason"] in first.stdout
-        is_late = "not done in time" in decision["reason"]
-        assert is_late or (" s over 4 steps and take " in decision["reason"] and "would save" in decision["reason"])
+        assert " s over 4 steps and take " in decision["reason"] and "would save" in decision["reason"]
         assert rows[decision["step"] - 1]["moved_experts"] == decision["num_moved"]
     layers = [row["layers"] for row in rows]
     assert [[layer["layer"] for layer in each] for each in layers] == [["blocks.0.moe", "blocks.1.moe"]] * 13  # type: ignore[attr-defined]
