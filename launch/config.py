@@ -6,6 +6,7 @@ line that names the key, where it was given, and the cure.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -19,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ..placement import get_solver
 from ..runtime import RouterConfig, RuntimeConfig
+from ..runtime.capacity import Capacity
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -62,6 +64,10 @@ class ModelConfig:
     """Experts E of one layer."""
     top_k: Count = 2
     """Experts K that each token is routed to."""
+    capacity_factor: float = math.inf
+    """An expert takes at most so many times the mean load from each rank's micro-batch, the rest is dropped; inf: nothing is."""
+    drop_policy: Literal["probs", "position"] = "probs"
+    """Assignments that are dropped: those with the smallest gate weights, or those of the last tokens."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
     activation_checkpoint: bool = False
@@ -77,6 +83,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.top_k {self.top_k} is more than model.num_experts {self.num_experts}: lower it or add experts"
             )
+        Capacity(self.capacity_factor, self.drop_policy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,15 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim)
         self.attention = Attention(config.dim, config.num_heads)
         self.moe_norm = nn.RMSNorm(config.dim)
-        self.moe = MoELayer(config.dim, config.ffn_dim, config.num_experts, config.top_k, router=router)
+        self.moe = MoELayer(
+            config.dim,
+            config.ffn_dim,
+            config.num_experts,
+            config.top_k,
+            router=router,
+            capacity_factor=config.capacity_factor,
+            drop_policy=config.drop_policy,
+        )
 
     def forward(self, x_BLD: Tensor, rope: Rope) -> Tensor:
         """[B, L, D] -> [B, L, D]."""

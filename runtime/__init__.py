@@ -2,6 +2,7 @@
 
 layer.py          the forward: the pipeline, one line a stage
 router.py         which experts, with which weights; balancing and z-loss
+capacity.py       how much experts take, and what is dropped
 planning.py       predicted load -> placement, exact load -> split
 bank.py           every expert once: weights and gradients of the experts this rank owns
 materialize.py    copies in, their gradients home

@@ -16,7 +16,9 @@ and on the destination rank:
     "by source": (source, expert, token)          the order in which descriptions arrive
     "slot-major": (expert, source, token)         the order of the expert stage: one contiguous group per local expert
 
-Shape letters: T tokens, K choices, D model dim, E experts, R ranks, A assignments of this rank (T * K), P sent rows,
+Ids are those of `Capacity.kept_ids`: E stands for an assignment that is dropped, which nothing below describes or sends.
+
+Shape letters: T tokens, K choices, D model dim, E experts, R ranks, A assignments of this rank (up to T * K), P sent rows,
 Q received rows, N slot-major rows (assignments computed here).
 """
 
@@ -98,14 +100,14 @@ class DispatchHandle:
             recv.append(by_destination[part_in])
         by_destination[in_R[rank]] = by_source[out_R[rank]]
         _exchange(transport, sends, recvs, op, where)
-        gate_grads_A = torch.empty_like(by_destination)
+        gate_grads_A = gate_grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
         gate_grads_A[self.sent_assignments_A] = by_destination
         return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), gate_grads_A)
 
 
 @dataclass(frozen=True, eq=False)
 class ReturnedRows:
-    """What came home: rows [T, D], and with a backward the gradients of the gate weights [A], in router order."""
+    """What came home: rows [T, D], and with a backward the gradients of the gate weights [T * K], in router order."""
 
     x_TD: Tensor
     gate_grads_A: Tensor | None
@@ -129,7 +131,7 @@ class Assignments:
         tokens in their own order, whoever holds it, so that its gradient has the same bits wherever it lives.
         """
         device, sends_ER = topk_ids_TK.device, split.sends(rank)
-        is_shared_E = torch.from_numpy(split.placement.num_replicas_E > 1).to(device)
+        is_shared_E = torch.from_numpy(np.append(split.placement.num_replicas_E > 1, False)).to(device)
         anchors_TK = anchor_ranks(topk_ids_TK, split, rank) * is_shared_E[topk_ids_TK]
         by_expert_A = (topk_ids_TK * split.placement.num_ranks + anchors_TK).flatten().argsort(stable=True)
         ids_A = by_expert_A[segment_transpose(sends_ER, device)]
@@ -216,7 +218,7 @@ def anchor_ranks(topk_ids_TK: Tensor, split: Split, rank: int) -> Tensor:
     """
     placement = split.placement
     is_bound_E = (placement.num_replicas_E == 1) & (placement.expert_to_owner_E != rank)
-    anchor_E = torch.from_numpy(np.where(is_bound_E, placement.expert_to_owner_E, -1)).to(topk_ids_TK.device)
+    anchor_E = torch.from_numpy(np.append(np.where(is_bound_E, placement.expert_to_owner_E, -1), -1)).to(topk_ids_TK.device)
     if not topk_ids_TK.numel():
         return topk_ids_TK[:, :1]
     anchors_TK = anchor_E[topk_ids_TK].amax(dim=1, keepdim=True)
@@ -270,7 +272,7 @@ class _Dispatch(torch.autograd.Function):
             if layer_pass.handle is None:
                 assert plan.split is not None and layer_pass.topk_ids_TK is not None
                 layer_pass.handle = runtime.build_handle(
-                    layer_pass.topk_ids_TK,
+                    runtime.capacity.kept_ids(layer_pass.topk_ids_TK, weights_TK, runtime.num_experts),
                     weights_TK,
                     plan.split,
                     plan.experts_of(transport.rank),

@@ -93,6 +93,7 @@ class Handle:
             np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
             for layer, c in zip(self.layers.values(), counters, strict=True)
         ]
+        kept = [load if c.kept_RE is None else c.kept_RE for load, c in zip(self._loads, counters, strict=True)]
         self._step += 1
         for layer in self.layers.values():
             layer.aux_loss = None
@@ -101,8 +102,7 @@ class Handle:
         for bank in self.banks:
             bank.drop_casts()
         for rehomer in self._rehomers:
-            loads = dict(zip(self.layers.values(), self._loads, strict=True))
-            here = [load for layer, load in loads.items() if layer.runtime.bank is rehomer.bank]
+            here = [load for layer, load in zip(self.layers.values(), kept, strict=True) if layer.runtime.bank is rehomer.bank]
             rehomer.step(self._step, np.stack(here), optimizer)
         if self._rehomers:
             self._metrics["moved_experts"] = float(sum(d.num_moved for d in self.rehomings() if d.step == self._step))

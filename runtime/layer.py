@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..kernels import Clamp
 from ..placement import OwnerMap, get_solver
 from ._compat import outside_graphs
 from .bank import Bank, ExpertShape, SlotPool
+from .capacity import Capacity, DropPolicy
 from .config import RouterConfig, RuntimeConfig
 from .family import Family
 from .group import single_rank_group
@@ -23,7 +25,7 @@ from .stages import StageClock
 
 
 class MoELayer(nn.Module):
-    """A dropless MoE feed-forward layer of SwiGLU experts: y = sum_k weight_k * expert_k(x) + shared(x).
+    """An MoE feed-forward layer of SwiGLU experts, dropless by default: y = sum_k weight_k * expert_k(x) + shared(x).
 
     It runs as built on one process. `shard_experts` moves its experts into a bank that the ranks share; the forward below is
     the same then.
@@ -34,6 +36,8 @@ class MoELayer(nn.Module):
         router: how tokens choose, or a router module of your own.
         clamp: gives experts biases and the clamped activation of GPT-OSS, with these constants.
         shared: a module [T, D] to [T, D] that every token passes besides (shared experts).
+        capacity_factor, drop_policy: how much experts take of each rank's micro-batch, and whom they turn away; see `Capacity`.
+            inf: nobody.
         device, dtype: of the experts' weights. The router's weight is created with torch's defaults.
     """
 
@@ -47,6 +51,8 @@ class MoELayer(nn.Module):
         router: RouterConfig | Router | None = None,
         shared: nn.Module | None = None,
         clamp: Clamp | None = None,
+        capacity_factor: float = math.inf,
+        drop_policy: DropPolicy = "probs",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -59,6 +65,7 @@ class MoELayer(nn.Module):
         self.top_k = top_k
         self.router = router
         self.shared = shared
+        self.capacity = Capacity(capacity_factor, drop_policy)
         shape = ExpertShape(dim, ffn_dim, clamp)
         self.experts: Bank | None = Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype)
         self.experts.reset_parameters()
@@ -79,6 +86,7 @@ class MoELayer(nn.Module):
             clock=StageClock(),
             reduces=PendingReduces(),
             rematerializer=Rematerializer(),
+            capacity=self.capacity,
         )
 
     @outside_graphs

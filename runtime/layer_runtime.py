@@ -16,6 +16,7 @@ from ..collectives import Span
 from ..placement import ExpertLoad, LayerShape, Solver
 from ._compat import version_of
 from .bank import Bank, SlotPool
+from .capacity import Capacity
 from .config import RuntimeConfig
 from .dispatch import build_handle, combine, dispatch
 from .dispatch_by_node import build_node_handle
@@ -46,6 +47,7 @@ class LayerRuntime:
         reduces: waits for the reduces in flight; one per model.
         rematerializer: holds copies that were gathered again for backward; one per bank.
         keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
+        capacity: how much experts take; everything by default.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class LayerRuntime:
         reduces: PendingReduces,
         rematerializer: Rematerializer,
         keeps_copies: bool = True,
+        capacity: Capacity | None = None,
     ):
         self.name = name
         self.bank = bank
@@ -74,6 +77,7 @@ class LayerRuntime:
         self.overlap = config.overlap
         self.rematerializer = rematerializer
         self.keeps_copies = keeps_copies
+        self.capacity = capacity or Capacity()
         self.counters = LayerCounters()
         owners_E = bank.owners.expert_to_owner_LE[layer]
         self.num_experts = int(owners_E.size)
@@ -167,7 +171,7 @@ class LayerRuntime:
             return routing
 
     def measure(self, routing: Routing, layer_pass: LayerPass) -> ExpertLoad:
-        """The exact load of the layer on all ranks: int64 counts, gathered."""
+        """The exact load of the layer on all ranks, as the routers chose: int64 counts, gathered."""
         if layer_pass.load is None:
             with self.stage("plan", layer_pass):
                 counts_E = routing.counts_E(self.num_experts)
@@ -187,14 +191,18 @@ class LayerRuntime:
         return router.loss(routing, load, rank)
 
     def plan(self, load: ExpertLoad, layer_pass: LayerPass) -> None:
-        """Split the exact load over the pass's copies, add those that calibration wants, and learn from the load in training."""
+        """Split the exact load, as far as experts take it, over the pass's copies, and over those that calibration adds.
+
+        In training the planner and the counters learn from it.
+        """
         if layer_pass.plan.split is not None:
             return
         with self.stage("plan", layer_pass), self.counters.planning():
-            layer_pass.plan = self.planner.split(layer_pass.plan, load)
+            kept = self.capacity.limit(load)
+            layer_pass.plan = self.planner.split(layer_pass.plan, kept)
             if layer_pass.is_training:
-                error = self.planner.observe(load)
-                self.counters.count(layer_pass.plan, load, error)
+                error = self.planner.observe(kept)
+                self.counters.count(layer_pass.plan, load, kept, error)
         if layer_pass.plan.added is not None:
             with self.stage("materialize", layer_pass):
                 begin_calibrated(self, layer_pass, layer_pass.plan.added)

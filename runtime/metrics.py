@@ -32,7 +32,8 @@ class LayerCounters:
         self.gather_busiest_bytes = 0
         self.gather_bound_bytes = 0
         self.gather_cross_node_bytes = 0
-        self.load_RE: np.ndarray | None = None
+        self.load_RE: np.ndarray | None = None  # as the routers chose
+        self.kept_RE: np.ndarray | None = None  # without what was dropped
         self.plan_s = 0.0
         self.solve_s = 0.0
         self._imbalance: list[float] = []
@@ -57,10 +58,10 @@ class LayerCounters:
 
         return solve
 
-    def count(self, plan: Plan, load: ExpertLoad, prediction_error: float | None = None) -> None:
-        """Take in one forward, and how wrong the forecast of its load was."""
+    def count(self, plan: Plan, load: ExpertLoad, kept: ExpertLoad, prediction_error: float | None = None) -> None:
+        """Take in one forward: the load that the routers chose, what was kept of it, and how wrong its forecast was."""
         assert plan.split is not None
-        owned_rows_R = np.bincount(plan.placement.expert_to_owner_E, weights=load.totals_E, minlength=load.num_ranks)
+        owned_rows_R = np.bincount(plan.placement.expert_to_owner_E, weights=kept.totals_E, minlength=kept.num_ranks)
         self.num_forwards += 1
         self.num_copies += plan.placement.num_copies
         self.num_added += plan.num_added
@@ -70,12 +71,13 @@ class LayerCounters:
         self.gather_cross_node_bytes += plan.gather_account.bytes.cross_node
         self._prediction_errors += [] if prediction_error is None else [prediction_error]
         self.load_RE = load.load_RE if self.load_RE is None else self.load_RE + load.load_RE
+        self.kept_RE = kept.load_RE if self.kept_RE is None else self.kept_RE + kept.load_RE
         self._imbalance.append(max_over_mean(plan.split.rows_RE.sum(axis=1)))
         self._imbalance_static.append(max_over_mean(owned_rows_R))
 
     def summary(self) -> dict[str, float]:
         """Means over the step's forwards, the step's seconds; see `step_metrics` for the keys."""
-        assert self.load_RE is not None and self.num_forwards
+        assert self.load_RE is not None and self.kept_RE is not None and self.num_forwards
         errors = {"prediction_error": float(np.mean(self._prediction_errors))} if self._prediction_errors else {}
         return {
             "max_over_mean": float(np.mean(self._imbalance)),
@@ -88,6 +90,7 @@ class LayerCounters:
             "gather_bound_bytes": self.gather_bound_bytes / self.num_forwards,
             "gather_cross_node_bytes": self.gather_cross_node_bytes / self.num_forwards,
             "dead_experts": float(np.count_nonzero(self.load_RE.sum(axis=0) == 0)),
+            "dropped_share": 1.0 - self.kept_RE.sum() / max(self.load_RE.sum(), 1),
             "plan_s": self.plan_s,
             "solve_s": self.solve_s,
             **errors,
@@ -125,6 +128,7 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, Link
     gather_bound_bytes     what no schedule goes below: copies received by one rank, or distinct experts sent by one owner
     gather_cross_node_bytes  bytes of one gather, all ranks together, that leave a node, by the schedule
     dead_experts           experts that got no token in the step
+    dropped_share          share of the assignments that were dropped for capacity
     plan_s, solve_s        seconds this rank placed copies and split loads, and the part of them that the solver took
     bytes_<op>             bytes that this rank sent in training: gather, calibrate, regather, reduce, describe, dispatch,
                            combine, the two backwards, and replicate, the averaging of gradients over replicas

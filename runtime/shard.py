@@ -206,6 +206,7 @@ def _share_alike(
             reduces=reduces,
             rematerializer=rematerializer,
             keeps_copies=slots.keeps(size.layers[index]),
+            capacity=layer.capacity,
         )
     return bank
 

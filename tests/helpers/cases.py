@@ -1,5 +1,6 @@
 """Generated cases: shapes, owners, placements and tokens of a small MoE model on R ranks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from moesaic import MoELayer, RouterConfig, Routing
 from moesaic.placement import OwnerMap, Placement, Problem, Topology, get_solver
+from moesaic.runtime.capacity import DropPolicy
 from moesaic.runtime.router import TopKRouter
 
 PLACEMENTS = ("static", "everywhere", "random", "hecate", "quota")
@@ -44,6 +46,8 @@ class Case:
     any_owner: bool  # a random owner map, so that a rank may own nothing; else contiguous
     normalize: bool
     seed: int
+    capacity_factor: float = math.inf
+    drop_policy: DropPolicy = "probs"
     dim: int = 8
     ffn_dim: int = 12
 
@@ -61,7 +65,17 @@ class Case:
             router = BiasedRouter(self.dim, self.num_experts, self.top_k, config)
             if self.hot_expert:
                 router.bias_E[self.num_experts // 2] = 100.0
-            layers.append(MoELayer(self.dim, self.ffn_dim, self.num_experts, self.top_k, router=router))
+            layers.append(
+                MoELayer(
+                    self.dim,
+                    self.ffn_dim,
+                    self.num_experts,
+                    self.top_k,
+                    router=router,
+                    capacity_factor=self.capacity_factor,
+                    drop_policy=self.drop_policy,
+                )
+            )
         with torch.no_grad():
             for layer in layers:
                 for parameter in layer.parameters():
@@ -122,4 +136,6 @@ def cases(draw: st.DrawFn, max_world_size: int = 4, min_world_size: int = 1) -> 
         any_owner=draw(st.booleans()),
         normalize=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
+        capacity_factor=draw(st.sampled_from((math.inf, 0.3, 1.0))),
+        drop_policy=draw(st.sampled_from(("probs", "position"))),
     )

@@ -1,5 +1,7 @@
 """The oracle: a MoE layer on one process, token by token, expert by expert, with whatever autograd makes of it."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ class DenseMoE(nn.Module):
         self.top_k = layer.top_k
         self.normalize = layer.router.config.normalize_weights
         self.bias_E = getattr(layer.router, "bias_E", 0.0)
+        self.capacity = layer.capacity
         self.router = nn.Parameter(layer.router.weight.detach().clone())
         self.gate_up = nn.ParameterList([row.detach().clone() for row in layer.experts.gate_up])
         self.down = nn.ParameterList([row.detach().clone() for row in layer.experts.down])
@@ -33,14 +36,30 @@ class DenseMoE(nn.Module):
         if self.force_balance:
             ids_TK = balanced_ids(*logits_TE.shape, self.top_k)
         scores_TE = logits_TE.softmax(dim=-1)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if self.normalize:
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
+        kept = self.kept(ids_TK, weights_TK)
         rows = []
         for t, token in enumerate(x_TD):
-            weights_K = scores_TE[t, ids_TK[t]]
-            if self.normalize:
-                weights_K = weights_K / weights_K.sum()
-            rows.append(sum(w * self.expert(int(e), token) for w, e in zip(weights_K, ids_TK[t], strict=True)))
+            row = 0.0 * token
+            for weight, e in zip(weights_TK[t], ids_TK[t].tolist(), strict=True):
+                if (t, e) in kept:
+                    row = row + weight * self.expert(e, token)
+            rows.append(row)
         y_TD = torch.stack(rows) if rows else x_TD * 1.0
         return y_TD.view_as(x)
+
+    def kept(self, ids_TK: Tensor, weights_TK: Tensor) -> set[tuple[int, int]]:
+        """The (token, expert) that are within the experts' capacities."""
+        choices: dict[int, list[tuple[float, int]]] = {}
+        for t, (ids_K, weights_K) in enumerate(zip(ids_TK.tolist(), weights_TK.tolist(), strict=True)):
+            for e, weight in zip(ids_K, weights_K, strict=True):
+                choices.setdefault(e, []).append((-weight if self.capacity.drop_policy == "probs" else 0.0, t))
+        most = ids_TK.numel()
+        if math.isfinite(self.capacity.factor):
+            most = math.ceil(ids_TK.numel() / len(self.gate_up) * self.capacity.factor)
+        return {(t, e) for e, found in choices.items() for _, t in sorted(found)[:most]}
 
     def expert(self, e: int, token: Tensor) -> Tensor:
         gate_up_w, down_w = self.gate_up[e], self.down[e]

@@ -81,6 +81,7 @@ def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str
         ("data.val_fraction=1", ["data.val_fraction", "less than 1"]),
         ("model.dim=130", ["model.dim 130", "4 heads", "multiple of 8"]),
         ("model.top_k=9", ["model.top_k 9", "model.num_experts 8"]),
+        ("model.capacity_factor=0", ["capacity_factor is 0", "more than 0, or inf"]),
         ("train.micro_batches=3", ["train.batch_size", "3 micro-batches"]),
         ("runtime.slots=-1", ["runtime.slots", "-1"]),
         ("runtime.split=exactt", ["runtime.split = 'exactt'", "did you mean 'exact'?"]),

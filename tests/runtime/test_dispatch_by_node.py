@@ -74,7 +74,9 @@ def forward_and_count(group: RankGroup, case: Case, route: str) -> tuple[dict[st
     y.sum().backward()
     ops = ("describe", "dispatch", "combine", "combine_backward", "dispatch_backward")
     sent = {op: group.tokens.traffic.bytes_R(op) for op in ops}
-    return sent, layer.router(x.detach()).topk_ids_TK.numpy(), replicas_RE
+    routing = layer.router(x.detach())
+    ids_TK = layer.capacity.kept_ids(routing.topk_ids_TK, routing.weights_TK.detach(), case.num_experts)
+    return sent, ids_TK.numpy(), replicas_RE
 
 
 @pytest.mark.parametrize("num_nodes,ranks_per_node", SHAPES)
@@ -86,7 +88,7 @@ def test_a_row_crosses_to_each_node_once_and_returns_once(num_nodes: int, ranks_
     case = replace(data.draw(cases(max_world_size=num_ranks, min_world_size=num_ranks)), num_layers=1)
     topology = replace(case.topology(), num_nodes=num_nodes, ranks_per_node=ranks_per_node)
     results = run_threads(num_ranks, forward_and_count, case, "by_node", topology=topology)
-    load_RE = np.stack([np.bincount(ids.ravel(), minlength=case.num_experts) for _, ids, _ in results])
+    load_RE = np.stack([np.bincount(ids.ravel(), minlength=case.num_experts)[: case.num_experts] for _, ids, _ in results])
     placement = Placement(case.owners().expert_to_owner_LE[0], results[0][2])
     split = split_exact(ExpertLoad(load_RE), placement, topology)
     nodes_R, row_bytes = topology.node_of_rank_R, case.dim * 4
