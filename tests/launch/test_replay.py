@@ -96,11 +96,13 @@ def test_what_cannot_be_replayed_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_drifting_run_stays_balanced_and_says_why_experts_move(tmp_path: Path) -> None:
-    """Two processes: the recorded loads are the replayed ones, drops and all; every decision about owners has both of its numbers in the log."""
+    """Two processes: the recorded loads are the replayed ones, drops and all; every decision about owners is in the log with both
+    of its numbers."""
     (tmp_path / "text.txt").write_text("router expert slot bank owner\n" * 500)
     loads_SLRE = drifting(tmp_path / "t.npz", 13, 96)
     values = ["model.num_experts=8", f"train.replay={tmp_path}/t.npz", "train.steps=13", "train.eval_every=0"]
-    values += ["train.micro_batches=2", "model.capacity_factor=1.2", "runtime.rehome_every=4", "runtime.rehome_effort=0.05", "run.metrics=detailed"]
+    values += ["train.micro_batches=2", "model.capacity_factor=1.2", "run.metrics=detailed"]
+    values += ["runtime.rehome_every=4", "runtime.rehome_effort=0.05"]
     first, _ = train_tiny(2, values, tmp_path)
     run = tmp_path / "runs" / "demo"
     assert np.array_equal(np.stack(list(Trace(run / "trace.npz").steps())), loads_SLRE)

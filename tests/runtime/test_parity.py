@@ -63,8 +63,13 @@ class Stack(nn.Module):
         return x
 
 
-def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: bool, options: dict[str, Any]) -> dict[str, Tensor]:
-    """The same on one rank of a group. `order` says when backwards run: after each forward, or after all, newest last."""
+def train_on_ranks(
+    group: RankGroup, case: Case, order: str, use_checkpoint: bool, options: dict[str, Any], is_frozen: bool = False
+) -> dict[str, Tensor]:
+    """The same on one rank of a group. `order` says when backwards run: after each forward, or after all, newest last.
+
+    With frozen experts the bytes that were reduced stand in place of the experts' gradients.
+    """
     model = Stack(case.layers()).train()
     layers = dict(enumerate(model.layers))
     share_experts(
@@ -76,6 +81,7 @@ def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: boo
         owners=case.owners(),
     )
     prefetch_in_order(model, model.layers)
+    layers[0].runtime.bank.requires_grad_(not is_frozen)
     results: dict[str, Tensor] = {}
 
     def backward(batch: int, x: Tensor, y: Tensor) -> None:
@@ -98,10 +104,13 @@ def train_on_ranks(group: RankGroup, case: Case, order: str, use_checkpoint: boo
         results[f"d {i}.router"] = (
             torch.zeros_like(layer.router.weight) if layer.router.weight.grad is None else layer.router.weight.grad
         )
-        for e in runtime.owned_experts:
+        for e in () if is_frozen else runtime.owned_experts:
             grads = runtime.bank.grads(i, e)
             results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
             results[f"d {i}.down.{e}"] = grads.down.clone()
+    if is_frozen:
+        assert all(parameter.grad is None for parameter in layers[0].runtime.bank.parameters())
+        results[f"reduce {group.rank}"] = torch.tensor(group.experts.traffic.total_bytes().get("reduce", 0))
     # Invariant 6: what one forward in flight may borrow, times the forwards in flight.
     num_in_flight = 1 if order == "each" else NUM_BATCHES
     pool = layers[0].runtime.pool
@@ -174,6 +183,21 @@ def test_materialization_modes_are_bitwise_equal(case: Case, order: str, use_che
     expert_bytes = 3 * case.dim * case.ffn_dim * 4
     budget = SlotPlan(case.slots, 2, 3).peak_bytes([BankSize(expert_bytes, expert_bytes, case.world_size, (0, 1, 2))])
     assert_bitwise(train(case, order, use_checkpoint, materialize="auto", slot_bytes=max(budget, 1)), expected)
+
+
+@settings(max_examples=4, deadline=None)
+@given(case=cases(), order=st.sampled_from(("each", "interleaved")), use_checkpoint=st.booleans())
+def test_frozen_experts_that_are_gathered_again(case: Case, order: str, use_checkpoint: bool) -> None:
+    """Outputs and all other gradients are those of experts that learn; copies travel, their gradients do not."""
+    case = replace(case, num_layers=3, placement="random")
+    options = {"materialize": "rematerialize"}
+    expected = train(case, order, use_checkpoint, num_nodes=1, **options)
+    found = merged(
+        case, run_threads(case.world_size, train_on_ranks, case, order, use_checkpoint, options, True, topology=case.topology())
+    )
+    assert sum(int(found.pop(f"reduce {rank}")) for rank in range(case.world_size)) == 0
+    assert_bitwise(found, {name: expected[name] for name in found})
+    assert found.keys() == {name for name in expected if ".gate_up." not in name and ".down." not in name}
 
 
 @settings(max_examples=40, deadline=None)
