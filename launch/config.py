@@ -166,6 +166,9 @@ class LaunchConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch sees one, else cpu."""
+    data_parallel_replicate_degree: Count = 1
+    """Groups of ranks that hold the whole model each and train side by side: experts and dense shards are shared inside a group,
+    gradients averaged over the groups. A run's trace and balance are those of the first group."""
     init_method: str = "env://"
     """How ranks meet: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
     num_threads: CountOrZero = 0
@@ -201,13 +204,23 @@ class Config:
         get_solver(self.runtime.policy, keeps_owners=True)
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise `ValueError` unless every micro-batch divides evenly over `world_size` ranks."""
+        """Raise `ValueError` unless `world_size` ranks divide into replicas, and every micro-batch divides over the ranks."""
+        degree = self.launch.data_parallel_replicate_degree
+        if world_size % degree:
+            raise ValueError(
+                f"launch.data_parallel_replicate_degree {degree} does not divide {world_size} ranks: "
+                f"make it a divisor of {world_size}"
+            )
         unit = world_size * self.train.micro_batches
         if self.train.batch_size % unit:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} does not divide over {world_size} ranks x "
                 f"{self.train.micro_batches} micro-batches: make it a multiple of {unit}"
             )
+
+    def ranks_per_replica(self, world_size: int) -> int:
+        """Ranks among which the experts are shared."""
+        return world_size // self.launch.data_parallel_replicate_degree
 
     def to_toml(self) -> str:
         """The configuration as TOML; `load_config` reads it back to an equal value."""

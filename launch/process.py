@@ -75,7 +75,7 @@ def _choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch
 
 @contextmanager
 def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -> Iterator[DeviceMesh]:
-    """A process group over all ranks, as a 1-D mesh; left in order at the end.
+    """A process group over all ranks, as a mesh: (ranks), or with replicas (replicate, shard); left in order at the end.
 
     After an unexpected exception the group is not destroyed: waiting for ranks that may be stuck would hide the error.
     """
@@ -91,7 +91,10 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
         store = _meet(process, os.environ, timeout)
         dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
     try:
-        yield init_device_mesh(process.device.type, (process.world_size,), mesh_dim_names=("ranks",))
+        degree = config.data_parallel_replicate_degree
+        shape = (process.world_size,) if degree == 1 else (degree, process.world_size // degree)
+        names = ("ranks",) if degree == 1 else ("replicate", "shard")
+        yield init_device_mesh(process.device.type, shape, mesh_dim_names=names)
     except ValueError:
         dist.destroy_process_group()
         raise

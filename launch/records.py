@@ -241,13 +241,13 @@ class Records:
 
 
 def trace_meta(config: Config, world_size: int) -> TraceMeta:
-    """What the run's trace is about, and what a plan for it must be for."""
+    """What the run's trace is about, and what a plan for it must be for: the ranks of one replica."""
     model = config.model
     return TraceMeta(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
         top_k=model.top_k,
-        num_ranks=world_size,
+        num_ranks=config.ranks_per_replica(world_size),
         dim=model.dim,
         ffn_dim=model.ffn_dim,
         source=f"moesaic train {config.run.name}",

@@ -116,8 +116,10 @@ def _replayed_trace(process: Process, config: Config) -> Trace | None:
 
 
 def _describe(config: Config, process: Process, text: Text, trainer: "Trainer", folder: Path) -> str:
+    degree = config.launch.data_parallel_replicate_degree
+    replicas = f" in {degree} replicas" if degree > 1 else ""
     return (
-        f"moesaic: {process.world_size} rank(s) on {process.device.type}, {torch.get_num_threads()} thread(s) each; "
+        f"moesaic: {process.world_size} rank(s){replicas} on {process.device.type}, {torch.get_num_threads()} thread(s) each; "
         f"{trainer.num_parameters / 1e6:.1f} M parameters, {config.model.num_layers} layers, {config.model.num_experts} experts, "
         f"top-{config.model.top_k}; text: {text.num_documents} file(s), {text.num_bytes / 1e6:.1f} MB; "
         f"{f'plan {config.placement.file}' if config.placement.file else f'policy {config.runtime.policy}'}; files in {folder}"
@@ -162,7 +164,7 @@ class Trainer:
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
         self.step = progress.step if progress else 0
         layers = list(self.handle.layers.values())
-        self._replay = None if trace is None else Replay(trace, layers, process.rank, first_step=self.step)
+        self._replay = None if trace is None else Replay(trace, layers, self.handle.group.rank, first_step=self.step)
         self._num_decisions = 0  # about owners, that are recorded
         self.data = TrainingData(
             Windows(text.train(), config.data.seq_len),
@@ -240,7 +242,8 @@ class Trainer:
         """Gradients of one global batch; returns this rank's mean cross-entropy and router loss, fp32 [2]."""
         num_micro_batches = self.config.train.micro_batches
         losses = torch.zeros(2, device=self.process.device)
-        for batch in self.data.next_step():
+        for index, batch in enumerate(self.data.next_step()):
+            self.handle.set_requires_all_reduce(index == num_micro_batches - 1)
             loss = self._cross_entropy(batch)
             aux_loss = self.handle.aux_loss()
             ((loss + aux_loss) / num_micro_batches).backward()

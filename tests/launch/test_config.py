@@ -137,6 +137,15 @@ def test_batch_must_divide_over_ranks(world_size: int, micro_batches: int, fits:
             config.check_world_size(world_size)
 
 
+def test_replicas_must_divide_the_ranks() -> None:
+    config = Config(launch=LaunchConfig(data_parallel_replicate_degree=3))
+    with pytest.raises(
+        ValueError, match=r"^launch\.data_parallel_replicate_degree 3 does not divide 4 ranks: make it a divisor of 4$"
+    ):
+        config.check_world_size(4)
+    assert config.ranks_per_replica(6) == 2
+
+
 positive = st.floats(min_value=1e-12, max_value=1e12)
 share = st.floats(min_value=0, max_value=1)
 count = st.integers(min_value=1, max_value=2**40)

@@ -87,6 +87,18 @@ def test_a_signal_to_one_rank_ends_all_at_a_step(folder: Path, signum: signal.Si
     assert (folder / "runs" / "demo" / "checkpoints" / f"step-{last:06d}" / "progress.json").exists()
 
 
+def test_replicas_train_as_one_group(folder: Path) -> None:
+    """Four ranks as 2 x 2: the same curve as one group of four, and a trace of the first replica."""
+    values = ["train.steps=4", "train.micro_batches=3", "train.eval_every=0"]
+    train_tiny(4, values, folder)
+    first, *_ = train_tiny(4, [*values, "launch.data_parallel_replicate_degree=2"], folder)
+    assert "4 rank(s) in 2 replicas on cpu" in first.stdout
+    runs = [folder / "runs" / name for name in ("demo", "demo-2")]
+    assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), rel=1e-5)
+    assert metrics_of(runs[1])[1]["bytes_replicate"] > 0
+    assert [Trace(run / "trace.npz").meta.num_ranks for run in runs] == [4, 2]
+
+
 def test_wrong_use_ends_every_rank_with_one_line(folder: Path) -> None:
     """Seen by all ranks before they meet: rank 0 prints, both end with 2, and nothing was written."""
     first, second = wait_for(start_ranks(2, set_options([*tiny_values(folder), "runtime.slots=-1"]), folder))
