@@ -9,6 +9,7 @@ materialize.py    copies in, their gradients home
 dispatch.py       rows to their experts and back
 dispatch_by_node.py  the same over nodes of several ranks: each row crosses to a node once
 experts.py        the local experts' SwiGLU
+carried.py        copies that micro-batches share
 layer_pass.py     one forward and its backward; replay under activation checkpointing
 layer_runtime.py  what one layer has of all this
 overlap.py        when gathers are launched

@@ -13,7 +13,7 @@ Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert f
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from weakref import WeakSet, finalize, ref
+from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -119,11 +119,12 @@ class Bank(nn.Module):
         self.compute_dtype = compute_dtype or self.gate_up.dtype
         self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, where it is another
         self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the versions of the masters that it was cast from
-        if self.compute_dtype != self.gate_up.dtype:
-            # Fused optimizers write without raising a tensor's version.
-            this = ref(self)
-            hook = register_optimizer_step_post_hook(lambda *_: bank.drop_casts() if (bank := this()) else None)
-            finalize(self, hook.remove)
+        self.generation = 0
+        """Counts what changed the weights as far as all ranks know of it; see `weights_changed`."""
+        # Fused optimizers write without raising a tensor's version.
+        this = ref(self)
+        hook = register_optimizer_step_post_hook(lambda *_: bank.weights_changed() if (bank := this()) else None)
+        finalize(self, hook.remove)
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -144,6 +145,7 @@ class Bank(nn.Module):
     def adopt(self, owners: OwnerMap, rows: dict[tuple[int, int], int]) -> None:
         """Go by another owner map, whose experts lie in the given rows; see `rehome.migrate`, which has moved them there."""
         assert set(rows) == set(owners.rows_of(self.rank)), "rows of other experts than those owned here"
+        self.weights_changed()
         self.owners, self.rows = owners, rows
 
     def weights(self, layer: int, expert: int) -> ExpertTensors:
@@ -157,7 +159,7 @@ class Bank(nn.Module):
         """Weights of an owned expert in the compute dtype: the masters themselves, or their cast.
 
         A row is cast when it is first asked for after the masters changed, by an optimizer or in place; changes through `.data`
-        show after `drop_casts`, which every `Handle.step` calls.
+        show after `weights_changed`, which every `Handle.step` calls.
         """
         masters = self.weights(layer, expert)
         if self.compute_dtype == self.gate_up.dtype:
@@ -172,9 +174,13 @@ class Bank(nn.Module):
             self._cast_from[row] = versions
         return cast
 
-    def drop_casts(self) -> None:
-        """Have every row cast anew when it is next asked for."""
+    def weights_changed(self) -> None:
+        """Have every row cast anew when it is next asked for, and copies gathered anew. All ranks at the same point.
+
+        Called after steps of any optimizer, by `Handle.step`, and where weights are loaded or experts move.
+        """
         self._cast_from.clear()
+        self.generation += 1
 
     @property
     def compute_like(self) -> Tensor:
@@ -262,6 +268,7 @@ class SlotPool:
         self._transport = transport
         self._free: list[ExpertTensors] = []
         self._alive: WeakSet[ExpertTensors] = WeakSet()
+        self._num_sharers: WeakKeyDictionary[ExpertTensors, int] = WeakKeyDictionary()  # beside the first
         self.peak_slots = 0
         self.peak_bytes = 0
 
@@ -276,6 +283,14 @@ class SlotPool:
         self.peak_bytes = max(self.peak_bytes, sum(tensor.nbytes for slot in self._alive for tensor in slot.tensors()))
         return buffer
 
+    def share(self, buffer: ExpertTensors) -> ExpertTensors:
+        """Lend a lent buffer once more; it comes back when it was released as often."""
+        self._num_sharers[buffer] = self._num_sharers.get(buffer, 0) + 1
+        return buffer
+
     def release(self, buffer: ExpertTensors) -> None:
         """Give a buffer back."""
-        self._free.append(buffer)
+        if self._num_sharers.get(buffer, 0):
+            self._num_sharers[buffer] -= 1
+        else:
+            self._free.append(buffer)

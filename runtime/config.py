@@ -65,6 +65,10 @@ class RuntimeConfig:
     materialize: Literal["keep", "rematerialize", "auto"] = "keep"
     """Copies stay until backward, or are released after forward and gathered again, so that layers share slots; the last layer's
     stay in any case, as its backward comes at once. "auto" keeps those of as many last layers as fit into `slot_bytes`."""
+    reuse_copies: bool = False
+    """Under gradient accumulation, copies that the next micro-batch's plan wants too stay in their slots, and only the others are
+    gathered; one more layer's slots are taken. Of layers that keep their copies until backward. Gradients go home with every
+    micro-batch. Weights may then change by optimizers and this package only, until `Handle.step`."""
     slot_bytes: int = 0
     """The most bytes that copies, their gradients and staging may take on a rank, for one forward in flight; 0: no limit."""
     predictor: Literal["best", "last", "window", "ema"] = "best"

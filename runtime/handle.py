@@ -100,7 +100,7 @@ class Handle:
             layer.runtime.counters.reset()
             layer.runtime.step = self._step
         for bank in self.banks:
-            bank.drop_casts()
+            bank.weights_changed()
         for rehomer in self._rehomers:
             here = [load for layer, load in zip(self.layers.values(), kept, strict=True) if layer.runtime.bank is rehomer.bank]
             rehomer.step(self._step, np.stack(here), optimizer)
@@ -232,6 +232,8 @@ class Handle:
             layer.runtime.drop_prefetched()
         self._reshard()
         load_state(state, self.model, self.layers, optimizer)
+        for bank in self.banks:
+            bank.weights_changed()
 
     def family_state_dict(self) -> dict[str, Tensor]:
         """The weights as the unwrapped model's `state_dict()` has them, whole, in CPU memory of rank 0; empty elsewhere.
@@ -249,6 +251,8 @@ class Handle:
         for layer in self.layers.values():
             layer.runtime.drop_prefetched()
         self._reshard()
+        for bank in self.banks:
+            bank.weights_changed()
         return load_weights(state, self.model, self.layers)
 
     def save_safetensors(self, folder: str | Path, *, max_file_bytes: int = 4 << 30) -> None:

@@ -17,6 +17,7 @@ from ..placement import ExpertLoad, LayerShape, Solver
 from ._compat import version_of
 from .bank import Bank, SlotPool
 from .capacity import Capacity
+from .carried import CarriedCopies
 from .config import RuntimeConfig
 from .dispatch import build_handle, combine, dispatch
 from .dispatch_by_node import build_node_handle
@@ -98,6 +99,7 @@ class LayerRuntime:
         self.build_handle = partial(build_node_handle, ranks_per_node=group.topology.ranks_per_node) if by_node else build_handle
         """Describes where rows travel; see `dispatch.build_handle`."""
         self.planner = LayerPlanner(owners_E, group.topology, shape, self.counters.timed(solver), config)
+        self.carried = CarriedCopies(bank, pool, self.planner) if config.reuse_copies and keeps_copies else None
         self.step = 0
         self._prefetched: LayerPass | None = None
         self._latest: ref[LayerPass] | None = None
@@ -105,6 +107,8 @@ class LayerRuntime:
     def follow_bank(self) -> None:
         """Go by the bank's owner map, which has changed. No pass may be under way."""
         self.drop_prefetched()
+        if self.carried is not None:
+            self.carried.drop()
         owners_E = self.bank.owners.expert_to_owner_LE[self.layer]
         self.owned_experts = _owned(owners_E, self.group.rank)
         self.planner.change_owners(owners_E)

@@ -22,14 +22,23 @@ if TYPE_CHECKING:
 
 
 def begin_materialize(runtime: LayerRuntime, layer_pass: LayerPass, *, op: str = "gather") -> None:
-    """Borrow slots for this rank's copies and launch the gather that fills them, counted as `op`."""
+    """Borrow slots for this rank's copies and launch the gather that fills them, counted as `op`.
+
+    In training, copies that are carried over from the micro-batch before are neither borrowed nor gathered.
+    """
     layer_pass.holds_copies = True
-    layer_pass.gather = _fill_slots(runtime, layer_pass, layer_pass.plan.gather, op)
+    carried = runtime.carried if layer_pass.is_training else None
+    schedule = layer_pass.plan.gather if carried is None else carried.lend(layer_pass)
+    layer_pass.gather = _fill_slots(runtime, layer_pass, schedule, op)
+    if carried is not None:
+        carried.keep(layer_pass)
 
 
 def begin_calibrated(runtime: LayerRuntime, layer_pass: LayerPass, added: Schedule) -> None:
     """The same for the copies that calibration added to the plan."""
     layer_pass.added_gather = _fill_slots(runtime, layer_pass, added, "calibrate")
+    if runtime.carried is not None and layer_pass.is_training:
+        runtime.carried.keep(layer_pass)
 
 
 def _fill_slots(runtime: LayerRuntime, layer_pass: LayerPass, schedule: Schedule, op: str) -> Pending:

@@ -141,7 +141,7 @@ class LayerPlanner:
         if more is None:
             return plan
         self._check_budget(more.placement)
-        _, added = self._gather_of(added_copies(more.placement, plan.placement))
+        _, added = self.gather_of(added_copies(more.placement, plan.placement))
         return replace(self._plan_of(more.placement), split=more, added=added, number=plan.number)
 
     @property
@@ -176,7 +176,7 @@ class LayerPlanner:
         Sums are made in fp32. A relay forwards partial sums, which therefore must travel in fp32; narrower gradients, and those
         that are narrowed for the wire, go straight to the owner, in two chunks so that the sum in progress takes half an expert.
         """
-        shape, (name, gather) = self._shape, self._gather_of(placement)
+        shape, (name, gather) = self._shape, self.gather_of(placement)
         if shape.gradient_bytes_per_element >= 4:
             reduce = gather.transpose().limit_receives(staging_limit(self._slots))
         else:
@@ -185,7 +185,8 @@ class LayerPlanner:
         self._num_plans += 1
         return Plan(placement, name, gather, reduce, counted, self._num_plans - 1)
 
-    def _gather_of(self, placement: Placement) -> tuple[str, Schedule]:
+    def gather_of(self, placement: Placement) -> tuple[str, Schedule]:
+        """The gather of a placement's copies, and its name: as configured, or the one that is predicted to be fastest."""
         if self._config.schedule == "auto":
             choice = choose_schedule(placement, self._topology, self._shape)
             return choice.name, choice.schedule

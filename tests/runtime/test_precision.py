@@ -89,7 +89,7 @@ def test_a_row_is_cast_once_until_its_masters_change(change: Callable[[Bank], No
     change(bank)
     assert_cast()
     bank.gate_up.data.mul_(2.0)  # unseen, until a step is closed
-    bank.drop_casts()
+    bank.weights_changed()
     assert_cast()
 
 
