@@ -7,8 +7,9 @@
 
 Everything of one size is measured round by round in one run, each round starting with another. Beside the transports run a
 plain memory copy, made by as many processes at once, of the bytes that a rank receives, and MPI's own collective (Alltoallv,
-Bcast, Reduce). The bound is the busiest receiver's bytes at the rate of that copy; with `nodes`, whose links have a rate
-(network.py), the busiest link's bytes at that rate.
+Bcast, Reduce). Copies and collectives repeat between buffers that nobody rewrites: sources and targets of both are as warm as
+the caches allow, and the copies, which never wait for each other, are the more favoured. The bound is the busiest receiver's
+bytes at the rate of that copy; with `nodes`, whose links have a rate (network.py), the busiest link's bytes at that rate.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import (
+    RowLayout,
+    RowPart,
     Schedule,
     Transport,
     all_to_all_rows,
@@ -120,10 +122,9 @@ def _check(what: str, op: str, way: Callable[[], None], buffers: Buffers) -> Non
 
 
 def _all_to_all(transport: Transport, buffers: Buffers) -> Callable[[], None]:
-    rank, world_size = transport.rank, transport.world_size
-    sends = [[] if peer == rank else [buffers.outgoing[peer]] for peer in range(world_size)]
-    recvs = [[] if peer == rank else [buffers.incoming[peer]] for peer in range(world_size)]
-    return lambda: all_to_all_rows(transport, sends, recvs, op="all_to_all").wait()
+    parts = [RowPart(peer, peer, 1) for peer in range(transport.world_size) if peer != transport.rank]
+    layout = RowLayout(parts, parts)
+    return lambda: all_to_all_rows(transport, layout, buffers.outgoing, buffers.incoming, op="all_to_all").wait()
 
 
 def _gather(transport: Transport, schedule: Schedule, buffers: Buffers) -> Callable[[], None]:

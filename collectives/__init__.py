@@ -24,7 +24,7 @@ from .schedules.element_sharded import element_sharded_gather
 from .schedules.hierarchical import hierarchical_gather
 from .schedules.relay import relay_gather
 from .traffic import Span, Traffic
-from .transport import Buffer, CollectiveError, Pending, Transport
+from .transport import Buffer, CollectiveError, Pending, RowLayout, RowPart, RowsAsMessages, Transport
 from .transports.c10d import C10dTransport
 from .transports.choose import TRANSPORTS, TransportChoice, choose_transport, make_transports, nodes_of_group
 from .transports.local import LocalTransport
@@ -44,6 +44,9 @@ __all__ = [
     "Message",
     "Pending",
     "Route",
+    "RowLayout",
+    "RowPart",
+    "RowsAsMessages",
     "Schedule",
     "ScheduleChoice",
     "ShmTransport",

@@ -6,6 +6,7 @@ is room, every message is sent as soon as its chunk is complete here, and no ran
 enter alike (NCCL deadlocks otherwise), and where waiting costs the host nothing.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -146,5 +147,6 @@ def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, whe
     def flow() -> Pending:
         return (RoundFlow if in_rounds else Flow)(schedule, transport, side, op=op, where=where)
 
-    begin = flow if thread is None or in_rounds else lambda: thread.carry_out(lambda: flow().wait())
-    return Watched(begin, transport.traffic, op=op, where=where)
+    launched_s = time.perf_counter()
+    pending = flow() if thread is None or in_rounds else thread.carry_out(lambda: flow().wait())
+    return Watched(pending, launched_s, transport.traffic, op, where)

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 import torch
 
-from .traffic import Span, Traffic
+from .traffic import Traffic
 from .transport import Pending
 
 
@@ -75,15 +75,19 @@ def _serve(queue: SimpleQueue[_Carried | None]) -> None:
 class Watched:
     """A collective whose waits are counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
 
-    def __init__(self, launch: Callable[[], Pending], traffic: Traffic, *, op: str, where: str):
-        self._traffic, self._op, self._where = traffic, op, where
-        self._launched_s = time.perf_counter()
-        self._pending = launch()
+    __slots__ = ("_launched_s", "_op", "_pending", "_traffic", "_where")
+
+    def __init__(self, pending: Pending, launched_s: float, traffic: Traffic, op: str, where: str):
+        self._pending = pending
+        self._launched_s = launched_s
+        self._traffic = traffic
+        self._op = op
+        self._where = where
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Wait for the collective; see `Pending.wait`."""
         start_s = time.perf_counter()
         self._pending.wait(until_sent=until_sent)
         end_s = time.perf_counter()
-        arrived_s = getattr(self._pending, "arrived_s", None) or end_s
-        self._traffic.add_wait(Span(self._op, self._where, self._launched_s, arrived_s, start_s, end_s))
+        arrived_s = self._pending.arrived_s if isinstance(self._pending, _Carried) else None
+        self._traffic.add_wait(self._op, self._where, self._launched_s, arrived_s or end_s, start_s, end_s)

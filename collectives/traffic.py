@@ -1,6 +1,7 @@
 """What this rank sent, by operation and peer, and how long it waited."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,31 +47,38 @@ class Traffic:
         self.unposted: Unposted | None = None
         self.waited_s = 0.0
         self.spans: list[Span] | None = None
-        self._bytes: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(world_size, np.int64))
-        self._messages: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(world_size, np.int64))
+        self._bytes: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)
+        self._messages: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)
 
     def add(self, op: str, peer: int, num_bytes: int) -> None:
         """Count one message of `num_bytes` to rank `peer`."""
         self._bytes[op][peer] += num_bytes
         self._messages[op][peer] += 1
 
-    def add_wait(self, span: Span) -> None:
-        """Count the wait for one collective, which is over."""
-        self.waited_s += span.wait_to_s - span.wait_from_s
+    def add_rows(self, op: str, parts: Iterable[tuple[int, int, int]], row_bytes: int) -> None:
+        """Count one message for each (peer, first row, rows)."""
+        bytes_R, messages_R = self._bytes[op], self._messages[op]
+        for peer, _, count in parts:
+            bytes_R[peer] += count * row_bytes
+            messages_R[peer] += 1
+
+    def add_wait(self, op: str, where: str, launched_s: float, arrived_s: float, wait_from_s: float, wait_to_s: float) -> None:
+        """Count the wait for one collective, which is over; see `Span`."""
+        self.waited_s += wait_to_s - wait_from_s
         if self.spans is not None:
-            self.spans.append(span)
+            self.spans.append(Span(op, where, launched_s, arrived_s, wait_from_s, wait_to_s))
 
     def bytes_R(self, op: str) -> np.ndarray:
         """Bytes sent to every rank by `op`, int64 [R]."""
-        return self._bytes[op].copy() if op in self._bytes else np.zeros(self.world_size, np.int64)
+        return np.array(self._bytes.get(op) or [0] * self.world_size, np.int64)
 
     def messages_R(self, op: str) -> np.ndarray:
         """Messages sent to every rank by `op`, int64 [R]."""
-        return self._messages[op].copy() if op in self._messages else np.zeros(self.world_size, np.int64)
+        return np.array(self._messages.get(op) or [0] * self.world_size, np.int64)
 
     def total_bytes(self) -> dict[str, int]:
         """Bytes sent so far, by operation."""
-        return {op: int(counts.sum()) for op, counts in self._bytes.items()}
+        return {op: sum(counts) for op, counts in self._bytes.items()}
 
     def reset(self) -> None:
         """Start counting bytes and messages again from zero."""

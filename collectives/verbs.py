@@ -7,6 +7,7 @@
 Shape letters: M rows, D columns, R ranks.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from .flow import launch
 from .progress import Watched
 from .schedule import Message, Schedule
-from .transport import Buffer, Pending, Transport
+from .transport import Pending, RowLayout, Transport
 
 # The tensors one item is made of, in a fixed order (for an expert: gate_up, down), contiguous.
 Item = Sequence[Tensor]
@@ -210,19 +211,12 @@ def _is_on_cuda(*items: Mapping[int, Item]) -> bool:
 
 
 def all_to_all_rows(
-    transport: Transport,
-    sends: Sequence[Sequence[Tensor]],
-    recvs: Sequence[Sequence[Tensor]],
-    *,
-    op: str,
-    where: str = "",
+    transport: Transport, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = ""
 ) -> Pending:
-    """Send the tensors `sends[r]` to every rank r and receive `recvs[r]` from it, [rows, ...] each, rows >= 0.
+    """Send rows of `outgoing` [P, ...] to other ranks, and receive theirs in rows of `incoming` [Q, ...], as the layout says.
 
-    Both sides know the shapes. What stays on this rank is not sent: `sends[rank]` and `recvs[rank]` must be empty, since
-    the caller can write its own rows in place.
+    Both sides know the counts. What stays on a rank does not travel: the caller reads and writes its own rows in place.
     """
-    assert not sends[transport.rank] and not recvs[transport.rank], "own rows do not travel"
-    outgoing = [Buffer(tensor, peer) for peer, tensors in enumerate(sends) for tensor in tensors]
-    incoming = [Buffer(tensor, peer) for peer, tensors in enumerate(recvs) for tensor in tensors]
-    return Watched(lambda: transport.exchange(outgoing, incoming, op=op, where=where), transport.traffic, op=op, where=where)
+    launched_s = time.perf_counter()
+    pending = transport.exchange_rows(layout, outgoing, incoming, op=op, where=where)
+    return Watched(pending, launched_s, transport.traffic, op, where)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..collectives import Transport, all_to_all_rows
+from ..collectives import RowLayout, RowPart, Transport, all_to_all_rows
 from ..kernels import Bags, bags_of, gather_rows, sum_rows
 from ..placement import Split
 from .layer_pass import LayerPass
@@ -61,12 +62,18 @@ class DispatchHandle:
     row_weights_N: Tensor  # gate weight of every slot-major row, fp32
     group_sizes: tuple[int, ...]  # rows of each local expert
 
+    @cached_property
+    def row_layout(self) -> RowLayout:
+        """Sent rows to their destinations, received rows from their sources."""
+        return RowLayout.consecutive(self.sent_rows_R, self.received_rows_R)
+
     def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> Tensor:
         """Tokens to the ranks that compute them: [T, D] on the source to slot-major rows [N, D] on the destination."""
         outgoing = transport.empty((sum(self.sent_rows_R), x_TD.shape[1]), x_TD)
         gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
         received_QD = x_TD.new_empty(sum(self.received_rows_R), x_TD.shape[1])
-        exchange_rows(transport, outgoing, self.sent_rows_R, received_QD, self.received_rows_R, op, where)
+        # What was sent is only dropped afterwards.
+        all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where).wait(until_sent=False)
         return gather_rows(x_TD, self.row_ids_N, beside=received_QD)
 
     def return_rows(
@@ -85,24 +92,27 @@ class DispatchHandle:
     ) -> ReturnedRows:
         """The last hop of `return_rows`: `outgoing` [Q, D], one sum for every received row, to the sources, added up there."""
         returned_PD = rows_ND.new_empty(sum(self.sent_rows_R), rows_ND.shape[1])
-        sends = [[outgoing[part]] for part in slices(self.received_rows_R)]
-        recvs = [[returned_PD[part]] for part in slices(self.sent_rows_R)]
-        if gate_grads_N is None:
-            _exchange(transport, sends, recvs, op, where)
-            return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), None)
+        rows = all_to_all_rows(transport, self.row_layout.transpose, outgoing, returned_PD, op=op, where=where)
+        gate_grads_A = None
+        if gate_grads_N is not None:
+            gate_grads_A = self._take_gate_grads_home(gate_grads_N, transport, op, where)
+        rows.wait(until_sent=False)
+        return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), gate_grads_A)
+
+    def _take_gate_grads_home(self, gate_grads_N: Tensor, transport: Transport, op: str, where: str) -> Tensor:
+        """One number for every slot-major row [N] to the assignments [A] of its source, in router order."""
+        rank = transport.rank
         by_source = torch.empty_like(gate_grads_N)
         by_source[self.slot_major_N] = gate_grads_N
         by_destination = gate_grads_N.new_empty(sum(self.sent_assignments_R))
-        rank = transport.rank
         out_R, in_R = slices(self.received_assignments_R), slices(self.sent_assignments_R)
-        for send, recv, part_out, part_in in zip(sends, recvs, out_R, in_R, strict=True):
-            send.append(by_source[part_out])
-            recv.append(by_destination[part_in])
+        layout = RowLayout(parts_for_others(rank, out_R), parts_for_others(rank, in_R))
+        pending = all_to_all_rows(transport, layout, by_source, by_destination, op=op, where=where)
         by_destination[in_R[rank]] = by_source[out_R[rank]]
-        _exchange(transport, sends, recvs, op, where)
+        pending.wait(until_sent=False)
         gate_grads_A = gate_grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
         gate_grads_A[self.sent_assignments_A] = by_destination
-        return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), gate_grads_A)
+        return gate_grads_A
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +183,10 @@ def build_handle(
     to_R = slices(assignments_R)
     sent = [_describe(sent_rows_R[r], local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
     received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
-    received = [torch.empty(1 + 2 * n if n else 0, dtype=torch.int32, device=device) for n in received_assignments_R]
-    pending = all_to_all_rows(transport, but(rank, sent), but(rank, received), op=op, where=where)
     own_tokens = tokens_A[to_R[rank]]
-    received[rank] = _describe(0, own_tokens.to(torch.int32), weights_A[to_R[rank]])
-    pending.wait(until_sent=False)
+    own_message = _describe(0, own_tokens.to(torch.int32), weights_A[to_R[rank]])
+    sizes_R = [1 + 2 * n if n else 0 for n in received_assignments_R]
+    received = exchange_messages(transport, sent, own_message, sizes_R, op, where)
 
     # Phase 4: rows get numbers through own tokens and all sources; slot-major order regroups them by local expert.
     headers = [message[:1] for message in received if message.numel()]
@@ -340,32 +349,26 @@ def slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(start, start + size) for start, size in zip(starts(sizes), sizes, strict=True)]
 
 
-def but(rank: int, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """One tensor per peer, none for `rank` itself."""
-    return [[] if r == rank else [tensor] for r, tensor in enumerate(tensors)]
+def parts_for_others(rank: int, slices_R: Sequence[slice]) -> list[RowPart]:
+    """Slices of a tensor for each rank, without that of `rank` itself."""
+    return [RowPart(r, part.start, part.stop - part.start) for r, part in enumerate(slices_R) if r != rank]
 
 
-def _exchange(
-    transport: Transport, sends: Sequence[Sequence[Tensor]], recvs: Sequence[Sequence[Tensor]], op: str, where: str
-) -> None:
-    """Rows to and from every other rank. What was sent is only dropped afterwards."""
-    sends, recvs = ([[] if r == transport.rank else part for r, part in enumerate(parts)] for parts in (sends, recvs))
-    all_to_all_rows(transport, sends, recvs, op=op, where=where).wait(until_sent=False)
-
-
-def exchange_rows(
-    transport: Transport,
-    outgoing: Tensor,
-    sent_R: Sequence[int],
-    incoming: Tensor,
-    received_R: Sequence[int],
-    op: str,
-    where: str,
-) -> None:
-    """Consecutive rows of `outgoing` [P, D] to each rank, those from each rank into `incoming` [Q, D]."""
-    sends = [[outgoing[part]] for part in slices(sent_R)]
-    recvs = [[incoming[part]] for part in slices(received_R)]
-    _exchange(transport, sends, recvs, op, where)
+def exchange_messages(
+    transport: Transport, messages_R: list[Tensor], own: Tensor, sizes_R: Sequence[int], op: str, where: str
+) -> list[Tensor]:
+    """A 1-D message to each other rank, and the messages of `sizes_R` that come from them; `own` stands for this rank's."""
+    rank = transport.rank
+    sent_R = [0 if r == rank else message.numel() for r, message in enumerate(messages_R)]
+    received_R = [0 if r == rank else size for r, size in enumerate(sizes_R)]
+    outgoing = transport.empty((sum(sent_R),), own)
+    torch.cat([message for r, message in enumerate(messages_R) if r != rank] or [own[:0]], out=outgoing)
+    incoming = own.new_empty(sum(received_R))
+    layout = RowLayout.consecutive(sent_R, received_R)
+    all_to_all_rows(transport, layout, outgoing, incoming, op=op, where=where).wait(until_sent=False)
+    received = list(incoming.split(received_R))
+    received[rank] = own
+    return received
 
 
 def without(values: Tensor, part: slice) -> Tensor:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..collectives import Transport, all_to_all_rows
+from ..collectives import RowLayout, Transport, all_to_all_rows
 from ..kernels import Bags, gather_rows, sum_rows
 from ..placement import Split
 from .dispatch import (
@@ -29,8 +30,7 @@ from .dispatch import (
     DispatchHandle,
     ReturnedRows,
     bags_at,
-    but,
-    exchange_rows,
+    exchange_messages,
     home_bags,
     segment_transpose,
     slices,
@@ -50,6 +50,11 @@ class NodeHandle(DispatchHandle):
     relayed_rows_R: tuple[int, ...]  # rows that each gateway passes on to this rank
     relayed_bags: Bags  # slot-major rows of every row that was passed on to this rank
 
+    @cached_property
+    def pass_layout(self) -> RowLayout:
+        """Rows passed on to ranks of this node, and those that they pass on to this one."""
+        return RowLayout.consecutive(self.passed_rows_R, self.relayed_rows_R)
+
     def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> Tensor:
         """See `DispatchHandle.send_rows`."""
         dim, num_received = x_TD.shape[1], sum(self.received_rows_R)
@@ -57,10 +62,10 @@ class NodeHandle(DispatchHandle):
         gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
         arrived = x_TD.new_empty(num_received + sum(self.relayed_rows_R), dim)
         received_QD, relayed_SD = arrived[:num_received], arrived[num_received:]
-        exchange_rows(transport, outgoing, self.sent_rows_R, received_QD, self.received_rows_R, op, where)
+        all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where).wait(until_sent=False)
         passed = transport.empty((sum(self.passed_rows_R), dim), x_TD)
         gather_rows(received_QD, self.passed_row_ids_U, out=passed)
-        exchange_rows(transport, passed, self.passed_rows_R, relayed_SD, self.relayed_rows_R, op, where)
+        all_to_all_rows(transport, self.pass_layout, passed, relayed_SD, op=op, where=where).wait(until_sent=False)
         return gather_rows(x_TD, self.row_ids_N, beside=arrived)
 
     def return_rows(
@@ -71,7 +76,8 @@ class NodeHandle(DispatchHandle):
         relayed = transport.empty((sum(self.relayed_rows_R), dim), rows_ND)
         sum_rows(rows_ND, self.relayed_bags, out=relayed)
         passed_UD = rows_ND.new_empty(sum(self.passed_rows_R), dim)
-        exchange_rows(transport, relayed, self.relayed_rows_R, passed_UD, self.passed_rows_R, op, where)
+        layout = self.pass_layout.transpose
+        all_to_all_rows(transport, layout, relayed, passed_UD, op=op, where=where).wait(until_sent=False)
         outgoing = transport.empty((sum(self.received_rows_R), dim), rows_ND)
         sum_rows(rows_ND, self.return_bags, beside=passed_UD, out=outgoing)
         return self.take_home(rows_ND, outgoing, transport, op, where, gate_grads_N)
@@ -290,14 +296,11 @@ def _exchange_descriptions(
             if message.numel() > 1 + 2 * n:
                 message[1 + 2 * n : 1 + 2 * n + masks.numel()] = masks
         outgoing.append(message)
-    incoming = [torch.empty(size(r, n), dtype=torch.int32, device=device) for r, n in enumerate(received_assignments_R)]
-    pending = all_to_all_rows(transport, but(rank, outgoing), but(rank, incoming), op=op, where=where)
     own, n = outgoing[rank], assigned.counts_R[rank]
     if n:
         own[1 : 1 + n] = assigned.tokens_A[slices(assigned.counts_R)[rank]] * ranks_per_node + rank % ranks_per_node
-    incoming[rank] = own
-    pending.wait(until_sent=False)
-    return incoming
+    sizes_R = [size(r, n) for r, n in enumerate(received_assignments_R)]
+    return exchange_messages(transport, outgoing, own, sizes_R, op, where)
 
 
 def num_mask_words(ranks_per_node: int) -> int:

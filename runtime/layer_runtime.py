@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..collectives import Span
 from ..placement import ExpertLoad, LayerShape, Solver
 from ._compat import version_of
 from .bank import Bank, SlotPool
@@ -249,7 +248,7 @@ class LayerRuntime:
         tokens, start_s = self.group.tokens, time.perf_counter()
         load_RE = tokens.all_gather_ints(counts_E, where=layer_pass.where)
         end_s = time.perf_counter()
-        tokens.traffic.add_wait(Span(layer_pass.op("measure"), layer_pass.where, start_s, end_s, start_s, end_s))
+        tokens.traffic.add_wait(layer_pass.op("measure"), layer_pass.where, start_s, end_s, start_s, end_s)
         return load_RE
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, Pending, Transport
+from ..transport import Buffer, Pending, RowsAsMessages, Transport
 
 
 class _Both:
@@ -26,7 +26,7 @@ class _Both:
             part.wait(until_sent=until_sent)
 
 
-class HierarchicalTransport:
+class HierarchicalTransport(RowsAsMessages):
     """A transport inside a node and one between nodes, as one transport over all ranks.
 
     Args:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, Done, Pending
+from ..transport import Buffer, Done, Pending, RowsAsMessages
 
 
-class LocalTransport:
+class LocalTransport(RowsAsMessages):
     """One rank, no process group. Any message would be one to a rank that does not exist."""
 
     name = "local"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending
+from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -151,7 +151,7 @@ class _Requests:
         return f"rank {self._transport.rank}: {self._what} did not complete within {limit_s:g} s ({', '.join(lines)})"
 
 
-class MpiTransport:
+class MpiTransport(RowsAsMessages):
     """Messages of one MPI communicator. Made by `MpiJob.transport`."""
 
     name = "mpi"

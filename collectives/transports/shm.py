@@ -6,9 +6,9 @@ memory that peers map, so the receiver's copy is the only one. Any other tensor 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,63 +16,70 @@ from torch import Tensor
 
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending
+from ..transport import Buffer, CollectiveError, Pending, RowLayout
 from .node import NodeIdentity
 from .shm_mailbox import Address, Mailbox
 from .shm_memory import Arena
 
-
-@dataclass(slots=True, eq=False)
-class _Sent:
-    """Messages of one exchange, as `shm_control` takes them, and their tensors, which live until they have been read."""
-
-    messages_M5: np.ndarray
-    tensors: list[Tensor]
+# How long a rank that waits looks before it sleeps.
+_SPIN_NS = 200_000
+# Between two looks it keeps its core for so long: a peer that runs answers sooner than a yielded core comes back. Where there
+# are more ranks than cores, whom it waits for probably does not run.
+_PATIENCE_NS = 4_000
 
 
 class _Exchange:
-    """Messages of one exchange: what this rank expects, and what it sent and others have not read."""
+    """Messages of one exchange, as `shm_control` takes them, and their tensors: the compiled loops know addresses only.
 
-    def __init__(self, transport: ShmTransport, sent: _Sent, recvs_Q5: np.ndarray, tensors: list[Tensor], op: str, where: str):
+    What was sent lives until it has been read, in `ShmTransport`; what is received until the wait is over.
+    """
+
+    __slots__ = ("_op", "_transport", "_where", "messages_M5", "num_sends", "received", "sent")
+
+    def __init__(
+        self,
+        transport: ShmTransport,
+        messages_M5: np.ndarray,
+        num_sends: int,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        op: str,
+        where: str,
+    ):
         self._transport = transport
-        self._sends_M5 = sent.messages_M5
-        self._recvs_Q5 = recvs_Q5
-        self._tensors = tensors  # the compiled loops know addresses only
+        self.messages_M5 = messages_M5
+        self.num_sends = num_sends
+        self.sent = sent
+        self.received = received
         self._op = op
         self._where = where
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Copy every message in as it appears; then wait until the peers have copied theirs, or at least can."""
         transport = self._transport
-        deadline_s = time.monotonic() + transport.timeout_s
-
-        def look(spin_ns: int) -> bool:
-            all_posted = transport.post_queued()
-            spin_ns = spin_ns if all_posted else 0
-            if not transport.advance(self._recvs_Q5, self._sends_M5, until_sent, spin_ns, self._place):
-                return False
-            return until_sent or transport.post_queued()
-
-        if not transport.mailbox.wait(look, self._needed, deadline_s):
-            raise CollectiveError(self._describe())
-        self._tensors = []
+        if not transport.look(self, until_sent, _SPIN_NS):
+            deadline_s = time.monotonic() + transport.timeout_s
+            if not transport.mailbox.sleep(lambda: transport.look(self, until_sent, 0), self._needed, deadline_s):
+                raise CollectiveError(self._describe())
+        self.received = ()
+        if until_sent:
+            transport.forget(self)
 
     def _needed(self) -> set[int]:
         return {peer for peer, _ in self._missing()} or {peer for peer, _ in self._unread()}
 
     def _missing(self) -> list[tuple[int, int]]:
         """Peer and bytes of every message that did not come."""
-        return [(peer, nbytes) for peer, _, _, nbytes, is_read in self._recvs_Q5.tolist() if not is_read]
+        return [(peer, nbytes) for peer, _, _, nbytes, is_read in self.messages_M5[self.num_sends :].tolist() if not is_read]
 
     def _unread(self) -> list[tuple[int, int]]:
         """Peer and bytes of every message that was not taken."""
-        mailbox, sends_M5 = self._transport.mailbox, self._sends_M5
-        rows = enumerate(sends_M5.tolist())
-        return [
-            (row[0], row[4]) for m, row in rows if not mailbox.control.was_taken(mailbox.controls_R, mailbox.rank, sends_M5, m)
-        ]
+        mailbox, sends = self._transport.mailbox, self.messages_M5[: self.num_sends].tolist()
+        was_taken, controls_R = mailbox.control.was_taken, mailbox.controls_R
+        return [(row[0], row[4]) for row in sends if not was_taken(controls_R, mailbox.rank, row[0], row[1])]
 
-    def _place(self) -> str:
+    def place(self) -> str:
+        """The operation, and where in training."""
         return self._op + (f" at {self._where}" if self._where else "")
 
     def _describe(self) -> str:
@@ -83,12 +90,12 @@ class _Exchange:
             ending = f"rank {', '.join(map(str, sorted(lost)))} is gone"
         else:
             ending = f"did not complete within {self._transport.timeout_s:g} s"
-        expected = sum(row[3] for row in self._recvs_Q5.tolist())
+        expected = int(self.messages_M5[self.num_sends :, 3].sum())
         received = expected - sum(nbytes for _, nbytes in missing)
         text = f"received {received} of {expected} B"
         text += "".join(f", missing {nbytes} B from rank {peer}" for peer, nbytes in missing)
         text += "".join(f", {nbytes} B not read by rank {peer}" for peer, nbytes in unread)
-        return f"rank {self._transport.rank}: {self._place()}: {ending} ({text})"
+        return f"rank {self._transport.rank}: {self.place()}: {ending} ({text})"
 
 
 class ShmTransport:
@@ -116,11 +123,10 @@ class ShmTransport:
         self.mailbox = Mailbox(rank, world_size)
         self.mailbox.connect(_addresses_on_one_node(gather, self.mailbox.address))
         self._arena = Arena(self.mailbox.publish)
-        self._num_sent = [0] * world_size
-        self._num_posted_R = np.zeros(world_size, np.int64)
-        self._num_received = [0] * world_size  # messages that an exchange asked for
-        self._queued: list[_Sent] = []  # with messages that their receiver's ring has no room for yet
-        self._in_flight: list[_Sent] = []
+        self._counts_3R = np.zeros((3, world_size), np.int64)  # messages to each rank, posted to it, expected from it
+        self._queued: list[_Exchange] = []  # with messages that their receiver's ring has no room for yet
+        self._in_flight: dict[_Exchange, None] = {}  # not known to have been read, in the order of their launch
+        self._patience_ns = _PATIENCE_NS if world_size <= len(os.sched_getaffinity(0)) else 0
         self._boards = 0
         # Peers find memory through this process: none may leave before all have connected.
         gather(None)
@@ -131,27 +137,43 @@ class ShmTransport:
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Describe every message to its receiver; see `Transport.exchange`."""
-        sent = self._described(sends, op)
-        if sent.tensors:
-            self._queued.append(sent)
-            self.post_queued()
-            mailbox = self.mailbox
-            all_taken, controls_R = mailbox.control.all_taken, mailbox.controls_R
-            self._in_flight = [s for s in self._in_flight if not all_taken(controls_R, self.rank, s.messages_M5)]
-            self._in_flight.append(sent)
-        expected: list[int] = []
-        tensors = []
-        for buffer in recvs:
-            tensor, peer = buffer.tensor, buffer.peer
-            nbytes = tensor.nbytes
-            if nbytes:
-                expected += (peer, self._num_received[peer], tensor.data_ptr(), nbytes, 0)
-                self._num_received[peer] += 1
-                tensors.append(tensor)
-        return _Exchange(self, sent, np.array(expected, np.int64).reshape(-1, 5), tensors, op, where)
+        parts: list[int] = []
+        sent: list[Tensor] = []
+        received: list[Tensor] = []
+        for tensors, buffers in ((sent, sends), (received, recvs)):
+            for tensor, peer in buffers:
+                nbytes = tensor.nbytes
+                if nbytes:
+                    parts += (peer, tensor.data_ptr(), nbytes)
+                    tensors.append(tensor)
+        parts_M3 = np.array(parts, np.int64).reshape(-1, 3)
+        self.traffic.add_rows(op, parts_M3[: len(sent)].tolist(), 1)
+        exchange = self._launched(parts_M3, len(sent), 0, 0, 1, sent, received, op, where)
+        if exchange is None:
+            for m, tensor in enumerate(sent):
+                if self._arena.place_of(tensor) is None:
+                    sent[m] = self._arena.empty(tensor.shape, tensor.dtype).copy_(tensor)
+                    parts_M3[m, 1] = sent[m].data_ptr()
+            exchange = self._launched(parts_M3, len(sent), 0, 0, 1, sent, received, op, where)
+        assert exchange is not None
+        return exchange
+
+    def exchange_rows(self, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = "") -> Pending:
+        """Describe the rows to their receivers; see `Transport.exchange_rows`."""
+        row_bytes, parts_M3, num_sends = outgoing.stride(0) * outgoing.itemsize, layout.parts_M3, len(layout.sent)
+        self.traffic.add_rows(op, layout.sent, row_bytes)
+        there, into, received = outgoing.data_ptr(), incoming.data_ptr(), (incoming,)
+        exchange = self._launched(parts_M3, num_sends, there, into, row_bytes, (outgoing,), received, op, where)
+        if exchange is None:
+            staged = self._arena.empty(outgoing.shape, outgoing.dtype).copy_(outgoing)
+            exchange = self._launched(parts_M3, num_sends, staged.data_ptr(), into, row_bytes, (staged,), received, op, where)
+        assert exchange is not None
+        return exchange
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Gather int64 [n] from every rank: [R, n]."""
+        if values.numel() <= self.mailbox.control.MAX_INTS:
+            return self._gather_board(values, where)
         return torch.cat([self._gather_board(part, where) for part in values.split(self.mailbox.control.MAX_INTS)], dim=1)
 
     def _gather_board(self, values: Tensor, where: str) -> Tensor:
@@ -163,10 +185,10 @@ class ShmTransport:
         def absent() -> set[int]:
             return {peer for peer in range(self.world_size) if not control.shows(controls_R, peer, number)}
 
-        def look(spin_ns: int) -> bool:
-            return bool(control.all_show(controls_R, number, spin_ns))
+        def look(spin_ns: int = 0) -> bool:
+            return bool(control.all_show(controls_R, number, spin_ns, self._patience_ns))
 
-        if not mailbox.wait(look, absent, time.monotonic() + self.timeout_s):
+        if not look(_SPIN_NS) and not mailbox.sleep(look, absent, time.monotonic() + self.timeout_s):
             ranks, gone = absent(), mailbox.gone()
             ending = "gone" if ranks & gone else f"absent after {self.timeout_s:g} s"
             place = f" at {where}" if where else ""
@@ -174,51 +196,68 @@ class ShmTransport:
             raise CollectiveError(f"rank {self.rank}: gather of {values.numel()} integers{place}: rank {names} is {ending}")
         return mailbox.boards(number, values.numel())
 
-    def advance(
-        self, recvs_Q5: np.ndarray, sends_M5: np.ndarray, until_taken: bool, spin_ns: int, what: Callable[[], str]
-    ) -> bool:
+    def look(self, exchange: _Exchange, until_taken: bool, spin_ns: int) -> bool:
         """Read messages as they appear and look for `spin_ns` whether all is done; see `shm_control.advance`."""
-        mailbox = self.mailbox
-        control, controls_R, bases_RG = mailbox.control, mailbox.controls_R, mailbox.bases_RG
-        status = control.advance(controls_R, self.rank, bases_RG, recvs_Q5, sends_M5, until_taken, spin_ns)
-        if status == control.NEW_SEGMENT:
+        if self._queued and not self._post_queued():
+            spin_ns = 0
+        mailbox, messages_M5, num_sends = self.mailbox, exchange.messages_M5, exchange.num_sends
+        control, controls_R = mailbox.control, mailbox.controls_R
+        while True:
+            status = control.advance(
+                controls_R, self.rank, mailbox.bases_RG, messages_M5, num_sends, until_taken, spin_ns, self._patience_ns
+            )
+            if status != control.NEW_SEGMENT:
+                break
             mailbox.map_segments()
-            status = control.advance(controls_R, self.rank, bases_RG, recvs_Q5, sends_M5, until_taken, spin_ns)
         if status == control.WRONG_SIZE:
-            peer, there, here = control.wrong_size(controls_R, self.rank, recvs_Q5)
+            peer, there, here = control.wrong_size(controls_R, self.rank, messages_M5[num_sends:])
             raise CollectiveError(
-                f"rank {self.rank}: {what()}: rank {peer} sent {there} B where {here} B were expected; "
+                f"rank {self.rank}: {exchange.place()}: rank {peer} sent {there} B where {here} B were expected; "
                 "the ranks are at different places of the program"
             )
-        return bool(status == control.DONE)
+        return bool(status == control.DONE) and (until_taken or not self._queued or self._post_queued())
 
-    def post_queued(self) -> bool:
+    def forget(self, exchange: _Exchange) -> None:
+        """Let go of what an exchange sent: it has been read."""
+        self._in_flight.pop(exchange, None)
+
+    def _launched(
+        self,
+        parts_M3: np.ndarray,
+        num_sends: int,
+        outgoing: int,
+        incoming: int,
+        row_bytes: int,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        op: str,
+        where: str,
+    ) -> _Exchange | None:
+        """An exchange of parts (peer, first row, rows) at two addresses; None, and nothing done, if peers cannot read there."""
+        mailbox = self.mailbox
+        control, controls_R, rank = mailbox.control, mailbox.controls_R, self.rank
+        if self._in_flight:
+            for earlier in list(self._in_flight):
+                if control.all_taken(controls_R, rank, earlier.messages_M5, earlier.num_sends):
+                    del self._in_flight[earlier]
+        messages_M5 = np.empty((len(parts_M3), 5), np.int64)
+        status = control.launch(
+            controls_R, rank, mailbox.own_G2, self._counts_3R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5
+        )
+        if status == control.UNREACHABLE:
+            return None
+        exchange = _Exchange(self, messages_M5, num_sends, sent, received, op, where)
+        if num_sends:
+            self._in_flight[exchange] = None
+            if status == control.NOT_YET:
+                self._queued.append(exchange)
+        return exchange
+
+    def _post_queued(self) -> bool:
         """Describe what was sent to the peers whose rings have room; returns whether that is all of it."""
-        if self._queued:
-            post, controls_R = self.mailbox.control.post, self.mailbox.controls_R
-            self._queued = [s for s in self._queued if not post(controls_R, self.rank, self._num_posted_R, s.messages_M5)]
+        post, controls_R, counts_3R = self.mailbox.control.post, self.mailbox.controls_R, self._counts_3R
+        self._queued = [q for q in self._queued if not post(controls_R, self.rank, counts_3R, q.messages_M5, q.num_sends)]
         return not self._queued
-
-    def _described(self, buffers: Sequence[Buffer], op: str) -> _Sent:
-        """Where the messages lie, in memory that peers can read."""
-        arena, num_sent = self._arena, self._num_sent
-        rows: list[int] = []
-        tensors = []
-        for buffer in buffers:
-            tensor, peer = buffer.tensor, buffer.peer
-            nbytes = tensor.nbytes
-            if not nbytes:
-                continue
-            place = arena.place_of(tensor)
-            if place is None:
-                tensor = arena.empty(tensor.shape, tensor.dtype).copy_(tensor)
-                place = arena.place_of(tensor)
-                assert place is not None
-            rows += (peer, num_sent[peer], place.segment, place.offset, nbytes)
-            num_sent[peer] += 1
-            tensors.append(tensor)
-            self.traffic.add(op, peer, nbytes)
-        return _Sent(np.array(rows, np.int64).reshape(-1, 5), tensors)
 
 
 def _addresses_on_one_node(gather: Callable[[object], Sequence[object]], address: Address) -> list[Address]:

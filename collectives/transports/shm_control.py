@@ -4,7 +4,8 @@ Every rank has one control segment that all others map. It alone writes its ring
 from others, and its board of integers. What others write there is its doorbell, a semaphore, and the word that says whether it
 must be rung: whoever clears that word rings. Import this module lazily: it imports numba, and a first call compiles.
 
-Messages are rows of int64 arrays; shapes: R ranks, M messages sent, Q messages expected, G segments of a rank.
+Messages of an exchange are rows of one int64 array, those sent before those expected; shapes: R ranks, M messages, G segments
+of a rank.
 """
 
 # The compiler gives the loops their types, which Python annotations cannot say.
@@ -40,11 +41,11 @@ _POSTED_BYTES = 32
 PEER, NUMBER, SEGMENT, OFFSET, SENT_BYTES = range(5)
 ADDRESS, NBYTES, IS_READ = range(2, 5)
 
-# Between two looks at memory a rank keeps its core for so long: a peer that runs answers sooner than a yielded core comes back.
-_PATIENCE_NS = 4_000
+# Rows of the counts of messages by peer.
+SENT, POSTED, EXPECTED = range(3)
 
-# What `advance` returns.
-DONE, NOT_YET, NEW_SEGMENT, WRONG_SIZE = range(4)
+# What `launch` and `advance` return.
+DONE, NOT_YET, NEW_SEGMENT, WRONG_SIZE, UNREACHABLE = range(5)
 
 
 class Control:
@@ -141,11 +142,11 @@ def _now_ns(clock):
 
 
 @njit(cache=True, nogil=True)
-def _clock_for(spin_ns):
-    """Room for a timespec and the time of the next yield; and when `spin_ns` from now are over."""
-    clock = np.zeros(3, np.int64)
+def _clock_for(spin_ns, patience_ns):
+    """Room for a timespec, the time of the next yield, and how far apart they are; and when `spin_ns` from now are over."""
+    clock = np.zeros(4, np.int64)
     now_ns = _now_ns(clock)
-    clock[2] = now_ns + _PATIENCE_NS
+    clock[2], clock[3] = now_ns + patience_ns, patience_ns
     return clock, now_ns + spin_ns
 
 
@@ -157,104 +158,156 @@ def _is_over(clock, until_ns):
         return True
     if now_ns >= clock[2]:
         _sched_yield()
-        clock[2] = _now_ns(clock) + _PATIENCE_NS
+        clock[2] = _now_ns(clock) + clock[3]
     return False
 
 
-@njit("boolean(int64[::1], int64, int64[::1], int64[:, ::1])", cache=True, nogil=True)
-def post(controls_R, rank, num_posted_R, sends_M5):
+@njit("boolean(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64)", cache=True, nogil=True)
+def post(controls_R, rank, counts_3R, messages_M5, num_sends):
     """Describe messages to their receivers, in turn, as far as rings have room; returns whether all of them are."""
     all_posted = True
-    for m in range(sends_M5.shape[0]):
-        peer, number = sends_M5[m, PEER], sends_M5[m, NUMBER]
-        if number < num_posted_R[peer]:
+    for m in range(num_sends):
+        peer, number = messages_M5[m, PEER], messages_M5[m, NUMBER]
+        if number < counts_3R[POSTED, peer]:
             continue
         has_room = number < RING or _load(_mark_of(controls_R, peer, rank, number - RING)) > number - RING
-        if number > num_posted_R[peer] or not has_room:
+        if number > counts_3R[POSTED, peer] or not has_room:
             all_posted = False
             continue
         posted = controls_R[rank] + _RINGS + _POSTED_BYTES * _slot(peer, number)
-        _store(posted + 8, sends_M5[m, SEGMENT])
-        _store(posted + 16, sends_M5[m, OFFSET])
-        _store(posted + 24, sends_M5[m, SENT_BYTES])
+        _store(posted + 8, messages_M5[m, SEGMENT])
+        _store(posted + 16, messages_M5[m, OFFSET])
+        _store(posted + 24, messages_M5[m, SENT_BYTES])
         _store(posted, number + 1)
-        num_posted_R[peer] = number + 1
+        counts_3R[POSTED, peer] = number + 1
     _fence()
-    for m in range(sends_M5.shape[0]):
-        _wake(controls_R[sends_M5[m, PEER]])
+    for m in range(num_sends):
+        _wake(controls_R[messages_M5[m, PEER]])
     return all_posted
 
 
-@njit("boolean(int64[::1], int64, int64[:, ::1], int64)", cache=True, nogil=True)
-def was_taken(controls_R, rank, sends_M5, m):
-    """Whether the receiver of message m has read it."""
-    number = sends_M5[m, NUMBER]
-    return _load(_mark_of(controls_R, sends_M5[m, PEER], rank, number)) > number
+@njit(cache=True, nogil=True)
+def _place(own_G2, address):
+    """The number of this rank's segment in which an address lies; -1 if it lies in none."""
+    for g in range(own_G2.shape[0]):
+        if own_G2[g, 0] <= address < own_G2[g, 0] + own_G2[g, 1]:
+            return g
+        if own_G2[g, 0] == 0:
+            break
+    return -1
+
+
+@njit(
+    "int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64[:, ::1], int64, int64, int64, int64, int64[:, ::1])",
+    cache=True,
+    nogil=True,
+)
+def launch(controls_R, rank, own_G2, counts_3R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5):
+    """Number the messages of an exchange and describe those that are sent, as far as there is room in their receivers' rings.
+
+    Parts are (peer, first row, rows) of rows of `row_bytes` at the addresses `outgoing`, for the first `num_sends`, and
+    `incoming`. Returns DONE; NOT_YET where `post` must go on; or UNREACHABLE, and nothing is done, where what is sent lies in no
+    segment of this rank.
+    """
+    for m in range(num_sends):
+        if _place(own_G2, outgoing + parts_M3[m, 1] * row_bytes) < 0:
+            return UNREACHABLE
+    for m in range(parts_M3.shape[0]):
+        peer, start, nbytes = parts_M3[m, 0], parts_M3[m, 1] * row_bytes, parts_M3[m, 2] * row_bytes
+        messages_M5[m, PEER] = peer
+        if m < num_sends:
+            segment = _place(own_G2, outgoing + start)
+            messages_M5[m, NUMBER] = counts_3R[SENT, peer]
+            messages_M5[m, SEGMENT], messages_M5[m, OFFSET] = segment, outgoing + start - own_G2[segment, 0]
+            messages_M5[m, SENT_BYTES] = nbytes
+            counts_3R[SENT, peer] += 1
+        else:
+            messages_M5[m, NUMBER] = counts_3R[EXPECTED, peer]
+            messages_M5[m, ADDRESS], messages_M5[m, NBYTES], messages_M5[m, IS_READ] = incoming + start, nbytes, 0
+            counts_3R[EXPECTED, peer] += 1
+    return DONE if num_sends == 0 or post(controls_R, rank, counts_3R, messages_M5, num_sends) else NOT_YET
+
+
+@njit("boolean(int64[::1], int64, int64, int64)", cache=True, nogil=True)
+def was_taken(controls_R, rank, peer, number):
+    """Whether `peer` has read a message of this rank."""
+    return _load(_mark_of(controls_R, peer, rank, number)) > number
 
 
 @njit("UniTuple(int64, 3)(int64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
-def wrong_size(controls_R, rank, recvs_Q5):
+def wrong_size(controls_R, rank, expected_Q5):
     """The first message of another size than was expected: its peer, its bytes there and here; zeros if there is none."""
-    for q in range(recvs_Q5.shape[0]):
-        peer, number = recvs_Q5[q, PEER], recvs_Q5[q, NUMBER]
+    for q in range(expected_Q5.shape[0]):
+        peer, number = expected_Q5[q, PEER], expected_Q5[q, NUMBER]
         posted = controls_R[peer] + _RINGS + _POSTED_BYTES * _slot(rank, number)
-        if _load(posted) == number + 1 and _load(posted + 24) != recvs_Q5[q, NBYTES]:
-            return peer, _load(posted + 24), recvs_Q5[q, NBYTES]
+        if _load(posted) == number + 1 and _load(posted + 24) != expected_Q5[q, NBYTES]:
+            return peer, _load(posted + 24), expected_Q5[q, NBYTES]
     return 0, 0, 0
 
 
-@njit("boolean(int64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
-def all_taken(controls_R, rank, sends_M5):
+@njit("boolean(int64[::1], int64, int64[:, ::1], int64)", cache=True, nogil=True)
+def all_taken(controls_R, rank, messages_M5, num_sends):
     """Whether every receiver has read its messages."""
-    for m in range(sends_M5.shape[0]):  # noqa: SIM110 (the compiler takes no generator)
-        if not was_taken(controls_R, rank, sends_M5, m):
+    for m in range(num_sends):  # noqa: SIM110 (the compiler takes no generator)
+        if not was_taken(controls_R, rank, messages_M5[m, PEER], messages_M5[m, NUMBER]):
             return False
     return True
 
 
 @njit(cache=True, nogil=True)
-def _read(controls_R, rank, bases_RG, recvs_Q5):
+def _read(controls_R, rank, bases_RG, messages_M5, num_sends):
     """Copy in what is there and was not read; see `advance` for what is returned."""
     status, last_read = DONE, -1
-    for q in range(recvs_Q5.shape[0]):
-        if recvs_Q5[q, IS_READ]:
+    for m in range(num_sends, messages_M5.shape[0]):
+        if messages_M5[m, IS_READ]:
             continue
-        peer, number = recvs_Q5[q, PEER], recvs_Q5[q, NUMBER]
+        peer, number = messages_M5[m, PEER], messages_M5[m, NUMBER]
         posted = controls_R[peer] + _RINGS + _POSTED_BYTES * _slot(rank, number)
         if _load(posted) != number + 1:
             status = max(status, NOT_YET)
             continue
         base = bases_RG[peer, _load(posted + 8)]
-        if base == 0 or _load(posted + 24) != recvs_Q5[q, NBYTES]:
+        if base == 0 or _load(posted + 24) != messages_M5[m, NBYTES]:
             status = max(status, NEW_SEGMENT if base == 0 else WRONG_SIZE)
             continue
-        copy_bytes(recvs_Q5[q, ADDRESS], base + _load(posted + 16), recvs_Q5[q, NBYTES])
+        copy_bytes(messages_M5[m, ADDRESS], base + _load(posted + 16), messages_M5[m, NBYTES])
         _store(_mark_of(controls_R, rank, peer, number), number + 1)
-        recvs_Q5[q, IS_READ] = 1
-        last_read = q
+        messages_M5[m, IS_READ] = 1
+        last_read = m
     if last_read >= 0:
         _fence()
-        for q in range(last_read + 1):
-            _wake(controls_R[recvs_Q5[q, PEER]])
+        for m in range(num_sends, last_read + 1):
+            _wake(controls_R[messages_M5[m, PEER]])
     return status
 
 
-@njit("int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64[:, ::1], boolean, int64)", cache=True, nogil=True)
-def advance(controls_R, rank, bases_RG, recvs_Q5, sends_M5, until_taken, spin_ns):
+@njit(cache=True, nogil=True)
+def _advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken):
+    """One look of `advance`."""
+    status = _read(controls_R, rank, bases_RG, messages_M5, num_sends)
+    if status == DONE and until_taken and not all_taken(controls_R, rank, messages_M5, num_sends):
+        return NOT_YET
+    return status
+
+
+@njit(
+    "int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64, boolean, int64, int64)",
+    cache=True,
+    nogil=True,
+)
+def advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken, spin_ns, patience_ns):
     """Read every message as it appears, then see whether those sent were taken; give up `spin_ns` after the first look.
 
     Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know;
-    or WRONG_SIZE. A rank that keeps looking yields its core to whoever can run.
+    or WRONG_SIZE. A rank that keeps looking yields its core to whoever can run, every `patience_ns`.
     """
-    clock, until_ns = _clock_for(spin_ns)
-    while True:
-        status = _read(controls_R, rank, bases_RG, recvs_Q5)
-        if status > NOT_YET:
-            return status
-        if status == DONE and (not until_taken or all_taken(controls_R, rank, sends_M5)):
-            return DONE
-        if _is_over(clock, until_ns):
-            return NOT_YET
+    status = _advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken)
+    if status != NOT_YET or spin_ns == 0:
+        return status
+    clock, until_ns = _clock_for(spin_ns, patience_ns)
+    while status == NOT_YET and not _is_over(clock, until_ns):
+        status = _advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken)
+    return status
 
 
 @njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
@@ -273,10 +326,10 @@ def shows(controls_R, rank, number):
     return _load(controls_R[rank] + _BOARD_NUMBERS + 8 * (number % 2)) == number
 
 
-@njit("boolean(int64[::1], int64, int64)", cache=True, nogil=True)
-def all_show(controls_R, number, spin_ns):
-    """Whether all boards show `number`; gives up `spin_ns` after the first look."""
-    clock, until_ns = _clock_for(spin_ns)
+@njit("boolean(int64[::1], int64, int64, int64)", cache=True, nogil=True)
+def all_show(controls_R, number, spin_ns, patience_ns):
+    """Whether all boards show `number`; gives up `spin_ns` after the first look. As for yields, see `advance`."""
+    clock, until_ns = _clock_for(spin_ns, patience_ns)
     rank = 0
     while True:
         while rank < controls_R.size and shows(controls_R, rank, number):

@@ -1,7 +1,4 @@
-"""How the ranks of one node find each other's memory, sleep until something happens there, and notice who is gone.
-
-A rank that waits yields its core to whoever can run for a moment, and then sleeps on its doorbell.
-"""
+"""How the ranks of one node find each other's memory, sleep until something happens there, and notice who is gone."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ from torch import Tensor
 
 from .shm_memory import Segment, create_segment, open_segment
 
-_SPIN_NS = 200_000
 _LIVENESS_S = 0.2
 
 
@@ -37,7 +33,8 @@ class Mailbox:
     Attributes:
         control: the module `shm_control`, which is loaded, and compiled where that never happened, with the first mailbox.
         controls_R: where every rank's control segment lies here, int64.
-        bases_RG: where every rank's data segments lie here, int64; 0 for those that are not mapped.
+        bases_RG: where the peers' data segments lie here, int64; 0 for those that are not mapped.
+        own_G2: where this rank's own lie, and their bytes, int64; zeros for those that there are not.
     """
 
     def __init__(self, rank: int, world_size: int):
@@ -48,6 +45,7 @@ class Mailbox:
         self.world_size = world_size
         self.controls_R = np.zeros(world_size, np.int64)
         self.bases_RG = np.zeros((world_size, shm_control.MAX_SEGMENTS), np.int64)
+        self.own_G2 = np.zeros((shm_control.MAX_SEGMENTS, 2), np.int64)
         self._own = shm_control.Control(create_segment(shm_control.Control.nbytes(world_size)))
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._has_clock = hasattr(self._libc, "sem_clockwait")
@@ -86,6 +84,7 @@ class Mailbox:
         number = self._own.num_segments[0]
         if number == self.control.MAX_SEGMENTS:
             raise MemoryError(f"rank {self.rank} has {number} shared segments, the most there can be")
+        self.own_G2[number] = segment.address, segment.nbytes
         self._own.segments[2 * number] = segment.fd
         self._own.segments[2 * number + 1] = segment.nbytes
         self._own.num_segments[0] = number + 1
@@ -108,23 +107,21 @@ class Mailbox:
         """The first `count` integers of every rank's board, int64 [R, count]; all must show `number`."""
         return torch.stack([control.boards[number % 2, :count] for control in self._controls])
 
-    def wait(self, look: Callable[[int], bool], needed: Callable[[], set[int]], deadline_s: float) -> bool:
+    def sleep(self, look: Callable[[], bool], needed: Callable[[], set[int]], deadline_s: float) -> bool:
         """Sleep until `look`, or until `time.monotonic()` passes `deadline_s`; returns whether it is done.
 
-        Gives up early when a peer that is still `needed` is gone. `look` is told how many nanoseconds to keep looking.
+        Gives up early when a peer that is still `needed` is gone.
         """
-        if look(_SPIN_NS):
-            return True
         try:
             while True:
                 self.control.ask_to_be_woken(self.controls_R[self.rank])
-                if look(0):
+                if look():
                     return True
                 now_s = time.monotonic()
                 if now_s >= deadline_s:
                     return False
                 if not self._sleep(min(_LIVENESS_S, deadline_s - now_s)) and self.gone() & needed():
-                    return look(0)
+                    return look()
         finally:
             self._own.is_waiting[0] = 0
 

@@ -18,6 +18,8 @@ from moesaic.collectives import (
     Buffer,
     C10dTransport,
     CollectiveError,
+    RowLayout,
+    RowPart,
     Schedule,
     Transport,
     all_to_all_rows,
@@ -277,10 +279,8 @@ def test_a_rank_passes_on_before_others_wait_for_its_rows() -> None:
             copies = {e: poisoned(item) for e, item in contributions(placement, group.rank, torch.float32).items()}
             owned = owned_by(group.rank, placement, items(placement, torch.float32))
             pending.append(sparse_all_gather(schedule_of(name, placement), group.experts, owned, copies, op="gather"))
-        rows = torch.ones(1)
-        sends = [[] if r == group.rank else [rows] for r in range(4)]
-        recvs = [[] if r == group.rank else [torch.empty(1)] for r in range(4)]
-        all_to_all_rows(group.tokens, sends, recvs, op="rows").wait()
+        parts = [RowPart(r, r, 1) for r in range(4) if r != group.rank]
+        all_to_all_rows(group.tokens, RowLayout(parts, parts), torch.ones(4), torch.empty(4), op="rows").wait()
         for gather in pending:
             gather.wait()
         return copies
@@ -307,13 +307,22 @@ def test_the_bytes_sent_are_those_of_the_schedule(placement: Placement, name: st
 
 
 def exchange_rows(transport: Transport, rows_RR: list[list[Tensor]]) -> Tensor:
+    """Each rank's rows from all ranks; those that stay here lie between the others, and are copied by hand."""
     rank, world_size = transport.rank, transport.world_size
-    received = [torch.full_like(rows_RR[src][rank], torch.nan) for src in range(world_size)]
-    received[rank] = rows_RR[rank][rank]
-    sends = [[] if r == rank else [rows_RR[rank][r]] for r in range(world_size)]
-    recvs = [[] if r == rank else [received[r]] for r in range(world_size)]
-    all_to_all_rows(transport, sends, recvs, op="rows").wait()
-    return torch.cat(received)
+    outgoing = torch.cat(rows_RR[rank])
+    received = torch.full((sum(len(rows[rank]) for rows in rows_RR), outgoing.shape[1]), torch.nan)
+    sent, expected = [], []
+    sent_end = received_end = 0
+    for peer in range(world_size):
+        num_sent, num_received = len(rows_RR[rank][peer]), len(rows_RR[peer][rank])
+        if peer == rank:
+            received[received_end : received_end + num_received] = rows_RR[rank][rank]
+        else:
+            sent.append(RowPart(peer, sent_end, num_sent))
+            expected.append(RowPart(peer, received_end, num_received))
+        sent_end, received_end = sent_end + num_sent, received_end + num_received
+    all_to_all_rows(transport, RowLayout(sent, expected), outgoing, received, op="rows").wait()
+    return received
 
 
 def some_rows(world_size: int, seed: int) -> list[list[Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.collectives import Buffer, Pending, Traffic
+from moesaic.collectives import Buffer, Pending, RowsAsMessages, Traffic
 from moesaic.collectives.progress import CommunicationThread
 from moesaic.placement import Topology
 from moesaic.runtime.group import RankGroup
@@ -38,7 +38,7 @@ class ThreadWorld:
             return self.mail.pop(key)
 
 
-class ThreadTransport:
+class ThreadTransport(RowsAsMessages):
     """One rank's end. Receive buffers are poisoned until the wait, so that reading too early shows."""
 
     name = "threads"

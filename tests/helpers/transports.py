@@ -1,9 +1,11 @@
 """What every transport must do, as one body that each rank runs: values, order, empty messages, dtypes, bytes counted."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from moesaic.collectives import Buffer, Transport
+from moesaic.collectives import Buffer, RowLayout, RowPart, Transport, all_to_all_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int16, torch.uint8, torch.bool)
 LARGE = 1 << 20
@@ -26,6 +28,7 @@ def check_transport(transport: Transport) -> None:
     check_order(transport)
     check_one_way(transport)
     check_large(transport)
+    check_rows(transport)
     check_ints(transport)
 
 
@@ -82,6 +85,47 @@ def check_large(transport: Transport) -> None:
     transport.exchange(sends, recvs, op="large").wait()
     for buffer in recvs:
         assert (buffer.tensor == 10 * buffer.peer + rank).all()
+
+
+def check_rows(transport: Transport) -> None:
+    """Parts of one tensor, of any memory and dtype, with gaps between them: two exchanges under way, and the way back."""
+    rank, world_size = transport.rank, transport.world_size
+
+    def parts(count: Callable[[int], int]) -> list[RowPart]:
+        """Each followed by a row that nobody gets; this rank's own are left out."""
+        firsts = [sum(count(r) + 1 for r in range(peer)) for peer in range(world_size)]
+        return [RowPart(peer, firsts[peer], count(peer)) for peer in range(world_size) if peer != rank]
+
+    def num_rows(src: int, dst: int) -> int:
+        return (3 * src + dst) % 4
+
+    sent, received = parts(lambda peer: num_rows(rank, peer)), parts(lambda peer: num_rows(peer, rank))
+    layout = RowLayout(sent, received)
+    num_sent = num_received = 4 * world_size  # as many as there can be, and more
+    for dtype in (torch.float32, torch.bfloat16):
+        for make in (transport.empty, lambda shape, like: like.new_empty(shape)):
+            transport.traffic.reset()
+            outgoing = make((num_sent, 5), torch.empty(0, dtype=dtype))
+            outgoing.copy_(100 * rank + torch.arange(num_sent)[:, None])
+            incoming = [torch.full((num_received, 5), torch.nan, dtype=dtype) for _ in range(2)]
+            pending = [all_to_all_rows(transport, layout, outgoing, into, op="rows") for into in incoming]
+            for one in pending:
+                one.wait()
+            back = torch.full_like(outgoing, torch.nan)
+            all_to_all_rows(transport, layout.transpose, incoming[1], back, op="back").wait()
+            for into in incoming:
+                expected = torch.full_like(into, torch.nan)
+                for peer, first, count in received:
+                    there = sum(num_rows(peer, r) + 1 for r in range(rank))
+                    expected[first : first + count] = (100 * peer + there + torch.arange(count))[:, None].to(dtype)
+                assert torch.equal(into.nan_to_num(-1), expected.nan_to_num(-1))
+            for _, first, count in sent:
+                assert torch.equal(back[first : first + count], outgoing[first : first + count])
+                back[first : first + count] = torch.nan
+            assert back.isnan().all()
+            for peer, _, count in sent:
+                assert transport.traffic.bytes_R("rows")[peer] == 2 * count * 5 * dtype.itemsize
+                assert transport.traffic.messages_R("rows")[peer] == (2 if count else 0)
 
 
 def check_ints(transport: Transport) -> None:
