@@ -147,7 +147,7 @@ def agreed(process: Process, action: Callable[[], T]) -> T:
         result = action()
     except (ValueError, OSError) as error:
         problem = str(error)
-    problems = _gather(process, problem)
+    problems = gather(process, problem)
     ranks = [rank for rank, text in enumerate(problems) if text]
     if ranks:
         where = "" if len(ranks) == process.world_size else f" (rank {', '.join(map(str, ranks))} of {process.world_size})"
@@ -157,7 +157,7 @@ def agreed(process: Process, action: Callable[[], T]) -> T:
 
 def check_same(process: Process, what: str, text: str) -> None:
     """Raise `ValueError`, the same on every rank, unless `text` is equal everywhere. All ranks must call it."""
-    texts = _gather(process, text)
+    texts = gather(process, text)
     for rank, other in enumerate(texts):
         if other != texts[0]:
             lines = zip_longest(texts[0].splitlines(), other.splitlines(), fillvalue="nothing")
@@ -167,10 +167,11 @@ def check_same(process: Process, what: str, text: str) -> None:
 
 def from_first(process: Process, value: str) -> str:
     """Rank 0's `value`, on every rank. All ranks must call it."""
-    return _gather(process, value)[0]
+    return gather(process, value)[0]
 
 
-def _gather(process: Process, value: str) -> list[str]:
+def gather(process: Process, value: str) -> list[str]:
+    """Every rank's `value`, in rank order. All ranks must call it."""
     values: list[str] = [""] * process.world_size
     dist.all_gather_object(values, value)
     return values

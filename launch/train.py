@@ -26,6 +26,7 @@ from ..runtime import shard_experts
 from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
 from .config import Config, OptimConfig, load_config
 from .data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
+from .diagnosis import Peers, diagnosis
 from .entry import MachineError, run_command
 from .model import VOCAB_SIZE, build_model
 from .process import (
@@ -151,6 +152,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.process = process
+        self.peers = Peers(process)
         self.text = text
         model = build_model(config.model, config.router, seq_len=config.data.seq_len, seed=config.run.seed)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -188,7 +190,8 @@ class Trainer:
                     signum = self._train_step(records, stop)
                 except (ValueError, RuntimeError) as error:
                     # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
-                    raise RuntimeError(f"rank {self.process.rank}, step {self.step}: {error}") from error
+                    place = self.process.rank, self.step, self.handle.last_stage()
+                    raise RuntimeError(diagnosis(error, *place, self.peers)) from error
                 if signum:
                     return signum
         return 0

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 outside_graphs = torch._disable_dynamo
 """Decorates what `torch.compile` leaves as it is. Unlike `torch.compiler.disable` it imports the compiler when called."""
@@ -26,3 +27,9 @@ def version_of(tensor: torch.Tensor) -> int:
 def call_after_backward(callback: Callable[[], None]) -> None:
     """Have `callback` called when the backward pass that runs on this thread now is complete."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def default_store() -> dist.Store:
+    """The key-value store over which the default process group met."""
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store

@@ -125,6 +125,10 @@ class Handle:
             for runtime in self._runtimes_of(bank):
                 runtime.follow_bank()
 
+    def last_stage(self) -> str:
+        """The stage of a layer that this rank completed last, with step, layer and plan: for errors outside the layers."""
+        return "no stage" if self.clock.completed is None else " of ".join(self.clock.completed)
+
     def rehomings(self) -> list[Decision]:
         """What came of every proposal to re-home experts so far, with its reason."""
         return [decision for rehomer in self._rehomers for decision in rehomer.decisions]

@@ -119,6 +119,7 @@ class LayerRuntime:
         tokens_s, experts_s = tokens.waited_s, experts.waited_s
         with self.clock.stage(name, self.name):
             yield
+        self.clock.completed = name, layer_pass.where
         if layer_pass.is_training:
             self.counters.exposed_s["tokens"] += tokens.waited_s - tokens_s
             self.counters.exposed_s["reduce" if name == "reduce" else "gather"] += experts.waited_s - experts_s

@@ -20,6 +20,8 @@ class StageClock:
     def __init__(self) -> None:
         self.enabled = False
         self.seconds: dict[str, float] = defaultdict(float)
+        self.completed: tuple[str, str] | None = None
+        """The stage that this rank completed last, and its place: step, layer and plan."""
 
     @contextmanager
     def stage(self, name: str, where: str = "") -> Iterator[None]:

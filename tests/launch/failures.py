@@ -46,6 +46,7 @@ class Case:
 class Outcome:
     """What the ranks that were left did."""
 
+    how: str
     victims: tuple[int, ...]
     moment_s: float
     statuses: tuple[int | None, ...]
@@ -56,6 +57,13 @@ class Outcome:
     leftovers: tuple[str, ...]
     """New files in /dev/shm that carry a rank's process id; other tests of this machine may have files of theirs there."""
 
+    def _states_of(self, rank: int) -> tuple[str, ...]:
+        """What another rank may say of it."""
+        if rank in self.victims:
+            return ("is gone (its process",) if self.how == "kill" else ("is stopped (process",)
+        # One that noticed nothing yet runs; one that has nothing to wait for with others may end without a word.
+        return ("failed too (", "runs (process", "is gone (its process")
+
     def check(self) -> None:
         """Assert that every rank that could stop did, with a diagnosis, and that nothing is left."""
         for rank, (status, stderr) in enumerate(zip(self.statuses, self.stderrs, strict=True)):
@@ -64,7 +72,10 @@ class Outcome:
             assert status not in (None, 0), f"rank {rank} ended with {status}: {stderr[-2000:]}"
             last = stderr.strip().splitlines()[-1]
             assert f"rank {rank}" in last, f"rank {rank} does not say who it is: {last}"
-            assert "step " in last, f"rank {rank} does not say where it was: {last}"
+            for what in ("step ", "last completed on this rank: ", ", plan "):
+                assert what in last, f"rank {rank} does not say where it was: {last}"
+            for other in set(range(len(self.statuses))) - {rank}:
+                assert any(f"rank {other} {state}" in last for state in self._states_of(other)), f"what of rank {other}? {last}"
         assert not self.leftovers, f"left in /dev/shm: {self.leftovers}"
 
 
@@ -99,7 +110,9 @@ def fail(case: Case, folder: Path) -> Outcome:
     new = sorted(set(os.listdir("/dev/shm")) - before)
     leftovers = tuple(name for name in new if any(str(process.pid) in name for process in processes))
     stderrs = tuple((folder / f"stderr-{rank}").read_text(encoding="utf-8") for rank in range(case.world_size))
-    return Outcome(victims, moment_s, tuple(statuses.get(r) for r in range(case.world_size)), stderrs, ended_s, leftovers)
+    return Outcome(
+        case.how, victims, moment_s, tuple(statuses.get(r) for r in range(case.world_size)), stderrs, ended_s, leftovers
+    )
 
 
 Started = Rank | subprocess.Popen[bytes]
