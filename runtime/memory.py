@@ -61,7 +61,7 @@ def peak_slot_bytes(bank: BankSize, num_kept: int, slots: int, reuses_copies: bo
     num_others = max(num_kept - 1, 1 if num_kept < num_layers > 1 else 0)
     if bank.copy_bytes != bank.gradient_bytes:
         num_others = max(num_kept, 1)
-    if reuses_copies:
+    if reuses_copies and num_kept:
         num_others = num_kept + (num_kept < num_layers)
     return num_others * slots * bank.copy_bytes + (slots + staging_limit(slots)) * bank.gradient_bytes
 
