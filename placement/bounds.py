@@ -8,9 +8,11 @@ Shape letters: R ranks, N nodes, E experts, M units (ranks or nodes).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
-from .cost import Bound, lower_bound, prices_of, seconds_of
+from .cost import Bound, Cost, Tally, lower_bound, price, prices_of
 from .values import Problem
 
 _PRICE_STEPS = 60
@@ -60,22 +62,65 @@ def _least_items(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_m
     return max(busiest, -(-(int(start_M.sum()) - kept) // start_M.size), 0)
 
 
+def _least_tally(problem: Problem, work_rows: int, copies: int, owners_may_move: bool, keep_counts: bool) -> Tally:
+    """Return what the busiest rank and links have to do at least if no rank receives more than `copies` copies."""
+    topology, owner_E, load_RE = problem.topology, problem.expert_to_owner_E, problem.load.load_RE
+    device, node = _least_items(load_RE, owner_E, copies, owners_may_move, keep_counts), 0
+    if topology.num_nodes > 1:
+        load_NE = load_RE.reshape(topology.num_nodes, topology.ranks_per_node, -1).sum(axis=1)
+        node_copies = min(copies * topology.ranks_per_node, problem.num_experts)
+        node = _least_items(load_NE, topology.node_of_rank_R[owner_E], node_copies, owners_may_move, keep_counts)
+    return Tally(work_rows, device, node, copies, 0)
+
+
+def _least_work(problem: Problem, owners_may_move: bool) -> tuple[Bound, int]:
+    """Return the bound that knows no links, and its rows of work."""
+    base = lower_bound(problem, owners_may_move=owners_may_move)
+    return base, round(base.total_s / prices_of(problem).work_row_s)
+
+
 def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: bool = True) -> Bound:
     """Bound every placement, compute and links together; at least `lower_bound`.
 
     With `owners_may_move` owners are free, as many per rank as now if `keep_counts`, else any number.
     """
-    base = lower_bound(problem, owners_may_move=owners_may_move)
-    topology, prices = problem.topology, prices_of(problem)
-    work_rows = round(base.total_s / prices.work_row_s)
-    load_RE, owner_E = problem.load.load_RE, problem.expert_to_owner_E
-    load_NE = load_RE.reshape(topology.num_nodes, topology.ranks_per_node, -1).sum(axis=1)
-    owner_node_E = topology.node_of_rank_R[owner_E]
-    bounds = []
-    for copies in range(problem.slots + 1):
-        device = _least_items(load_RE, owner_E, copies, owners_may_move, keep_counts)
-        node_copies = min(copies * topology.ranks_per_node, problem.num_experts)
-        node = _least_items(load_NE, owner_node_E, node_copies, owners_may_move, keep_counts) if topology.num_nodes > 1 else 0
-        bounds.append(sum(seconds_of(prices, work_rows, device, node, copies, 0, 0, 0)))
+    base, work_rows = _least_work(problem, owners_may_move)
+    bounds_s = [
+        price(problem, _least_tally(problem, work_rows, copies, owners_may_move, keep_counts)).total_s
+        for copies in range(problem.slots + 1)
+    ]
     # Sums of rounded numbers: the least possible cost may differ from its bound in the last digits.
-    return Bound(base.max_rows, max(base.total_s, min(bounds) * (1 - 1e-12)))
+    return Bound(base.max_rows, max(base.total_s, min(bounds_s) * (1 - 1e-12)))
+
+
+def _spent(problem: Problem, low: int, high: int, owners_may_move: bool) -> tuple[Tally, Cost]:
+    """Return what placements whose busiest device moves `low` to `high` copies have to do at least, and its price."""
+    _, work_rows = _least_work(problem, owners_may_move)
+    least = _least_tally(problem, work_rows, min(high, problem.slots), owners_may_move, keep_counts=True)
+    return least, price(problem, replace(least, device_copies=low))
+
+
+def range_bound_s(problem: Problem, low: int, high: int, *, owners_may_move: bool) -> float:
+    """Bound the seconds of every placement whose busiest device sends or receives `low` to `high` copies."""
+    return _spent(problem, low, high, owners_may_move)[1].total_s * (1 - 1e-12)
+
+
+@dataclass(frozen=True)
+class Room:
+    """The most work rows of a rank, and the most rows on a device link, of any placement within a number of seconds."""
+
+    work_rows: float
+    device_rows: float
+
+
+def room_within(problem: Problem, seconds: float, low: int, high: int, *, owners_may_move: bool) -> Room:
+    """Say what placements may do that cost at most `seconds` and whose busiest device moves `low` to `high` copies.
+
+    What one stage needs at least, by the bound's count, no other stage can spend.
+    """
+    prices = prices_of(problem)
+    least, spent = _spent(problem, low, high, owners_may_move)
+    left_s = max(seconds * (1 + 1e-9) - spent.total_s, 0.0)
+    dispatch_s = spent.dispatch_s + left_s - (4 * prices.latency_s if least.device_rows else 0.0)
+    row_s = 4 * prices.row_bytes / prices.device_bytes_per_s
+    return Room(least.work_rows + left_s / prices.work_row_s, dispatch_s / row_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import highspy
 import numpy as np
 import pulp
 
@@ -28,3 +29,8 @@ def make_engine(name: str, time_limit_s: float, relative_gap: float) -> pulp.LpS
         path = pulp.PULP_CBC_CMD.pulp_cbc_path
         return pulp.COIN_CMD(path=path, msg=False, timeLimit=time_limit_s, gapRel=relative_gap, threads=1, warmStart=True)
     raise ValueError(f"unknown engine {name!r}; use one of {', '.join(ENGINES)}")
+
+
+def was_interrupted(program: pulp.LpProblem) -> bool:
+    """Return whether Ctrl-C ended the last run of HiGHS on a program."""
+    return bool(program.solverModel.getModelStatus() == highspy.HighsModelStatus.kInterrupt)

@@ -1,7 +1,8 @@
 """Simulated annealing over copies and owners, priced by cost.py's model under the exact split: the exact planner's incumbents.
 
-Proposals: put an expert (or nothing) into one slot of one rank, or exchange the owners of two experts. A number of proposals,
-not a time, ends the search, and its random numbers start from a constant, so a run repeats exactly. The method is the textbook
+Proposals: empty a slot of a rank, fill it with any expert or with another one of the same owner, exchange two ranks' slots, or
+exchange the owners of two experts. A number of proposals, not a time, ends the search, and its random numbers start from a
+constant, so a run repeats exactly. The method is the textbook
 one (Kirkpatrick et al. 1983) with a geometric schedule; equal answers are always accepted, because a maximum has wide plateaus.
 Shape letters: R ranks, E experts, S slots. Import this module lazily: it imports numba, and a first call compiles.
 """
@@ -103,6 +104,12 @@ def _exchange_owners(first, second, owner_E, copy_RS):
 
 
 @njit(cache=True)
+def _fits(owner_E, copy_RS, rank, expert):
+    """Return whether a rank may hold a copy of an expert (or nothing) beside what it holds."""
+    return expert == _EMPTY or (owner_E[expert] != rank and not (copy_RS[rank] == expert).any())
+
+
+@njit(cache=True)
 def _propose(state_1, move_owners, owner_E, copy_RS):
     """Change the state in place by one random step; return whether it is another, allowed state."""
     num_ranks, slots = copy_RS.shape
@@ -115,24 +122,33 @@ def _propose(state_1, move_owners, owner_E, copy_RS):
     if slots == 0:
         return False
     rank, slot = draw(state_1, num_ranks), draw(state_1, slots)
-    # One proposal in four empties the slot.
-    expert = _EMPTY if draw(state_1, 4) == 0 else draw(state_1, owner_E.size)
-    if copy_RS[rank, slot] == expert:
-        return False
-    if expert != _EMPTY:
-        if owner_E[expert] == rank:
+    kind, held = draw(state_1, 4), copy_RS[rank, slot]
+    if kind == 0:
+        copy_RS[rank, slot] = _EMPTY
+        return held != _EMPTY
+    if kind == 1:
+        # Exchange two ranks' slots.
+        other_rank, other_slot = draw(state_1, num_ranks), draw(state_1, slots)
+        other = copy_RS[other_rank, other_slot]
+        if other == held or not _fits(owner_E, copy_RS, rank, other) or not _fits(owner_E, copy_RS, other_rank, held):
             return False
-        for other in range(slots):
-            if copy_RS[rank, other] == expert:
-                return False
+        copy_RS[rank, slot], copy_RS[other_rank, other_slot] = other, held
+        return True
+    expert = draw(state_1, owner_E.size)
+    if kind == 2 and held != _EMPTY:
+        # Another expert of the same owner, which sends as many copies as before.
+        while owner_E[expert] != owner_E[held]:
+            expert = (expert + 1) % owner_E.size
+    if not _fits(owner_E, copy_RS, rank, expert):
+        return False
     copy_RS[rank, slot] = expert
     return True
 
 
 @njit(cache=True)
-def _anneal(setting, move_owners, proposals, owner_E, copy_RS, hot, cold):
+def _anneal(setting, move_owners, proposals, owner_E, copy_RS, hot, cold, run):
     """Search from the given state; leave the best state found in owner_E and copy_RS, and return its cost."""
-    state_1 = np.array([88172645463325252], np.uint64)
+    state_1 = np.array([88172645463325252 + 7919 * run], np.uint64)
     now = best = _cost(setting, owner_E, copy_RS)
     now_E, now_RS = owner_E.copy(), copy_RS.copy()
     new_E, new_RS = owner_E.copy(), copy_RS.copy()
@@ -157,8 +173,8 @@ def _anneal(setting, move_owners, proposals, owner_E, copy_RS, hot, cold):
     return best
 
 
-def improve(problem: Problem, placement: Placement, *, move_owners: bool, proposals: int) -> Placement:
-    """Return the best placement of a search from `placement`, itself if nothing cheaper was met.
+def improve(problem: Problem, placement: Placement, *, move_owners: bool, proposals: int, run: int = 0) -> Placement:
+    """Return the best placement of a search from `placement`, itself if nothing cheaper was met; another `run` draws otherwise.
 
     Slots are respected, and every rank owns as many experts as in `placement`.
     """
@@ -176,7 +192,7 @@ def improve(problem: Problem, placement: Placement, *, move_owners: bool, propos
         topology.half_rate_rows,
         prices_of(problem),
     )
-    _anneal(setting, move_owners, proposals, owner_E, copy_RS, _HOT, _COLD)
+    _anneal(setting, move_owners, proposals, owner_E, copy_RS, _HOT, _COLD, run)
     replicas_RE = Placement.owners_only(owner_E, problem.num_ranks).replicas_RE.copy()
     ranks, slots = np.nonzero(copy_RS != _EMPTY)
     replicas_RE[ranks, copy_RS[ranks, slots]] = True

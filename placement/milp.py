@@ -1,9 +1,10 @@
-"""The exact planner: a mixed-integer program with a time limit, a warm start and a proven gap.
+"""The exact planner: searches for the best placement, and a mixed-integer program with a time limit that proves a gap.
 
 It answers with the cheapest of what the engine found, of the heuristics and of annealing from them (exchange.py, improve.py),
 priced by cost.py under the better of the exact split and of priced.py's, so it is never worse than they are; as moves are
-charged, the current owners stay where a change would not pay. The program is solved once for every number of copies that the
-busiest device may send or receive. The bound is the better of bounds.py's, which needs no engine, and the least of the programs'
+charged, the current owners stay where a change would not pay. The program holds only what would be cheaper than the answer by
+more than a gap, at first a wide one: it is the easier to refute the less it holds (milp_model.py). It is solved once for every
+number of copies that the busiest device may send or receive. The bound is the better of bounds.py's, which needs no engine, and the least of the programs'
 own; it holds for every placement with as many owned experts per rank as now.
 """
 
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import balance, eplb, flexmoe, hecate, laer, permutation, quota, static
-from .bounds import link_bound
+from .bounds import link_bound, range_bound_s
 from .content import check_seconds
 from .cost import Bound, Cost, Solution, cost, prices_of, seconds_of, solution
-from .split import Split
+from .split import Split, split_exact
 from .topology import Topology
 from .values import ExpertLoad, LayerShape, Placement, Problem
 
@@ -28,10 +29,16 @@ if TYPE_CHECKING:
     from .milp_model import CopyRange
 
 # Proposals of the two searches in ten seconds; fewer where there are fewer states to visit.
-_OWNER_PROPOSALS, _COPY_PROPOSALS = 1_500_000, 200_000
+_OWNER_PROPOSALS, _COPY_PROPOSALS = 1_500_000, 400_000
+# Runs that share the first, and proposals of a run that the second pays for.
+_OWNER_RUNS, _COPY_RUN_PROPOSALS = 4, 10_000
+# Numbers of slots that copies are searched under, and answers whose best split is worth a linear program.
+_MOST_BUDGETS, _MOST_PRICED = 4, 8
 # Ranges of copies to prove one by one. Programs of more (expert, rank) pairs take so long to write down that one must do.
 _MOST_RANGES, _MOST_STATES_OF_RANGES = 4, 4096
-_ROUGH_GAP = 5e-3
+_ROUGH_GAPS = (1e-2, 5e-3, 2.5e-3)
+# The engine's tolerances are about 1e-6 of the objective; a bound must not lean on them.
+_ENGINE_SLACK = 1e-5
 # Of the time limit; engines stop a little late, and their answer has to be priced.
 _ENGINE_SHARE = 0.97
 
@@ -68,7 +75,7 @@ def _priced(problem: Problem, placement: Placement) -> _Priced:
 
 
 def _search_owners(problem: Problem, owner_E: np.ndarray, proposals: int) -> np.ndarray:
-    """Return owners that an annealing without copies reached from `owner_E`."""
+    """Return the best owners that annealings without copies reached from `owner_E`."""
     from .exchange import Layers, anneal
 
     no_pairs = np.zeros((0, problem.num_experts, problem.num_experts), dtype=np.int64)
@@ -84,29 +91,48 @@ def _search_owners(problem: Problem, owner_E: np.ndarray, proposals: int) -> np.
         0.0,
         prices_of(problem),
     )
-    owner_LE = owner_E[None].copy()
-    anneal(layers, owner_LE, proposals, False, 1e-2, 1e-4)
-    return owner_LE[0]
+    found: list[tuple[float, np.ndarray]] = []
+    for run in range(_OWNER_RUNS):
+        owner_LE = owner_E[None].copy()
+        change_s = anneal(layers, owner_LE, proposals // _OWNER_RUNS, False, 3e-3, 1e-5, run)
+        found.append((change_s, owner_LE[0]))
+    return min(found, key=lambda run: run[0])[1]
+
+
+def _search_copies(problem: Problem, owner_SE: list[np.ndarray], move_owners: bool, proposals: int) -> list[Placement]:
+    """Return placements from many short searches, the cheapest first, which start from `quota` over each of the given owners.
+
+    A price that counts the busiest rank and link only is rugged: short runs from other draws, and under fewer slots, find more
+    than one long run.
+    """
+    from .improve import improve
+
+    budgets = [dataclasses.replace(problem, slots=slots) for slots in range(1, min(problem.slots, _MOST_BUDGETS) + 1)]
+    runs = max(1, proposals // (_COPY_RUN_PROPOSALS * len(budgets) * len(owner_SE)))
+    found: dict[Placement, float] = {}
+    for budget, owner_E in itertools.product(budgets, owner_SE):
+        start = quota.solve(dataclasses.replace(budget, expert_to_owner_E=owner_E)).placement
+        for run in range(runs):
+            placement = improve(budget, start, move_owners=move_owners, proposals=min(proposals, _COPY_RUN_PROPOSALS), run=run)
+            found[placement] = cost(problem, placement, split_exact(problem.load, placement, problem.topology)).total_s
+    return sorted(found, key=lambda placement: found[placement])
 
 
 def _incumbent(problem: Problem, move_owners: bool, effort: float) -> _Priced:
     """Return the cheapest of the heuristics and of searches from them; `effort` 1 searches for about two seconds."""
-    from .improve import improve
-
     best = min((_priced(problem, p) for p in _heuristics(problem, move_owners)), key=lambda found: found.cost.total_s)
     if problem.num_ranks == 1:
         return best
     states = problem.num_experts * problem.num_ranks
-    starts = [best.placement]
+    owner_SE, candidates = [best.placement.expert_to_owner_E], []
     if move_owners:
         proposals = int(min(_OWNER_PROPOSALS, 2000 * states) * effort)
-        owner_E = _search_owners(problem, best.placement.expert_to_owner_E, proposals)
-        moved = dataclasses.replace(problem, expert_to_owner_E=owner_E)
-        starts += [Placement.owners_only(owner_E, problem.num_ranks), quota.solve(moved).placement]
+        owner_SE.append(_search_owners(problem, owner_SE[0], proposals))
+        candidates.append(Placement.owners_only(owner_SE[1], problem.num_ranks))
     if problem.slots:
-        proposals = int(min(_COPY_PROPOSALS * 512 / max(states, 512), 200 * states) * effort) // len(starts)
-        starts += [improve(problem, p, move_owners=move_owners, proposals=proposals) for p in starts]
-    return min([best, *(_priced(problem, p) for p in starts)], key=lambda found: found.cost.total_s)
+        proposals = int(min(_COPY_PROPOSALS * 512 / max(states, 512), 200 * states) * effort)
+        candidates += _search_copies(problem, owner_SE, move_owners, proposals)[:_MOST_PRICED]
+    return min([best, *(_priced(problem, p) for p in candidates)], key=lambda found: found.cost.total_s)
 
 
 def _copy_ranges(problem: Problem) -> list[CopyRange]:
@@ -137,7 +163,16 @@ class _Proof:
     def __init__(self, problem: Problem, move_owners: bool, engine: str, best: _Priced, bound_s: float) -> None:
         self._problem, self._move_owners, self._engine = problem, move_owners, engine
         self.best = best
-        self._proven_s = dict.fromkeys(_copy_ranges(problem), bound_s)
+        self.is_interrupted = False
+        self._proven_s = {
+            copies: max(
+                bound_s,
+                range_bound_s(
+                    problem, copies.low, problem.slots if copies.high is None else copies.high, owners_may_move=move_owners
+                ),
+            )
+            for copies in _copy_ranges(problem)
+        }
 
     @property
     def bound_s(self) -> float:
@@ -145,24 +180,30 @@ class _Proof:
         return min(self._proven_s.values())
 
     def tighten(self, tolerance: float, end: float) -> None:
-        """Bring every range's bound to within `tolerance` of the best placement, or stop when perf_counter reaches `end`."""
+        """Bring every range's bound to within `tolerance` of the best placement, or stop when perf_counter reaches `end`.
+
+        The program holds only placements below the bound that is wanted: proving that there are none is far easier than finding
+        the best, and one that is found after all is a better answer.
+        """
         from .milp_model import Model
 
-        for copies in sorted(self._proven_s, key=lambda copies: self._proven_s[copies]):
-            goal_s = self.best.cost.total_s * (1 - tolerance)
-            num_open = sum(proven_s < goal_s for proven_s in self._proven_s.values())
-            if self._proven_s[copies] >= goal_s or perf_counter() >= end:
-                continue
-            model = Model(self._problem, self.best.cost.total_s, self._move_owners, copies)
-            model.start_from(self.best.placement)
-            left_s = (end - perf_counter()) / num_open
-            answer = model.solve(self._engine, max(left_s, 0.01), tolerance / 2)
-            # The engine's tolerances are about 1e-6 of the objective; a bound must not lean on them.
-            proven_s = answer.bound_s - 1e-5 * self.best.cost.total_s
-            self._proven_s[copies] = max(self._proven_s[copies], proven_s)
-            if answer.placement is not None:
+        # The easiest first: they leave their time to the others.
+        for copies in sorted(self._proven_s, key=lambda copies: -self._proven_s[copies]):
+            while not self.is_interrupted and perf_counter() < end:
+                wanted_s = self.best.cost.total_s * (1 - tolerance)
+                if self._proven_s[copies] >= wanted_s:
+                    break
+                num_open = sum(proven_s < wanted_s for proven_s in self._proven_s.values())
+                model = Model(self._problem, wanted_s / (1 - 1.01 * _ENGINE_SLACK), self._move_owners, copies)
+                answer = model.solve(self._engine, max((end - perf_counter()) / num_open, 0.01), tolerance / 2)
+                self.is_interrupted = answer.is_interrupted
+                self._proven_s[copies] = max(self._proven_s[copies], answer.bound_s * (1 - _ENGINE_SLACK))
+                if answer.placement is None:
+                    break
                 found = _priced(self._problem, answer.placement)
-                self.best = min(self.best, found, key=lambda priced: priced.cost.total_s)
+                if found.cost.total_s >= self.best.cost.total_s:
+                    break
+                self.best = found
 
 
 def _warm_up() -> None:
@@ -201,7 +242,7 @@ def solve(
     best = _incumbent(problem, move_owners, min(1.0, time_limit_s / 10))
     proof = _Proof(problem, move_owners, engine, best, bound.total_s)
     # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
-    for tolerance in sorted({max(relative_gap, _ROUGH_GAP), relative_gap}, reverse=True):
+    for tolerance in sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True):
         proof.tighten(tolerance, start + _ENGINE_SHARE * time_limit_s)
     best = proof.best
     seconds = perf_counter() - start

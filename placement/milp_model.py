@@ -2,13 +2,19 @@
 
 For expert e and rank r:
     owner[e,r], copy[e,r] in {0,1}   r owns e, r holds a copy of e; the fractions below are >= 0
-    group[e,r]                       e has rows at its owner r (a copy without rows never pays, so copies always count)
+    group[e,r]                       e has rows at its owner r (a copy without rows never pays, so copies always count); whole,
+                                     because kept[e], whether e has rows at its owner at all, is 0 or 1
     rows[e,r], own[e,r]              rows of e computed on r, and those of them that come from r itself (own_node likewise);
                                      own is bounded by its load times the holder's variable as well, because a fractional
                                      owner could else keep everybody's tokens at home
 Minimised is cost.py's model term by term, in units of `seconds`: compute of the busiest rank, dispatch and copies and moves over
 the busiest device and node link, less what hides. The split is free here: fractional, and chosen with the whole cost in
 view. So the optimum is a lower bound on the cost of every placement under the exact split.
+
+Placements above `seconds` are cut off, which says how much work and dispatch the others can have at most (bounds.room_within),
+and with it which copies they need at least: a rank above that work must hand on experts, one that the others leave too little
+work must receive some, and a rank or node must hold experts that keep enough of its rows at home. Each is a knapsack cover, with
+coefficients no larger than the need: fractions of large copies no longer do.
 """
 
 from __future__ import annotations
@@ -18,21 +24,25 @@ from dataclasses import dataclass, field
 import numpy as np
 import pulp
 
-from .engines import make_engine
+from .bounds import room_within
+from .engines import make_engine, was_interrupted
 from .values import Placement, Problem
 
-# Above the engines' tolerances, so that the known placement itself stays in.
-_CUTOFF_SLACK = 1e-5
+# Needs below this many rows are a matter of rounding.
+_LEAST_NEED = 1e-3
 
 Table = dict[tuple[int, int], pulp.LpVariable]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine returned: the best placement it found, if any, and its proven bound in seconds (0 if it proved none)."""
+    """What an engine returned: the best placement it found, if any, its proven bound in seconds (0 if it proved none), and
+    whether Ctrl-C ended it.
+    """
 
     placement: Placement | None
     bound_s: float
+    is_interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class _Link:
 
 @dataclass
 class Model:
-    """The program of one problem. `seconds` is the unit of its objective, the cost of a known placement; dearer ones are cut off.
+    """The program of one problem, of all placements that cost no more than `seconds`, the unit of its objective.
 
     `copies` narrows it to placements whose busiest device sends or receives that many.
     """
@@ -92,7 +102,9 @@ class Model:
         if self.move_owners:
             objective.append(self._move_s())
         self.program += pulp.lpSum(objective), "seconds"
-        self._add(pulp.lpSum(objective) <= 1 + _CUTOFF_SLACK, "cutoff")
+        self._add(pulp.lpSum(objective) <= 1, "cutoff")
+        if problem.num_ranks > 1:
+            self._cover_needs()
 
     def _table(self, name: str, pairs: list[tuple[int, int]], kind: str = pulp.LpContinuous) -> Table:
         upper = 1 if kind == pulp.LpBinary else None
@@ -126,9 +138,11 @@ class Model:
     def _compute_s(self, rows: Table) -> pulp.LpAffineExpression:
         problem, topology = self.problem, self.problem.topology
         totals_E = self._load_RE.sum(axis=0)
-        busiest = self._variable("busiest_rows")
+        busiest = self._busiest = self._variable("busiest_rows")
         group = self._group = self._table("group", list(rows))
         for e in self._experts:
+            kept = self._variable(f"kept_{e}", pulp.LpBinary)
+            self._add(pulp.lpSum(group[e, r] for r in self._ranks) == kept, f"kept_at_owner_{e}")
             self._add(pulp.lpSum(rows[e, r] for r in self._ranks) == totals_E[e], f"all_rows_{e}")
             for r in self._ranks:
                 self._add(rows[e, r] <= totals_E[e] * (self.copy[e, r] + group[e, r]), f"held_{e}_{r}")
@@ -181,7 +195,7 @@ class Model:
             stays = pulp.lpSum(stays_e)
             node[n, 0] = float(load_E.sum()) - stays
             node[n, 1] = pulp.lpSum(rows[e, r] for e in self._experts for r in inside) - stays
-        link = self._link("dispatch", problem.load.total / self._unit_rows, device, node)
+        link = self._dispatch = self._link("dispatch", problem.load.total / self._unit_rows, device, node)
         return 4 * link.time(self._per_item(problem.shape.row_bytes * self._unit_rows), self._latency)
 
     def _sent(self, name: str, owners: pulp.LpAffineExpression, copies: pulp.LpAffineExpression, most: int) -> pulp.LpVariable:
@@ -245,26 +259,71 @@ class Model:
         link = self._link("moves", problem.num_experts, device, node)
         return link.time(self._per_item(state_bytes), self._latency) * (1 / problem.move_horizon_steps)
 
-    def start_from(self, placement: Placement) -> None:
-        """Give the integer variables the values of a placement; the engine works out the rest."""
-        for (e, r), variable in self.owner.items():
-            variable.setInitialValue(int(placement.expert_to_owner_E[e] == r))
-        for (e, r), variable in self.copy.items():
-            variable.setInitialValue(int(placement.copies_RE[r, e]))
+    def _cover(self, name: str, need: float, items: list[tuple[float, pulp.LpAffineExpression]]) -> None:
+        """Require whole items that weigh `need` together; one that weighs more counts as the need."""
+        if need * self._unit_rows > _LEAST_NEED:
+            total = pulp.lpSum(min(weight / need, 1.0) * item for weight, item in items if weight > 0)
+            self._add(total >= 1, f"cover_{name}")
+
+    def _cover_needs(self) -> None:
+        """Bound work and dispatch, and add the covers that follow for what ranks and nodes keep, hand on and take."""
+        topology, low, high = self.problem.topology, self.copies.low, self.copies.high
+        room = room_within(
+            self.problem, self.seconds, low, self.problem.slots if high is None else high, owners_may_move=self.move_owners
+        )
+        most_work, most_items = room.work_rows / self._unit_rows, room.device_rows / self._unit_rows
+        self._busiest.upBound, self._dispatch.items.upBound = most_work, most_items
+        for r in self._ranks:
+            self._cover_kept(f"kept_{r}", [r], most_items)
+        slower, per_node = topology.device_bytes_per_s / topology.node_bytes_per_s, topology.ranks_per_node
+        for n in range(topology.num_nodes if topology.num_nodes > 1 else 0):
+            self._cover_kept(f"kept_node_{n}", list(range(n * per_node, (n + 1) * per_node)), most_items / slower)
+        if not self.move_owners:
+            self._cover_work(most_work)
+
+    def _cover_kept(self, name: str, inside: list[int], most_sent: float) -> None:
+        """What ranks `inside` do not send they keep, by holding experts."""
+        load_E = self._load_RE[inside].sum(axis=0)
+        need, items = float(load_E.sum()) - most_sent, []
+        for e in self._experts:
+            if not self.move_owners and self.problem.expert_to_owner_E[e] in inside:
+                need -= load_E[e]
+                continue
+            holders = pulp.lpSum(self.copy[e, r] + self.owner[e, r] for r in inside)
+            items.append((float(load_E[e]), holders))
+        self._cover(name, need, items)
+
+    def _cover_work(self, most_work: float) -> None:
+        """A rank that owns more than `most_work` hands experts on; one that the others cannot work for takes some."""
+        owner_E, totals_E = self.problem.expert_to_owner_E, self._load_RE.sum(axis=0)
+        work_E = totals_E + (totals_E > 0) * (self.problem.topology.half_rate_rows / self._unit_rows)
+        least_work = float(work_E.sum()) - (self.problem.num_ranks - 1) * most_work
+        for r in self._ranks:
+            owned = float(work_E[owner_E == r].sum())
+            handed = [
+                (work_E[e], pulp.lpSum(self.copy[e, other] for other in self._ranks)) for e in self._experts if owner_E[e] == r
+            ]
+            self._cover(f"handed_on_{r}", owned - most_work, handed)
+            taken = [(work_E[e], self.copy[e, r]) for e in self._experts if owner_E[e] != r]
+            self._cover(f"taken_{r}", least_work - owned, taken)
 
     def solve(self, engine: str, time_limit_s: float, relative_gap: float) -> Answer:
-        """Run an engine ("highs" or "cbc"); the start comes from `start_from`."""
+        """Run an engine ("highs" or "cbc")."""
         status = self.program.solve(make_engine(engine, time_limit_s, relative_gap))
         bound = 0.0
         if status == pulp.LpStatusInfeasible:
-            # Nothing in this range of copies is as cheap as the known placement.
+            # Nothing in this range of copies is as cheap.
             return Answer(None, self.seconds)
+        is_interrupted = False
         if engine == "highs":
             info = self.program.solverModel.getInfo()
             bound = max(info.mip_dual_bound, 0.0) if np.isfinite(info.mip_dual_bound) else 0.0
+            is_interrupted = was_interrupted(self.program)
         elif self.program.sol_status == pulp.LpSolutionOptimal:
             bound = pulp.value(self.program.objective) * (1 - relative_gap)
-        return Answer(self._placement() if status == pulp.LpStatusOptimal else None, bound * self.seconds)
+        placement = self._placement() if status == pulp.LpStatusOptimal else None
+        # Nothing is known of what was cut off.
+        return Answer(placement, min(bound, 1.0) * self.seconds, is_interrupted)
 
     def _placement(self) -> Placement | None:
         """Read the placement out of the variables; None if the engine has no integer solution."""

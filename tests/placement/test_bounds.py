@@ -8,8 +8,10 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 
-from moesaic.placement import get_solver, lower_bound
-from moesaic.placement.bounds import link_bound
+from moesaic.placement import cost, get_solver, lower_bound, split_exact
+from moesaic.placement.bounds import link_bound, range_bound_s, room_within
+from moesaic.placement.cost import tally
+from moesaic.placement.exhaustive import every_placement
 from tests.placement.cases import problems, zipf_problem
 
 
@@ -42,3 +44,16 @@ def test_links_count():
     """Rows that must travel make the bound far better than compute alone."""
     problem = zipf_problem(8, 64, 0.8, slots=1, overlap_s=0.0)
     assert link_bound(problem, owners_may_move=True).total_s > 1.3 * lower_bound(problem, owners_may_move=True).total_s
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems(max_ranks=3, max_experts=4, max_slots=2))
+def test_every_placement_has_room_within_its_own_seconds(problem):
+    for placement in every_placement(problem):
+        split = split_exact(problem.load, placement, problem.topology)
+        counts, seconds = tally(problem, placement, split), cost(problem, placement, split).total_s
+        copies = counts.device_copies
+        assert range_bound_s(problem, copies, copies, owners_may_move=False) <= seconds
+        room = room_within(problem, seconds, copies, copies, owners_may_move=False)
+        assert counts.work_rows <= room.work_rows * (1 + 1e-9)
+        assert counts.device_rows <= room.device_rows * (1 + 1e-9)

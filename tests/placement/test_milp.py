@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moesaic.placement import SOLVERS, ExpertLoad, LayerShape, OwnerMap, Problem, Topology, cost, get_solver, milp, split_exact
 from moesaic.placement.cost import prices_of, seconds_of
@@ -47,6 +49,18 @@ def test_equals_enumeration_with_every_stage(problem):
     assert answer.cost.total_s <= best * (1 + 1e-4) + 2 * (sum(a_row) - sum(free) + a_row[0])
     assert answer.cost == cost(problem, answer.placement, answer.split)
     assert answer.gap == pytest.approx(max(0.0, 1 - answer.bound.total_s / answer.cost.total_s) if answer.cost.total_s else 0.0)
+
+
+@settings(deadline=None, max_examples=examples(30))
+@given(problem=problems(max_ranks=3, max_experts=4, max_slots=1), horizon=st.sampled_from([1, 10**6]))
+def test_bound_holds_for_all_owners(problem, horizon):
+    """Owners may move: no placement with as many owned experts per rank is below the bound."""
+    problem = dataclasses.replace(problem, move_horizon_steps=horizon)
+    answer = milp.solve(problem, relative_gap=1e-3)
+    for owner_E in set(itertools.permutations(problem.expert_to_owner_E.tolist())):
+        for placement in every_placement(dataclasses.replace(problem, expert_to_owner_E=np.array(owner_E))):
+            split = split_exact(problem.load, placement, problem.topology)
+            assert answer.bound.total_s <= cost(problem, placement, split).total_s
 
 
 def test_bound_holds_when_links_are_almost_free():
@@ -118,6 +132,19 @@ def test_constraints_are_named():
     program = Model(zipf_problem(2, 8, 1.0, slots=1), seconds=1.0, move_owners=True).program
     for name in ("one_owner_3", "slots_1", "owned_0", "held_7_1", "busiest_0", "dispatch_device_0_1", "gather_hides"):
         assert program.get_constraint_by_name(name) is not None
+
+
+def test_covers_say_which_copies_a_cheap_placement_needs():
+    """Rank 0 owns nearly all rows: who wants to be within a tenth of the mean rank must hand experts on and take some."""
+    from moesaic.placement.milp_model import Model
+
+    load = ExpertLoad(np.array([[900, 900, 10, 10], [900, 900, 10, 10]]) * 100)
+    problem = Problem(load, np.array([0, 0, 1, 1]), Topology.preset("h100", 2), LayerShape(4, 2, 512, 512), 1, overlap_s=1.0)
+    seconds = 1.1 * get_solver("balance")(problem).cost.total_s
+    program = Model(problem, seconds, move_owners=False).program
+    for name in ("cover_handed_on_0", "cover_taken_1"):
+        assert program.get_constraint_by_name(name) is not None
+    assert program.get_constraint_by_name("cover_handed_on_1") is None
 
 
 def test_real_layer_is_nearly_closed():
