@@ -6,8 +6,8 @@ and one copy is bought there: of their expert that relieves them of most rows, f
 made without a load that needs it, copies link ranks into chains along which rows can move (Jordan and Graves, 1995: a little
 flexibility, well placed, does almost all that full flexibility does), and an exact forecast buys the forecast's copies only.
 
-It is the policy where gathers hide under other work or straggling costs more than bytes: many small experts. `quota` weighs both in
-seconds, and is the policy where experts are few and large: their copies can cost more than the balance they bring.
+It is the policy where gathers hide under other work or straggling costs more than bytes: many small experts. `quota` weighs both
+in seconds, and is the policy where experts are few and large: their copies can cost more than the balance they bring.
 """
 
 from __future__ import annotations

@@ -107,10 +107,11 @@ def range_bound_s(problem: Problem, low: int, high: int, *, owners_may_move: boo
 
 @dataclass(frozen=True)
 class Room:
-    """The most work rows of a rank, and the most rows on a device link, of any placement within a number of seconds."""
+    """The most work rows of a rank, rows on a device link, and owners that a device gives away or gets, within some seconds."""
 
     work_rows: float
     device_rows: float
+    moves: int
 
 
 def room_within(problem: Problem, seconds: float, low: int, high: int, *, owners_may_move: bool) -> Room:
@@ -123,4 +124,6 @@ def room_within(problem: Problem, seconds: float, low: int, high: int, *, owners
     left_s = max(seconds * (1 + 1e-9) - spent.total_s, 0.0)
     dispatch_s = spent.dispatch_s + left_s - (4 * prices.latency_s if least.device_rows else 0.0)
     row_s = 4 * prices.row_bytes / prices.device_bytes_per_s
-    return Room(least.work_rows + left_s / prices.work_row_s, dispatch_s / row_s)
+    moves_s = left_s * prices.move_horizon_steps - prices.latency_s
+    moves = int(max(0.0, min(moves_s * prices.device_bytes_per_s / max(prices.state_bytes, 1e-9), problem.num_experts)))
+    return Room(least.work_rows + left_s / prices.work_row_s, dispatch_s / row_s, moves)

@@ -4,8 +4,8 @@ It answers with the cheapest of what the engine found, of the heuristics and of 
 priced by cost.py under the better of the exact split and of priced.py's, so it is never worse than they are; as moves are
 charged, the current owners stay where a change would not pay. The program holds only what would be cheaper than the answer by
 more than a gap, at first a wide one: it is the easier to refute the less it holds (milp_model.py). It is solved once for every
-number of copies that the busiest device may send or receive. The bound is the better of bounds.py's, which needs no engine, and the least of the programs'
-own; it holds for every placement with as many owned experts per rank as now.
+number of copies that the busiest device may send or receive. The bound is the better of bounds.py's, which needs no engine, and
+the least of the programs' own; it holds for every placement with as many owned experts per rank as now.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _OWNER_PROPOSALS, _COPY_PROPOSALS = 1_500_000, 400_000
 # Runs that share the first, and proposals of a run that the second pays for.
 _OWNER_RUNS, _COPY_RUN_PROPOSALS = 4, 10_000
-# Numbers of slots that copies are searched under, and answers whose best split is worth a linear program.
+# Numbers of slots that copies are searched under, and answers whose best split is worth an integer program.
 _MOST_BUDGETS, _MOST_PRICED = 4, 8
 # Ranges of copies to prove one by one. Programs of more (expert, rank) pairs take so long to write down that one must do.
 _MOST_RANGES, _MOST_STATES_OF_RANGES = 4, 4096
@@ -180,30 +180,40 @@ class _Proof:
         return min(self._proven_s.values())
 
     def tighten(self, tolerance: float, end: float) -> None:
-        """Bring every range's bound to within `tolerance` of the best placement, or stop when perf_counter reaches `end`.
+        """Bring every range's bound to within `tolerance` of the best placement, or stop when perf_counter reaches `end`."""
+        # The easiest first: they leave their time to the others.
+        waiting = sorted(self._proven_s, key=lambda copies: -self._proven_s[copies])
+        while waiting and not self.is_interrupted and perf_counter() < end:
+            waiting = [copies for copies in waiting if self._proven_s[copies] < self._wanted_s(tolerance)]
+            unfinished = []
+            for i, copies in enumerate(waiting):
+                share_s = (end - perf_counter()) / (len(waiting) - i)
+                if not self.is_interrupted and share_s > 0 and not self._refute(copies, tolerance, share_s):
+                    unfinished.append(copies)
+            waiting = unfinished
 
-        The program holds only placements below the bound that is wanted: proving that there are none is far easier than finding
-        the best, and one that is found after all is a better answer.
+    def _wanted_s(self, tolerance: float) -> float:
+        return self.best.cost.total_s * (1 - tolerance)
+
+    def _refute(self, copies: CopyRange, tolerance: float, time_limit_s: float) -> bool:
+        """Try to show that nothing in a range is below the bound that is wanted; return False if the time was too short.
+
+        The program holds only placements below that bound: proving that there are none is far easier than finding the best, and
+        one that is found after all is a better answer, with a new bound to want.
         """
         from .milp_model import Model
 
-        # The easiest first: they leave their time to the others.
-        for copies in sorted(self._proven_s, key=lambda copies: -self._proven_s[copies]):
-            while not self.is_interrupted and perf_counter() < end:
-                wanted_s = self.best.cost.total_s * (1 - tolerance)
-                if self._proven_s[copies] >= wanted_s:
-                    break
-                num_open = sum(proven_s < wanted_s for proven_s in self._proven_s.values())
-                model = Model(self._problem, wanted_s / (1 - 1.01 * _ENGINE_SLACK), self._move_owners, copies)
-                answer = model.solve(self._engine, max((end - perf_counter()) / num_open, 0.01), tolerance / 2)
-                self.is_interrupted = answer.is_interrupted
-                self._proven_s[copies] = max(self._proven_s[copies], answer.bound_s * (1 - _ENGINE_SLACK))
-                if answer.placement is None:
-                    break
-                found = _priced(self._problem, answer.placement)
-                if found.cost.total_s >= self.best.cost.total_s:
-                    break
-                self.best = found
+        end = perf_counter() + time_limit_s
+        while self._proven_s[copies] < self._wanted_s(tolerance):
+            model = Model(self._problem, self._wanted_s(tolerance) / (1 - 1.01 * _ENGINE_SLACK), self._move_owners, copies)
+            answer = model.solve(self._engine, max(end - perf_counter(), 0.01), tolerance / 2)
+            self.is_interrupted = answer.is_interrupted
+            self._proven_s[copies] = max(self._proven_s[copies], answer.bound_s * (1 - _ENGINE_SLACK))
+            found = None if answer.placement is None else _priced(self._problem, answer.placement)
+            if found is None or found.cost.total_s >= self.best.cost.total_s:
+                return answer.is_complete
+            self.best = found
+        return True
 
 
 def _warm_up() -> None:

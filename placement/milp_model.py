@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pulp
 
-from .bounds import room_within
+from .bounds import Room, room_within
 from .engines import make_engine, was_interrupted
 from .values import Placement, Problem
 
@@ -36,13 +36,15 @@ Table = dict[tuple[int, int], pulp.LpVariable]
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine returned: the best placement it found, if any, its proven bound in seconds (0 if it proved none), and
-    whether Ctrl-C ended it.
+    """What an engine returned: the best placement it found, if any, and its proven bound in seconds (0 if it proved none).
+
+    is_complete: it ended by itself, not by its time limit. is_interrupted: it was ended by Ctrl-C.
     """
 
     placement: Placement | None
     bound_s: float
-    is_interrupted: bool = False
+    is_complete: bool
+    is_interrupted: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ class Model:
     copy: Table = field(init=False)
 
     def __post_init__(self) -> None:
-        problem = self.problem
+        problem, self._room = self.problem, self._room_within()
+        if self.move_owners and not self._room.moves:
+            # One move alone would cost too much.
+            self.move_owners = False
+            self._room = self._room_within()
         self.program = pulp.LpProblem("placement", pulp.LpMinimize)
         # Rows are counted in mean ranks, so that coefficients stay near 1.
         self._unit_rows = max(problem.load.total / problem.num_ranks, 1.0)
@@ -257,7 +263,13 @@ class Model:
             node[n, 1] = pulp.lpSum(home[e] for e in self._experts if int(current_E[e]) not in inside)
         state_bytes = shape.parameters_per_expert * 4 * problem.state_multiplier
         link = self._link("moves", problem.num_experts, device, node)
+        for (r, direction), count in device.items():
+            self._add(count <= self._room.moves, f"moves_at_most_{r}_{direction}")
         return link.time(self._per_item(state_bytes), self._latency) * (1 / problem.move_horizon_steps)
+
+    def _room_within(self) -> Room:
+        high = self.problem.slots if self.copies.high is None else self.copies.high
+        return room_within(self.problem, self.seconds, self.copies.low, high, owners_may_move=self.move_owners)
 
     def _cover(self, name: str, need: float, items: list[tuple[float, pulp.LpAffineExpression]]) -> None:
         """Require whole items that weigh `need` together; one that weighs more counts as the need."""
@@ -267,10 +279,7 @@ class Model:
 
     def _cover_needs(self) -> None:
         """Bound work and dispatch, and add the covers that follow for what ranks and nodes keep, hand on and take."""
-        topology, low, high = self.problem.topology, self.copies.low, self.copies.high
-        room = room_within(
-            self.problem, self.seconds, low, self.problem.slots if high is None else high, owners_may_move=self.move_owners
-        )
+        topology, room = self.problem.topology, self._room
         most_work, most_items = room.work_rows / self._unit_rows, room.device_rows / self._unit_rows
         self._busiest.upBound, self._dispatch.items.upBound = most_work, most_items
         for r in self._ranks:
@@ -313,17 +322,17 @@ class Model:
         bound = 0.0
         if status == pulp.LpStatusInfeasible:
             # Nothing in this range of copies is as cheap.
-            return Answer(None, self.seconds)
-        is_interrupted = False
+            return Answer(None, self.seconds, is_complete=True, is_interrupted=False)
+        is_complete, is_interrupted = self.program.sol_status == pulp.LpSolutionOptimal, False
         if engine == "highs":
             info = self.program.solverModel.getInfo()
             bound = max(info.mip_dual_bound, 0.0) if np.isfinite(info.mip_dual_bound) else 0.0
             is_interrupted = was_interrupted(self.program)
-        elif self.program.sol_status == pulp.LpSolutionOptimal:
+        elif is_complete:
             bound = pulp.value(self.program.objective) * (1 - relative_gap)
         placement = self._placement() if status == pulp.LpStatusOptimal else None
         # Nothing is known of what was cut off.
-        return Answer(placement, min(bound, 1.0) * self.seconds, is_interrupted)
+        return Answer(placement, min(bound, 1.0) * self.seconds, is_complete, is_interrupted)
 
     def _placement(self) -> Placement | None:
         """Read the placement out of the variables; None if the engine has no integer solution."""

@@ -1,10 +1,11 @@
-"""The token split that the cost model likes best, as a linear program. Import this module lazily: it imports PuLP and HiGHS.
+"""The token split that the cost model likes best, as an integer program. Import this module lazily: it imports PuLP and HiGHS.
 
 `split_exact` gives the busiest rank the fewest rows. In seconds that is not quite the best: a group costs its rank
 `half_rate_rows` rows on top, so ranks with more groups should compute fewer, and a few rows more than the mean may be worth it
-where they save the busiest link. Here the cost model's compute and dispatch are minimised together, over fractional rows that are
-rounded afterwards. It takes milliseconds: for plans solved ahead, not for a step. Shape letters: R ranks, E experts, M replicated
-experts, J (expert, holder) entries.
+where they save the busiest link; an owner may even leave all rows of an expert to its copies, which saves it the group. Here the
+cost model's compute and dispatch are minimised together, over fractional rows that are rounded afterwards. It takes tens of
+milliseconds: for plans solved ahead, not for a step. Shape letters: R ranks, E experts, M replicated experts, J (expert, holder)
+entries.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from .cost import cost, prices_of
 from .engines import make_engine
 from .split import Replicated, Split, split_exact
 from .values import Placement, Problem
+
+_RELATIVE_GAP = 1e-5
 
 
 def _rounded(rows_J: np.ndarray, start_M: np.ndarray, totals_M: np.ndarray) -> np.ndarray:
@@ -40,7 +43,9 @@ def _minimise(problem: Problem, placement: Placement, table: Replicated) -> np.n
     single = np.flatnonzero(placement.num_replicas_E == 1)
     holds_R = [pulp.LpAffineExpression() for _ in ranks]
     stays_R, stays_N = [pulp.LpAffineExpression() for _ in ranks], [pulp.LpAffineExpression() for _ in range(topology.num_nodes)]
+    half_rate = topology.half_rate_rows / unit
     groups_R = np.bincount(owner_E[single], weights=totals_E[single] > 0, minlength=problem.num_ranks)
+    group_rows_R = [pulp.LpAffineExpression(constant=half_rate * count) for count in groups_R]
     for expert in single:
         owner, node = owner_E[expert], node_R[owner_E[expert]]
         holds_R[owner] += totals_E[expert] / unit
@@ -53,12 +58,14 @@ def _minimise(problem: Problem, placement: Placement, table: Replicated) -> np.n
         at = {r: program.add_variable(f"rows_{expert}_{r}", 0) for r in holders}
         rows += list(at.values())
         program.addConstraint(pulp.lpSum(at.values()) == totals_E[expert] / unit, f"all_rows_{expert}")
+        kept = program.add_variable(f"kept_{expert}", 0, 1, pulp.LpBinary)
+        program.addConstraint(at[int(owner_E[expert])] <= totals_E[expert] / unit * kept, f"kept_rows_{expert}")
         for r in holders:
             own = program.add_variable(f"own_{expert}_{r}", 0, load_RE[r, expert] / unit)
             program.addConstraint(own <= at[r], f"own_rows_{expert}_{r}")
             holds_R[r] += at[r]
             stays_R[r] += own
-            groups_R[r] += totals_E[expert] > 0
+            group_rows_R[r] += (kept if r == owner_E[expert] else 1) * (half_rate * bool(totals_E[expert]))
         for node in {int(node_R[r]) for r in holders} if topology.num_nodes > 1 else ():
             own = program.add_variable(f"own_node_{expert}_{node}", 0, load_RE[node_R == node, expert].sum() / unit)
             program.addConstraint(
@@ -71,7 +78,7 @@ def _minimise(problem: Problem, placement: Placement, table: Replicated) -> np.n
     scale = max(prices.work_row_s, row_s)
     program += busiest * (prices.work_row_s / scale) + link * (row_s / scale), "seconds"
     for r in ranks:
-        program.addConstraint(busiest >= holds_R[r] + groups_R[r] * topology.half_rate_rows / unit, f"busiest_{r}")
+        program.addConstraint(busiest >= holds_R[r] + group_rows_R[r], f"busiest_{r}")
         program.addConstraint(link >= load_RE[r].sum() / unit - stays_R[r], f"sent_{r}")
         program.addConstraint(link >= holds_R[r] - stays_R[r], f"received_{r}")
     slower = prices.device_bytes_per_s / prices.node_bytes_per_s
@@ -79,7 +86,7 @@ def _minimise(problem: Problem, placement: Placement, table: Replicated) -> np.n
         inside = np.flatnonzero(node_R == n)
         program.addConstraint(link >= (load_RE[inside].sum() / unit - stays_N[n]) * slower, f"sent_node_{n}")
         program.addConstraint(link >= (pulp.lpSum(holds_R[r] for r in inside) - stays_N[n]) * slower, f"received_node_{n}")
-    program.solve(make_engine("highs", 10.0, 0.0))
+    program.solve(make_engine("highs", 10.0, _RELATIVE_GAP))
     return np.array([max(variable.varValue or 0.0, 0.0) for variable in rows]) * unit
 
 

@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.placement import SOLVERS, ExpertLoad, LayerShape, OwnerMap, Problem, Topology, cost, get_solver, milp, split_exact
+from moesaic.placement import (
+    SOLVERS,
+    ExpertLoad,
+    LayerShape,
+    OwnerMap,
+    Placement,
+    Problem,
+    Topology,
+    cost,
+    get_solver,
+    milp,
+    split_exact,
+)
 from moesaic.placement.cost import prices_of, seconds_of
 from moesaic.placement.exhaustive import every_placement
 from moesaic.placement.priced import split_priced
@@ -132,6 +144,25 @@ def test_constraints_are_named():
     program = Model(zipf_problem(2, 8, 1.0, slots=1), seconds=1.0, move_owners=True).program
     for name in ("one_owner_3", "slots_1", "owned_0", "held_7_1", "busiest_0", "dispatch_device_0_1", "gather_hides"):
         assert program.get_constraint_by_name(name) is not None
+
+
+@settings(deadline=None, max_examples=examples(60))
+@given(problem=problems(max_ranks=3, max_experts=4, max_slots=2), seed=st.integers(0, 99))
+def test_owners_may_leave_an_expert_to_its_copies(problem, seed):
+    """The priced split is no dearer than splits in which some owners keep no rows, up to the rounding of rows."""
+    rng = np.random.default_rng(seed)
+    placements = list(every_placement(problem))
+    placement = placements[rng.integers(len(placements))]
+    priced = cost(problem, placement, split_priced(problem, placement))
+    replicas_RE, owner_E = placement.replicas_RE.copy(), placement.expert_to_owner_E.copy()
+    for expert in np.flatnonzero(placement.copies_RE.any(axis=0)):
+        if rng.integers(2):
+            replicas_RE[owner_E[expert], expert] = False
+            owner_E[expert] = np.flatnonzero(placement.copies_RE[:, expert])[0]
+    left = Placement(owner_E, replicas_RE)
+    other = cost(problem, left, split_exact(problem.load, left, problem.topology))
+    a_row = seconds_of(prices_of(problem)._replace(latency_s=0.0), 1, 2, 2, 0, 0, 0, 0)
+    assert priced.compute_s + priced.dispatch_s <= other.compute_s + other.dispatch_s + 2 * sum(a_row[:2])
 
 
 def test_covers_say_which_copies_a_cheap_placement_needs():
