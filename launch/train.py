@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,20 +181,27 @@ class Trainer:
         config = self.config
         profile_from = max(self.step, config.train.steps - config.run.profile_steps)
         with StopSignal() as stop, ExitStack() as profile:
-            records.add_validation(self.step, self.evaluate())
+            with self._explained():
+                records.add_validation(self.step, self.evaluate())
             while self.step < config.train.steps:
                 if self.step == profile_from:
                     records.folder.mkdir(parents=True, exist_ok=True)  # on machines that rank 0 is not on
                     profile.enter_context(self.handle.profile(records.folder / f"profile-rank-{self.process.rank}.json"))
-                try:
+                with self._explained():
                     signum = self._train_step(records, stop)
-                except (ValueError, RuntimeError) as error:
-                    # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
-                    place = self.process.rank, self.step, self.handle.last_stage()
-                    raise RuntimeError(diagnosis(error, *place, self.peers)) from error
                 if signum:
                     return signum
         return 0
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the body become one that says where this rank was and, of communication, what became of the others."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
+            place = self.process.rank, self.step, self.handle.last_stage()
+            raise RuntimeError(diagnosis(error, *place, self.peers)) from error
 
     def _train_step(self, records: Records, stop: StopSignal) -> int:
         """One optimizer step with all that is due after it; returns the signal all ranks agreed to stop for, or 0."""
