@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -127,13 +128,9 @@ def _time_cuda(call: Call, spacer: Tensor) -> float:
 
 
 def sweep_tiles(device: str) -> list[dict[str, Any]]:
-    """Each tile of the stated space in each product and shape: what the rule in grouped_gemm_triton should choose from."""
-    from ..kernels.grouped_gemm_triton import (
-        HALF_CONFIGS,
-        grouped_gemm_dgrad_triton,
-        grouped_gemm_triton,
-        grouped_gemm_wgrad_triton,
-    )
+    """Each tile that may be chosen, by TMA where the GPU has it and through pointers, in each product and shape."""
+    from ..kernels.grouped_gemm_tiles import HALF_TILES, takes_tma
+    from ..kernels.grouped_gemm_triton import grouped_gemm_dgrad_triton, grouped_gemm_triton, grouped_gemm_wgrad_triton
 
     found = []
     for shape in shapes(device):
@@ -141,15 +138,17 @@ def sweep_tiles(device: str) -> list[dict[str, Any]]:
         x, dy = (torch.randn(N, width, device=device, dtype=torch.bfloat16) for width in (shape.D, wide))
         weights = list(torch.randn(len(sizes), wide, shape.D, device=device, dtype=torch.bfloat16))
         grads = list(torch.zeros(len(sizes), wide, shape.D, device=device))
-        for config in HALF_CONFIGS:
+        ways = [False, True] if takes_tma(x.device, x, dy, *weights) else [False]
+        for tile, use_tma in product(HALF_TILES, ways):
+            how: dict[str, Any] = {"tile": tile, "use_tma": use_tma}
             calls: dict[str, Call] = {
-                "forward": partial(grouped_gemm_triton, x, weights, sizes, config=config),
-                "dgrad": partial(grouped_gemm_dgrad_triton, dy, weights, sizes, config=config),
-                "wgrad": partial(grouped_gemm_wgrad_triton, dy, x, sizes, grads, config=config),
+                "forward": partial(grouped_gemm_triton, x, weights, sizes, **how),
+                "dgrad": partial(grouped_gemm_dgrad_triton, dy, weights, sizes, **how),
+                "wgrad": partial(grouped_gemm_wgrad_triton, dy, x, sizes, grads, **how),
             }
             for name, times in time_interleaved(calls, device, 5).items():
                 tflops = 2e-12 * N * shape.D * wide / statistics.median(times)
-                found.append({"op": name, "shape": shape.name, **asdict(config), "tflops": tflops})
+                found.append({"op": name, "shape": shape.name, **asdict(tile), "use_tma": use_tma, "tflops": tflops})
     return found
 
 
@@ -209,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         publish(
             "kernel_tiles",
             sweep_tiles(options.device),
-            ("op", "shape", "block_m", "block_n", "block_k", "tflops"),
+            ("op", "shape", "block_m", "block_n", "use_tma", "tflops"),
             options.json_path,
         )
         return 0

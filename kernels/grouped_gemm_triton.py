@@ -2,7 +2,8 @@
 
 Weights and gradients are reached through a table of addresses, so bank rows and slots need no packing. The host knows
 the group sizes, so it lists the row tiles of all groups; the table travels in one asynchronous copy from pinned memory.
-Tile sizes follow from dtype and group sizes by rule, not by timing, so that every rank and every run sums alike.
+The kernels are persistent: as many programs as run at once walk over the tiles, in an order that shares rows and weights in the
+L2 cache. Operands come by TMA where `takes_tma` says so, through pointers else; both add up in the same order.
 
 Shapes: N rows, I input width, O output width, weights [O, I].
 """
@@ -13,7 +14,7 @@ Shapes: N rows, I input width, O output width, weights [O, I].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -22,31 +23,10 @@ from torch import Tensor
 
 from .checks import check_devices
 from .grouped_gemm import zero_empty
+from .grouped_gemm_tiles import TileConfig, TileTimings, fits_tma, num_programs, shape_key, takes_tma, tiles_for
 from .permute_triton import unit_stride
 
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tile of one program and how many warps and pipeline stages it gets."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-_MAX_GROUPS = 65_535  # programs in the second dimension of a CUDA grid
-
-# The whole space the rules below choose from; the benchmark sweeps it.
-HALF_CONFIGS = (
-    TileConfig(128, 256, 64, 8, 3),
-    TileConfig(128, 128, 64, 8, 4),
-    TileConfig(64, 256, 64, 8, 3),
-    TileConfig(64, 128, 64, 4, 4),
-    TileConfig(16, 128, 128, 4, 4),
-)
-FLOAT_CONFIGS = (TileConfig(64, 64, 32, 4, 3), TileConfig(16, 64, 32, 4, 3))
+_TIMINGS = TileTimings()  # of this process; like the compiled kernels, they hold as long as it lives
 
 
 @triton.jit
@@ -59,12 +39,13 @@ def _tile_of(pid, num_m_tiles, num_n_tiles, GROUP_M: tl.constexpr):
     return first_m + (pid % tiles_per_band) % band_m, (pid % tiles_per_band) // band_m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_m_tiles"])
 def _grouped_gemm_kernel(
     a_ptr,
     tiles_ptr,
     addresses_ptr,
     out_ptr,
+    num_rows,
     num_m_tiles,
     num_n_tiles,
     width_n,
@@ -75,6 +56,8 @@ def _grouped_gemm_kernel(
     stride_out,
     ALIGNMENT: tl.constexpr,
     PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    IS_K_CONTIGUOUS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,35 +68,53 @@ def _grouped_gemm_kernel(
     Each row tile is (first row, end row of its group, group). With group sizes [3, 0, 2] and BLOCK_M = 2:
     tiles = [(0, 3, 0), (2, 3, 0), (3, 5, 2)].
     """
-    tile_m, tile_n = _tile_of(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
-    first = tl.load(tiles_ptr + tile_m * 3)
-    end = tl.load(tiles_ptr + tile_m * 3 + 1)
-    group = tl.load(tiles_ptr + tile_m * 3 + 2)
-    b_ptr = tl.multiple_of(tl.load(addresses_ptr + group).to(tl.pointer_type(a_ptr.dtype.element_ty)), ALIGNMENT)
-
-    m = first + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # A tile's rows past the group's end read its first row again and are dropped by the store.
-    a_ptrs = a_ptr + tl.where(m < end, m, first)[:, None] * stride_a + k[None, :]
-    b_ptrs = b_ptr + n[None, :].to(tl.int64) * stride_b_n + k[:, None].to(tl.int64) * stride_b_k
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, width_k, BLOCK_K):
-        a = tl.load(a_ptrs, mask=(start + k < width_k)[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=(start + k < width_k)[:, None] & (n < width_n)[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K * stride_b_k
-    out = out_ptr + m[:, None] * stride_out + n[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m < end)[:, None] & (n < width_n)[None, :])
+    if USE_TMA:
+        rows = tl.make_tensor_descriptor(a_ptr, [num_rows, width_k], [stride_a, 1], [BLOCK_M, BLOCK_K])
+    # Flattened, the next tile's loads run under this one's last products; loads through pointers lose their pipeline by it.
+    for tile in tl.range(tl.program_id(0), num_m_tiles * num_n_tiles, tl.num_programs(0), flatten=USE_TMA):
+        tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
+        first = tl.load(tiles_ptr + tile_m * 3)
+        end = tl.load(tiles_ptr + tile_m * 3 + 1)
+        group = tl.load(tiles_ptr + tile_m * 3 + 2)
+        b_ptr = tl.multiple_of(tl.load(addresses_ptr + group).to(tl.pointer_type(a_ptr.dtype.element_ty)), ALIGNMENT)
+        m = first + tl.arange(0, BLOCK_M)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # A tile's rows past the group's end hold another group's, or its first row again, and are dropped by the store.
+        if USE_TMA:
+            if IS_K_CONTIGUOUS:
+                matrix = tl.make_tensor_descriptor(b_ptr, [width_n, width_k], [stride_b_n, 1], [BLOCK_N, BLOCK_K])
+            else:
+                matrix = tl.make_tensor_descriptor(b_ptr, [width_k, width_n], [stride_b_k, 1], [BLOCK_K, BLOCK_N])
+            for start in range(0, width_k, BLOCK_K):
+                a = rows.load([first.to(tl.int32), start])
+                if IS_K_CONTIGUOUS:
+                    b = matrix.load([tile_n * BLOCK_N, start]).T
+                else:
+                    b = matrix.load([start, tile_n * BLOCK_N])
+                total = tl.dot(a, b, total, input_precision=PRECISION)
+        else:
+            a_ptrs = a_ptr + tl.where(m < end, m, first)[:, None] * stride_a + k[None, :]
+            b_ptrs = b_ptr + n[None, :].to(tl.int64) * stride_b_n + k[:, None].to(tl.int64) * stride_b_k
+            for start in range(0, width_k, BLOCK_K):
+                a = tl.load(a_ptrs, mask=(start + k < width_k)[None, :], other=0.0)
+                b = tl.load(b_ptrs, mask=(start + k < width_k)[:, None] & (n < width_n)[None, :], other=0.0)
+                total = tl.dot(a, b, total, input_precision=PRECISION)
+                a_ptrs += BLOCK_K
+                b_ptrs += BLOCK_K * stride_b_k
+        out = out_ptr + m[:, None] * stride_out + n[None, :]
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m < end)[:, None] & (n < width_n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_groups"])
 def _grouped_wgrad_kernel(
     dy_ptr,
     x_ptr,
     groups_ptr,
     addresses_ptr,
+    num_rows,
+    num_groups,
     num_o_tiles,
     num_i_tiles,
     width_o,
@@ -125,41 +126,60 @@ def _grouped_wgrad_kernel(
     alpha,
     ALIGNMENT: tl.constexpr,
     PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """grad_g += alpha * dy_g.T @ x_g, one tile of one group per program, rows in ascending order.
+    """grad_g += alpha * dy_g.T @ x_g, tile by tile, rows in ascending order.
 
     Each entry of `groups` is (first row, end row, group, 1 if its gradient is added to and 0 if it is set); groups without rows
     are not listed. With group sizes [3, 0, 2], the last to be set: groups = [(0, 3, 0, 1), (3, 5, 2, 0)].
     """
-    entry = tl.program_id(1)
-    first = tl.load(groups_ptr + entry * 4)
-    end = tl.load(groups_ptr + entry * 4 + 1)
-    group = tl.load(groups_ptr + entry * 4 + 2)
-    is_added = tl.load(groups_ptr + entry * 4 + 3)
-    grad_ptr = tl.multiple_of(tl.load(addresses_ptr + group).to(tl.pointer_type(tl.float32)), ALIGNMENT)
-
-    tile_o, tile_i = _tile_of(tl.program_id(0), num_o_tiles, num_i_tiles, GROUP_M)
-    o = tile_o * BLOCK_M + tl.arange(0, BLOCK_M)
-    i = tile_i * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    dy_ptrs = dy_ptr + (first + k)[:, None] * stride_dy + o[None, :]
-    x_ptrs = x_ptr + (first + k)[:, None] * stride_x + i[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for row in range(first, end, BLOCK_K):
-        is_row = (row + k < end)[:, None]
-        dy = tl.load(dy_ptrs, mask=is_row & (o < width_o)[None, :], other=0.0)
-        x = tl.load(x_ptrs, mask=is_row & (i < width_i)[None, :], other=0.0)
-        total = tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
-        dy_ptrs += BLOCK_K * stride_dy
-        x_ptrs += BLOCK_K * stride_x
-    grad_ptrs = grad_ptr + o[:, None].to(tl.int64) * stride_grad_o + i[None, :].to(tl.int64) * stride_grad_i
-    mask = (o < width_o)[:, None] & (i < width_i)[None, :]
-    before = tl.load(grad_ptrs, mask=mask & (o < width_o * is_added)[:, None], other=0.0)
-    tl.store(grad_ptrs, before + alpha * total, mask=mask)
+    if USE_TMA:
+        dy_rows = tl.make_tensor_descriptor(dy_ptr, [num_rows, width_o], [stride_dy, 1], [BLOCK_K, BLOCK_M])
+        x_rows = tl.make_tensor_descriptor(x_ptr, [num_rows, width_i], [stride_x, 1], [BLOCK_K, BLOCK_N])
+    tiles_per_group = num_o_tiles * num_i_tiles
+    for tile in tl.range(tl.program_id(0), num_groups * tiles_per_group, tl.num_programs(0)):
+        entry = tile // tiles_per_group
+        first = tl.load(groups_ptr + entry * 4)
+        end = tl.load(groups_ptr + entry * 4 + 1)
+        group = tl.load(groups_ptr + entry * 4 + 2)
+        is_added = tl.load(groups_ptr + entry * 4 + 3)
+        grad_ptr = tl.multiple_of(tl.load(addresses_ptr + group).to(tl.pointer_type(tl.float32)), ALIGNMENT)
+
+        tile_o, tile_i = _tile_of(tile % tiles_per_group, num_o_tiles, num_i_tiles, GROUP_M)
+        o = tile_o * BLOCK_M + tl.arange(0, BLOCK_M)
+        i = tile_i * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if USE_TMA:
+            first, end = first.to(tl.int32), end.to(tl.int32)
+            last = end - (end - first) % BLOCK_K
+            for row in range(first, last, BLOCK_K):
+                dy = dy_rows.load([row, tile_o * BLOCK_M])
+                total = tl.dot(dy.T, x_rows.load([row, tile_i * BLOCK_N]), total, input_precision=PRECISION)
+            if last < end:
+                # The rows behind are another group's.
+                is_row = (last + k < end)[:, None]
+                dy = tl.where(is_row, dy_rows.load([last, tile_o * BLOCK_M]), 0.0)
+                x = tl.where(is_row, x_rows.load([last, tile_i * BLOCK_N]), 0.0)
+                total = tl.dot(dy.T, x, total, input_precision=PRECISION)
+        else:
+            dy_ptrs = dy_ptr + (first + k)[:, None] * stride_dy + o[None, :]
+            x_ptrs = x_ptr + (first + k)[:, None] * stride_x + i[None, :]
+            for row in range(first, end, BLOCK_K):
+                is_row = (row + k < end)[:, None]
+                dy = tl.load(dy_ptrs, mask=is_row & (o < width_o)[None, :], other=0.0)
+                x = tl.load(x_ptrs, mask=is_row & (i < width_i)[None, :], other=0.0)
+                total = tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
+                dy_ptrs += BLOCK_K * stride_dy
+                x_ptrs += BLOCK_K * stride_x
+        grad_ptrs = grad_ptr + o[:, None].to(tl.int64) * stride_grad_o + i[None, :].to(tl.int64) * stride_grad_i
+        mask = (o < width_o)[:, None] & (i < width_i)[None, :]
+        before = tl.load(grad_ptrs, mask=mask & (o < width_o * is_added)[:, None], other=0.0)
+        tl.store(grad_ptrs, before + alpha * total, mask=mask)
 
 
 def grouped_gemm_triton(
@@ -168,12 +188,13 @@ def grouped_gemm_triton(
     group_sizes: Sequence[int],
     *,
     out: Tensor | None = None,
-    config: TileConfig | None = None,
+    tile: TileConfig | None = None,
+    use_tma: bool | None = None,
 ) -> Tensor:
-    """Launch the product with `weights[g].T`: its K is I, its N is O."""
+    """Launch the product with `weights[g].T`: its K is I, its N is O. `tile` and `use_tma` stand in for the rules."""
     _check_weights(weights, x_NI.dtype, x_NI.device)
     stride_o, stride_i = weights[0].stride()
-    return _launch_gemm(x_NI, weights, group_sizes, weights[0].shape[0], stride_i, stride_o, out, config)
+    return _launch_gemm("forward", x_NI, weights, group_sizes, weights[0].shape[0], stride_i, stride_o, out, tile, use_tma)
 
 
 def grouped_gemm_dgrad_triton(
@@ -182,12 +203,13 @@ def grouped_gemm_dgrad_triton(
     group_sizes: Sequence[int],
     *,
     out: Tensor | None = None,
-    config: TileConfig | None = None,
+    tile: TileConfig | None = None,
+    use_tma: bool | None = None,
 ) -> Tensor:
-    """Launch the product with `weights[g]`: its K is O, its N is I."""
+    """Launch the product with `weights[g]`: its K is O, its N is I. `tile` and `use_tma` stand in for the rules."""
     _check_weights(weights, dy_NO.dtype, dy_NO.device)
     stride_o, stride_i = weights[0].stride()
-    return _launch_gemm(dy_NO, weights, group_sizes, weights[0].shape[1], stride_o, stride_i, out, config)
+    return _launch_gemm("dgrad", dy_NO, weights, group_sizes, weights[0].shape[1], stride_o, stride_i, out, tile, use_tma)
 
 
 def grouped_gemm_wgrad_triton(
@@ -198,45 +220,50 @@ def grouped_gemm_wgrad_triton(
     *,
     alpha: float = 1.0,
     overwrite: Sequence[bool] | None = None,
-    config: TileConfig | None = None,
+    tile: TileConfig | None = None,
+    use_tma: bool | None = None,
 ) -> None:
-    """Launch `_grouped_wgrad_kernel` over the groups that have rows."""
+    """Launch `_grouped_wgrad_kernel` over the groups that have rows. `tile` and `use_tma` stand in for the rules."""
     _check_weights(grads, torch.float32, dy_NO.device)
     dy_NO, x_NI = unit_stride(dy_NO), unit_stride(x_NI)
     O, I = grads[0].shape  # noqa: E741
     zero_empty(grads, group_sizes, overwrite)
     is_fresh = [False] * len(grads) if overwrite is None else overwrite
-    groups = [(*tile, int(not is_fresh[tile[2]])) for tile in row_tiles(group_sizes, max(1, sum(group_sizes)))]
+    groups = [(*rows, int(not is_fresh[rows[2]])) for rows in row_tiles(group_sizes, max(1, sum(group_sizes)))]
     if not groups:
         return
-    if len(groups) > _MAX_GROUPS:
-        raise ValueError(f"one launch serves up to {_MAX_GROUPS} groups, got {len(groups)}; split the call")
-    config = _config(dy_NO.dtype, O) if config is None else config
-    num_o_tiles, num_i_tiles = triton.cdiv(O, config.block_m), triton.cdiv(I, config.block_n)
+    # The longest first: a program that gets a long group last would keep all others waiting.
+    groups.sort(key=lambda entry: entry[0] - entry[1])
+    use_tma = _resolve_tma(use_tma, dy_NO, x_NI)
     table, addresses = _device_tables(groups, grads, dy_NO.device)
-    _grouped_wgrad_kernel[(num_o_tiles * num_i_tiles, len(groups))](
-        dy_NO,
-        x_NI,
-        table,
-        addresses,
-        num_o_tiles,
-        num_i_tiles,
-        O,
-        I,
-        dy_NO.stride(0),
-        x_NI.stride(0),
-        grads[0].stride(0),
-        grads[0].stride(1),
-        alpha,
-        ALIGNMENT=_alignment(grads),
-        PRECISION=_dot_precision(dy_NO.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=8,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+
+    def run(tile: TileConfig) -> None:
+        num_o_tiles, num_i_tiles = triton.cdiv(O, tile.block_m), triton.cdiv(I, tile.block_n)
+        _grouped_wgrad_kernel[(num_programs(dy_NO.device, tile, len(groups) * num_o_tiles * num_i_tiles),)](
+            dy_NO,
+            x_NI,
+            table,
+            addresses,
+            dy_NO.shape[0],
+            len(groups),
+            num_o_tiles,
+            num_i_tiles,
+            O,
+            I,
+            dy_NO.stride(0),
+            x_NI.stride(0),
+            grads[0].stride(0),
+            grads[0].stride(1),
+            alpha,
+            USE_TMA=use_tma,
+            **_options(tile, grads, dy_NO.dtype),
+        )
+
+    if tile is None:
+        key = shape_key("wgrad", group_sizes, O, I, dy_NO.dtype, use_tma)
+        is_repeatable = dy_NO.is_cuda and not any(is_added for *_, is_added in groups)
+        tile = _TIMINGS.choose(key, tiles_for(dy_NO.dtype, O), run if is_repeatable else None)
+    run(tile)
 
 
 def row_tiles(group_sizes: Sequence[int], block_m: int) -> list[tuple[int, int, int]]:
@@ -250,6 +277,7 @@ def row_tiles(group_sizes: Sequence[int], block_m: int) -> list[tuple[int, int, 
 
 
 def _launch_gemm(
+    op: str,
     a_NK: Tensor,
     weights: Sequence[Tensor],
     group_sizes: Sequence[int],
@@ -257,52 +285,80 @@ def _launch_gemm(
     stride_b_k: int,
     stride_b_n: int,
     out: Tensor | None,
-    config: TileConfig | None,
+    tile: TileConfig | None,
+    use_tma: bool | None,
 ) -> Tensor:
     """Launch `_grouped_gemm_kernel` for rows a_NK and an output of `width` columns."""
     a_NK = unit_stride(a_NK)
-    out = a_NK.new_empty(a_NK.shape[0], width) if out is None else out
-    if out.shape != (a_NK.shape[0], width) or out.dtype != a_NK.dtype or out.stride(1) != 1:
+    result = a_NK.new_empty(a_NK.shape[0], width) if out is None else out
+    if result.shape != (a_NK.shape[0], width) or result.dtype != a_NK.dtype or result.stride(1) != 1:
         raise ValueError(
             f"out must be {a_NK.dtype} {(a_NK.shape[0], width)} with contiguous rows, "
-            f"got {out.dtype} {tuple(out.shape)} {out.stride()}"
+            f"got {result.dtype} {tuple(result.shape)} {result.stride()}"
         )
-    if out.numel() == 0:
-        return out
-    if config is None:
-        config = _config(a_NK.dtype, max(group_sizes))
-    tiles = row_tiles(group_sizes, config.block_m)
-    num_n_tiles = triton.cdiv(width, config.block_n)
-    table, addresses = _device_tables(tiles, weights, a_NK.device)
-    _grouped_gemm_kernel[(len(tiles) * num_n_tiles,)](
-        a_NK,
-        table,
-        addresses,
-        out,
-        len(tiles),
-        num_n_tiles,
-        width,
-        a_NK.shape[1],
-        a_NK.stride(0),
-        stride_b_k,
-        stride_b_n,
-        out.stride(0),
-        ALIGNMENT=_alignment(weights),
-        PRECISION=_dot_precision(a_NK.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=8,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return out
+    if result.numel() == 0:
+        return result
+    use_tma = _resolve_tma(use_tma, a_NK, *weights)
+
+    def run(tile: TileConfig) -> None:
+        tiles = row_tiles(group_sizes, tile.block_m)
+        num_n_tiles = triton.cdiv(width, tile.block_n)
+        table, addresses = _device_tables(tiles, weights, a_NK.device)
+        _grouped_gemm_kernel[(num_programs(a_NK.device, tile, len(tiles) * num_n_tiles),)](
+            a_NK,
+            table,
+            addresses,
+            result,
+            a_NK.shape[0],
+            len(tiles),
+            num_n_tiles,
+            width,
+            a_NK.shape[1],
+            a_NK.stride(0),
+            stride_b_k,
+            stride_b_n,
+            result.stride(0),
+            USE_TMA=use_tma,
+            IS_K_CONTIGUOUS=stride_b_k == 1,
+            **_options(tile, weights, a_NK.dtype),
+        )
+
+    if tile is None:
+        key = shape_key(op, group_sizes, width, a_NK.shape[1], a_NK.dtype, use_tma)
+        tile = _TIMINGS.choose(key, tiles_for(a_NK.dtype, max(group_sizes)), run if a_NK.is_cuda else None)
+    run(tile)
+    return result
 
 
-def _config(dtype: torch.dtype, rows: int) -> TileConfig:
-    """The tile for the longest group: the largest whose rows it fills, the smallest for tiny groups."""
-    configs = FLOAT_CONFIGS if dtype == torch.float32 else (HALF_CONFIGS[0], HALF_CONFIGS[2], HALF_CONFIGS[4])
-    return next((config for config in configs if config.block_m <= rows), configs[-1])
+def _resolve_tma(use_tma: bool | None, *matrices: Tensor) -> bool:
+    """The rule's word, unless the caller has said; then whether these matrices allow it."""
+    if use_tma is None:
+        use_tma = takes_tma(matrices[0].device, *matrices)
+    elif use_tma and not fits_tma(*matrices):
+        raise ValueError("TMA loads half-precision matrices with 16-byte aligned rows and addresses; pass use_tma=False")
+    if use_tma:
+        # Descriptors made on the device need a place in its memory.
+        triton.set_allocator(_allocate)
+    return use_tma
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors of one launch; the caching allocator aligns it and reuses it in the order of the stream."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _options(tile: TileConfig, matrices: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "ALIGNMENT": _alignment(matrices),
+        "PRECISION": _dot_precision(dtype),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": 8,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 def _dot_precision(dtype: torch.dtype) -> str:

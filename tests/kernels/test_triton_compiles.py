@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moesaic.kernels import (
+    grouped_gemm_tiles,
     grouped_gemm_triton,
     histogram_triton,
     pack_rows_triton,
@@ -40,40 +41,44 @@ class Case:
     instructions: dict[str, int] = field(default_factory=dict)  # instruction -> fewest occurrences in the PTX
 
 
-def tile_constants(config: grouped_gemm_triton.TileConfig, precision: str) -> dict[str, Any]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": 8,
-        "ALIGNMENT": 16,
-        "PRECISION": precision,
-    }
-
-
 def product_cases() -> dict[str, Case]:
-    """Every tile configuration in each of the three products; bf16 tiles of 64 rows and more must reach the tensor cores."""
+    """Every tile in each of the three products by TMA, the largest and the smallest also through pointers, as all of fp32.
+
+    bf16 tiles from 64 rows on must reach the tensor cores.
+    """
     cases = {}
-    for dtype, configs in (("bf16", grouped_gemm_triton.HALF_CONFIGS), ("fp32", grouped_gemm_triton.FLOAT_CONFIGS)):
-        for config in configs:
-            wide = {"wgmma.mma_async": 1, "cp.async.cg.shared.global": 1} if dtype == "bf16" and config.block_m >= 64 else {}
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "instructions": wide}
-            constants = tile_constants(config, "ieee")
+    half, tiny = grouped_gemm_tiles.HALF_TILES, grouped_gemm_tiles.TINY_HALF_TILES
+    float_tiles = grouped_gemm_tiles.FLOAT_TILES + grouped_gemm_tiles.TINY_FLOAT_TILES
+    for dtype, use_tma, tiles in (("bf16", True, half + tiny), ("bf16", False, half[:1] + tiny), ("fp32", False, float_tiles)):
+        for tile in tiles:
+            instructions = {"wgmma.mma_async": 1} if tile in half else {}
+            if dtype == "bf16":
+                instructions |= {"cp.async.bulk.tensor" if use_tma else "cp.async.cg.shared.global": 1}
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "instructions": instructions}
+            constants = {
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "GROUP_M": 8,
+                "ALIGNMENT": 16,
+                "PRECISION": "ieee",
+                "USE_TMA": use_tma,
+            }
+            name = f"{dtype} {tile.block_m}x{tile.block_n} {'tma' if use_tma else 'pointers'}"
             pointers = {"a_ptr": f"*{dtype}", "tiles_ptr": "*i64", "addresses_ptr": "*i64", "out_ptr": f"*{dtype}"}
             aligned = "a_ptr out_ptr width_n width_k stride_a stride_out "
-            name = f"{dtype} {config.block_m}x{config.block_n}"
-            kernel = grouped_gemm_triton._grouped_gemm_kernel
-            cases[f"forward {name}"] = Case(kernel, pointers, constants | {"stride_b_k": 1}, aligned + "stride_b_n", **options)
-            cases[f"dgrad {name}"] = Case(kernel, pointers, constants | {"stride_b_n": 1}, aligned + "stride_b_k", **options)
+            for op, is_k_contiguous in (("forward", True), ("dgrad", False)):
+                one, other = ("stride_b_k", "stride_b_n") if is_k_contiguous else ("stride_b_n", "stride_b_k")
+                cases[f"{op} {name}"] = Case(
+                    grouped_gemm_triton._grouped_gemm_kernel,
+                    pointers,
+                    constants | {one: 1, "IS_K_CONTIGUOUS": is_k_contiguous},
+                    aligned + other,
+                    **options,
+                )
             cases[f"wgrad {name}"] = Case(
                 grouped_gemm_triton._grouped_wgrad_kernel,
-                {
-                    "dy_ptr": f"*{dtype}",
-                    "x_ptr": f"*{dtype}",
-                    "groups_ptr": "*i64",
-                    "addresses_ptr": "*i64",
-                    "alpha": "fp32",
-                },
+                {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "groups_ptr": "*i64", "addresses_ptr": "*i64", "alpha": "fp32"},
                 constants | {"stride_grad_i": 1},
                 "dy_ptr x_ptr width_o width_i stride_dy stride_x stride_grad_o",
                 **options,

@@ -25,14 +25,17 @@ from moesaic.kernels import (
     topk_gate_backward,
 )
 from moesaic.kernels.grouped_gemm import grouped_gemm_dgrad_torch, grouped_gemm_torch, grouped_gemm_wgrad_torch
-from moesaic.kernels.grouped_gemm_triton import (
-    FLOAT_CONFIGS,
-    HALF_CONFIGS,
+from moesaic.kernels.grouped_gemm_tiles import (
+    FLOAT_TILES,
+    HALF_TILES,
+    TINY_FLOAT_TILES,
+    TINY_HALF_TILES,
     TileConfig,
-    grouped_gemm_dgrad_triton,
-    grouped_gemm_triton,
-    grouped_gemm_wgrad_triton,
+    TileTimings,
+    fits_tma,
+    takes_tma,
 )
+from moesaic.kernels.grouped_gemm_triton import grouped_gemm_dgrad_triton, grouped_gemm_triton, grouped_gemm_wgrad_triton
 from moesaic.kernels.histogram import histogram_torch
 from moesaic.kernels.histogram_triton import histogram_triton
 from moesaic.kernels.pack_rows import accumulate_rows_torch, pack_rows_torch
@@ -101,42 +104,106 @@ def test_swiglu(N: int, F: int, dtype: torch.dtype, has_weights: bool) -> None:
         assert_close("drow_weights", grads.drow_weights_N, expected.drow_weights_N, 1e-5)
 
 
-def _check_products(sizes: list[int], in_dim: int, out_dim: int, dtype: torch.dtype, config: TileConfig | None) -> None:
-    N = sum(sizes)
-    x_NI, dy_NO = torch.randn(N, in_dim, device=DEVICE).to(dtype), torch.randn(N, out_dim, device=DEVICE).to(dtype)
-    bank = torch.randn(len(sizes) + 1, out_dim, in_dim, device=DEVICE).to(dtype)
+def _check_products(
+    sizes: list[int],
+    in_dim: int,
+    out_dim: int,
+    dtype: torch.dtype,
+    *,
+    tile: TileConfig | None = None,
+    use_tma: bool | None = None,
+    is_whole: bool = False,
+) -> list[Tensor]:
+    """Compare the three products, of whole numbers if asked, with their twins; returns what they computed."""
+
+    def framed(*shape: int) -> Tensor:
+        """Random numbers in a larger tensor of NaN, of which nothing may come through."""
+        numbers = torch.full([n + 8 for n in shape], torch.nan, dtype=dtype, device=DEVICE)[tuple(slice(n) for n in shape)]
+        numbers.normal_()
+        return numbers.round_() if is_whole else numbers
+
+    x_NI, dy_NO, bank = framed(sum(sizes), in_dim), framed(sum(sizes), out_dim), framed(len(sizes) + 1, out_dim, in_dim)
     weights = [bank[len(sizes) - group] for group in range(len(sizes))]
     # Every other group's buffer holds nothing yet.
     overwrite = [group % 2 == 0 for group in range(len(sizes))]
     expected_grads = [torch.randn(out_dim, in_dim, device=DEVICE) for _ in sizes]
     grads = [torch.full_like(g, torch.nan) if fresh else g.clone() for g, fresh in zip(expected_grads, overwrite, strict=True)]
-    tolerance = TOLERANCE[dtype]
-    assert_close(
-        "y", grouped_gemm_triton(x_NI, weights, sizes, config=config), grouped_gemm_torch(x_NI, weights, sizes), tolerance
-    )
-    assert_close(
-        "dx",
-        grouped_gemm_dgrad_triton(dy_NO, weights, sizes, config=config),
-        grouped_gemm_dgrad_torch(dy_NO, weights, sizes),
-        tolerance,
-    )
-    grouped_gemm_wgrad_triton(dy_NO, x_NI, sizes, grads, alpha=0.5, overwrite=overwrite, config=config)
+    options = {"tile": tile, "use_tma": use_tma}
+    y_NO = grouped_gemm_triton(x_NI, weights, sizes, **options)
+    assert_close("y", y_NO, grouped_gemm_torch(x_NI, weights, sizes), TOLERANCE[dtype])
+    dx_NI = grouped_gemm_dgrad_triton(dy_NO, weights, sizes, **options)
+    assert_close("dx", dx_NI, grouped_gemm_dgrad_torch(dy_NO, weights, sizes), TOLERANCE[dtype])
+    grouped_gemm_wgrad_triton(dy_NO, x_NI, sizes, grads, alpha=0.5, overwrite=overwrite, **options)
     grouped_gemm_wgrad_torch(dy_NO, x_NI, sizes, expected_grads, alpha=0.5, overwrite=overwrite)
     for group, size in enumerate(sizes):
         assert_close(f"grad {group}", grads[group], expected_grads[group], 1e-5)
         assert size or torch.equal(grads[group], expected_grads[group])
+    return [y_NO, dx_NI, *grads]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("in_dim,out_dim", [(1, 1), (33, 65), (65, 40)])
 @pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
 def test_grouped_gemm(sizes: list[int], in_dim: int, out_dim: int, dtype: torch.dtype) -> None:
-    _check_products(sizes, in_dim, out_dim, dtype, None)
+    _check_products(sizes, in_dim, out_dim, dtype)
 
 
-@pytest.mark.parametrize("config", [*FLOAT_CONFIGS, *HALF_CONFIGS], ids=str)
-def test_every_tile_config(config: TileConfig) -> None:
-    _check_products([70, 0, 3], 40, 136, torch.float32 if config in FLOAT_CONFIGS else HALF, config)
+@pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
+def test_grouped_gemm_by_tma(sizes: list[int]) -> None:
+    """Widths that are no multiple of a tile's, but of the 16 bytes that TMA asks for."""
+    _check_products(sizes, 72, 136, HALF, use_tma=DEVICE == "cpu" or takes_tma(torch.device(DEVICE)))
+
+
+@pytest.mark.parametrize(
+    "tiles", [HALF_TILES, TINY_HALF_TILES, FLOAT_TILES, TINY_FLOAT_TILES], ids=["half", "tiny", "float", "tiny float"]
+)
+def test_tiles_of_one_rule_and_both_ways_to_load_give_the_same_bits(tiles: tuple[TileConfig, ...]) -> None:
+    """So the choice among them may go by timing. Off the GPU BLAS multiplies tiles in its own order: there no sum rounds."""
+    assert len({tile.block_k for tile in tiles}) == 1
+    dtype = torch.float32 if tiles in (FLOAT_TILES, TINY_FLOAT_TILES) else HALF
+    ways = [False, True] if dtype == HALF and (DEVICE == "cpu" or takes_tma(torch.device(DEVICE))) else [False]
+    results = []
+    for tile in tiles:
+        for use_tma in ways:
+            torch.manual_seed(1)
+            is_whole = DEVICE == "cpu"
+            results.append(_check_products([70, 0, 3], 40, 136, dtype, tile=tile, use_tma=use_tma, is_whole=is_whole))
+    for other in results[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+def test_wgrad_takes_nothing_from_the_rows_of_other_groups() -> None:
+    """A tile's last rows may be those of the next group: an infinity there must not become a NaN here."""
+    rows_ND, sizes = torch.randn(20, 16, device=DEVICE).to(HALF), [7, 13]
+    rows_ND[7:] = torch.inf
+    for use_tma in (False, DEVICE == "cpu" or takes_tma(torch.device(DEVICE))):
+        grads = [torch.zeros(16, 16, device=DEVICE) for _ in sizes]
+        grouped_gemm_wgrad_triton(rows_ND, rows_ND, sizes, grads, use_tma=use_tma)
+        assert grads[0].isfinite().all()
+
+
+def test_rules_of_tma() -> None:
+    """It loads what lies in rows of whole 16 bytes, of half precision; not where there is no GPU."""
+    matrix = torch.zeros(8, 24, dtype=HALF, device=DEVICE)
+    assert fits_tma(matrix, matrix.t(), matrix[2:, 8:])
+    assert not fits_tma(matrix, matrix.float())
+    assert not fits_tma(matrix[:, 1:])
+    assert not fits_tma(matrix[:, ::2])
+    assert not fits_tma(torch.zeros(8, 20, dtype=HALF, device=DEVICE))
+    assert not takes_tma(torch.device("cpu"), matrix)
+    with pytest.raises(ValueError, match="16-byte aligned rows"):
+        grouped_gemm_triton(matrix[:, :20], [torch.zeros(3, 20, dtype=HALF, device=DEVICE)], [8], use_tma=True)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="nothing is timed without a GPU")
+def test_a_tile_is_timed_once_for_each_kind_of_call() -> None:
+    timings, runs = TileTimings(), []
+    first = timings.choose("key", HALF_TILES, runs.append)
+    assert set(runs) == set(HALF_TILES)
+    num_runs = len(runs)
+    assert timings.choose("key", HALF_TILES, runs.append) == timings.choose("key", HALF_TILES, None) == first
+    assert len(runs) == num_runs
+    assert timings.choose("other key", HALF_TILES, None) == HALF_TILES[0]
 
 
 def test_grouped_gemm_takes_transposed_weights_and_names_what_it_cannot() -> None:
