@@ -4,11 +4,12 @@ from .clamped_ffn import Clamp, clamped_ffn, clamped_ffn_backward
 from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .histogram import histogram
+from .host_values import on_device
 from .pack_rows import accumulate_rows, pack_rows
 from .permute import Bags, bags_of, gather_rows, sum_rows
 from .split_tokens import split_tokens
 from .swiglu import SwigluGrads, swiglu, swiglu_backward
-from .topk_gate import Gate, topk_gate, topk_gate_backward
+from .topk_gate import Gate, gate_scores, topk_gate, topk_gate_backward
 
 __all__ = [
     "Bags",
@@ -22,6 +23,7 @@ __all__ = [
     "bags_of",
     "clamped_ffn",
     "clamped_ffn_backward",
+    "gate_scores",
     "gather_rows",
     "grouped_ffn",
     "grouped_ffn_backward",
@@ -29,6 +31,7 @@ __all__ = [
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "histogram",
+    "on_device",
     "pack_rows",
     "split_tokens",
     "sum_rows",

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +25,7 @@ from torch import Tensor
 from .checks import check_devices
 from .grouped_gemm import zero_empty
 from .grouped_gemm_tiles import TileConfig, TileTimings, fits_tma, num_programs, shape_key, takes_tma, tiles_for
+from .host_values import on_device
 from .permute_triton import unit_stride
 
 _TIMINGS = TileTimings()  # of this process; like the compiled kernels, they hold as long as it lives
@@ -369,7 +371,7 @@ def _dot_precision(dtype: torch.dtype) -> str:
 def _device_tables(tiles: Sequence[tuple[int, ...]], tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """(tiles, addresses) as int64 on the device, in one copy that the host doesn't wait for."""
     flat = [value for tile in tiles for value in tile] + [tensor.data_ptr() for tensor in tensors]
-    table = torch.tensor(flat, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    table = on_device(np.array(flat, dtype=np.int64), device)
     return table[: -len(tensors)], table[-len(tensors) :]
 
 

@@ -185,6 +185,7 @@ def topk_gate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(weights_TK, topk_ids_TK, lse_T, load_E) of `topk_gate.topk_gate`."""
     gate = plain_topk_gate(logits_TE, top_k, normalize=normalize, score=cast(Score, score), bias_E=bias_E)
+    assert gate.lse_T is not None
     return gate.weights_TK, gate.topk_ids_TK, gate.lse_T, gate.load_E
 
 

@@ -37,8 +37,8 @@ def _place_kernel(
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_N)
     n = block * BLOCK_N + lane
-    is_row = n < num_rows
-    ids = tl.load(ids_ptr + n, mask=is_row, other=-1).to(tl.int32)
+    ids = tl.load(ids_ptr + n, mask=n < num_rows, other=num_experts).to(tl.int32)
+    is_row = ids < num_experts
     is_earlier = (ids[:, None] == ids[None, :]) & (lane[None, :] < lane[:, None])
     position = tl.sum(is_earlier.to(tl.int32), axis=1)
     position += tl.load(before_ptr + block * num_experts + ids, mask=is_row, other=0)
@@ -56,15 +56,27 @@ def _place_kernel(
     tl.store(order_ptr + place, n, mask=is_row)
 
 
-def split_tokens_triton(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
-    """Two launches and four small scans; all on the device."""
-    E, R = flow_ER.shape
-    N = topk_ids_TK.numel()
-    order_N = torch.empty(N, dtype=torch.int64, device=topk_ids_TK.device)
-    if N == 0:
-        return order_N
+def split_tokens_triton(
+    topk_ids_TK: Tensor, flow_ER: Tensor, anchors_TK: Tensor | None = None, *, num_sent: int | None = None
+) -> Tensor:
+    """Two launches and four small scans, all on the device; with anchors as many before, since two stable sorts make one."""
     # A single column of a wider matrix flattens to a view with gaps.
     ids_N = topk_ids_TK.reshape(-1).contiguous()
+    num_sent = ids_N.numel() if num_sent is None else num_sent
+    if anchors_TK is None:
+        return _split(ids_N, flow_ER, num_sent)
+    anchors_N = anchors_TK.reshape(-1).contiguous()
+    load_R = count_blocks(anchors_N, flow_ER.shape[1]).sum(dim=0, dtype=torch.int32)
+    by_anchor_N = _split(anchors_N, load_R[:, None], ids_N.numel())
+    return by_anchor_N[_split(ids_N[by_anchor_N], flow_ER, num_sent)]
+
+
+def _split(ids_N: Tensor, flow_ER: Tensor, num_sent: int) -> Tensor:
+    """Positions in ids_N in the order (rank, id, position)."""
+    E, R = flow_ER.shape
+    order_A = torch.empty(num_sent, dtype=torch.int64, device=ids_N.device)
+    if num_sent == 0:
+        return order_A
     counts_CE = count_blocks(ids_N, E)
     before_CE = counts_CE.cumsum(dim=0, dtype=torch.int32) - counts_CE
 
@@ -78,12 +90,12 @@ def split_tokens_triton(topk_ids_TK: Tensor, flow_ER: Tensor) -> Tensor:
         before_CE,
         piece_end_ER,
         shift_ER,
-        order_N,
-        N,
+        order_A,
+        ids_N.numel(),
         E,
         R,
         BLOCK_N=COUNT_BLOCK,
         LOG_RANKS=max(1, R.bit_length()),
         num_warps=4,
     )
-    return order_N
+    return order_A

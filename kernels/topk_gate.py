@@ -6,7 +6,7 @@ Shapes: T tokens, E experts, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,17 @@ from .checks import check_devices, check_ids
 Score = Literal["softmax", "sigmoid"]
 
 
+# What the sum of a token's scores is at least, so that scores which are all zero weigh zero.
+_MIN_TOTAL = 1e-20
+
+
 @dataclass(frozen=True)
 class Gate:
     """What the router decided for every token."""
 
     topk_ids_TK: Tensor  # int64, best first
     weights_TK: Tensor  # float32
-    lse_T: Tensor  # float32, log-sum-exp of the logits: the z-loss is the mean of its square
+    lse_T: Tensor | None  # float32, log-sum-exp of the logits: the z-loss is the mean of its square; None if nobody asked
     load_E: Tensor  # int64, assignments per expert
 
 
@@ -33,19 +37,27 @@ def topk_gate(
     normalize: bool = True,
     score: Score = "softmax",
     bias_E: Tensor | None = None,
+    topk_ids_TK: Tensor | None = None,
+    with_lse: bool = True,
 ) -> Gate:
     """Choose `top_k` experts per token by score and weigh them by score; equal scores go to the lower expert id.
 
     `score` is the softmax over all experts or the sigmoid of each logit. `normalize` makes a token's weights sum to one.
-    `bias_E` is added to the scores for the choice only (balancing without an auxiliary loss). No autograd.
+    `bias_E` is added to the scores for the choice only (balancing without an auxiliary loss). With `topk_ids_TK`, the choice
+    of another rule or of an earlier call, nothing is chosen. Weights and log-sum-exp are differentiable.
     """
     _check(logits_TE, top_k, score, bias_E)
-    check_devices(logits_TE.device, bias_E=bias_E)
+    check_devices(logits_TE.device, bias_E=bias_E, topk_ids_TK=topk_ids_TK)
+    if topk_ids_TK is not None:
+        check_ids(topk_ids_TK=topk_ids_TK)
+        if topk_ids_TK.shape != (len(logits_TE), top_k):
+            raise ValueError(f"ids are {tuple(topk_ids_TK.shape)}, must be {(len(logits_TE), top_k)}, [T, K] of logits and top_k")
     if logits_TE.device.type != "cuda":
-        return topk_gate_torch(logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E)
-    from .topk_gate_triton import topk_gate_triton
-
-    return topk_gate_triton(logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E)
+        return topk_gate_torch(
+            logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E, topk_ids_TK=topk_ids_TK, with_lse=with_lse
+        )
+    weights_TK, lse_T, topk_ids_TK, load_E = _TopkGate.apply(logits_TE, top_k, normalize, score, bias_E, topk_ids_TK, with_lse)
+    return Gate(topk_ids_TK, weights_TK, lse_T, load_E)
 
 
 def topk_gate_backward(
@@ -82,21 +94,40 @@ def topk_gate_torch(
     normalize: bool = True,
     score: Score = "softmax",
     bias_E: Tensor | None = None,
+    topk_ids_TK: Tensor | None = None,
+    with_lse: bool = True,
 ) -> Gate:
-    """Torch twin of `topk_gate`: `top_k` rounds of max, which names the first of equal values as torch.topk doesn't."""
-    T, E = logits_TE.shape
-    scores_TE = logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+    """Torch twin of `topk_gate`."""
+    if topk_ids_TK is None:
+        topk_ids_TK = _choose(logits_TE.detach(), top_k, score, bias_E)
+    if score == "softmax" and normalize:
+        # The softmax over the chosen experts equals the softmax over all, renormalised.
+        weights_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=1)
+    else:
+        weights_TK = gate_scores(logits_TE, score).gather(1, topk_ids_TK)
+        if normalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=_MIN_TOTAL)
+    load_E = torch.bincount(topk_ids_TK.flatten(), minlength=logits_TE.shape[1])
+    return Gate(topk_ids_TK, weights_TK, logits_TE.logsumexp(dim=1) if with_lse else None, load_E)
+
+
+def gate_scores(logits_TE: Tensor, score: Score) -> Tensor:
+    """Every expert's score, [T, E]."""
+    return logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+
+
+def _choose(logits_TE: Tensor, top_k: int, score: Score, bias_E: Tensor | None) -> Tensor:
+    """`top_k` rounds of max, which names the first of equal values as torch.topk doesn't."""
     # Without a bias the logits order the experts as the scores do, and don't tie where scores round to the same value.
-    choice_TE = logits_TE.clone() if bias_E is None else scores_TE + bias_E
-    topk_ids_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
+    choice_TE = logits_TE if bias_E is None else gate_scores(logits_TE, score) + bias_E
+    # Less than every number is only what was chosen, so that no expert is chosen twice.
+    choice_TE = choice_TE.clamp(min=torch.finfo(torch.float32).min)
+    topk_ids_TK = torch.empty(len(logits_TE), top_k, dtype=torch.int64, device=logits_TE.device)
     for k in range(top_k):
         best_T1 = choice_TE.max(dim=1, keepdim=True).indices
         topk_ids_TK[:, k : k + 1] = best_T1
         choice_TE.scatter_(1, best_T1, -torch.inf)
-    weights_TK = scores_TE.gather(1, topk_ids_TK)
-    if normalize:
-        weights_TK /= weights_TK.sum(dim=1, keepdim=True)
-    return Gate(topk_ids_TK, weights_TK, logits_TE.logsumexp(dim=1), torch.bincount(topk_ids_TK.flatten(), minlength=E))
+    return topk_ids_TK
 
 
 def topk_gate_backward_torch(
@@ -109,11 +140,11 @@ def topk_gate_backward_torch(
     score: Score = "softmax",
 ) -> Tensor:
     """Torch twin of `topk_gate_backward`."""
-    scores_TE = logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+    scores_TE = gate_scores(logits_TE, score)
     chosen_TK = scores_TE.gather(1, topk_ids_TK)
     dchosen_TK = dweights_TK
     if normalize:
-        total_T1 = chosen_TK.sum(dim=1, keepdim=True)
+        total_T1 = chosen_TK.sum(dim=1, keepdim=True).clamp(min=_MIN_TOTAL)
         weights_TK = chosen_TK / total_T1
         dchosen_TK = (dweights_TK - (dweights_TK * weights_TK).sum(dim=1, keepdim=True)) / total_T1
     if score == "sigmoid":
@@ -137,3 +168,37 @@ def _check(logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None) -> 
         raise ValueError(f"score is {score!r}, must be 'softmax' or 'sigmoid'")
     if bias_E is not None and (bias_E.shape != logits_TE.shape[1:] or bias_E.dtype != torch.float32):
         raise ValueError(f"bias_E must be float32 [{logits_TE.shape[1]}], got {bias_E.dtype} {tuple(bias_E.shape)}")
+
+
+class _TopkGate(torch.autograd.Function):
+    """The gate on a GPU: both ways fused, keeping nothing but logits and ids."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        top_k: int,
+        normalize: bool,
+        score: Score,
+        bias_E: Tensor | None,
+        topk_ids_TK: Tensor | None,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        from .topk_gate_triton import topk_gate_triton
+
+        gate = topk_gate_triton(
+            logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E, topk_ids_TK=topk_ids_TK, with_lse=with_lse
+        )
+        ctx.normalize, ctx.score = normalize, score
+        ctx.save_for_backward(logits_TE, gate.topk_ids_TK)
+        ctx.mark_non_differentiable(gate.topk_ids_TK, gate.load_E)
+        return gate.weights_TK, gate.lse_T, gate.topk_ids_TK, gate.load_E
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits_TE, topk_ids_TK = ctx.saved_tensors
+        dweights_TK, dlse_T, *_ = grads
+        if dweights_TK is None:
+            dweights_TK = logits_TE.new_zeros(topk_ids_TK.shape)
+        dlogits_TE = topk_gate_backward(dweights_TK, dlse_T, logits_TE, topk_ids_TK, normalize=ctx.normalize, score=ctx.score)
+        return dlogits_TE, None, None, None, None, None, None

@@ -17,6 +17,8 @@ from .permute_triton import unit_stride
 from .topk_gate import Gate, Score
 
 _TILE_ELEMENTS = 1024
+_MIN_TOTAL = tl.constexpr(1e-20)  # as in topk_gate.py
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _MAX_EXPERTS = 8192
 
 
@@ -37,6 +39,7 @@ def _scores(logits, is_expert, IS_SOFTMAX: tl.constexpr):
 def _topk_gate_kernel(
     logits_ptr,
     bias_ptr,
+    given_ptr,
     ids_ptr,
     weights_ptr,
     lse_ptr,
@@ -48,6 +51,8 @@ def _topk_gate_kernel(
     IS_SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,17 +69,22 @@ def _topk_gate_kernel(
     logits = tl.load(logits_ptr + t[:, None] * stride_logits + e[None, :], mask=is_token[:, None] & is_expert, other=0.0)
     logits = tl.where(is_expert, logits, -float("inf"))
     scores, _, lse = _scores(logits, is_expert, IS_SOFTMAX)
-    tl.store(lse_ptr + t, lse, mask=is_token)
+    if HAS_LSE:
+        tl.store(lse_ptr + t, lse, mask=is_token)
 
     choice = logits
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
-        choice = tl.where(is_expert, scores + bias[None, :], -float("inf"))
+        choice = scores + tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)[None, :]
+    # Less than every number is only what was chosen, so that no expert is chosen twice.
+    choice = tl.where(is_expert, tl.maximum(choice, _LOWEST), -float("inf"))
     place = tl.arange(0, BLOCK_K)[None, :]
     weights = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     ids = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int64)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(choice, axis=1, tie_break_left=True)
+        if HAS_IDS:
+            best = tl.load(given_ptr + t * TOP_K + k, mask=is_token, other=0).to(tl.int32)
+        else:
+            best = tl.argmax(choice, axis=1, tie_break_left=True)
         is_best = e[None, :] == best[:, None]
         weights = tl.where(place == k, tl.sum(tl.where(is_best, scores, 0.0), axis=1)[:, None], weights)
         ids = tl.where(place == k, best[:, None], ids)
@@ -82,7 +92,7 @@ def _topk_gate_kernel(
         tl.atomic_add(load_ptr + best, tl.full((BLOCK_T,), 1, dtype=tl.int64), mask=is_token, sem="relaxed")
         choice = tl.where(is_best, -float("inf"), choice)
     if NORMALIZE:
-        weights /= tl.sum(weights, axis=1)[:, None]
+        weights /= tl.maximum(tl.sum(weights, axis=1), _MIN_TOTAL)[:, None]
     mask = is_token[:, None] & (place < TOP_K)
     tl.store(ids_ptr + t[:, None] * TOP_K + place, ids, mask=mask)
     tl.store(weights_ptr + t[:, None] * TOP_K + place, weights, mask=mask)
@@ -127,7 +137,7 @@ def _topk_gate_backward_kernel(
         dscores = tl.where(is_this, dweight[:, None], dscores)
         is_chosen = is_chosen | is_this
     if NORMALIZE:
-        total = tl.sum(tl.where(is_chosen, scores, 0.0), axis=1)[:, None]
+        total = tl.maximum(tl.sum(tl.where(is_chosen, scores, 0.0), axis=1), _MIN_TOTAL)[:, None]
         inner = tl.sum(dscores * scores, axis=1)[:, None] / total
         dscores = tl.where(is_chosen, (dscores - inner) / total, 0.0)
     if IS_SOFTMAX:
@@ -139,14 +149,23 @@ def _topk_gate_backward_kernel(
     tl.store(dlogits_ptr + t[:, None] * num_experts + e[None, :], dlogits, mask=mask)
 
 
-def topk_gate_triton(logits_TE: Tensor, top_k: int, *, normalize: bool, score: Score, bias_E: Tensor | None) -> Gate:
+def topk_gate_triton(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    normalize: bool,
+    score: Score,
+    bias_E: Tensor | None,
+    topk_ids_TK: Tensor | None = None,
+    with_lse: bool = True,
+) -> Gate:
     """Launch `_topk_gate_kernel`."""
     logits_TE = unit_stride(logits_TE)
     T, E = logits_TE.shape
     gate = Gate(
         topk_ids_TK=torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device),
         weights_TK=logits_TE.new_empty(T, top_k),
-        lse_T=logits_TE.new_empty(T),
+        lse_T=logits_TE.new_empty(T) if with_lse else None,
         load_E=torch.zeros(E, dtype=torch.int64, device=logits_TE.device),
     )
     if T == 0:
@@ -155,6 +174,7 @@ def topk_gate_triton(logits_TE: Tensor, top_k: int, *, normalize: bool, score: S
     _topk_gate_kernel[(triton.cdiv(T, block_t),)](
         logits_TE,
         None if bias_E is None else bias_E.contiguous(),
+        None if topk_ids_TK is None else topk_ids_TK.contiguous(),
         gate.topk_ids_TK,
         gate.weights_TK,
         gate.lse_T,
@@ -166,6 +186,8 @@ def topk_gate_triton(logits_TE: Tensor, top_k: int, *, normalize: bool, score: S
         IS_SOFTMAX=score == "softmax",
         NORMALIZE=normalize,
         HAS_BIAS=bias_E is not None,
+        HAS_IDS=topk_ids_TK is not None,
+        HAS_LSE=with_lse,
         BLOCK_T=block_t,
         BLOCK_E=block_e,
         BLOCK_K=triton.next_power_of_2(top_k),

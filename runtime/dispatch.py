@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import RowLayout, RowPart, Transport, all_to_all_rows
-from ..kernels import Bags, bags_of, gather_rows, sum_rows
+from ..kernels import Bags, bags_of, gather_rows, on_device, split_tokens, sum_rows
 from ..placement import Split
 from .layer_pass import LayerPass
 
@@ -141,12 +141,13 @@ class Assignments:
         tokens in their own order, whoever holds it, so that its gradient has the same bits wherever it lives.
         """
         device, sends_ER = topk_ids_TK.device, split.sends(rank)
-        is_shared_E = torch.from_numpy(np.append(split.placement.num_replicas_E > 1, False)).to(device)
-        anchors_TK = anchor_ranks(topk_ids_TK, split, rank) * is_shared_E[topk_ids_TK]
-        by_expert_A = (topk_ids_TK * split.placement.num_ranks + anchors_TK).flatten().argsort(stable=True)
-        ids_A = by_expert_A[segment_transpose(sends_ER, device)]
+        is_shared_E = np.append(split.placement.num_replicas_E > 1, False)
+        anchors_TK = None
+        if is_shared_E.any():
+            anchors_TK = anchor_ranks(topk_ids_TK, split, rank) * on_device(is_shared_E, device)[topk_ids_TK]
+        ids_A = split_tokens(topk_ids_TK, on_device(sends_ER, device), anchors_TK, num_sent=int(sends_ER.sum()))
         counts_R = tuple(int(n) for n in sends_ER.sum(axis=0))
-        destinations_A = torch.repeat_interleave(torch.tensor(counts_R, device=device), output_size=ids_A.numel())
+        destinations_A = torch.repeat_interleave(on_device(counts_R, device), output_size=ids_A.numel())
         return cls(ids_A, ids_A // topk_ids_TK.shape[1], destinations_A, counts_R)
 
 
@@ -171,27 +172,27 @@ def build_handle(
     is_sent_RT = torch.zeros(transport.world_size, num_tokens, dtype=torch.bool, device=device)
     is_sent_RT.view(-1)[keys_A] = True
     is_sent_RT[rank] = False
-    row_number = is_sent_RT.view(-1).cumsum(0)
-    sent_row_A = row_number[keys_A] - 1
-    sent_rows_R = tuple(is_sent_RT.sum(1).tolist())
-    sent_token_ids_P = is_sent_RT.view(-1).nonzero().squeeze(1) % max(num_tokens, 1)
+    row_number_RT = is_sent_RT.view(-1).cumsum(0).view_as(is_sent_RT) - 1
+    num_sent_R = is_sent_RT.sum(1)
 
     # Phase 3: tell each destination, for its assignments in order, the row (from 0 for this pair of ranks) and the weight.
-    first_row_R = torch.tensor(starts(sent_rows_R), device=device)
-    local_row_A = (sent_row_A - first_row_R[destinations_A]).to(torch.int32)
+    first_row_R = num_sent_R.cumsum(0) - num_sent_R
+    local_row_A = (row_number_RT.view(-1)[keys_A] - first_row_R[destinations_A]).to(torch.int32)
     weights_A = weights_TK.detach().float().flatten()[assigned.ids_A]
-    to_R = slices(assignments_R)
-    sent = [_describe(sent_rows_R[r], local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
+    to_R, headers_R = slices(assignments_R), num_sent_R.to(torch.int32)
+    sent = [_describe(headers_R[r : r + 1], local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
     received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
     own_tokens = tokens_A[to_R[rank]]
-    own_message = _describe(0, own_tokens.to(torch.int32), weights_A[to_R[rank]])
+    own_message = _describe(headers_R[rank : rank + 1], own_tokens.to(torch.int32), weights_A[to_R[rank]])
     sizes_R = [1 + 2 * n if n else 0 for n in received_assignments_R]
     received = exchange_messages(transport, sent, own_message, sizes_R, op, where)
 
     # Phase 4: rows get numbers through own tokens and all sources; slot-major order regroups them by local expert.
-    headers = [message[:1] for message in received if message.numel()]
-    counts = iter(torch.cat(headers).tolist() if headers else [])
+    # Here, and nowhere else, the host waits for the device: it learns how many rows leave and how many came.
+    counts = iter(torch.cat([headers_R, *(message[:1] for message in received)]).tolist())
+    sent_rows_R = tuple(next(counts) for _ in assignments_R)
     received_rows_R = tuple(next(counts) if message.numel() else 0 for message in received)
+    sent_token_ids_P = _numbered(is_sent_RT, row_number_RT, sum(sent_rows_R))
     first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_rows_R))]
     bodies = [message[1:].view(2, -1) for message in received]
     ids_by_source = torch.cat([body[0] + first for body, first in zip(bodies, first_id_R, strict=True)]).long()
@@ -227,7 +228,7 @@ def anchor_ranks(topk_ids_TK: Tensor, split: Split, rank: int) -> Tensor:
     """
     placement = split.placement
     is_bound_E = (placement.num_replicas_E == 1) & (placement.expert_to_owner_E != rank)
-    anchor_E = torch.from_numpy(np.append(np.where(is_bound_E, placement.expert_to_owner_E, -1), -1)).to(topk_ids_TK.device)
+    anchor_E = on_device(np.append(np.where(is_bound_E, placement.expert_to_owner_E, -1), -1), topk_ids_TK.device)
     if not topk_ids_TK.numel():
         return topk_ids_TK[:, :1]
     anchors_TK = anchor_E[topk_ids_TK].amax(dim=1, keepdim=True)
@@ -245,9 +246,7 @@ def segment_transpose(counts_AB: np.ndarray, device: torch.device) -> Tensor:
     sizes_BA = counts_AB.T.ravel()
     shifts_BA = starts_BA - (np.cumsum(sizes_BA) - sizes_BA)
     total = int(sizes.sum())
-    shifts = torch.repeat_interleave(
-        torch.from_numpy(shifts_BA).to(device), torch.from_numpy(np.ascontiguousarray(sizes_BA)).to(device), output_size=total
-    )
+    shifts = torch.repeat_interleave(on_device(shifts_BA, device), on_device(sizes_BA, device), output_size=total)
     return shifts + torch.arange(total, device=device)
 
 
@@ -331,12 +330,19 @@ def combine(y_ND: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tenso
     return _Combine.apply(y_ND, runtime, layer_pass)
 
 
-def _describe(num_rows: int, row_of_assignment: Tensor, weights: Tensor) -> Tensor:
+def _describe(num_rows: Tensor, row_of_assignment: Tensor, weights: Tensor) -> Tensor:
     """One int32 message: the number of rows, then each assignment's row, then each weight's bits. Empty if there is none."""
     if not weights.numel():
         return row_of_assignment.new_empty(0)
-    header = torch.tensor([num_rows], dtype=torch.int32, device=weights.device)
-    return torch.cat([header, row_of_assignment, weights.view(torch.int32)])
+    return torch.cat([num_rows, row_of_assignment, weights.view(torch.int32)])
+
+
+def _numbered(is_sent_RT: Tensor, row_number_RT: Tensor, num_rows: int) -> Tensor:
+    """The token of every sent row, in the order of their numbers; `nonzero`, but for one whose size the host knows."""
+    tokens_RT = torch.arange(is_sent_RT.shape[1], device=is_sent_RT.device).expand_as(is_sent_RT)
+    # Rows that aren't sent go to a place behind the end.
+    places_RT = torch.where(is_sent_RT, row_number_RT, num_rows)
+    return tokens_RT.new_empty(num_rows + 1).scatter_(0, places_RT.view(-1), tokens_RT.reshape(-1))[:num_rows]
 
 
 def starts(sizes: Sequence[int]) -> list[int]:

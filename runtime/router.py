@@ -6,11 +6,12 @@ Shape letters: T tokens of this rank's micro-batch, D model dim, E experts, K ch
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import histogram
+from ..kernels import gate_scores, histogram, on_device, topk_gate
 from ..placement import ExpertLoad
 from .config import RouterConfig
 
@@ -22,10 +23,12 @@ class Routing:
     topk_ids_TK: Tensor  # int64, K different experts a token
     weights_TK: Tensor  # fp32, differentiable
     logits_TE: Tensor | None = None  # fp32, differentiable; None for a router without scores
+    lse_T: Tensor | None = None  # log-sum-exp of the logits, differentiable; None if the router has no use for it
+    load_E: Tensor | None = None  # int64, assignments to every expert, where the router has counted them
 
     def counts_E(self, num_experts: int) -> Tensor:
         """Assignments to every expert, int64 [E]."""
-        return histogram(self.topk_ids_TK, num_experts)
+        return histogram(self.topk_ids_TK, num_experts) if self.load_E is None else self.load_E
 
 
 class Router(nn.Module, ABC):
@@ -78,17 +81,27 @@ class ScoringRouter(Router):
         return None
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor | None = None) -> Routing:
-        """Score, choose, weigh. Ties go where `torch.topk` sends them, the same way every time."""
-        logits_TE = self.logits(x_TD)
+        """Score, choose, weigh. Equal scores go to the lower expert id; in a choice by groups, where `torch.topk` sends them."""
+        config, logits_TE = self.config, self.logits(x_TD)
+        bias_E = None
         if topk_ids_TK is None:
-            if self.config.force_balance:
+            if config.force_balance:
                 topk_ids_TK = balanced_ids(x_TD.shape[0], self.num_experts, self.top_k).to(x_TD.device)
-            else:
+            elif config.num_groups > 1:
                 topk_ids_TK = self.choice_scores(logits_TE.detach()).topk(self.top_k, dim=-1).indices
-        return Routing(topk_ids_TK, self._weigh(logits_TE, topk_ids_TK), logits_TE)
-
-    def _scores(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE.softmax(dim=-1) if self.config.score == "softmax" else logits_TE.sigmoid()
+            else:
+                bias_E = self.choice_bias()
+        gate = topk_gate(
+            logits_TE,
+            self.top_k,
+            normalize=config.normalize_weights,
+            score=config.score,
+            bias_E=None if bias_E is None else bias_E.detach().float(),
+            topk_ids_TK=topk_ids_TK,
+            with_lse=config.z_loss_coef > 0,
+        )
+        weights_TK = gate.weights_TK if config.weight_scale == 1.0 else gate.weights_TK * config.weight_scale
+        return Routing(gate.topk_ids_TK, weights_TK, logits_TE, gate.lse_T, gate.load_E)
 
     def choice_scores(self, logits_TE: Tensor) -> Tensor:
         """What the K best are chosen by, [T, E]: aux-loss-free bias and group-limited choice (arXiv 2412.19437, section 2.1.2).
@@ -98,7 +111,7 @@ class ScoringRouter(Router):
         config, bias_E = self.config, self.choice_bias()
         if bias_E is None and config.num_groups == 1:
             return logits_TE  # scores rise with logits
-        scores_TE = self._scores(logits_TE)
+        scores_TE = gate_scores(logits_TE, config.score)
         if bias_E is not None:
             scores_TE = scores_TE + bias_E
         if config.num_groups > 1:
@@ -108,17 +121,6 @@ class ScoringRouter(Router):
             is_open_TG.scatter_(1, best.topk(config.groups_per_token, dim=-1).indices, True)
             scores_TE = grouped_TGN.masked_fill(~is_open_TG[:, :, None], -torch.inf).flatten(1)
         return scores_TE
-
-    def _weigh(self, logits_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
-        config = self.config
-        if config.score == "softmax" and config.normalize_weights:
-            # The softmax over the chosen experts equals the softmax over all, renormalised.
-            weights_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=-1)
-        else:
-            weights_TK = self._scores(logits_TE).gather(1, topk_ids_TK)
-            if config.normalize_weights:
-                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        return weights_TK if config.weight_scale == 1.0 else weights_TK * config.weight_scale
 
     def loss(self, routing: Routing, load: ExpertLoad, rank: int) -> Tensor:
         """Balancing loss E * sum_e f_e p_e, plus z-loss mean(logsumexp(logits)^2), each times its coefficient.
@@ -138,14 +140,15 @@ class ScoringRouter(Router):
             return loss + 0.0 * logits_TE.sum()
         num_tokens = num_assignments / self.top_k / (load.num_ranks if is_global else 1)
         if config.aux_loss_coef:
-            frequency_E = torch.as_tensor(counts_E / num_assignments, dtype=torch.float32, device=logits_TE.device)
-            scores_TE = self._scores(logits_TE)
+            frequency_E = on_device((counts_E / num_assignments).astype(np.float32), logits_TE.device)
+            scores_TE = gate_scores(logits_TE, config.score)
             if config.score == "sigmoid":
                 scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
             score_E = scores_TE.sum(dim=0) / num_tokens
             loss = loss + config.aux_loss_coef * self.num_experts * (frequency_E * score_E).sum()
         if config.z_loss_coef:
-            loss = loss + config.z_loss_coef * logits_TE.logsumexp(dim=-1).square().sum() / num_tokens
+            assert routing.lse_T is not None
+            loss = loss + config.z_loss_coef * routing.lse_T.square().sum() / num_tokens
         return loss
 
 

@@ -35,11 +35,22 @@ def test_choice_weights_load_and_gradients(T: int, E: int, K: int, score: str, n
     torch.testing.assert_close(gate.weights_TK.double(), weights, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(gate.lse_T.double(), exact.logsumexp(1), rtol=1e-6, atol=1e-6)
     assert gate.load_E.tolist() == [ids.flatten().tolist().count(e) for e in range(E)]
+    # A choice made before is weighed alike, and what nobody asks for is not computed.
+    given = topk_gate(logits_TE, K, normalize=normalize, score=score, topk_ids_TK=ids, with_lse=False)
+    assert torch.equal(given.weights_TK, gate.weights_TK)
+    assert torch.equal(given.load_E, gate.load_E)
+    assert given.lse_T is None
+    # The gate itself is differentiable, and its backward by hand says the same.
+    leaf_TE = logits_TE.clone().requires_grad_()
+    tracked = topk_gate(leaf_TE, K, normalize=normalize, score=score)
     for dlse in (None, dlse_T):
         loss = (weights * dweights_TK).sum() + (0.0 if dlse is None else (exact.logsumexp(1) * dlse).sum())
         (expected,) = torch.autograd.grad(loss, exact, retain_graph=True)
         actual = topk_gate_backward(dweights_TK, dlse, logits_TE, ids, normalize=normalize, score=score)
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=2e-6)
+        outputs = [(tracked.weights_TK, dweights_TK), (tracked.lse_T, dlse)][: 1 if dlse is None else 2]
+        (by_autograd,) = torch.autograd.grad([y for y, _ in outputs], leaf_TE, [dy for _, dy in outputs], retain_graph=True)
+        torch.testing.assert_close(by_autograd.double(), expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -75,6 +86,16 @@ def test_equal_logits_go_to_the_lower_ids() -> None:
     assert gate.load_E.tolist() == [0, 1, 1, 0]
 
 
+def test_experts_that_cannot_be_chosen_are_still_different_ones() -> None:
+    """Scores of -inf, as masks make them, and scores that underflow: different experts, and weights that are numbers."""
+    masked = topk_gate(torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]]), 3)
+    assert masked.topk_ids_TK.tolist() == [[2, 0, 1]]
+    for bias_E in (None, torch.zeros(4)):
+        gate = topk_gate(torch.full((1, 4), -200.0), 2, score="sigmoid", bias_E=bias_E)
+        assert gate.topk_ids_TK.tolist() == [[0, 1]]
+        assert gate.weights_TK.tolist() == [[0.0, 0.0]]
+
+
 def test_no_tokens() -> None:
     gate = topk_gate(torch.randn(0, 4), 2)
     assert gate.topk_ids_TK.shape == (0, 2)
@@ -89,3 +110,5 @@ def test_wrong_arguments_are_named() -> None:
         topk_gate(torch.randn(2, 4).bfloat16(), 1)
     with pytest.raises(ValueError, match=r"bias_E must be float32 \[4\], got torch.float32 \(3,\)"):
         topk_gate(torch.randn(2, 4), 1, bias_E=torch.randn(3))
+    with pytest.raises(ValueError, match=r"ids are \(2, 1\), must be \(2, 3\)"):
+        topk_gate(torch.randn(2, 4), 3, topk_ids_TK=torch.zeros(2, 1, dtype=torch.int64))

@@ -139,7 +139,7 @@ def row_cases() -> dict[str, Case]:
         "gate": Case(
             topk_gate_triton._topk_gate_kernel,
             gate_types | {"bias_ptr": "*fp32", "weights_ptr": "*fp32", "lse_ptr": "*fp32", "load_ptr": "*i64"},
-            gate_constants | {"HAS_BIAS": True, "BLOCK_K": 8},
+            gate_constants | {"HAS_BIAS": True, "HAS_IDS": False, "HAS_LSE": True, "BLOCK_K": 8},
             num_warps=4,
         ),
         "gate backward": Case(

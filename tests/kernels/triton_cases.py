@@ -7,11 +7,15 @@ precision is float16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from moesaic.benchmarks import kernels as benchmark
+from moesaic.benchmarks.kernel_cases import Shape
 from moesaic.kernels import (
     FFNWeights,
     bags_of,
@@ -45,7 +49,7 @@ from moesaic.kernels.split_tokens import split_tokens_torch
 from moesaic.kernels.split_tokens_triton import split_tokens_triton
 from moesaic.kernels.swiglu import SwigluGrads, swiglu_backward_torch, swiglu_torch
 from moesaic.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
-from moesaic.kernels.topk_gate import topk_gate_backward_torch, topk_gate_torch
+from moesaic.kernels.topk_gate import _TopkGate, topk_gate_backward_torch, topk_gate_torch
 from moesaic.kernels.topk_gate_triton import topk_gate_backward_triton, topk_gate_triton
 from tests.kernels.test_split_tokens import random_flow
 
@@ -206,6 +210,22 @@ def test_a_tile_is_timed_once_for_each_kind_of_call() -> None:
     assert timings.choose("other key", HALF_TILES, None) == HALF_TILES[0]
 
 
+def test_the_sweep_of_the_benchmark_runs_every_tile_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that the benchmark would time, once, at a tiny size."""
+
+    def once(calls: dict[str, Callable[[], Tensor]], device: str, rounds: int) -> dict[str, list[float]]:
+        for call in calls.values():
+            call()
+        return {name: [1.0] for name in calls}
+
+    monkeypatch.setattr(benchmark, "shapes", lambda device: [Shape("tiny", 16, 8, (5, 0, 3), experts=4, top_k=2)])
+    monkeypatch.setattr(benchmark, "time_interleaved", once)
+    monkeypatch.setattr("moesaic.kernels.grouped_gemm_tiles.takes_tma", lambda device, *matrices: fits_tma(*matrices))
+    rows = benchmark.sweep_tiles("cpu")
+    assert len(rows) == 3 * 2 * len(HALF_TILES)
+    assert {row["use_tma"] for row in rows} == {False, True}
+
+
 def test_grouped_gemm_takes_transposed_weights_and_names_what_it_cannot() -> None:
     x_NI, weights = torch.randn(9, 16, device=DEVICE), [torch.randn(16, 8, device=DEVICE).t() for _ in range(2)]
     assert_close("y", grouped_gemm_triton(x_NI, weights, [4, 5]), grouped_gemm_torch(x_NI, weights, [4, 5]), 1e-5)
@@ -238,6 +258,11 @@ def test_topk_gate(T: int, E: int, K: int, score: str, normalize: bool, has_bias
     assert torch.equal(gate.load_E, expected.load_E)
     assert_close("weights", gate.weights_TK, expected.weights_TK, 1e-6)
     assert_close("lse", gate.lse_T, expected.lse_T, 1e-6)
+    options = {"normalize": normalize, "score": score, "bias_E": None, "topk_ids_TK": expected.topk_ids_TK, "with_lse": False}
+    given = topk_gate_triton(logits_TE, K, **options)
+    assert torch.equal(given.weights_TK, gate.weights_TK)
+    assert torch.equal(given.load_E, gate.load_E)
+    assert given.lse_T is None
     for dlse_T in (None, torch.randn(T, device=DEVICE)):
         arguments = (torch.randn(T, K, device=DEVICE), dlse_T, logits_TE, gate.topk_ids_TK)
         actual = topk_gate_backward_triton(*arguments, normalize=normalize, score=score)
@@ -245,9 +270,45 @@ def test_topk_gate(T: int, E: int, K: int, score: str, normalize: bool, has_bias
         torch.testing.assert_close(actual, expected_grad, rtol=1e-5, atol=2e-6)
 
 
+def test_topk_gate_under_autograd() -> None:
+    """The fused gate is differentiated as its twin is, whichever of its outputs are used."""
+
+    def fused(leaf_TE: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+        return _TopkGate.apply(leaf_TE, 2, True, "softmax", None, None, with_lse)[:2]
+
+    def twin(leaf_TE: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+        gate = topk_gate_torch(leaf_TE, 2, with_lse=with_lse)
+        return gate.weights_TK, gate.lse_T
+
+    logits_TE, dweights_TK, dlse_T = (
+        torch.randn(9, 6, device=DEVICE),
+        torch.randn(9, 2, device=DEVICE),
+        torch.randn(9, device=DEVICE),
+    )
+    for with_lse, uses_weights in ((False, True), (True, True), (True, False)):
+        grads = []
+        for gate in (fused, twin):
+            leaf_TE = logits_TE.clone().requires_grad_()
+            weights_TK, lse_T = gate(leaf_TE, with_lse)
+            loss = (weights_TK * dweights_TK).sum() if uses_weights else 0.0
+            loss = loss if lse_T is None else loss + (lse_T * dlse_T).sum()
+            grads.append(torch.autograd.grad(loss, leaf_TE)[0])
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=2e-6)
+
+
 def test_topk_gate_gives_equal_logits_to_the_lower_ids() -> None:
     gate = topk_gate_triton(torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=DEVICE), 2, normalize=True, score="softmax", bias_E=None)
     assert gate.topk_ids_TK.tolist() == [[1, 2]]
+    masked = topk_gate_triton(
+        torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf, -torch.inf]], device=DEVICE),
+        3,
+        normalize=True,
+        score="softmax",
+        bias_E=None,
+    )
+    assert masked.topk_ids_TK.tolist() == [[2, 0, 1]]
+    dark = topk_gate_triton(torch.full((1, 4), -200.0, device=DEVICE), 2, normalize=True, score="sigmoid", bias_E=None)
+    assert dark.weights_TK.tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("T,K,E,R", [(1, 1, 1, 1), (7, 2, 3, 2), (129, 4, 100, 8), (300, 1, 7, 5), (0, 2, 3, 2)])
@@ -259,6 +320,11 @@ def test_split_tokens(T: int, K: int, E: int, R: int) -> None:
     # A matrix with gaps: for K = 1 it flattens to a view.
     gaps_TK, flow_RE = torch.stack([topk_ids_TK, topk_ids_TK + 1], dim=2).to(DEVICE), flow_ER.int().t().contiguous().to(DEVICE)
     assert torch.equal(split_tokens_triton(gaps_TK[..., 0], flow_RE.t()).cpu(), order_N.cpu())
+    # In the order of anchors; the last expert is none, so that its assignments are left out.
+    anchors_TK, flow_ER = torch.randint(0, R, (T, K)), flow_ER[:-1]
+    options = {"num_sent": int(flow_ER.sum())}
+    order_A = split_tokens_triton(topk_ids_TK.to(DEVICE), flow_ER.to(DEVICE), anchors_TK.to(DEVICE), **options)
+    assert torch.equal(order_A.cpu(), split_tokens_torch(topk_ids_TK, flow_ER, anchors_TK, **options))
 
 
 @pytest.mark.parametrize("N,B", [(1, 1), (7, 3), (129, 100), (300, 7), (0, 3)])

@@ -1,16 +1,20 @@
 """Dispatch: what travels, once; and the index arithmetic against plain loops."""
 
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic import MoELayer, RouterConfig, RuntimeConfig
+from moesaic.kernels import bags_of, split_tokens
 from moesaic.placement import ExpertLoad, Placement, get_solver, split_exact
 from moesaic.runtime.dispatch import anchor_ranks, segment_transpose
 from moesaic.runtime.group import RankGroup
@@ -96,6 +100,80 @@ def test_rows_are_shared_where_they_can_be() -> None:
     assert anchors == [0, 0, 1, 1]
     ordered = crossing_pairs(split.sends(0), ids_TK.numpy(), 0, sorted(range(4), key=lambda t: anchors[t]))
     assert ordered == {(2, 1), (3, 1)}
+
+
+class HostWaits(TorchDispatchMode):
+    """Lists the ops whose result has a size, or a value, that a host would wait for a GPU to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.is_on = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        if (
+            name in ("nonzero", "_local_scalar_dense", "masked_select", "bincount", "equal")
+            or name.startswith("unique")
+            or (name == "repeat_interleave" and kwargs.get("output_size") is None)
+            or any(index is not None and index.dtype == torch.bool for index in indices)
+        ):
+            self.note(name)
+        return func(*args, **kwargs)
+
+    def note(self, name: str) -> None:
+        if self.is_on:
+            self.waits.append(name)
+
+
+def waits_of_a_dispatch(group: RankGroup, case: Case, watches_R: list[HostWaits]) -> list[str]:
+    """The host's waits while one rank describes its rows."""
+    (layer,) = case.layers()
+    solver, clock = case.solver(), StageClock()
+    share_experts({"moe": layer}, group, config=RuntimeConfig(slots=case.slots), solver=solver, clock=clock, owners=case.owners())
+    watch, build = watches_R[group.rank], layer.runtime.build_handle
+    threading.current_thread().name = f"rank {group.rank}"
+
+    def watched(*args: Any) -> Any:
+        with watch:
+            watch.is_on = True
+            return build(*args)
+
+    layer.runtime.build_handle = watched
+    layer(case.tokens(group.rank))
+    return watch.waits
+
+
+@pytest.mark.parametrize("placement", ["static", "everywhere"])
+def test_the_host_waits_once_to_learn_how_many_rows_travel(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the split doesn't say about sizes is learnt in one go. The two ops with kernels of their own are theirs to watch."""
+    watches_R = [HostWaits() for _ in range(3)]
+
+    def watch_of_this_rank() -> HostWaits:
+        name = threading.current_thread().name
+        return watches_R[int(name.removeprefix("rank "))] if name.startswith("rank ") else HostWaits()
+
+    def unwatched(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            watch = watch_of_this_rank()
+            watch.is_on = False
+            result = op(*args, **kwargs)
+            watch.is_on = True
+            return result
+
+        return call
+
+    def noted(tensor: torch.Tensor, tolist: Callable[..., Any] = torch.Tensor.tolist) -> Any:
+        watch_of_this_rank().note("tolist")
+        return tolist(tensor)
+
+    monkeypatch.setattr("moesaic.runtime.dispatch.split_tokens", unwatched(split_tokens))
+    monkeypatch.setattr("moesaic.runtime.dispatch.bags_of", unwatched(bags_of))
+    monkeypatch.setattr(torch.Tensor, "tolist", noted)
+    case = Case(3, 5, 2, 1, (9, 0, 4), placement, hot_expert=True, any_owner=False, normalize=True, seed=1)
+    waits_R = run_threads(3, waits_of_a_dispatch, case, watches_R, topology=case.topology())
+    assert waits_R == [["tolist"]] * 3
 
 
 def test_a_layer_without_tokens_still_enters_every_collective() -> None:
