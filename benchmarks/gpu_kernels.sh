@@ -32,13 +32,13 @@ tests() {
 
 "$python" -c "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)" ||
     exit 1
-products="test_grouped_gemm and not (transposed or tma)"
+products="test_grouped_gemm and not (transposed or _tma)"
 tests products_fp32 "$products and float32" &
 tests products_half "$products and not float32" &
-tests tiles "test_tiles_of_one_rule or tma or test_a_tile" &
+tests tiles "test_tiles_of_one_rule or _tma or test_a_tile" &
 tests gate test_topk_gate &
 tests rows "test_permute or test_swiglu" &
-tests others "not (test_tiles_of_one_rule or tma or test_a_tile or test_topk_gate or test_permute or test_swiglu or ($products))" &
+tests others "not (test_tiles_of_one_rule or _tma or test_a_tile or test_topk_gate or test_permute or test_swiglu or ($products))" &
 wait
 lines=90 part kernels_gpu 240 "$python" -m moesaic.benchmarks.kernels --device cuda --json "$output/kernels_gpu.json"
 lines=3 part kernel_tiles_gpu 100 "$python" -m moesaic.benchmarks.kernels --device cuda --sweep --json "$output/kernel_tiles_gpu.json"

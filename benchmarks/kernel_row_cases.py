@@ -26,7 +26,7 @@ from ..kernels import (
     swiglu_backward,
     topk_gate,
 )
-from .kernel_cases import Case, Shape, difference, dtype_name
+from .kernel_cases import Call, Case, Shape, difference, dtype_name
 
 
 def _copy_bound(
@@ -157,6 +157,12 @@ def router_cases(device: str) -> Iterator[Case]:
         by_expert = gate.topk_ids_TK.flatten().sort(stable=True).indices
         return by_expert[rank_of_place.sort(stable=True).indices]
 
+    anchors = torch.randint(0, R, (T, K), device=device)
+
+    def torch_anchored_split() -> Tensor:
+        by_expert = (gate.topk_ids_TK * R + anchors).flatten().sort(stable=True).indices
+        return by_expert[rank_of_place.sort(stable=True).indices]
+
     def torch_gate() -> tuple[Tensor, Tensor]:
         weights, ids = logits.softmax(dim=1).topk(K)
         return weights / weights.sum(dim=1, keepdim=True), torch.bincount(ids.flatten(), minlength=E)
@@ -186,16 +192,25 @@ def router_cases(device: str) -> Iterator[Case]:
         check=lambda: float(not torch.equal(histogram(gate.topk_ids_TK, E), gate.load_E)),
         tolerance=0.0,
     )
-    yield Case(
-        op="split_tokens",
-        shape=name,
-        dtype="int64",
-        unit="us",
-        work=1e6,
-        ours=partial(split_tokens, gate.topk_ids_TK, flow),
-        ceiling=150.0 if device == "cuda" else 5_000.0,
-        torch={"two sorts": torch_split},
-        check=lambda: float(not torch.equal(split_tokens(gate.topk_ids_TK, flow), torch_split())),
-        tolerance=0.0,
-        target=1.0,
-    )
+    for op, arguments, by_torch in (
+        ("split_tokens", (gate.topk_ids_TK, flow), torch_split),
+        ("split_tokens with anchors", (gate.topk_ids_TK, flow, anchors), torch_anchored_split),
+    ):
+        ours = partial(split_tokens, *arguments)
+
+        def check(ours: Call = ours, by_torch: Call = by_torch) -> float:
+            return float(not torch.equal(ours(), by_torch()))
+
+        yield Case(
+            op=op,
+            shape=name,
+            dtype="int64",
+            unit="us",
+            work=1e6,
+            ours=ours,
+            ceiling=150.0 if device == "cuda" else 5_000.0,
+            torch={"two sorts": by_torch},
+            check=check,
+            tolerance=0.0,
+            target=1.0 if op == "split_tokens" else None,
+        )

@@ -28,7 +28,7 @@ def test_every_case_passes_its_gate_and_fills_a_row() -> None:
 def test_a_wrong_result_is_not_timed_and_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, *_ = product_cases(SHAPE, torch.float32, "cpu")
     cases = [replace(wrong, check=lambda: 0.5, ours=lambda: pytest.fail("timed")), right]
-    monkeypatch.setattr(kernels, "all_cases", lambda device, dtype: iter(cases))
+    monkeypatch.setattr(kernels, "all_cases", lambda device, dtype, only: iter(cases))
     rows, failures = kernels.run("cpu", torch.float32, rounds=1)
     assert [row["op"] for row in rows] == ["grouped_gemm"]
     assert failures == ["grouped_gemm_dgrad at tiny: ValueError: differs from torch by 5.00e-01, allowed is 1e-04"]
@@ -38,10 +38,20 @@ def test_a_wrong_result_is_not_timed_and_costs_no_other_row(monkeypatch: pytest.
 
 def test_the_verdict_names_what_misses_its_target() -> None:
     rows = [
-        {"op": op, "shape": "demo", "ratio_to_ceiling": ratio, "target": target}
-        for op, ratio, target in (("a", 0.9, 0.92), ("b", 0.92, 0.92), ("c", 0.1, None))
+        {"op": op, "shape": "demo", "ratio_to_ceiling": ratio, "target": target, "ratio_to_grouped_mm": grouped_mm}
+        for op, ratio, target, grouped_mm in (("a", 0.9, 0.92, 1.0), ("b", 0.92, 0.92, 0.9), ("c", 0.1, None, None))
     ]
-    assert verdict(rows) == "1 of 2 rows with a target reach it; a at demo 0.900 < 0.92"
+    targets, beside = verdict(rows).split("\n")
+    assert targets == "1 of 2 rows with a target reach it; a at demo 0.900 < 0.92"
+    assert beside == "1 of 2 rows with torch's grouped_mm beside them are as fast; b at demo 0.900"
+
+
+def test_only_the_shapes_asked_for_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape's tensors take seconds to fill."""
+    monkeypatch.setattr(kernels, "shapes", lambda device: [SHAPE, replace(SHAPE, name="other")])
+    assert {case.shape for case in kernels.all_cases("cpu", torch.float32, "swiglu at ti")} >= {"tiny"}
+    assert "other" not in {case.shape for case in kernels.all_cases("cpu", torch.float32, "swiglu at ti")}
+    assert "other" in {case.shape for case in kernels.all_cases("cpu", torch.float32, "swiglu")}
 
 
 def test_zipf_sizes_add_up() -> None:
