@@ -9,7 +9,6 @@ enter alike (NCCL deadlocks otherwise), and where waiting costs the host nothing
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from time import perf_counter
 from typing import Protocol
 
 from torch import Tensor
@@ -17,13 +16,6 @@ from torch import Tensor
 from .progress import Watched
 from .schedule import Message, Schedule
 from .transport import Buffer, Done, Pending, Transport
-
-# Where copies give way to token rows: the size of a piece, and how many of them are on their way to a rank at once.
-_LEAST_PIECE_BYTES = 128 << 10
-_MOST_PIECES = 32
-_PIECES_ON_THE_WAY = 2
-# How long a piece gives way at most, in pieces' time.
-_PIECES_TO_GIVE = 3
 
 
 class Side(Protocol):
@@ -51,9 +43,7 @@ class Flow:
         mine = schedule.messages_of(transport.rank)
         self._receives = deque(m for m in mine if m.dst == transport.rank)
         self._missing = Counter((m.item, m.chunk) for m in self._receives)
-        self._arriving: deque[tuple[Message, Pending, float]] = deque()  # with the time at which it was posted
-        self._pieces: deque[tuple[Message, list[Buffer]]] = deque()  # of receives that are not posted yet, for others' sake
-        self._piece_s: float | None = None  # from post to arrival, the last one's
+        self._arriving: deque[tuple[Message, Pending]] = deque()
         self._sending: list[Pending] = []
         self._sends: dict[int, deque[Message]] = {}  # by destination: their order matters between the same two ranks only
         for m in mine:
@@ -66,13 +56,9 @@ class Flow:
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Carry on to the end; see `Pending.wait`."""
-        while self._arriving or self._pieces:
-            self._post_pieces()
-            message, pending, posted_s = self._arriving.popleft()
+        while self._arriving:
+            message, pending = self._arriving.popleft()
             pending.wait()
-            self._piece_s = perf_counter() - posted_s
-            if any(other is message for other, *_ in (*self._arriving, *self._pieces)):
-                continue
             self._side.arrived(message)
             self._missing[message.item, message.chunk] -= 1
             self._post_sends()
@@ -89,35 +75,17 @@ class Flow:
             message = self._receives[0]
             tensors = self._side.incoming(message)
             if tensors is None:
-                assert self._arriving or self._pieces, "no room for a message, and nothing on its way that could make some"
+                assert self._arriving, "no room for a message, and nothing on its way that could make some"
                 return
+            recvs = [Buffer(tensor, message.src) for tensor in tensors]
             self._receives.popleft()
-            for recvs in self._cut(tensors, message.src):
-                self._pieces.append((message, recvs))
-        self._post_pieces()
-
-    def _post_pieces(self) -> None:
-        gives_way = self._transport.traffic.right_of_way
-        while self._pieces and (gives_way is None or len(self._arriving) < _PIECES_ON_THE_WAY):
-            if gives_way is not None:
-                gives_way.give(gives_way.first_s if self._piece_s is None else _PIECES_TO_GIVE * self._piece_s)
-            message, recvs = self._pieces.popleft()
-            pending = self._transport.exchange([], recvs, op=self._op, where=self._where)
-            self._arriving.append((message, pending, perf_counter()))
-
-    def _cut(self, tensors: Sequence[Tensor], peer: int) -> list[list[Buffer]]:
-        """A message as pieces that travel one by one, the same on both sides."""
-        if self._transport.traffic.right_of_way is None:
-            return [[Buffer(tensor, peer) for tensor in tensors]]
-        num_bytes = sum(tensor.nbytes for tensor in tensors)
-        size = max(_LEAST_PIECE_BYTES, -(-num_bytes // _MOST_PIECES))
-        return [[Buffer(part, peer)] for tensor in tensors for part in tensor.split(max(size // tensor.element_size(), 1))]
+            self._arriving.append((message, self._transport.exchange([], recvs, op=self._op, where=self._where)))
 
     def _post_sends(self) -> None:
         sends: list[Buffer] = []
         for peer, queue in list(self._sends.items()):
             while queue and not self._missing[queue[0].item, queue[0].chunk]:
-                sends += [buffer for piece in self._cut(self._side.outgoing(queue.popleft()), peer) for buffer in piece]
+                sends += [Buffer(tensor, peer) for tensor in self._side.outgoing(queue.popleft())]
             if not queue:
                 del self._sends[peer]
         if sends:

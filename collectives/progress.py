@@ -10,13 +10,12 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from queue import SimpleQueue
 
 import torch
 
-from .traffic import GivesWay, Traffic
+from .traffic import Traffic
 from .transport import Pending
 
 
@@ -73,68 +72,22 @@ def _serve(queue: SimpleQueue[_Carried | None]) -> None:
             del carried  # a thread that waits keeps no buffer alive
 
 
-class RightOfWay:
-    """Lets token rows overtake copies and gradients on the links that they share.
-
-    Everybody waits for token rows at once, for the others only later. So while this rank waits for rows, it asks for no further
-    piece of the others; but not for longer than some pieces take, so that what is asked for, and perhaps passed on, goes on
-    arriving while the rows are not even sent.
-
-    Args:
-        first_s: how long the first piece gives way, when nothing is known of the link.
-    """
-
-    def __init__(self, first_s: float = 0.005):
-        self.first_s = first_s
-        self._is_free = threading.Event()
-        self._is_free.set()
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """The body waits for rows."""
-        self._is_free.clear()
-        try:
-            yield
-        finally:
-            self._is_free.set()
-
-    def give(self, limit_s: float) -> None:
-        """Return when nobody waits for rows, or after the limit."""
-        self._is_free.wait(limit_s)
-
-
 class Watched:
-    """A collective whose waits are counted and, while `Traffic.spans` is a list, recorded with its launch and its end.
+    """A collective whose waits are counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
 
-    With a `right_of_way` others give way while it is waited for.
-    """
+    __slots__ = ("_launched_s", "_op", "_pending", "_traffic", "_where")
 
-    __slots__ = ("_launched_s", "_op", "_pending", "_right_of_way", "_traffic", "_where")
-
-    def __init__(
-        self,
-        pending: Pending,
-        launched_s: float,
-        traffic: Traffic,
-        op: str,
-        where: str,
-        right_of_way: GivesWay | None = None,
-    ):
+    def __init__(self, pending: Pending, launched_s: float, traffic: Traffic, op: str, where: str):
         self._pending = pending
         self._launched_s = launched_s
         self._traffic = traffic
         self._op = op
         self._where = where
-        self._right_of_way = right_of_way
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Wait for the collective; see `Pending.wait`."""
         start_s = time.perf_counter()
-        if self._right_of_way is None:
-            self._pending.wait(until_sent=until_sent)
-        else:
-            with self._right_of_way.taken():
-                self._pending.wait(until_sent=until_sent)
+        self._pending.wait(until_sent=until_sent)
         end_s = time.perf_counter()
         arrived_s = self._pending.arrived_s if isinstance(self._pending, _Carried) else None
         self._traffic.add_wait(self._op, self._where, self._launched_s, arrived_s or end_s, start_s, end_s)

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,18 +30,6 @@ class Span:
     wait_to_s: float
 
 
-class GivesWay(Protocol):
-    """See `progress.RightOfWay`."""
-
-    first_s: float
-
-    def taken(self) -> AbstractContextManager[None]:
-        """The body waits for token rows."""
-
-    def give(self, limit_s: float) -> None:
-        """Return when nobody does, or after the limit."""
-
-
 class Traffic:
     """Bytes and messages that one rank has sent, by operation name and destination rank, and the seconds it waited for others.
 
@@ -52,14 +39,12 @@ class Traffic:
     collects every collective while it is a list.
 
     `unposted` is the collective on this transport, if any, that has messages still to post; the next one lets it finish first,
-    since messages between two ranks are matched in the order in which they are posted. `right_of_way` is shared by transports on
-    the same links, between nodes: copies are then received piece by piece, and give way to token rows.
+    since messages between two ranks are matched in the order in which they are posted.
     """
 
     def __init__(self, world_size: int):
         self.world_size = world_size
         self.unposted: Unposted | None = None
-        self.right_of_way: GivesWay | None = None
         self.waited_s = 0.0
         self.spans: list[Span] | None = None
         self._bytes: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)

@@ -219,4 +219,4 @@ def all_to_all_rows(
     """
     launched_s = time.perf_counter()
     pending = transport.exchange_rows(layout, outgoing, incoming, op=op, where=where)
-    return Watched(pending, launched_s, transport.traffic, op, where, transport.traffic.right_of_way)
+    return Watched(pending, launched_s, transport.traffic, op, where)

@@ -15,7 +15,6 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from ..progress import RightOfWay
 from ..transport import Transport
 from .c10d import C10dTransport
 from .hierarchical import HierarchicalTransport
@@ -77,19 +76,14 @@ def make_transports(name: str, group: dist.ProcessGroup, *, num_transports: int,
         job = _agreed(group, lambda: _mpi_job(world_size))
         return [job.transport(rank, world_size, timeout_s=timeout_s) for _ in times]
     ranks = dist.get_process_group_ranks(group)
-    right_of_way = None if dist.get_backend(group) == "nccl" else RightOfWay()
     if name == "c10d":
-        tcp = [C10dTransport(_new_group(ranks), timeout_s=timeout_s) for _ in times]
-        for transport in tcp:
-            transport.traffic.right_of_way = right_of_way
-        return list(tcp)
+        return [C10dTransport(_new_group(ranks), timeout_s=timeout_s) for _ in times]
     node_of_R = nodes_of_group(group)
     members = [r for r in range(world_size) if node_of_R[r] == node_of_R[rank]]
     made: list[Transport] = []
     for _ in times:
         inside = _shm(group, members, timeout_s)
         made.append(HierarchicalTransport(inside, C10dTransport(_new_group(ranks), timeout_s=timeout_s), node_of_R))
-        made[-1].traffic.right_of_way = right_of_way
     return made
 
 
