@@ -44,6 +44,10 @@ class RowLayout:
     def __init__(self, sent: Sequence[RowPart], received: Sequence[RowPart]):
         self.sent = tuple(part for part in sent if part.num_rows)
         self.received = tuple(part for part in received if part.num_rows)
+        self.num_sent_rows, self.num_received_rows = (
+            max((first + num_rows for _, first, num_rows in parts), default=0) for parts in (self.sent, self.received)
+        )
+        """Rows that the tensors must have at least."""
 
     @classmethod
     def consecutive(cls, sent_R: Sequence[int], received_R: Sequence[int]) -> RowLayout:

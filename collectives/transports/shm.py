@@ -161,6 +161,10 @@ class ShmTransport:
     def exchange_rows(self, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = "") -> Pending:
         """Describe the rows to their receivers; see `Transport.exchange_rows`."""
         row_bytes, parts_M3, num_sends = outgoing.stride(0) * outgoing.itemsize, layout.parts_M3, len(layout.sent)
+        # The compiled loops know addresses only.
+        assert outgoing.is_contiguous() and incoming.is_contiguous(), "rows must lie one after the other"
+        assert layout.num_sent_rows * row_bytes <= outgoing.nbytes, "fewer rows than are sent"
+        assert layout.num_received_rows * row_bytes <= incoming.nbytes, "fewer rows than are received"
         self.traffic.add_rows(op, layout.sent, row_bytes)
         there, into, received = outgoing.data_ptr(), incoming.data_ptr(), (incoming,)
         exchange = self._launched(parts_M3, num_sends, there, into, row_bytes, (outgoing,), received, op, where)

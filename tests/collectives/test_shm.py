@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moesaic.collectives import Buffer, CollectiveError, make_transports
+from moesaic.collectives import Buffer, CollectiveError, RowLayout, RowPart, make_transports
 from moesaic.collectives.transports.shm import ShmTransport
 from moesaic.collectives.transports.shm_control import MAX_INTS, RING
 from moesaic.collectives.transports.shm_memory import Arena, Segment, open_segment
@@ -73,6 +73,20 @@ def send_past_a_full_ring(rank: int) -> None:
 
 def test_a_full_ring_holds_up_nobody_else() -> None:
     run_ranks(3, send_past_a_full_ring)
+
+
+def ask_for_rows_that_there_are_not(rank: int) -> None:
+    transport, other = shm(), 1 - rank
+    layout = RowLayout([RowPart(other, 1, 2)], [RowPart(other, 0, 2)])
+    rows = torch.zeros(4, 3)
+    for outgoing, incoming in ((rows[:2], rows), (rows, rows[:1]), (rows[:, :2], rows), (rows, rows.T)):
+        with pytest.raises(AssertionError, match="rows"):
+            transport.exchange_rows(layout, outgoing, incoming, op="rows")
+
+
+def test_rows_beyond_a_tensor_are_refused() -> None:
+    """What the compiled loops would read or overwrite there belongs to somebody else."""
+    run_ranks(2, ask_for_rows_that_there_are_not)
 
 
 def drop_what_was_sent(rank: int) -> None:
