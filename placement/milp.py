@@ -37,6 +37,7 @@ _MOST_BUDGETS, _MOST_PRICED = 4, 8
 # Ranges of copies to prove one by one. Programs of more (expert, rank) pairs take so long to write down that one must do.
 _MOST_RANGES, _MOST_STATES_OF_RANGES = 4, 4096
 _ROUGH_GAPS = (1e-2, 5e-3, 2.5e-3)
+_FIND_GAP = 1e-3
 # The engine's tolerances are about 1e-6 of the objective; a bound must not lean on them.
 _ENGINE_SLACK = 1e-5
 # Of the time limit; engines stop a little late, and their answer has to be priced.
@@ -204,15 +205,24 @@ class _Proof:
         from .milp_model import Model
 
         end = perf_counter() + time_limit_s
+        # A refutation that takes long is one of a poor answer, perhaps: look for any better one before going on.
+        attempts = [(tolerance, 0.55), (min(tolerance, _FIND_GAP), 0.6), (tolerance, 1.0)]
         while self._proven_s[copies] < self._wanted_s(tolerance):
-            model = Model(self._problem, self._wanted_s(tolerance) / (1 - 1.01 * _ENGINE_SLACK), self._move_owners, copies)
-            answer = model.solve(self._engine, max(end - perf_counter(), 0.01), tolerance / 2)
+            gap, share = attempts[0]
+            model = Model(self._problem, self._wanted_s(gap) / (1 - 1.01 * _ENGINE_SLACK), self._move_owners, copies)
+            answer = model.solve(self._engine, max((end - perf_counter()) * share, 0.01), gap / 2)
             self.is_interrupted = answer.is_interrupted
             self._proven_s[copies] = max(self._proven_s[copies], answer.bound_s * (1 - _ENGINE_SLACK))
             found = None if answer.placement is None else _priced(self._problem, answer.placement)
-            if found is None or found.cost.total_s >= self.best.cost.total_s:
+            is_better = found is not None and found.cost.total_s < self.best.cost.total_s
+            if found is not None and is_better:
+                self.best = found
+            elif answer.is_complete or self.is_interrupted or len(attempts) == 1:
                 return answer.is_complete
-            self.best = found
+            if not is_better or not answer.is_complete:
+                attempts = attempts[1:] or attempts
+            if perf_counter() >= end:
+                return False
         return True
 
 
