@@ -190,6 +190,7 @@ class _TopkGate(torch.autograd.Function):
             logits_TE, top_k, normalize=normalize, score=score, bias_E=bias_E, topk_ids_TK=topk_ids_TK, with_lse=with_lse
         )
         ctx.normalize, ctx.score = normalize, score
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits_TE, gate.topk_ids_TK)
         ctx.mark_non_differentiable(gate.topk_ids_TK, gate.load_E)
         return gate.weights_TK, gate.lse_T, gate.topk_ids_TK, gate.load_E
