@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,13 +25,13 @@ from tests.helpers.threads import run_threads
 NUM_BATCHES = 3
 
 
-def reference(case: Case, rounds: bool = False) -> dict[str, Tensor]:
-    """Outputs, input gradients, and gradients of the mean of the ranks' losses, after all micro-batches, in fp64."""
-    layers = [DenseMoE(layer, rounds).double() for layer in case.layers()]
+def reference(case: Case, rounds: bool = False, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Outputs, input gradients, and gradients of the mean of the ranks' losses, after all micro-batches."""
+    layers = [DenseMoE(layer, rounds).to(dtype) for layer in case.layers()]
     results: dict[str, Tensor] = {}
     for batch in range(NUM_BATCHES):
         for rank in range(case.world_size):
-            x = case.tokens(rank, batch).double().requires_grad_()
+            x = case.tokens(rank, batch).to(dtype).requires_grad_()
             y = x
             for layer in layers:
                 y = y + layer(y)
@@ -143,9 +143,20 @@ def train(case: Case, order: str = "each", use_checkpoint: bool = False, num_nod
 
 
 def check(case: Case, order: str = "each", use_checkpoint: bool = False, **options: Any) -> dict[str, Any]:
-    results = train(case, order, use_checkpoint, **options)
-    assert_all_close(results, reference(case))
+    results, expected = train(case, order, use_checkpoint, **options), reference(case)
+    if not all_close(results, expected):
+        # Terms may cancel so far that the reference misses the tolerance as well when it computes in fp32: one seed in thousands.
+        assume(all_close(reference(case, dtype=torch.float32), expected, rtol=5e-6))
+    assert_all_close(results, expected)
     return results
+
+
+def all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> bool:
+    try:
+        assert_all_close(actual, expected, rtol)
+    except AssertionError:
+        return False
+    return True
 
 
 @settings(max_examples=150, deadline=None)
