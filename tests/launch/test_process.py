@@ -98,8 +98,8 @@ def step():
     y = x + 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.set_num_threads(1)
-counts = [step() for _ in range(12)]
-print(done, counts[-1] - counts[3])
+counts = [step() for _ in range(40)]
+print(done, counts[-1] - counts[19])
 """
     faults = {}
     for switch in ("on", "off"):

@@ -134,7 +134,8 @@ def two_copies(problem: Problem) -> Any:
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        router = RouterConfig(aux_loss_coef=0.0)
+        # Weights that are all alike would send every token to the same experts, whose rows then are what a rank grows by.
+        router = RouterConfig(aux_loss_coef=0.0, force_balance=True)
         self.layers = nn.ModuleList(MoELayer(DIM, FFN_DIM, NUM_EXPERTS, 2, router=router) for _ in range(NUM_LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
