@@ -100,23 +100,27 @@ def _search_owners(problem: Problem, owner_E: np.ndarray, proposals: int) -> np.
     return min(found, key=lambda run: run[0])[1]
 
 
-def _search_copies(problem: Problem, owner_SE: list[np.ndarray], move_owners: bool, proposals: int) -> list[Placement]:
-    """Return placements from many short searches, the cheapest first, which start from `quota` over each of the given owners.
+def _search_copies(
+    problem: Problem, owner_SE: list[np.ndarray], move_owners: bool, effort: float, search: int = 0
+) -> list[_Priced]:
+    """Return answers of many short searches, which start from `quota` over each of the given owners.
 
-    A price that counts the busiest rank and link only is rugged: short runs from other draws, and under fewer slots, find more
-    than one long run.
+    Another `search` makes other draws. A price that counts the busiest rank and link only is rugged: short runs from other draws,
+    and under fewer slots, find more than one long run.
     """
     from .improve import improve
 
+    states = problem.num_experts * problem.num_ranks
+    proposals = int(min(_COPY_PROPOSALS * 512 / max(states, 512), 200 * states) * effort)
     budgets = [dataclasses.replace(problem, slots=slots) for slots in range(1, min(problem.slots, _MOST_BUDGETS) + 1)]
     runs = max(1, proposals // (_COPY_RUN_PROPOSALS * len(budgets) * len(owner_SE)))
     found: dict[Placement, float] = {}
     for budget, owner_E in itertools.product(budgets, owner_SE):
         start = quota.solve(dataclasses.replace(budget, expert_to_owner_E=owner_E)).placement
-        for run in range(runs):
+        for run in range(search * runs, (search + 1) * runs):
             placement = improve(budget, start, move_owners=move_owners, proposals=min(proposals, _COPY_RUN_PROPOSALS), run=run)
             found[placement] = cost(problem, placement, split_exact(problem.load, placement, problem.topology)).total_s
-    return sorted(found, key=lambda placement: found[placement])
+    return [_priced(problem, placement) for placement in sorted(found, key=lambda placement: found[placement])[:_MOST_PRICED]]
 
 
 def _incumbent(problem: Problem, move_owners: bool, effort: float) -> _Priced:
@@ -124,16 +128,14 @@ def _incumbent(problem: Problem, move_owners: bool, effort: float) -> _Priced:
     best = min((_priced(problem, p) for p in _heuristics(problem, move_owners)), key=lambda found: found.cost.total_s)
     if problem.num_ranks == 1:
         return best
-    states = problem.num_experts * problem.num_ranks
-    owner_SE, candidates = [best.placement.expert_to_owner_E], []
+    owner_SE, candidates = [best.placement.expert_to_owner_E], [best]
     if move_owners:
-        proposals = int(min(_OWNER_PROPOSALS, 2000 * states) * effort)
+        proposals = int(min(_OWNER_PROPOSALS, 2000 * problem.num_experts * problem.num_ranks) * effort)
         owner_SE.append(_search_owners(problem, owner_SE[0], proposals))
-        candidates.append(Placement.owners_only(owner_SE[1], problem.num_ranks))
+        candidates.append(_priced(problem, Placement.owners_only(owner_SE[1], problem.num_ranks)))
     if problem.slots:
-        proposals = int(min(_COPY_PROPOSALS * 512 / max(states, 512), 200 * states) * effort)
-        candidates += _search_copies(problem, owner_SE, move_owners, proposals)[:_MOST_PRICED]
-    return min([best, *(_priced(problem, p) for p in candidates)], key=lambda found: found.cost.total_s)
+        candidates += _search_copies(problem, owner_SE, move_owners, effort)
+    return min(candidates, key=lambda found: found.cost.total_s)
 
 
 def _copy_ranges(problem: Problem) -> list[CopyRange]:
@@ -161,8 +163,9 @@ def _copy_ranges(problem: Problem) -> list[CopyRange]:
 class _Proof:
     """The best placement so far, and what is proven of every range of copies."""
 
-    def __init__(self, problem: Problem, move_owners: bool, engine: str, best: _Priced, bound_s: float) -> None:
+    def __init__(self, problem: Problem, move_owners: bool, engine: str, best: _Priced, bound_s: float, effort: float) -> None:
         self._problem, self._move_owners, self._engine = problem, move_owners, engine
+        self._effort, self._num_searches, self._search_s = effort, 1, 0.0
         self.best = best
         self.is_interrupted = False
         self._proven_s = {
@@ -221,9 +224,21 @@ class _Proof:
                 return answer.is_complete
             if not is_better or not answer.is_complete:
                 attempts = attempts[1:] or attempts
+            if not is_better and not answer.is_complete:
+                self._search_again(end)
             if perf_counter() >= end:
                 return False
         return True
+
+    def _search_again(self, end: float) -> None:
+        """Look for a better answer by other draws, if that is done before perf_counter reaches `end`."""
+        start = perf_counter()
+        if self._problem.slots and self._problem.num_ranks > 1 and start + 2 * self._search_s < end:
+            owner_SE = [self.best.placement.expert_to_owner_E]
+            found = _search_copies(self._problem, owner_SE, self._move_owners, self._effort, self._num_searches)
+            self.best = min([self.best, *found], key=lambda priced: priced.cost.total_s)
+            self._num_searches += 1
+            self._search_s = perf_counter() - start
 
 
 def _warm_up() -> None:
@@ -259,8 +274,9 @@ def solve(
     _warm_up()
     start = perf_counter()
     bound = link_bound(problem, owners_may_move=move_owners)
-    best = _incumbent(problem, move_owners, min(1.0, time_limit_s / 10))
-    proof = _Proof(problem, move_owners, engine, best, bound.total_s)
+    effort = min(1.0, time_limit_s / 10)
+    best = _incumbent(problem, move_owners, effort)
+    proof = _Proof(problem, move_owners, engine, best, bound.total_s, effort)
     # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
     for tolerance in sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True):
         proof.tighten(tolerance, start + _ENGINE_SHARE * time_limit_s)
