@@ -7,9 +7,7 @@ from typing import Any
 import click
 
 from . import collectives, kernels, overlap, placement, scaling, step
-from .rows import publish
-
-JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+from .rows import JSON_OPTION, publish
 
 
 @click.group()
@@ -19,14 +17,7 @@ def bench() -> None:
 
 @bench.command("step", short_help="One MoE layer's training step, by placement policy.")
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes, one thread each.")
-@click.option("--experts", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--hidden", type=click.IntRange(min=1), default=512, show_default=True, help="Model dim D.")
-@click.option("--ffn", type=click.IntRange(min=1), default=1024, show_default=True, help="Expert ffn dim F.")
-@click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens per rank.")
-@click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--skew", type=click.FloatRange(min=0), default=1.2, show_default=True, help="Zipf exponent of expert popularity.")
-@click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold.")
-@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed steps of each policy.")
+@step.layer_options(hidden=512, ffn=1024, tokens=4096, rounds=30)
 @click.option("--optimizer", type=click.Choice(list(step.OPTIMIZERS)), default="sgd", show_default=True)
 @JSON_OPTION
 def step_command(json_path: str | None, **case: int | float | str) -> None:

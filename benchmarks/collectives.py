@@ -30,7 +30,7 @@ import numpy as np
 
 from ..collectives import SCHEDULES, TRANSPORTS
 from ..placement import Topology
-from .network import run_on_nodes, wait_for
+from .network import RANK_ENVIRONMENT, run_on_nodes, wait_for
 from .token_rows import crossing_bytes
 
 OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
@@ -167,12 +167,7 @@ def _mpirun() -> str | None:
 
 def _run_ranks(case: CollectivesCase, folder: Path) -> None:
     program = [sys.executable, "-m", "moesaic.benchmarks.collectives_rank", str(folder)]
-    # Freed buffers stay with the process, so that no round pays for page faults; one thread a rank.
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    }
+    env = os.environ | RANK_ENVIRONMENT
     if "mpi" in case.transports:
         mpirun = _mpirun()
         assert mpirun is not None

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 INTERFACE = "eth0"
+# One thread a rank; freed activations stay with the process: page faults would cost more than what is compared.
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 # Frames of 9000 bytes: headers take under 1 % of the rate, and the filters handle few packets.
 _MTU = 9000
 # What a link may send at once after a pause. It must exceed a frame, and stay small beside any message that is timed.

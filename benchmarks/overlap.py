@@ -30,8 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..placement import OwnerMap, Placement
 from ..runtime import Handle, MoELayer, RuntimeConfig, shard_experts
-from .network import run_on_nodes
-from .rows import publish
+from .network import RANK_ENVIRONMENT, run_on_nodes
+from .rows import JSON_OPTION, publish
 
 MODES = {"overlap": True, "no overlap": False}
 COLUMNS = (
@@ -169,8 +169,7 @@ def run(case: OverlapCase, folder: Path) -> list[dict[str, Any]]:
     """Measure a case, one row a mode; profiles of one step of each mode and rank are left in `folder`."""
     (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
     program = [sys.executable, "-m", "moesaic.benchmarks.overlap", "--as-rank", str(folder)]
-    environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-    run_on_nodes(program, case.ranks, case.nodes, case.link_mbit * 1e6, environment)
+    run_on_nodes(program, case.ranks, case.nodes, case.link_mbit * 1e6, RANK_ENVIRONMENT)
     per_rank = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(case.ranks)]
     for name in ("case.json", "store", *(f"rank-{r}.json" for r in range(case.ranks))):
         (folder / name).unlink(missing_ok=True)
@@ -214,7 +213,7 @@ def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
 @click.option("--slots", type=click.IntRange(min=1), default=2, show_default=True, help="Copies that a rank holds of each layer.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed steps of each mode.")
 @click.option("--profile", "folder", metavar="FOLDER", help="Keep a profile of one step of each mode and rank.")
-@click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+@JSON_OPTION
 @click.option("--as-rank", "rank_folder", hidden=True)
 def command(folder: str | None, json_path: str | None, rank_folder: str | None, **given: Any) -> None:
     """Seconds that ranks wait for copies and gradients, with overlap and without."""

@@ -14,8 +14,11 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
+
+JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
 
 
 def describe_machine() -> dict[str, Any]:

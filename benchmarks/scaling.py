@@ -34,10 +34,10 @@ import torch.distributed as dist
 
 from ..placement import Topology
 from . import cpu_share
-from .network import run_on_nodes
-from .rows import publish
+from .network import RANK_ENVIRONMENT, run_on_nodes
+from .rows import JSON_OPTION, publish
 from .scaling_model import simulate
-from .step import StepCase, measure, rows_of
+from .step import StepCase, layer_options, measure, rows_of
 
 COLUMNS = (
     "mode",
@@ -197,8 +197,7 @@ def _emulated(case: ScalingCase) -> list[list[dict[str, Any]]]:
         plain = {**asdict(case), "groups": [str(shares.folder(rank)) for rank in range(case.world_size)]}
         (folder / "case.json").write_text(json.dumps(plain), encoding="utf-8")
         program = [sys.executable, "-m", "moesaic.benchmarks.scaling", "--as-rank", str(folder)]
-        environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-        run_on_nodes(program, case.world_size, case.nodes[-1], case.link_mbit * 1e6, environment)
+        run_on_nodes(program, case.world_size, case.nodes[-1], case.link_mbit * 1e6, RANK_ENVIRONMENT)
         measured: list[list[dict[str, Any]]] = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
     return measured
 
@@ -238,15 +237,8 @@ def _counts(text: str) -> tuple[int, ...]:
     "--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of an emulated node's link."
 )
 @click.option("--machine", default="h100", show_default=True, help="What is simulated: cpu, a100, h100 or b200.")
-@click.option("--experts", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--hidden", type=click.IntRange(min=1), default=256, show_default=True, help="Model dim D.")
-@click.option("--ffn", type=click.IntRange(min=1), default=512, show_default=True, help="Expert ffn dim F.")
-@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens per rank.")
-@click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--skew", type=click.FloatRange(min=0), default=1.2, show_default=True, help="Zipf exponent of expert popularity.")
-@click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold.")
-@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed steps of each policy.")
-@click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+@layer_options(hidden=256, ffn=512, tokens=1024, rounds=9)
+@JSON_OPTION
 @click.option("--as-rank", "rank_folder", hidden=True)
 def command(
     mode: str,

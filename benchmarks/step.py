@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import click
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from ..placement.hecate import solve as hecate
 from ..runtime import Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
 from ..runtime.metrics import EXPOSED
 from ..runtime.router import TopKRouter, balanced_ids
+from .network import RANK_ENVIRONMENT
 from .rows import median_interval
 
 POLICIES: dict[str, RuntimeConfig] = {
@@ -59,6 +61,7 @@ COLUMNS = (
     "exposed_comm_share",
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+Command = TypeVar("Command", bound=Callable[..., Any])
 # Different routings that the rounds go through, so that a policy must predict and cannot just remember.
 NUM_ROUTINGS = 4
 WARM_UP_ROUNDS = 3
@@ -101,6 +104,28 @@ class GivenRouter(Router):
         return Routing(ids_TK, scored.logits_TE.gather(1, ids_TK).softmax(dim=-1), scored.logits_TE)
 
 
+def layer_options(hidden: int, ffn: int, tokens: int, rounds: int) -> Callable[[Command], Command]:
+    """The command line options of a StepCase's layer, with these defaults."""
+    at_least_one, not_negative = click.IntRange(min=1), click.FloatRange(min=0)
+    options = (
+        click.option("--experts", type=at_least_one, default=16, show_default=True),
+        click.option("--hidden", type=at_least_one, default=hidden, show_default=True, help="Model dim D."),
+        click.option("--ffn", type=at_least_one, default=ffn, show_default=True, help="Expert ffn dim F."),
+        click.option("--tokens", type=at_least_one, default=tokens, show_default=True, help="Tokens per rank."),
+        click.option("--top-k", type=at_least_one, default=2, show_default=True),
+        click.option("--skew", type=not_negative, default=1.2, show_default=True, help="Zipf exponent of expert popularity."),
+        click.option("--slots", type=click.IntRange(min=0), default=2, show_default=True, help="Copies a rank may hold."),
+        click.option("--rounds", type=at_least_one, default=rounds, show_default=True, help="Timed steps of each policy."),
+    )
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def zipf_ids(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> Tensor:
     """K different experts a token, drawn without replacement with odds (e + 1) ** -skew: int64 [T, K].
 
@@ -114,8 +139,7 @@ def zipf_ids(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> T
 
 def run(case: StepCase) -> list[dict[str, Any]]:
     """Measure a case; one row a policy."""
-    # Freed activations stay with the process: page faults would cost more than the stages that are compared.
-    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+    os.environ |= RANK_ENVIRONMENT
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_rank, args=(rank, case, folder)) for rank in range(case.ranks)]

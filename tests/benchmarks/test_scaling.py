@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.benchmarks import network
 from moesaic.benchmarks.cpu_share import CpuShares, enter
 from moesaic.benchmarks.scaling import ScalingCase, command, run
 from moesaic.benchmarks.step import POLICIES, StepCase
 from moesaic.launch.entry import run_command
+from tests.helpers.cluster import skip_without_network
 
 TINY = "--experts 4 --hidden 16 --ffn 16 --tokens 64 --rounds 1"
 # Keys that other tools rely on.
@@ -29,13 +29,12 @@ KEYS = {
 }
 
 
-def why_no_shares() -> str:
-    """What this machine lacks for CpuShares, in one line; empty if nothing."""
+def skip_without_shares() -> None:
+    """Skip the calling test on a machine that cannot limit a process's share of the CPU."""
     try:
-        with CpuShares(1, 0.5):
-            return ""
+        CpuShares(1, 0.5).close()
     except OSError as error:
-        return f"control groups: {error}"
+        pytest.skip(f"no control groups that limit the CPU here: {error}")
 
 
 def check(rows: list[dict[str, object]], mode: str, counts: list[int], ranks_per_node: int) -> None:
@@ -80,9 +79,10 @@ def test_real_nodes_in_one_job(tmp_path: Path) -> None:
     check(document["rows"], "real", [1, 2], 1)
 
 
-@pytest.mark.skipif(bool(network.why_not() or why_no_shares()), reason=network.why_not() or why_no_shares())
 def test_emulated_nodes() -> None:
     """Two nodes of one rank each; nothing of them is left behind."""
+    skip_without_network()
+    skip_without_shares()
     layer = StepCase(ranks=1, experts=4, hidden=16, ffn=16, tokens=64, top_k=2, skew=1.2, slots=1, rounds=1)
     case = ScalingCase(mode="emulated", nodes=(1, 2), ranks_per_node=1, link_mbit=200.0, machine="h100", layer=layer)
     rows = run(case)
@@ -91,9 +91,9 @@ def test_emulated_nodes() -> None:
     assert not list(Path("/sys/fs/cgroup").glob(f"**/moesaic-{os.getpid()}-*"))
 
 
-@pytest.mark.skipif(bool(why_no_shares()), reason=why_no_shares())
 def test_a_process_enters_its_share() -> None:
     """The limit stands in the group, the process is in it with its children, and the groups go with the context."""
+    skip_without_shares()
     with CpuShares(2, 0.25) as shares:
         folders = [shares.folder(rank) for rank in range(2)]
         program = f"from {enter.__module__} import *; enter(Path({str(folders[1])!r})); print(open('/proc/self/cgroup').read())"
