@@ -38,8 +38,8 @@ def token_rows(transport: Transport, route: str, x: Tensor, y: Tensor, topology:
 
     def forward() -> None:
         handle = build(ids_TK, weights_TK, split, [transport.rank], transport, "describe", "")
-        rows_ND = handle.send_rows(x_TD, transport, "dispatch", "")
-        y.copy_(handle.return_rows(rows_ND, transport, "combine", "").x_TD.view(-1))
+        rows_ND = handle.send_rows(x_TD, transport, "dispatch", "").wait()
+        y.copy_(handle.return_rows(rows_ND, transport, "combine", "").wait().x_TD.view(-1))
 
     return forward
 

@@ -35,7 +35,7 @@ class Flow:
     """A collective in progress that the host drives: launched by the constructor, finished by `wait`.
 
     Messages between two ranks are matched in the order in which both post them. A flow that has still messages to post when its
-    launch returns is therefore finished before the next one on its transport begins; `traffic.unposted` holds it until then.
+    launch returns is therefore finished before the next one on its transport begins; `traffic.unfinished` holds it until then.
     """
 
     def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
@@ -52,7 +52,7 @@ class Flow:
         self._post_receives()
         self._post_sends()
         if self._receives or self._sends:
-            transport.traffic.unposted = self
+            transport.traffic.unfinished = self
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Carry on to the end; see `Pending.wait`."""
@@ -64,8 +64,8 @@ class Flow:
             self._post_sends()
             self._post_receives()
         assert not self._receives and not self._sends, "messages that wait for nothing were not posted"
-        if self._transport.traffic.unposted is self:
-            self._transport.traffic.unposted = None
+        if self._transport.traffic.unfinished is self:
+            self._transport.traffic.unfinished = None
         sending, self._sending = self._sending, []
         for pending in sending:
             pending.wait()
@@ -103,7 +103,7 @@ class RoundFlow:
         self._current: tuple[list[Message], Pending] | None = None
         self._start_next()
         if self._waiting:
-            transport.traffic.unposted = self
+            transport.traffic.unfinished = self
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Carry on to the end; see `Pending.wait`."""
@@ -114,8 +114,8 @@ class RoundFlow:
                 if message.dst == self._transport.rank:
                     self._side.arrived(message)
             self._start_next()
-        if self._transport.traffic.unposted is self:
-            self._transport.traffic.unposted = None
+        if self._transport.traffic.unfinished is self:
+            self._transport.traffic.unfinished = None
 
     def _start_next(self) -> None:
         self._current = None
@@ -138,9 +138,9 @@ def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, whe
     A flow that is not posted to its end is finished first, also by ranks that take no part in this schedule: those that do
     wait here for what such a rank has still to pass on, and would wait for ever if it went on to wait for them elsewhere.
     """
-    thread, unposted = transport.thread, transport.traffic.unposted
-    if (thread is None or in_rounds) and unposted is not None:
-        unposted.wait()
+    thread, unfinished = transport.thread, transport.traffic.unfinished
+    if (thread is None or in_rounds) and unfinished is not None:
+        unfinished.wait()
     if not schedule.involves(transport.rank):
         return Done()
 

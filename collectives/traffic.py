@@ -8,10 +8,10 @@ from typing import Protocol
 import numpy as np
 
 
-class Unposted(Protocol):
-    """A collective whose messages are not all posted."""
+class Unfinished(Protocol):
+    """A collective that somebody else may have to finish."""
 
-    def wait(self) -> None:
+    def wait(self) -> object:
         """Return when the collective is complete."""
 
 
@@ -38,13 +38,14 @@ class Traffic:
     `waited_s` is host time since the transport was made: on CUDA, where waits are left to the stream, next to nothing. `spans`
     collects every collective while it is a list.
 
-    `unposted` is the collective on this transport, if any, that has messages still to post; the next one lets it finish first,
-    since messages between two ranks are matched in the order in which they are posted.
+    `unfinished` is the collective on this transport, if any, that the next of its kind finishes first. Either it has messages
+    still to post, and messages between two ranks are matched in the order in which they are posted; or other work runs before
+    its wait, which never comes if that work fails.
     """
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        self.unposted: Unposted | None = None
+        self.unfinished: Unfinished | None = None
         self.waited_s = 0.0
         self.spans: list[Span] | None = None
         self._bytes: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)

@@ -83,7 +83,8 @@ class RuntimeConfig:
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
     overlap: bool = True
-    """Copies and their gradients travel under other work; False waits for them right after their launch, to compare or debug."""
+    """Copies and their gradients travel under other work, and dispatched token rows under shared experts where a layer has some;
+    False waits for all of them right after their launch, to compare or debug."""
     calibrate: Literal["auto", "always", "never"] = "auto"
     """Whether copies are added when the exact load is known, if they save more than their gather costs on the critical path;
     "auto": in the first forwards, and while predictions are off by more than a tenth of the assignments on average."""

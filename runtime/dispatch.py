@@ -1,4 +1,4 @@
-"""Dispatch and combine: token rows go to the ranks that compute them, results come back.
+"""Where token rows go: to the ranks that compute them, and back.
 
 A row crosses to a rank once, however many of its experts are computed there, and comes back once, already summed over
 them with its gate weights. Combine is the transpose of dispatch, so each one's backward is the other's forward, and the
@@ -24,23 +24,47 @@ Q received rows, N slot-major rows (assignments computed here).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..collectives import RowLayout, RowPart, Transport, all_to_all_rows
+from ..collectives import Pending, RowLayout, RowPart, Transport, all_to_all_rows
 from ..kernels import Bags, bags_of, gather_rows, on_device, split_tokens, sum_rows
 from ..placement import Split
-from .layer_pass import LayerPass
 
-if TYPE_CHECKING:
-    from .layer_runtime import LayerRuntime
+Arrived = TypeVar("Arrived")
+
+
+class RowsInFlight(Generic[Arrived]):
+    """Token rows on their way.
+
+    Args:
+        pending: waits for them.
+        sent: what was sent; it must live until then, and is only dropped afterwards.
+        take: makes of what arrived what it is wanted for; called once. Where rows are passed on, it communicates.
+    """
+
+    __slots__ = ("_arrived", "_pending", "_sent", "_take")
+
+    def __init__(self, pending: Pending, sent: Tensor, take: Callable[[], Arrived]):
+        self._pending = pending
+        self._sent: Tensor | None = sent
+        self._take: Callable[[], Arrived] | None = take
+        self._arrived: Arrived | None = None
+
+    def wait(self) -> Arrived:
+        """Return what has arrived; a second time the same."""
+        if self._take is not None:
+            self._pending.wait(until_sent=False)
+            self._arrived = self._take()
+            self._take = self._sent = None
+        return cast(Arrived, self._arrived)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +91,18 @@ class DispatchHandle:
         """Sent rows to their destinations, received rows from their sources."""
         return RowLayout.consecutive(self.sent_rows_R, self.received_rows_R)
 
-    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> Tensor:
-        """Tokens to the ranks that compute them: [T, D] on the source to slot-major rows [N, D] on the destination."""
+    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> RowsInFlight[Tensor]:
+        """Launch tokens to the ranks that compute them: [T, D] on the source to slot-major rows [N, D] on the destination."""
         outgoing = transport.empty((sum(self.sent_rows_R), x_TD.shape[1]), x_TD)
         gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
         received_QD = x_TD.new_empty(sum(self.received_rows_R), x_TD.shape[1])
-        # What was sent is only dropped afterwards.
-        all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where).wait(until_sent=False)
-        return gather_rows(x_TD, self.row_ids_N, beside=received_QD)
+        pending = all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where)
+        return RowsInFlight(pending, outgoing, lambda: gather_rows(x_TD, self.row_ids_N, beside=received_QD))
 
     def return_rows(
         self, rows_ND: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None = None
-    ) -> ReturnedRows:
-        """Slot-major rows back to their tokens: summed for each token here, then over the ranks there, [N, D] to [T, D].
+    ) -> RowsInFlight[ReturnedRows]:
+        """Launch slot-major rows back to their tokens: summed for each token here, then over the ranks there, [N, D] to [T, D].
 
         With `gate_grads_N`, one number per slot-major row travels along.
         """
@@ -89,17 +112,19 @@ class DispatchHandle:
 
     def take_home(
         self, rows_ND: Tensor, outgoing: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None
-    ) -> ReturnedRows:
+    ) -> RowsInFlight[ReturnedRows]:
         """The last hop of `return_rows`: `outgoing` [Q, D], one sum for every received row, to the sources, added up there."""
         returned_PD = rows_ND.new_empty(sum(self.sent_rows_R), rows_ND.shape[1])
-        rows = all_to_all_rows(transport, self.row_layout.transpose, outgoing, returned_PD, op=op, where=where)
-        gate_grads_A = None
-        if gate_grads_N is not None:
-            gate_grads_A = self._take_gate_grads_home(gate_grads_N, transport, op, where)
-        rows.wait(until_sent=False)
-        return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), gate_grads_A)
+        pending = all_to_all_rows(transport, self.row_layout.transpose, outgoing, returned_PD, op=op, where=where)
+        gate_grads = None if gate_grads_N is None else self._take_gate_grads_home(gate_grads_N, transport, op, where)
 
-    def _take_gate_grads_home(self, gate_grads_N: Tensor, transport: Transport, op: str, where: str) -> Tensor:
+        def take() -> ReturnedRows:
+            gate_grads_A = None if gate_grads is None else gate_grads.wait()
+            return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), gate_grads_A)
+
+        return RowsInFlight(pending, outgoing, take)
+
+    def _take_gate_grads_home(self, gate_grads_N: Tensor, transport: Transport, op: str, where: str) -> RowsInFlight[Tensor]:
         """One number for every slot-major row [N] to the assignments [A] of its source, in router order."""
         rank = transport.rank
         by_source = torch.empty_like(gate_grads_N)
@@ -109,10 +134,13 @@ class DispatchHandle:
         layout = RowLayout(parts_for_others(rank, out_R), parts_for_others(rank, in_R))
         pending = all_to_all_rows(transport, layout, by_source, by_destination, op=op, where=where)
         by_destination[in_R[rank]] = by_source[out_R[rank]]
-        pending.wait(until_sent=False)
-        gate_grads_A = gate_grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
-        gate_grads_A[self.sent_assignments_A] = by_destination
-        return gate_grads_A
+
+        def take() -> Tensor:
+            gate_grads_A = gate_grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
+            gate_grads_A[self.sent_assignments_A] = by_destination
+            return gate_grads_A
+
+        return RowsInFlight(pending, by_source, take)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,67 +295,6 @@ def home_bags(
         torch.cat([returned_P[:num_before], positions_by_source[own], returned_P[num_before:]]),
         num_tokens,
     )
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, runtime: LayerRuntime, layer_pass: LayerPass
-    ) -> tuple[Tensor, Tensor]:
-        ctx.runtime, ctx.layer_pass = runtime, layer_pass
-        transport, plan = runtime.group.tokens, layer_pass.plan
-        with runtime.stage("dispatch", layer_pass):
-            if layer_pass.handle is None:
-                assert plan.split is not None and layer_pass.topk_ids_TK is not None
-                layer_pass.handle = runtime.build_handle(
-                    runtime.capacity.kept_ids(layer_pass.topk_ids_TK, weights_TK, runtime.num_experts),
-                    weights_TK,
-                    plan.split,
-                    plan.experts_of(transport.rank),
-                    transport,
-                    layer_pass.op("describe"),
-                    layer_pass.where,
-                )
-            handle = layer_pass.handle
-            rows_ND = handle.send_rows(x_TD, transport, layer_pass.op("dispatch"), layer_pass.where)
-            return rows_ND, handle.row_weights_N.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dx_ND: Tensor, d_row_weights_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
-        handle, op = layer_pass.handle, layer_pass.op("dispatch_backward")
-        with ctx.runtime.stage("dispatch", layer_pass):
-            home = handle.return_rows(dx_ND, transport, op, layer_pass.where, d_row_weights_N)
-        assert home.gate_grads_A is not None
-        return home.x_TD, home.gate_grads_A.view(handle.num_tokens, handle.top_k), None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
-        ctx.runtime, ctx.layer_pass = runtime, layer_pass
-        handle = layer_pass.handle
-        assert handle is not None
-        with runtime.stage("combine", layer_pass):
-            return handle.return_rows(y_ND, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where).x_TD
-
-    @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
-        layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
-        ctx.runtime.rematerialize(layer_pass)
-        handle, op = layer_pass.handle, layer_pass.op("combine_backward")
-        with ctx.runtime.stage("combine", layer_pass):
-            return handle.send_rows(dy_TD.contiguous(), transport, op, layer_pass.where), None, None
-
-
-def dispatch(x_TD: Tensor, weights_TK: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
-    """Send every token where its experts are computed: slot-major rows [N, D], and the gate weight of each [N]."""
-    return _Dispatch.apply(x_TD, weights_TK, runtime, layer_pass)
-
-
-def combine(y_ND: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
-    """Bring the weighted results home and add them up: slot-major [N, D] to [T, D], in the tokens' order."""
-    return _Combine.apply(y_ND, runtime, layer_pass)
 
 
 def _describe(num_rows: Tensor, row_of_assignment: Tensor, weights: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .dispatch import (
     Assignments,
     DispatchHandle,
     ReturnedRows,
+    RowsInFlight,
     bags_at,
     exchange_messages,
     home_bags,
@@ -55,23 +56,27 @@ class NodeHandle(DispatchHandle):
         """Rows passed on to ranks of this node, and those that they pass on to this one."""
         return RowLayout.consecutive(self.passed_rows_R, self.relayed_rows_R)
 
-    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> Tensor:
-        """See `DispatchHandle.send_rows`."""
+    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> RowsInFlight[Tensor]:
+        """See `DispatchHandle.send_rows`. What is in flight is the first hop, which is the one between nodes."""
         dim, num_received = x_TD.shape[1], sum(self.received_rows_R)
         outgoing = transport.empty((sum(self.sent_rows_R), dim), x_TD)
         gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
         arrived = x_TD.new_empty(num_received + sum(self.relayed_rows_R), dim)
         received_QD, relayed_SD = arrived[:num_received], arrived[num_received:]
-        all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where).wait(until_sent=False)
-        passed = transport.empty((sum(self.passed_rows_R), dim), x_TD)
-        gather_rows(received_QD, self.passed_row_ids_U, out=passed)
-        all_to_all_rows(transport, self.pass_layout, passed, relayed_SD, op=op, where=where).wait(until_sent=False)
-        return gather_rows(x_TD, self.row_ids_N, beside=arrived)
+        pending = all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where)
+
+        def pass_on() -> Tensor:
+            passed = transport.empty((sum(self.passed_rows_R), dim), x_TD)
+            gather_rows(received_QD, self.passed_row_ids_U, out=passed)
+            all_to_all_rows(transport, self.pass_layout, passed, relayed_SD, op=op, where=where).wait(until_sent=False)
+            return gather_rows(x_TD, self.row_ids_N, beside=arrived)
+
+        return RowsInFlight(pending, outgoing, pass_on)
 
     def return_rows(
         self, rows_ND: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None = None
-    ) -> ReturnedRows:
-        """See `DispatchHandle.return_rows`."""
+    ) -> RowsInFlight[ReturnedRows]:
+        """See `DispatchHandle.return_rows`. What is in flight is the last hop, which is the one between nodes."""
         dim = rows_ND.shape[1]
         relayed = transport.empty((sum(self.relayed_rows_R), dim), rows_ND)
         sum_rows(rows_ND, self.relayed_bags, out=relayed)

@@ -103,13 +103,16 @@ class MoELayer(nn.Module):
         routing = runtime.route(self.router, x_TD, this)
         load = runtime.measure(routing, this)
         runtime.plan(load, this)
-        rows_ND, row_weights_N = runtime.dispatch(x_TD, routing, this)
+        crossing = runtime.begin_dispatch(x_TD, routing, this, is_covered=self.shared is not None)
+        # The shared experts need none of the rows that are on their way.
+        shared_TD = None if self.shared is None else self.shared(x_TD)
+        rows_ND, row_weights_N = runtime.finish_dispatch(crossing)
         # After dispatch, so that the gather also travels under it.
         token = runtime.materialize(token, this)
         rows_ND = runtime.experts(rows_ND, row_weights_N, token, this)
         y_TD = runtime.combine(rows_ND, this).to(x.dtype)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.
         aux_loss = runtime.router_loss(self.router, routing, load, this)
         if not this.is_replay:

@@ -18,7 +18,7 @@ from .bank import Bank, SlotPool
 from .capacity import Capacity
 from .carried import CarriedCopies
 from .config import RuntimeConfig
-from .dispatch import build_handle, combine, dispatch
+from .dispatch import build_handle
 from .dispatch_by_node import build_node_handle
 from .experts import experts
 from .group import RankGroup
@@ -30,6 +30,7 @@ from .reduces import PendingReduces
 from .rematerialize import Rematerializer
 from .router import Router, Routing
 from .stages import StageClock
+from .token_rows import Crossing, begin_dispatch, combine, finish_dispatch
 
 
 class LayerRuntime:
@@ -101,6 +102,7 @@ class LayerRuntime:
         self.carried = CarriedCopies(bank, pool, self.planner) if config.reuse_copies and keeps_copies else None
         self.step = 0
         self._prefetched: LayerPass | None = None
+        self._under_way: LayerPass | None = None  # from `begin` to the end of `combine`
         self._latest: ref[LayerPass] | None = None
 
     def follow_bank(self) -> None:
@@ -113,13 +115,17 @@ class LayerRuntime:
         self.planner.change_owners(owners_E)
 
     @contextmanager
-    def stage(self, name: str, layer_pass: LayerPass) -> Iterator[None]:
-        """The clock and profiler range of one stage of this layer; in training, what it waits for others is counted."""
+    def stage(self, name: str, layer_pass: LayerPass, *, is_complete: bool = True) -> Iterator[None]:
+        """The clock and profiler range of one stage of this layer; in training, what it waits for others is counted.
+
+        `is_complete`: the stage is over at the end, and not only launched.
+        """
         tokens, experts = self.group.tokens.traffic, self.group.experts.traffic
         tokens_s, experts_s = tokens.waited_s, experts.waited_s
         with self.clock.stage(name, self.name):
             yield
-        self.clock.completed = name, layer_pass.where
+        if is_complete:
+            self.clock.completed = name, layer_pass.where
         if layer_pass.is_training:
             self.counters.exposed_s["tokens"] += tokens.waited_s - tokens_s
             self.counters.exposed_s["reduce" if name == "reduce" else "gather"] += experts.waited_s - experts_s
@@ -135,11 +141,12 @@ class LayerRuntime:
         return self._prefetched
 
     def drop_prefetched(self) -> None:
-        """Take back a gather whose forward never came, before weights change."""
-        if self._prefetched is not None:
-            with self.stage("materialize", self._prefetched):
-                release_copies(self, self._prefetched)
-            self._prefetched = None
+        """Take back copies whose forward never came, or broke off, before weights change."""
+        for left in (self._prefetched, self._under_way):
+            if left is not None:
+                with self.stage("materialize", left):
+                    release_copies(self, left)
+        self._prefetched = self._under_way = None
 
     def begin(self, *, is_training: bool) -> LayerPass:
         """The pass of the forward that starts now: the prefetched one, a new one, or the one that is being recomputed."""
@@ -150,7 +157,10 @@ class LayerRuntime:
                 self.reduces.finish()
             self.rematerialize(replayed)
             return replayed
+        if self._under_way is not None:
+            self.drop_prefetched()
         layer_pass, self._prefetched = self._prefetched or self._launch(is_training), None
+        self._under_way = layer_pass
         self._latest = ref(layer_pass)
         return layer_pass
 
@@ -217,17 +227,24 @@ class LayerRuntime:
         """Have the copies at hand; see `materialize.materialize`."""
         return materialize(token, self, layer_pass)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
-        """Send rows, in the compute dtype, to where they are computed; see `dispatch.dispatch`."""
-        return dispatch(x_TD.to(self.bank.compute_dtype), routing.weights_TK, self, layer_pass)
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, layer_pass: LayerPass, *, is_covered: bool) -> Crossing:
+        """Launch rows, in the compute dtype, to where they are computed; see `token_rows.begin_dispatch`."""
+        is_covered = is_covered and self.overlap
+        return begin_dispatch(x_TD.to(self.bank.compute_dtype), routing.weights_TK, self, layer_pass, is_covered=is_covered)
+
+    def finish_dispatch(self, crossing: Crossing) -> tuple[Tensor, Tensor]:
+        """Have the rows that came at hand; see `token_rows.finish_dispatch`."""
+        return finish_dispatch(crossing)
 
     def experts(self, x_ND: Tensor, row_weights_N: Tensor, token: Tensor, layer_pass: LayerPass) -> Tensor:
         """Run the local experts; see `experts.experts`."""
         return experts(x_ND, row_weights_N, token, self, layer_pass)
 
     def combine(self, y_ND: Tensor, layer_pass: LayerPass) -> Tensor:
-        """Bring results home; see `dispatch.combine`. Copies that no backward needs, or only later, are released."""
+        """Bring results home; see `token_rows.combine`. Copies that no backward needs, or only later, are released."""
         y_TD = combine(y_ND, self, layer_pass)
+        if self._under_way is layer_pass:
+            self._under_way = None
         # A recomputation keeps what was gathered for it, as its backward is next.
         if not torch.is_grad_enabled() or not (self.keeps_copies or layer_pass.is_replay):
             release_copies(self, layer_pass)

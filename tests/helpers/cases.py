@@ -48,6 +48,7 @@ class Case:
     seed: int
     capacity_factor: float = math.inf
     drop_policy: DropPolicy = "probs"
+    has_shared: bool = False
     dim: int = 8
     ffn_dim: int = 12
 
@@ -72,6 +73,7 @@ class Case:
                     self.num_experts,
                     self.top_k,
                     router=router,
+                    shared=torch.nn.Linear(self.dim, self.dim) if self.has_shared else None,
                     capacity_factor=self.capacity_factor,
                     drop_policy=self.drop_policy,
                 )
@@ -138,4 +140,5 @@ def cases(draw: st.DrawFn, max_world_size: int = 4, min_world_size: int = 1) -> 
         seed=draw(st.integers(0, 1000)),
         capacity_factor=draw(st.sampled_from((math.inf, 0.3, 1.0))),
         drop_policy=draw(st.sampled_from(("probs", "position"))),
+        has_shared=draw(st.booleans()),
     )

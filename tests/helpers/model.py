@@ -7,16 +7,29 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic import MoELayer, RouterConfig
 
-DIM, FFN_DIM, NUM_EXPERTS, TOP_K = 16, 24, 5, 2
+DIM, FFN_DIM, SHARED_DIM, NUM_EXPERTS, TOP_K = 16, 24, 20, 5, 2
 BATCH, LENGTH, CLASSES = 24, 6, 11
 
 
+class SharedExpert(nn.Module):
+    """A SwiGLU expert of every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(2 * SHARED_DIM, DIM) * DIM**-0.5)
+        self.down = nn.Parameter(torch.randn(DIM, SHARED_DIM) * SHARED_DIM**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (x @ self.gate_up.T).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ self.down.T
+
+
 class Block(nn.Module):
-    def __init__(self, router: RouterConfig, ffn_dim: int):
+    def __init__(self, router: RouterConfig, ffn_dim: int, has_shared: bool):
         super().__init__()
         self.norm = nn.RMSNorm(DIM)
         self.mix = nn.Linear(DIM, DIM)
-        self.moe = MoELayer(DIM, ffn_dim, NUM_EXPERTS, TOP_K, router=router)
+        self.moe = MoELayer(DIM, ffn_dim, NUM_EXPERTS, TOP_K, router=router, shared=SharedExpert() if has_shared else None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mix(x).tanh()
@@ -24,14 +37,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, two MoE blocks, a classifier over the positions."""
+    """Embedding, two MoE blocks, of which the first has a shared expert, a classifier over the positions."""
 
     def __init__(self, router: RouterConfig | None = None, use_checkpoint: bool = False, ffn_dim: int = FFN_DIM):
         super().__init__()
         router = router or RouterConfig(aux_loss_coef=0.02, z_loss_coef=0.001)
         self.use_checkpoint = use_checkpoint
         self.embed = nn.Embedding(CLASSES, DIM)
-        self.blocks = nn.ModuleList(Block(router, ffn_dim) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(router, ffn_dim, has_shared) for has_shared in (True, False))
         self.head = nn.Linear(DIM, CLASSES, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:

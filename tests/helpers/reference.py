@@ -1,5 +1,6 @@
 """The oracle: a MoE layer on one process, token by token, expert by expert, with whatever autograd makes of it."""
 
+import copy
 import math
 
 import torch
@@ -28,6 +29,7 @@ class DenseMoE(nn.Module):
         self.router = nn.Parameter(layer.router.weight.detach().clone())
         self.gate_up = nn.ParameterList([row.detach().clone() for row in layer.experts.gate_up])
         self.down = nn.ParameterList([row.detach().clone() for row in layer.experts.down])
+        self.shared = copy.deepcopy(layer.shared)
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
@@ -48,6 +50,8 @@ class DenseMoE(nn.Module):
                     row = row + weight * self.expert(e, token)
             rows.append(row)
         y_TD = torch.stack(rows) if rows else x_TD * 1.0
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x)
 
     def kept(self, ids_TK: Tensor, weights_TK: Tensor) -> set[tuple[int, int]]:

@@ -101,9 +101,10 @@ def train_on_ranks(
         backward(*item)
     for i, layer in layers.items():
         runtime = layer.runtime
-        results[f"d {i}.router"] = (
-            torch.zeros_like(layer.router.weight) if layer.router.weight.grad is None else layer.router.weight.grad
-        )
+        for name, parameter in layer.named_parameters():
+            if name.startswith(("router.", "shared.")):
+                name = name.replace("router.weight", "router")
+                results[f"d {i}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for e in () if is_frozen else runtime.owned_experts:
             grads = runtime.bank.grads(i, e)
             results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
@@ -123,11 +124,11 @@ def train_on_ranks(
 
 
 def merged(case: Case, per_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All ranks' results under one roof: router gradients averaged, as data parallelism does; everything else exists once."""
+    """All ranks' results under one roof: dense gradients averaged, as data parallelism does; everything else exists once."""
     results: dict[str, Tensor] = {}
     for name in {name for rank in per_rank for name in rank}:
         found = [rank[name] for rank in per_rank if name in rank]
-        if name.endswith(".router"):
+        if name.endswith(".router") or ".shared." in name:
             results[name] = torch.stack(found).mean(0)
         else:
             assert len(found) == 1, f"{name} on {len(found)} ranks"

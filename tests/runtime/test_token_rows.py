@@ -1,0 +1,151 @@
+"""Token rows travel under shared experts: what is launched and waited for when, the same bits, and what a failure leaves."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic.collectives import Pending
+from tests.helpers.compare import assert_bitwise
+from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
+from tests.helpers.ranks import run_ranks
+from tests.runtime.test_memory import two_copies
+from tests.runtime.test_shard import whole_gradients
+
+ROWS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
+SENT = ["launch dispatch", "wait dispatch"]
+COMBINED = ["launch combine", "wait combine"]
+COMBINED_BACK = ["launch combine_backward", "wait combine_backward"]
+# Rows, and the gradients of their gate weights.
+SENT_BACK, TAKEN_BACK = 2 * ["launch dispatch_backward"], 2 * ["wait dispatch_backward"]
+FORWARD = ["launch dispatch", "shared", "wait dispatch", *COMBINED]
+BACKWARD = [*COMBINED_BACK, *SENT_BACK, "shared's backward", *TAKEN_BACK]
+PLAIN = [*SENT, "shared", *COMBINED, *COMBINED_BACK, "shared's backward", *SENT_BACK, *TAKEN_BACK]
+WITHOUT_SHARED = [*SENT, *COMBINED, *COMBINED_BACK, *SENT_BACK, *TAKEN_BACK]
+
+
+def wrapped(**options: Any) -> tuple[Model, Handle]:
+    """The model whose first MoE layer has a shared expert."""
+    model = make_model(use_checkpoint=options.pop("use_checkpoint", False))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    config = RuntimeConfig(policy="static", slots=5, timeout_s=30, calibrate="never", **options)
+    return model, shard_experts(model, mesh=mesh, config=config, solver=two_copies)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    ids, targets = (rank_slice(t, dist.get_rank(), dist.get_world_size()) for t in global_batch(step))
+    return ids, targets
+
+
+class _Recorded:
+    """Messages whose wait is written down."""
+
+    def __init__(self, pending: Pending, op: str, events: list[str]):
+        self._pending, self._op, self._events = pending, op, events
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        self._events.append(f"wait {self._op}")
+        self._pending.wait(until_sent=until_sent)
+
+
+def recorded_step(
+    rank: int, options: dict[str, Any], is_compiled: bool = False
+) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
+    """What happened in a step, by layer, and its gradients."""
+    torch._dynamo.reset()
+    model, handle = wrapped(**options)
+    if is_compiled:
+        for block in model.blocks:
+            block.compile(backend="eager")
+    events: dict[str, list[str]] = {name: [] for name in handle.layers}
+    transport = handle.group.tokens
+    exchange_rows = transport.exchange_rows
+
+    def recording(*args: Any, op: str, where: str) -> Pending:
+        pending = exchange_rows(*args, op=op, where=where)
+        if op not in ROWS:
+            return pending
+        of_layer = events[where.split(", ")[1]]
+        of_layer.append(f"launch {op}")
+        return _Recorded(pending, op, of_layer)
+
+    transport.exchange_rows = recording  # type: ignore[method-assign]
+    first = events["blocks.0.moe"]
+
+    def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        first.append("shared")
+        output.register_hook(lambda grad: first.append("shared's backward"))
+
+    model.blocks[0].moe.shared.register_forward_hook(watch)
+    ids, targets = batch(1)
+    (cross_entropy(model(ids), targets) + handle.aux_loss()).backward()
+    return events, whole_gradients(model, handle)
+
+
+@pytest.mark.parametrize("transport", ["c10d", "shm"])
+def test_shared_experts_run_between_launch_and_wait(transport: str) -> None:
+    """In both directions, also repeated, and between compiled graphs; to the bits of the plain order. Other layers as ever."""
+    expected = {
+        "overlapped": ({}, False, [*FORWARD, *BACKWARD]),
+        "repeated": ({"use_checkpoint": True}, False, [*FORWARD, *FORWARD, *BACKWARD]),
+        "compiled": ({}, True, [*FORWARD, *BACKWARD]),
+        "plain": ({"overlap": False}, False, PLAIN),
+    }
+    found = {
+        name: run_ranks(2, recorded_step, options | {"transport": transport}, is_compiled)
+        for name, (options, is_compiled, _) in expected.items()
+    }
+    for name, (_, _, events) in expected.items():
+        for (of_layer, grads), (_, plain_grads) in zip(found[name], found["plain"], strict=True):
+            assert of_layer["blocks.0.moe"] == events, name
+            assert name == "repeated" or of_layer["blocks.1.moe"] == WITHOUT_SHARED
+            assert_bitwise(grads, plain_grads)
+
+
+class BrokenOffError(Exception):
+    """Raised by a shared expert."""
+
+
+def break_off(rank: int, transport: str, when: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Gradients of a step after one that broke off while token rows were on their way, of one that nothing came before, and
+    what is left."""
+    found = []
+    for breaks in (True, False):
+        # FSDP2 keeps gradients of a backward that broke off, so it is left out.
+        model, handle = wrapped(transport=transport, shard_dense=False)
+        cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()  # the next forward has copies
+        shared, rows = model.blocks[0].moe.shared, handle.group.tokens.traffic
+
+        def fail(*_: Any) -> None:
+            raise BrokenOffError
+
+        def fail_in_backward(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            output.register_hook(fail)
+
+        if breaks:
+            hook = shared.register_forward_hook(fail if when == "forward" else fail_in_backward)
+            with pytest.raises(BrokenOffError):
+                cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
+            hook.remove()
+            assert rows.unfinished is not None
+        model.zero_grad()
+        handle.banks[0].zero_grad()
+        cross_entropy(model(batch(2)[0]), batch(2)[1]).backward()
+        assert rows.unfinished is None
+        handle.step()
+        found.append(whole_gradients(model, handle))
+    pool = next(iter(handle.layers.values())).runtime.pool
+    return found[0], found[1], {"lent": len(pool._alive) - len(pool._free)}
+
+
+@pytest.mark.parametrize("transport", ["c10d", "shm"])
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_shared_experts_that_fail_leave_nothing_behind(transport: str, when: str) -> None:
+    """The next step computes what it does after none; no rows are on their way, no slot is lent."""
+    for after_failure, expected, left in run_ranks(2, break_off, transport, when):
+        assert_bitwise(after_failure, expected)
+        assert left == {"lent": 0}
