@@ -5,7 +5,8 @@
 A small transformer of attention and MoE layers trains twice side by side, on the same weights and tokens: once as usual, once
 with `RuntimeConfig.overlap` off, which waits for every gather and reduce right after its launch. Every rank holds copies of
 another node's experts, so the bytes are the same in every step. The two take turns, step by step; what counts is the wait of
-the rank that waited longest. Token rows cannot hide; they are in the table because copies on the same link may delay them.
+the rank that waited longest. Token rows hide under shared experts alone (`--shared-ffn`); without any they are in the table
+because copies on the same link may delay them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ COLUMNS = (
     "exposed_s",
     "ratio_to_no_overlap",
     "exposed_tokens_s",
+    "ratio_tokens",
     "ratio_with_tokens",
 )
 _WARM_UP_STEPS = 2
@@ -59,6 +61,7 @@ class OverlapCase:
     layers: int
     hidden: int
     ffn: int
+    shared_ffn: int
     heads: int
     experts: int
     top_k: int
@@ -89,13 +92,28 @@ class Attention(nn.Module):
         return x_TD + self.out(y_HTC.transpose(0, 1).reshape(x_TD.shape))
 
 
+class SharedExpert(nn.Module):
+    """A SwiGLU expert of every token, [T, D] to [T, D]."""
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=False)
+        self.down = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] to [T, D]."""
+        gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
 class Block(nn.Module):
     """Attention, then the MoE layer."""
 
     def __init__(self, case: OverlapCase):
         super().__init__()
         self.attention = Attention(case.hidden, case.heads)
-        self.moe = MoELayer(case.hidden, case.ffn, case.experts, case.top_k)
+        shared = SharedExpert(case.hidden, case.shared_ffn) if case.shared_ffn else None
+        self.moe = MoELayer(case.hidden, case.ffn, case.experts, case.top_k, shared=shared)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
@@ -181,6 +199,7 @@ def run(case: OverlapCase, folder: Path) -> list[dict[str, Any]]:
             **asdict(case),
             **values[mode],
             "ratio_to_no_overlap": values[mode]["exposed_s"] / off["exposed_s"],
+            "ratio_tokens": values[mode]["exposed_tokens_s"] / off["exposed_tokens_s"],
             "ratio_with_tokens": values[mode]["exposed_with_tokens_s"] / off["exposed_with_tokens_s"],
         }
         for mode in MODES
@@ -194,7 +213,7 @@ def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
         step["exposed_with_tokens_s"] = step["exposed_s"] + step["exposed_tokens_s"]
     longest = {key: np.max([[step[key] for step in steps] for steps in per_rank], axis=0) for key in per_rank[0][0]}
     medians = {key: float(np.median(seconds)) for key, seconds in longest.items()}
-    for key in ("step_s", "exposed_s"):
+    for key in ("step_s", "exposed_s", "exposed_tokens_s"):
         medians |= {f"{key}_min": float(longest[key].min()), f"{key}_max": float(longest[key].max())}
     return medians
 
@@ -206,6 +225,7 @@ def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
 @click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--hidden", type=click.IntRange(min=1), default=128, show_default=True, help="Model dim D.")
 @click.option("--ffn", type=click.IntRange(min=1), default=256, show_default=True, help="Expert ffn dim F.")
+@click.option("--shared-ffn", type=click.IntRange(min=0), default=0, show_default=True, help="Shared experts' ffn dim; 0: none.")
 @click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--experts", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
@@ -216,7 +236,7 @@ def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
 @JSON_OPTION
 @click.option("--as-rank", "rank_folder", hidden=True)
 def command(folder: str | None, json_path: str | None, rank_folder: str | None, **given: Any) -> None:
-    """Seconds that ranks wait for copies and gradients, with overlap and without."""
+    """Seconds that ranks wait for copies, gradients and token rows, with overlap and without."""
     if rank_folder is not None:
         _rank(Path(rank_folder))
         return

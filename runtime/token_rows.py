@@ -55,8 +55,9 @@ class Crossing:
         """Wait for what was launched."""
         rows, traffic = self._in_flight, self.runtime.group.tokens.traffic
         assert rows is not None, "nothing is on its way"
+        is_newest = traffic.unfinished is rows
         self._in_flight = None
-        if traffic.unfinished is rows:
+        if is_newest:
             traffic.unfinished = None
         with self.runtime.stage("dispatch", self.layer_pass):
             return rows.wait()
