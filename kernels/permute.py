@@ -91,7 +91,7 @@ def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None
         from .permute_triton import gather_rows_triton
 
         return gather_rows_triton(x_MD, row_ids_N, beside=beside, out=out)
-    if beside is not None and x_MD.stride(1) == 1 and beside.stride(1) == 1:
+    if x_MD.device.type == "cpu":
         return _gather_compiled(x_MD, row_ids_N, beside, out)
     return gather_rows_torch(x_MD, row_ids_N, beside=beside, out=out)
 
@@ -109,7 +109,7 @@ def sum_rows(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None, out: 
         from .permute_triton import sum_rows_triton
 
         return sum_rows_triton(rows_ND, bags, beside=beside, out=out)
-    if rows_ND.dtype in (torch.float32, torch.float64) and (beside is not None or out is not None):
+    if rows_ND.device.type == "cpu" and rows_ND.dtype in (torch.float32, torch.float64):
         return _sum_compiled(rows_ND, bags, beside, out)
     return sum_rows_torch(rows_ND, bags, beside=beside, out=out)
 
@@ -129,42 +129,47 @@ def sum_rows_torch(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None,
     return x_MD if out is None else out.copy_(x_MD)
 
 
-def _gather_compiled(x_MD: Tensor, row_ids_N: Tensor, beside: Tensor, out: Tensor | None) -> Tensor:
-    from .permute_cpu import gather_bytes
+def _gather_compiled(x_MD: Tensor, row_ids_N: Tensor, beside: Tensor | None, out: Tensor | None) -> Tensor:
+    from .permute_cpu import gather_into
 
-    N, D = row_ids_N.numel(), x_MD.shape[1]
-    num_rows = x_MD.shape[0] + beside.shape[0]
-    if N and not 0 <= int(row_ids_N.min()) <= int(row_ids_N.max()) < num_rows:
+    out = _new_or_checked(out, row_ids_N.shape[0], x_MD)
+    if not gather_into(out, _dense(x_MD), _dense(beside), row_ids_N.long().contiguous()):
+        num_rows = _num_rows(x_MD, beside)
         raise ValueError(f"row_ids_N goes from {int(row_ids_N.min())} to {int(row_ids_N.max())}; ids must be in [0, {num_rows})")
-    out = x_MD.new_empty(N, D) if out is None else out
-    check_out(out, (N, D), x_MD)
-    size = x_MD.element_size()
-    gather_bytes(
-        out.data_ptr(),
-        out.stride(0) * size,
-        x_MD.data_ptr(),
-        x_MD.stride(0) * size,
-        x_MD.shape[0],
-        beside.data_ptr(),
-        beside.stride(0) * size,
-        row_ids_N.numpy(),
-        D * size,
-    )
     return out
 
 
 def _sum_compiled(rows_ND: Tensor, bags: Bags, beside: Tensor | None, out: Tensor | None) -> Tensor:
-    from .permute_cpu import sum_bags
+    from .permute_cpu import sum_into
 
-    out = rows_ND.new_empty(bags.num_bags, rows_ND.shape[1]) if out is None else out
-    check_out(out, (bags.num_bags, rows_ND.shape[1]), rows_ND)
-    beside = rows_ND[:0] if beside is None else beside
-    num_rows = rows_ND.shape[0] + beside.shape[0]
-    if bags.indices.numel() and int(bags.indices.max()) >= num_rows:
-        raise ValueError(f"the bags reach row {int(bags.indices.max())}, but there are {num_rows} rows")
-    rows, others = rows_ND.contiguous().numpy(), beside.contiguous().numpy()
-    sum_bags(out.numpy(), rows, others, bags.indices.numpy(), bags.offsets.numpy())
+    out = _new_or_checked(out, bags.num_bags, rows_ND)
+    indices, offsets = bags.indices.contiguous(), bags.offsets.contiguous()
+    if not sum_into(out, _dense(rows_ND), _dense(beside), indices, offsets):
+        num_rows = _num_rows(rows_ND, beside)
+        lowest, highest = int(indices.min()), int(indices.max())
+        if lowest < 0 or highest >= num_rows:
+            raise ValueError(f"the bags name rows {lowest} to {highest}, but there are {num_rows} rows; use bags_of")
+        raise ValueError(
+            f"offsets go from {int(offsets.min())} to {int(offsets.max())}, but there are {len(indices)} indices; use bags_of"
+        )
     return out
+
+
+def _new_or_checked(out: Tensor | None, num_rows: int, like: Tensor) -> Tensor:
+    """Memory for rows like those of `like`: what the caller gave, or new."""
+    if out is None:
+        return like.new_empty(num_rows, like.shape[1])
+    check_out(out, (num_rows, like.shape[1]), like)
+    return out
+
+
+def _dense(rows: Tensor | None) -> Tensor | None:
+    """The rows, each in one piece, as compiled routines read them."""
+    return rows if rows is None or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _num_rows(rows: Tensor, beside: Tensor | None) -> int:
+    return rows.shape[0] + (0 if beside is None else beside.shape[0])
 
 
 def check_out(out: Tensor, shape: tuple[int, int], like: Tensor) -> None:

@@ -10,9 +10,60 @@ Shapes: M rows, N and P rows of two sources that are read as one, D model dim.
 
 from __future__ import annotations
 
-from numba import njit, types
+from functools import cache
+
+import numpy as np
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
+
+# The words of both routines' tasks: addresses, strides in bytes, numbers of rows; and whether something named no row.
+_NUM_WORDS = 13
+(
+    _OUT,
+    _OUT_STRIDE,
+    _X,
+    _X_STRIDE,
+    _NUM_X,
+    _BESIDE,
+    _BESIDE_STRIDE,
+    _NUM_BESIDE,
+    _IDS,
+    _NUM_IDS,
+    _OFFSETS,
+    _WIDTH,
+    _IS_WRONG,
+) = range(OWN, OWN + _NUM_WORDS)
+
+
+def gather_into(out_ND, x_MD, beside_PD, ids_N):
+    """Row n of out is row ids_N[n] (int64) of x followed by beside (or None), of any dtype.
+
+    Returns whether every id names a row.
+    """
+    N, row_bytes = ids_N.shape[0], x_MD.shape[1] * x_MD.element_size()
+    words = *_rows(out_ND)[:2], *_rows(x_MD), *_rows(beside_PD), ids_N.data_ptr(), N, 0, row_bytes, 0
+    return not run_rows(_gather, N, row_bytes, *words)
+
+
+def sum_into(out_MD, x_ND, beside_PD, indices, offsets):
+    """Row m of out is the sum, in order, of the rows of bag m in x followed by beside (fp32 or fp64); zeros for an empty bag.
+
+    Returns whether every offset names an index and every index a row.
+    """
+    M, D, item = out_MD.shape[0], x_ND.shape[1], x_ND.element_size()
+    bags = indices.data_ptr(), indices.shape[0], offsets.data_ptr()
+    words = *_rows(out_MD)[:2], *_rows(x_ND), *_rows(beside_PD), *bags, D, 0
+    return not run_rows(_sum_routine(np.float32 if item == 4 else np.float64), M, D * item, *words)
+
+
+def _rows(tensor):
+    """Address, stride in bytes and number of a tensor's rows; None has none."""
+    if tensor is None:
+        return 0, 0, 0
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), tensor.shape[0]
 
 
 @intrinsic
@@ -27,38 +78,68 @@ def copy_bytes(typingctx, target, source, num_bytes):
     return types.void(types.intp, types.intp, types.intp), codegen
 
 
-@njit(cache=True, nogil=True)
-def gather_bytes(out, out_stride, x, x_stride, num_x, beside, beside_stride, ids_N, row_bytes):
-    """Row n of out is row ids_N[n] of x followed by beside. Tensors are addresses, strides are bytes."""
-    for n in range(ids_N.size):
-        i = ids_N[n]
-        source = x + i * x_stride if i < num_x else beside + (i - num_x) * beside_stride
-        copy_bytes(out + n * out_stride, source, row_bytes)
+@njit(cache=True, inline="always")
+def _address_of(task, i, otherwise):
+    """The address of row i of both sources; another one where there is no such row, and the task remembers that."""
+    if i < 0 or i >= task[_NUM_X] + task[_NUM_BESIDE]:
+        task[_IS_WRONG] = 1
+        return otherwise
+    if i < task[_NUM_X]:
+        return task[_X] + i * task[_X_STRIDE]
+    return task[_BESIDE] + (i - task[_NUM_X]) * task[_BESIDE_STRIDE]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def sum_bags(out_MD, x_ND, beside_PD, indices, offsets):
-    """Row m of out is the sum, in order, of the rows of bag m in x followed by beside; zeros for an empty bag."""
-    num_bags, D = out_MD.shape
-    N = x_ND.shape[0]
-    for m in range(num_bags):
-        first, last = offsets[m], offsets[m + 1]
-        total = out_MD[m]
-        if first == last:
-            total[:] = 0
-            continue
-        i = indices[first]
-        a = x_ND[i] if i < N else beside_PD[i - N]
-        if last == first + 1:
+@cfunc("void(voidptr)", cache=True)
+def _gather(pointer):
+    task = task_at(pointer, _NUM_WORDS)
+    ids_N = carray(pointer_to(task[_IDS]), task[_NUM_IDS], np.int64)
+    first, stop = take_rows(task)
+    while first < stop:
+        for n in range(first, stop):
+            target = task[_OUT] + n * task[_OUT_STRIDE]
+            copy_bytes(target, _address_of(task, ids_N[n], target), task[_WIDTH])
+        first, stop = take_rows(task)
+
+
+@njit(cache=True, inline="always")
+def _sum(pointer, dtype):
+    task = task_at(pointer, _NUM_WORDS)
+    D = task[_WIDTH]
+    indices = carray(pointer_to(task[_IDS]), task[_NUM_IDS], np.int32)
+    offsets = carray(pointer_to(task[_OFFSETS]), task[NUM_ROWS] + 1, np.int32)
+    first_bag, stop_bag = take_rows(task)
+    while first_bag < stop_bag:
+        for m in range(first_bag, stop_bag):
+            first, last = offsets[m], offsets[m + 1]
+            if first < 0 or last > task[_NUM_IDS]:
+                task[_IS_WRONG] = 1
+                continue
+            target = task[_OUT] + m * task[_OUT_STRIDE]
+            total = carray(pointer_to(target), D, dtype)
+            if first >= last:
+                total[:] = 0
+                continue
+            a = carray(pointer_to(_address_of(task, indices[first], target)), D, dtype)
+            if last == first + 1:
+                for d in range(D):
+                    total[d] = a[d]
+                continue
+            b = carray(pointer_to(_address_of(task, indices[first + 1], target)), D, dtype)
             for d in range(D):
-                total[d] = a[d]
-            continue
-        i = indices[first + 1]
-        b = x_ND[i] if i < N else beside_PD[i - N]
-        for d in range(D):
-            total[d] = a[d] + b[d]
-        for j in range(first + 2, last):
-            i = indices[j]
-            a = x_ND[i] if i < N else beside_PD[i - N]
-            for d in range(D):
-                total[d] += a[d]
+                total[d] = a[d] + b[d]
+            for j in range(first + 2, last):
+                a = carray(pointer_to(_address_of(task, indices[j], target)), D, dtype)
+                for d in range(D):
+                    total[d] += a[d]
+        first_bag, stop_bag = take_rows(task)
+
+
+@cache
+def _sum_routine(dtype):
+    """The routine for rows of a numpy dtype, compiled when it is first asked for."""
+
+    @cfunc("void(voidptr)", cache=True)
+    def routine(pointer):
+        _sum(pointer, dtype)
+
+    return routine

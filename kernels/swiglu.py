@@ -8,17 +8,14 @@ Shapes: N rows, F expert ffn dim; gate_up_N2F holds gate in its first F columns 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .checks import check_devices, check_floating
 
-# The compiled pass runs on one thread; with more threads than this torch's own passes finish sooner.
-_COMPILED_MAX_THREADS = 4
 # Elements of one [rows, F] block: five such fp32 blocks (gate, up, dh, two temporaries) stay in a 2 MiB cache.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -37,15 +34,16 @@ def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Ten
     check_devices(gate_up_N2F.device, row_weights_N=row_weights_N, out=out)
     check_floating(gate_up_N2F=gate_up_N2F)
     h_NF = gate_up_N2F.new_empty(_hidden_shape(gate_up_N2F)) if out is None else out
+    _check_shapes(gate_up_N2F, row_weights_N=row_weights_N, h_NF=h_NF)
     if gate_up_N2F.device.type == "cuda":
         from .swiglu_triton import swiglu_triton
 
         return swiglu_triton(gate_up_N2F, row_weights_N, h_NF)
-    if not _takes_compiled_pass(row_weights_N, gate_up_N2F, h_NF):
+    if not _takes_compiled_pass([row_weights_N], gate_up_N2F, h_NF):
         return swiglu_torch(gate_up_N2F, row_weights_N, out=h_NF)
-    from .swiglu_cpu import swiglu_rows
+    from .swiglu_cpu import swiglu_into
 
-    swiglu_rows(_array(gate_up_N2F), _weights_array(row_weights_N, len(h_NF)), _array(h_NF))
+    swiglu_into(h_NF, gate_up_N2F, torch.ones(len(h_NF)) if row_weights_N is None else row_weights_N)
     return h_NF
 
 
@@ -62,23 +60,23 @@ def swiglu_backward(
     _check_dh(dh_NF, gate_up_N2F)
     grads = _new_grads(gate_up_N2F, row_weights_N) if out is None else out
     check_devices(gate_up_N2F.device, dgate_up_N2F=grads.dgate_up_N2F, drow_weights_N=grads.drow_weights_N, h_NF=grads.h_NF)
+    dweights_N = grads.drow_weights_N
+    _check_shapes(
+        gate_up_N2F, row_weights_N=row_weights_N, dgate_up_N2F=grads.dgate_up_N2F, drow_weights_N=dweights_N, h_NF=grads.h_NF
+    )
     if gate_up_N2F.device.type == "cuda":
         from .swiglu_triton import swiglu_backward_triton
 
         return swiglu_backward_triton(dh_NF, gate_up_N2F, row_weights_N, grads)
-    if not _takes_compiled_pass(row_weights_N, gate_up_N2F, dh_NF, grads.dgate_up_N2F, grads.h_NF):
+    if not _takes_compiled_pass([row_weights_N, dweights_N], gate_up_N2F, dh_NF, grads.dgate_up_N2F, grads.h_NF):
         return swiglu_backward_torch(dh_NF, gate_up_N2F, row_weights_N, out=grads)
-    from .swiglu_cpu import swiglu_backward_rows
+    from .swiglu_cpu import swiglu_backward_into
 
     if grads.h_NF.data_ptr() != dh_NF.data_ptr():
         grads.h_NF.copy_(dh_NF)
-    swiglu_backward_rows(
-        _array(grads.h_NF),
-        _array(gate_up_N2F),
-        _weights_array(row_weights_N, len(dh_NF)),
-        _array(grads.dgate_up_N2F),
-        _weights_array(grads.drow_weights_N, len(dh_NF)),
-    )
+    weights_N = torch.ones(len(dh_NF)) if row_weights_N is None else row_weights_N
+    dweights_N = torch.empty_like(weights_N) if dweights_N is None else dweights_N
+    swiglu_backward_into(grads.h_NF, gate_up_N2F, weights_N, grads.dgate_up_N2F, dweights_N)
     return grads
 
 
@@ -169,26 +167,24 @@ def _check_dh(dh_NF: Tensor, gate_up_N2F: Tensor) -> None:
         )
 
 
-def _takes_compiled_pass(row_weights_N: Tensor | None, *tensors: Tensor) -> bool:
-    """Whether the compiled CPU pass serves these tensors: fp32 or bf16, contiguous, few enough threads."""
+def _check_shapes(gate_up_N2F: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor has the shape that its name says; compiled routines know nothing but addresses."""
+    N, F = _hidden_shape(gate_up_N2F)
+    shapes = {"N": (N,), "NF": (N, F), "N2F": (N, 2 * F)}
+    for name, tensor in tensors.items():
+        expected = shapes[name.rpartition("_")[2]]
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, but gate_up_N2F {(N, 2 * F)} asks for {expected}")
+
+
+def _takes_compiled_pass(weights: Sequence[Tensor | None], *tensors: Tensor) -> bool:
+    """Whether the compiled CPU pass serves these tensors: fp32 or bf16, row weights in fp32, everything contiguous."""
     first = tensors[0]
     return (
         first.dtype in (torch.float32, torch.bfloat16)
         and all(tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
-        and (row_weights_N is None or (row_weights_N.dtype == torch.float32 and row_weights_N.is_contiguous()))
-        and torch.get_num_threads() <= _COMPILED_MAX_THREADS
+        and all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
     )
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as numpy sees it; bfloat16 as int16."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _weights_array(row_weights_N: Tensor | None, num_rows: int) -> np.ndarray:
-    """Row weights for the compiled pass: ones where there are none (also a place for a gradient nobody wants)."""
-    return np.ones(num_rows, dtype=np.float32) if row_weights_N is None else _array(row_weights_N)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -12,18 +12,47 @@ Shapes: N rows, F expert ffn dim.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
+import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
+
+from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 
 _LOG2_E = np.float32(1.4426950408889634)
 # Taylor coefficients of 2**f, which on [-0.5, 0.5] leave a relative error below 1.2e-7.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(np.log(2) ** k / float(np.prod(np.arange(1.0, k + 1)))) for k in range(7))
 _ONE = np.float32(1.0)
 _MAX_EXPONENT = np.float32(126.0)
+# The words of both routines' tasks: addresses, and the width F.
+_NUM_WORDS = 6
+_GATE_UP, _ROW_WEIGHTS, _H, _DGATE_UP, _DROW_WEIGHTS, _WIDTH = range(OWN, OWN + _NUM_WORDS)
 # Adding 1.5 * 2**23 and taking it away again rounds a float32 to the nearest integer.
 _ROUND = np.float32(12582912.0)
+
+
+def swiglu_into(h_NF, gate_up_N2F, row_weights_N):
+    """h = silu(gate) * up * row_weight, row weights in fp32; everything contiguous."""
+    (N, F), dtype = h_NF.shape, _numpy_dtype(h_NF)
+    run_rows(_forward(dtype), N, 3 * F * h_NF.element_size(), *_addresses(gate_up_N2F, row_weights_N, h_NF), 0, 0, F)
+
+
+def swiglu_backward_into(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N):
+    """Both gradients and that of the row weights, and h written over dh; everything contiguous."""
+    (N, F), dtype = dh_then_h_NF.shape, _numpy_dtype(dh_then_h_NF)
+    addresses = _addresses(gate_up_N2F, row_weights_N, dh_then_h_NF, dgate_up_N2F, drow_weights_N)
+    run_rows(_backward(dtype), N, 6 * F * dh_then_h_NF.element_size(), *addresses, F)
+
+
+def _addresses(*tensors):
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _numpy_dtype(tensor):
+    return np.int16 if tensor.dtype == torch.bfloat16 else np.float32
 
 
 @intrinsic
@@ -77,8 +106,8 @@ def _sigmoid(x):
     return _ONE / (_ONE + fraction * power)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def swiglu_rows(gate_up_N2F, row_weights_N, h_NF):
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _forward_rows(gate_up_N2F, row_weights_N, h_NF):
     """h = silu(gate) * up * row_weight."""
     N, F = h_NF.shape
     for n in range(N):
@@ -89,8 +118,8 @@ def swiglu_rows(gate_up_N2F, row_weights_N, h_NF):
             h[f] = _store(g * _sigmoid(g) * _load(up[f]) * weight, h[f])
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
-def swiglu_backward_rows(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N):
+@njit(cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+def _backward_rows(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N):
     """Both gradients, and h written over dh; the sum over f of a row's weight gradient is vectorised, in one fixed order.
 
     One array for dh and h is not thrift alone: the compiler vectorises a loop over two arrays only where they don't overlap.
@@ -111,3 +140,48 @@ def swiglu_backward_rows(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F,
             dup[f] = _store(d_up * weight, dup[f])
             dgate[f] = _store(d * u * weight * (s + activated * (_ONE - s)), dgate[f])
         drow_weights_N[n] = dweight
+
+
+@njit(cache=True, inline="always")
+def _rows_at(task, word, width, dtype):
+    """The contiguous rows at the address in a word of the task."""
+    return carray(pointer_to(task[word]), (task[NUM_ROWS], width), dtype)
+
+
+@cache
+def _forward(dtype):
+    """The forward routine for rows of a numpy dtype, compiled when it is first asked for."""
+
+    @cfunc("void(voidptr)", cache=True)
+    def routine(pointer):
+        task = task_at(pointer, _NUM_WORDS)
+        F = task[_WIDTH]
+        gate_up_N2F, h_NF = _rows_at(task, _GATE_UP, 2 * F, dtype), _rows_at(task, _H, F, dtype)
+        row_weights_N = carray(pointer_to(task[_ROW_WEIGHTS]), task[NUM_ROWS], np.float32)
+        first, stop = take_rows(task)
+        while first < stop:
+            _forward_rows(gate_up_N2F[first:stop], row_weights_N[first:stop], h_NF[first:stop])
+            first, stop = take_rows(task)
+
+    return routine
+
+
+@cache
+def _backward(dtype):
+    """The backward routine for rows of a numpy dtype, compiled when it is first asked for."""
+
+    @cfunc("void(voidptr)", cache=True)
+    def routine(pointer):
+        task = task_at(pointer, _NUM_WORDS)
+        F = task[_WIDTH]
+        gate_up_N2F, dgate_up_N2F = _rows_at(task, _GATE_UP, 2 * F, dtype), _rows_at(task, _DGATE_UP, 2 * F, dtype)
+        dh_then_h_NF = _rows_at(task, _H, F, dtype)
+        row_weights_N = carray(pointer_to(task[_ROW_WEIGHTS]), task[NUM_ROWS], np.float32)
+        drow_weights_N = carray(pointer_to(task[_DROW_WEIGHTS]), task[NUM_ROWS], np.float32)
+        first, stop = take_rows(task)
+        while first < stop:
+            rows = slice(first, stop)
+            _backward_rows(dh_then_h_NF[rows], gate_up_N2F[rows], row_weights_N[rows], dgate_up_N2F[rows], drow_weights_N[rows])
+            first, stop = take_rows(task)
+
+    return routine

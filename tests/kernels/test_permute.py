@@ -111,10 +111,31 @@ def test_rows_beside_others_must_be_like_them() -> None:
         gather_rows(x_MD, ids_N, beside=torch.randn(2, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"goes from 0 to 4; ids must be in \[0, 4\)"):
         gather_rows(x_MD, ids_N, beside=x_MD[:1])
-    with pytest.raises(ValueError, match="reach row 4, but there are 4 rows"):
+    with pytest.raises(ValueError, match="rows 0 to 4, but there are 4 rows"):
         sum_rows(x_MD, bags_of(torch.zeros(5, dtype=torch.int64), 1), beside=x_MD[:1])
     with pytest.raises(ValueError, match=r"out must be torch.float32 \(2, 4\)"):
         gather_rows(x_MD, ids_N, beside=x_MD, out=torch.empty(3, 4))
+
+
+@pytest.mark.parametrize("ids", [[0, 3], [-1, 0]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_ids_that_name_no_row_are_refused(ids: list[int], dtype: torch.dtype) -> None:
+    """Nothing outside the rows is read, with none at all either."""
+    row_ids_N = torch.tensor(ids, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"goes from {ids[0]} to {ids[1]}; ids must be in \[0, 3\)"):
+        gather_rows(torch.randn(3, 4), row_ids_N)
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 0\)"):
+        gather_rows(torch.randn(0, 4), row_ids_N)
+    bags = Bags(row_ids_N.int(), torch.tensor([0, 2], dtype=torch.int32))
+    with pytest.raises(ValueError, match=f"rows {ids[0]} to {ids[1]}, but there are 3 rows"):
+        sum_rows(torch.randn(3, 4), bags)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3], [-1, 2]], ids=str)
+def test_offsets_that_name_no_index_are_refused(offsets: list[int]) -> None:
+    bags = Bags(torch.tensor([0, 1], dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match=f"offsets go from {offsets[0]} to {offsets[1]}, but there are 2 indices; use bags_of"):
+        sum_rows(torch.randn(3, 4), bags)
 
 
 def test_sum_follows_the_order_the_bag_gives() -> None:

@@ -146,3 +146,10 @@ def test_wrong_shapes_are_named() -> None:
         swiglu(torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"dh_NF is torch.float32 \(3, 3\), but gate_up_N2F asks for torch.float32 \(3, 2\)"):
         swiglu_backward(torch.randn(3, 3), torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"h_NF is \(3, 3\), but gate_up_N2F \(3, 4\) asks for \(3, 2\)"):
+        swiglu(torch.randn(3, 4), out=torch.empty(3, 3))
+    with pytest.raises(ValueError, match=r"row_weights_N is \(2,\), but gate_up_N2F \(3, 4\) asks for \(3,\)"):
+        swiglu(torch.randn(3, 4), torch.rand(2))
+    buffers = SwigluGrads(torch.empty(3, 4), torch.empty(1), torch.empty(3, 2))
+    with pytest.raises(ValueError, match=r"drow_weights_N is \(1,\), but gate_up_N2F \(3, 4\) asks for \(3,\)"):
+        swiglu_backward(torch.randn(3, 2), torch.randn(3, 4), torch.rand(3), out=buffers)

@@ -1,0 +1,91 @@
+"""Rows of a compiled routine shared out among torch's own CPU threads.
+
+A routine is a C function of one argument, the address of its task: int64 words, the first of which say which rows are still to
+be done. Threads take rows chunk by chunk until none are left, so that a thread that starts late or is held up delays nobody
+who has work to do. Which thread computes a row decides nothing about its value.
+
+The threads are those that torch's own passes run on: GCC's entry point to OpenMP, through which torch starts them, is called
+here too. A second pool would have to take the cores from them, as they spin for milliseconds after each pass of torch. Where
+torch is built on another pool, the routine runs on the caller's thread alone.
+
+Import this module lazily: it imports numba.
+"""
+
+# The compiler gives these functions their types, which Python annotations cannot say.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# What a task begins with; the words of the routine follow, from OWN on.
+_NEXT_ROW, _CHUNK_ROWS, NUM_ROWS, OWN = range(4)
+# What one thread takes at a time, and the least that is worth waking another for.
+_CHUNK_BYTES = 1 << 16
+
+
+def run_rows(routine, num_rows, row_bytes, *words):
+    """Run `routine` (a numba cfunc) over `num_rows` rows of about `row_bytes` each; return its last word as it left it."""
+    chunk_rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    task = (ctypes.c_int64 * (OWN + len(words)))(0, chunk_rows, num_rows, *words)
+    num_threads = min(torch.get_num_threads(), -(-num_rows // chunk_rows))
+    start_threads = _gomp_parallel()
+    if num_threads <= 1 or start_threads is None:
+        routine.ctypes(task)
+    else:
+        start_threads(routine.address, task, num_threads, 0)
+    return task[-1]
+
+
+@cache
+def _gomp_parallel():
+    """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch found in this process, or None.
+
+    It is asked of the whole process, as the linker did for torch: a library preloaded by the user serves both or none.
+    """
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
+    return function
+
+
+@intrinsic
+def _add_to_word(typingctx, address, value):
+    """Add to a word that others add to, and return what it held before."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], ir.IntType(64).as_pointer()), args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def pointer_to(typingctx, address):
+    """An address as a pointer, which numba's `carray` makes an array of."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@njit(cache=True, inline="always")
+def take_rows(task):
+    """The next rows that nobody has taken yet, (first, after the last); an empty range when there are none."""
+    first = _add_to_word(task.ctypes.data, task[_CHUNK_ROWS])
+    return first, min(first + task[_CHUNK_ROWS], task[NUM_ROWS])
+
+
+@njit(cache=True, inline="always")
+def task_at(pointer, num_words):
+    """The task that a routine was given, with as many words of its own."""
+    return carray(pointer, OWN + num_words, np.int64)
