@@ -88,7 +88,8 @@ def kernels_command(arguments: tuple[str, ...]) -> int:
     multiple=True,
     default=("plan", "milp"),
     show_default=True,
-    help="plan: time of planner and split; milp: gap of the exact solver; moetuner: hops of owners from a trace. Repeatable.",
+    help="plan: time of planner and split; milp: gap of the exact solver; joint: of all layers together; "
+    "moetuner: hops of owners from a trace. Repeatable.",
 )
 @click.option("--experts", type=click.IntRange(1, 4096), multiple=True, default=(64, 256), show_default=True, help="Repeatable.")
 @click.option("--ranks", type=click.IntRange(1, 1024), multiple=True, default=(8, 64), show_default=True, help="Repeatable.")
@@ -107,7 +108,13 @@ def kernels_command(arguments: tuple[str, ...]) -> int:
     show_default=True,
     help="Zipf exponent. Repeatable.",
 )
-@click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True, help="Layers timed, each another draw.")
+@click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Layers timed or placed together, each another draw.",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--trace", "path", metavar="FILE.npz", help="Recorded topk_ids for milp and moetuner, at the first --ranks.")
 @click.option(

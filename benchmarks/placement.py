@@ -1,4 +1,4 @@
-"""Planner and split time by experts and ranks, and the gap of the exact solver against time.
+"""Planner and split time by experts and ranks, the gap of the exact solver against time, and of all layers' owners together.
 
 Every problem is one layer whose expert popularity follows a Zipf law in random order, 4,096 tokens a rank on H100 nodes of 8,
 copies hidden under other work. Planner and split are timed after a warm-up, on one core, each over several layers.
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver, split_exact
+from ..placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver, solve_joint, split_exact
 from ..placement.milp import solve as solve_milp
 from . import placement_trace
 from .placement_trace import TraceCase
@@ -22,7 +22,7 @@ COLUMNS = (
     *("what", "solver", "experts", "ranks", "slots", "skew", "ms_per_layer", "ms_min", "ms_max"),
     *("layer", "max_over_mean", "off_rank", "off_node", "copies", "gap", "seconds"),
 )
-WHATS = ("plan", "milp", "moetuner")
+WHATS = ("plan", "milp", "joint", "moetuner")
 _TOKENS_PER_RANK = 4096
 
 
@@ -90,6 +90,25 @@ def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, An
     return rows
 
 
+def _joint_gap(problems: Sequence[Problem]) -> dict[str, Any]:
+    """Place all layers together."""
+    first, answer = problems[0], solve_joint(problems)
+    splits = [split_exact(p.load, found.placement, p.topology) for p, found in zip(problems, answer.layers, strict=True)]
+    return {
+        "what": "joint",
+        "solver": "joint",
+        "experts": first.num_experts,
+        "ranks": first.num_ranks,
+        "slots": first.slots,
+        "layers": len(problems),
+        "max_over_mean": float(np.mean([split.max_over_mean for split in splits])),
+        "copies": sum(found.placement.num_copies for found in answer.layers) / len(problems),
+        "ms_of_step": 1e3 * answer.total_s,
+        "gap": answer.gap,
+        "seconds": answer.seconds,
+    }
+
+
 def run(
     experts: Sequence[int],
     ranks: Sequence[int],
@@ -113,6 +132,9 @@ def run(
         problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
         for solver in solvers:
             rows += [{**row, "skew": skew} for row in _time_layers(solver, problems, rounds)]
+    for num_experts, num_ranks, skew in itertools.product(experts, ranks, skews) if "joint" in whats else ():
+        problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
+        rows.append({**_joint_gap(problems), "skew": skew})
     if "milp" in whats and limits_s:
         if trace is None:
             rows += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)

@@ -1,8 +1,10 @@
 """A lower bound on a layer's seconds that counts the links: proven by counting, without an engine.
 
-Say every rank receives at most C copies. Then a rank keeps at most its own tokens of what it owns and of its C best copies, so
-the rows that must travel are known from below, and with them the busiest device and node link, which carry at least the mean.
-C copies cost at least C items on a link. The least of these bounds over C = 0 ... slots bounds every placement.
+Say every device sends and receives at most C copies. Then a rank keeps at most its own tokens of what it owns and of its C best
+copies, so the rows that must travel are known from below, and with them the busiest device link, which carries at least the
+mean; some rank computes a part in 1 + C of the largest expert; and C copies cost C items on a link. The same holds for the links
+of nodes and the most experts c that copies bring to a node, at most C for each of its ranks. The least of these bounds over all
+C and c bounds every placement.
 Shape letters: R ranks, N nodes, E experts, M units (ranks or nodes).
 """
 
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .cost import Bound, Cost, Tally, lower_bound, price, prices_of
+from .cost import Bound, Tally, lower_bound, price, prices_of
 from .values import Problem
 
 _PRICE_STEPS = 60
@@ -35,48 +37,57 @@ def _most_kept_by_owners(load_ME: np.ndarray, owned_M: np.ndarray) -> int:
     return int(np.ceil(best - 1e-6))
 
 
+def _best_sums(load_ME: np.ndarray, most: int) -> np.ndarray:
+    """Return the sums of every unit's 0 ... `most` largest loads [M, most + 1]."""
+    sums_ME = np.pad(-np.sort(-load_ME, axis=1).cumsum(axis=1), ((0, 0), (1, 0)))
+    return sums_ME[:, np.minimum(np.arange(most + 1), load_ME.shape[1])]
+
+
 def _most_kept(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_may_move: bool) -> np.ndarray:
-    """Return the most rows every unit can keep with `copies` copies [M], all owners fixed or any."""
-    sorted_ME = -np.sort(-load_ME, axis=1)
+    """Return the most rows every unit can keep with 0 ... `copies` copies [M, copies + 1], all owners fixed or any."""
     owned_M = np.bincount(owner_E, minlength=load_ME.shape[0])
     if owners_may_move:
-        return np.array([sorted_ME[m, : owned_M[m] + copies].sum() for m in range(owned_M.size)])
-    own_ME = np.zeros_like(load_ME)
-    own_ME[owner_E, np.arange(owner_E.size)] = load_ME[owner_E, np.arange(owner_E.size)]
-    foreign_ME = -np.sort(-(load_ME - own_ME), axis=1)
-    return own_ME.sum(axis=1) + foreign_ME[:, :copies].sum(axis=1)
+        sums_MN = _best_sums(load_ME, int(owned_M.max()) + copies)
+        return np.take_along_axis(sums_MN, owned_M[:, None] + np.arange(copies + 1), axis=1)
+    own_ME = np.where(owner_E == np.arange(owned_M.size)[:, None], load_ME, 0)
+    return own_ME.sum(axis=1, keepdims=True) + _best_sums(load_ME - own_ME, copies)
 
 
-def _least_items(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_may_move: bool, keep_counts: bool) -> int:
-    """Return the rows that the busiest unit must send at least, with `copies` copies a unit."""
+def _least_rows(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_may_move: bool, keep_counts: bool) -> np.ndarray:
+    """Return the rows that the busiest unit must send or receive at least, with 0 ... `copies` copies a unit [copies + 1]."""
     start_M = load_ME.sum(axis=1)
-    owned_M = np.bincount(owner_E, minlength=start_M.size)
-    kept = int(start_M.sum())
-    busiest = 0
+    total, num_units = int(start_M.sum()), start_M.size
+    kept_C, busiest_C = np.full(copies + 1, total), np.zeros(copies + 1, dtype=np.int64)
     if keep_counts or not owners_may_move:
-        kept_M = _most_kept(load_ME, owner_E, copies, owners_may_move)
-        kept, busiest = int(np.minimum(kept_M, start_M).sum()), int((start_M - kept_M).max())
+        kept_MC = _most_kept(load_ME, owner_E, copies, owners_may_move)
+        kept_C = np.minimum(kept_MC, start_M[:, None]).sum(axis=0)
+        busiest_C = (start_M[:, None] - kept_MC).max(axis=0)
     if owners_may_move:
+        owned_M = np.bincount(owner_E, minlength=num_units)
         of_owners = _most_kept_by_owners(load_ME, owned_M) if keep_counts else int(load_ME.max(axis=0).sum())
-        kept = min(kept, of_owners + int(-np.sort(-load_ME, axis=1)[:, :copies].sum()))
-    return max(busiest, -(-(int(start_M.sum()) - kept) // start_M.size), 0)
+        kept_C = np.minimum(kept_C, of_owners + _best_sums(load_ME, copies).sum(axis=0))
+    return np.maximum(np.maximum(busiest_C, -((kept_C - total) // num_units)), 0)
 
 
-def _least_tally(problem: Problem, work_rows: int, copies: int, owners_may_move: bool, keep_counts: bool) -> Tally:
-    """Return what the busiest rank and links have to do at least if no rank receives more than `copies` copies."""
+def _least_tallies(problem: Problem, low: int, high: int | None, *, owners_may_move: bool, keep_counts: bool) -> list[Tally]:
+    """Return what the busiest rank and links have to do at least, if the busiest device moves `low` to `high` copies.
+
+    One for each number of experts that copies bring to the node where they bring most; the last is the least in rows.
+    """
     topology, owner_E, load_RE = problem.topology, problem.expert_to_owner_E, problem.load.load_RE
-    device, node = _least_items(load_RE, owner_E, copies, owners_may_move, keep_counts), 0
-    if topology.num_nodes > 1:
-        load_NE = load_RE.reshape(topology.num_nodes, topology.ranks_per_node, -1).sum(axis=1)
-        node_copies = min(copies * topology.ranks_per_node, problem.num_experts)
-        node = _least_items(load_NE, topology.node_of_rank_R[owner_E], node_copies, owners_may_move, keep_counts)
-    return Tally(work_rows, device, node, copies, 0)
-
-
-def _least_work(problem: Problem, owners_may_move: bool) -> tuple[Bound, int]:
-    """Return the bound that knows no links, and its rows of work."""
-    base = lower_bound(problem, owners_may_move=owners_may_move)
-    return base, round(base.total_s / prices_of(problem).work_row_s)
+    received = problem.slots if high is None else min(high, problem.slots)
+    base_s = lower_bound(problem, owners_may_move=owners_may_move).total_s
+    work_rows = round(base_s / prices_of(problem).work_row_s)
+    if high is not None:
+        largest = -(-int(problem.load.totals_E.max()) // (1 + high))
+        work_rows = max(work_rows, largest + topology.half_rate_rows * (largest > 0))
+    device_rows = int(_least_rows(load_RE, owner_E, received, owners_may_move, keep_counts)[-1])
+    if topology.num_nodes == 1:
+        return [Tally(work_rows, device_rows, 0, low, 0)]
+    load_NE = load_RE.reshape(topology.num_nodes, topology.ranks_per_node, -1).sum(axis=1)
+    most = min(received * topology.ranks_per_node, problem.num_experts)
+    node_rows_C = _least_rows(load_NE, topology.node_of_rank_R[owner_E], most, owners_may_move, keep_counts)
+    return [Tally(work_rows, device_rows, int(rows), low, node_copies) for node_copies, rows in enumerate(node_rows_C)]
 
 
 def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: bool = True) -> Bound:
@@ -84,25 +95,18 @@ def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: 
 
     With `owners_may_move` owners are free, as many per rank as now if `keep_counts`, else any number.
     """
-    base, work_rows = _least_work(problem, owners_may_move)
-    bounds_s = [
-        price(problem, _least_tally(problem, work_rows, copies, owners_may_move, keep_counts)).total_s
-        for copies in range(problem.slots + 1)
-    ]
+    base = lower_bound(problem, owners_may_move=owners_may_move)
+    most = problem.num_ranks - 1 if problem.slots else 0
+    ranges = [(copies, copies) for copies in range(most + 1)] + ([(most + 1, None)] if problem.slots else [])
+    bounds_s = [range_bound_s(problem, *span, owners_may_move=owners_may_move, keep_counts=keep_counts) for span in ranges]
+    return Bound(base.max_rows, max(base.total_s, min(bounds_s)))
+
+
+def range_bound_s(problem: Problem, low: int, high: int | None, *, owners_may_move: bool, keep_counts: bool = True) -> float:
+    """Bound the seconds of every placement whose busiest device sends or receives `low` to `high` copies; None: any number."""
+    tallies = _least_tallies(problem, low, high, owners_may_move=owners_may_move, keep_counts=keep_counts)
     # Sums of rounded numbers: the least possible cost may differ from its bound in the last digits.
-    return Bound(base.max_rows, max(base.total_s, min(bounds_s) * (1 - 1e-12)))
-
-
-def _spent(problem: Problem, low: int, high: int, owners_may_move: bool) -> tuple[Tally, Cost]:
-    """Return what placements whose busiest device moves `low` to `high` copies have to do at least, and its price."""
-    _, work_rows = _least_work(problem, owners_may_move)
-    least = _least_tally(problem, work_rows, min(high, problem.slots), owners_may_move, keep_counts=True)
-    return least, price(problem, replace(least, device_copies=low))
-
-
-def range_bound_s(problem: Problem, low: int, high: int, *, owners_may_move: bool) -> float:
-    """Bound the seconds of every placement whose busiest device sends or receives `low` to `high` copies."""
-    return _spent(problem, low, high, owners_may_move)[1].total_s * (1 - 1e-12)
+    return min(price(problem, tally).total_s for tally in tallies) * (1 - 1e-12)
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,16 @@ class Room:
     moves: int
 
 
-def room_within(problem: Problem, seconds: float, low: int, high: int, *, owners_may_move: bool) -> Room:
+def room_within(problem: Problem, seconds: float, low: int, high: int | None, *, owners_may_move: bool) -> Room:
     """Say what placements may do that cost at most `seconds` and whose busiest device moves `low` to `high` copies.
 
     What one stage needs at least, by the bound's count, no other stage can spend.
     """
     prices = prices_of(problem)
-    least, spent = _spent(problem, low, high, owners_may_move)
+    # The stages by themselves: as few rows as with the most copies to a node, as few copies to a node as with none.
+    tallies = _least_tallies(problem, low, high, owners_may_move=owners_may_move, keep_counts=True)
+    least = replace(tallies[-1], node_copies=0)
+    spent = price(problem, least)
     left_s = max(seconds * (1 + 1e-9) - spent.total_s, 0.0)
     dispatch_s = spent.dispatch_s + left_s - (4 * prices.latency_s if least.device_rows else 0.0)
     row_s = 4 * prices.row_bytes / prices.device_bytes_per_s

@@ -3,7 +3,8 @@
 Minimised is the sum over layers of cost.py's seconds plus the hops: tokens that follow expert i of a layer by expert j of the
 next save a message where both live on one rank, one across nodes where both live on one node. The problem decomposes: a
 search exchanges owners inside a layer, or in opposite directions in two layers, which keeps every rank's rows; then every layer
-gets its copies by itself. An expert above the mean rank counts as the mean rank in the search, because copies will take the rest.
+gets its copies by itself, first as `quota` places them, then by a search from there. An expert above the mean rank counts as the
+mean rank in the search for owners, because copies will take the rest.
 The bound adds up the layers' own bounds with free owners (bounds.py) and no hop at all, so it holds for every owner map.
 Shape letters: L layers, E experts, R ranks.
 """
@@ -28,6 +29,7 @@ from .values import Placement, Problem
 _MOST_PROPOSALS = 20_000_000
 _PROPOSALS_PER_STATE = 40
 _LEAST_PROPOSALS = 20_000
+_COPY_PROPOSALS = 4000  # for each layer
 _COLD = 1e-5
 # Small problems have steep hills for their size; they are searched twice, first from a high temperature.
 _HOT, _HOT_SMALL, _SMALL_STATES = 1e-3, 0.3, 4096
@@ -165,14 +167,25 @@ def _cost_s(problem: Problem, placement: Placement) -> float:
     return cost(problem, placement, split_exact(problem.load, placement, problem.topology)).total_s
 
 
-def _with_copies(problem: Problem, owner_E: np.ndarray) -> Solution:
-    """Add the copies of one layer; its bound holds for any owners."""
+def _with_copies(problem: Problem, owner_E: np.ndarray) -> Placement:
+    return quota.solve(dataclasses.replace(problem, expert_to_owner_E=owner_E)).placement
+
+
+def _finish(problem: Problem, placement: Placement, effort: float) -> Solution:
+    """Search for cheaper copies of one layer under these owners; the answer's bound holds for any owners."""
     start = perf_counter()
-    moved = dataclasses.replace(problem, expert_to_owner_E=owner_E)
-    placement = quota.solve(moved).placement
+    if problem.slots and problem.num_ranks > 1:
+        from .improve import improve
+
+        placement = improve(problem, placement, move_owners=False, proposals=max(1, int(_COPY_PROPOSALS * effort)))
     seconds = cost(problem, placement, split_exact(problem.load, placement, problem.topology))
     bound = link_bound(problem, owners_may_move=True, keep_counts=False)
     return solution(placement, seconds, bound, perf_counter() - start, "joint")
+
+
+def solve(problem: Problem) -> Solution:
+    """Choose the owners and copies of one layer by itself, every rank with as many experts as now."""
+    return solve_joint([problem]).layers[0]
 
 
 def solve_joint(
@@ -207,12 +220,14 @@ def solve_joint(
         candidates.append(_search(problems, pairs_LEE, rows_R, hop_weight, effort))
     answers = []
     for owner_LE in candidates:
-        layers = tuple(_with_copies(problem, owner_E) for problem, owner_E in zip(problems, owner_LE, strict=True))
+        placements = [_with_copies(problem, owner_E) for problem, owner_E in zip(problems, owner_LE, strict=True)]
         hops_s = _hops_s(owner_LE, pairs_LEE, first, hop_weight)
-        answers.append(
-            (sum(layer.cost.total_s for layer in layers) + hops_s, hops_s, layers, OwnerMap(owner_LE, first.num_ranks))
-        )
-    total_s, hops_s, layers, owners = min(answers, key=lambda answer: answer[0])
+        layers_s = sum(_cost_s(problem, placement) for problem, placement in zip(problems, placements, strict=True))
+        answers.append((layers_s + hops_s, hops_s, placements, owner_LE))
+    _, hops_s, placements, owner_LE = min(answers, key=lambda answer: answer[0])
+    layers = tuple(_finish(problem, placement, effort) for problem, placement in zip(problems, placements, strict=True))
+    total_s = sum(layer.cost.total_s for layer in layers) + hops_s
     bound_s = min(sum(layer.bound.total_s for layer in layers), total_s)
     gap = 1 - bound_s / total_s if total_s else 0.0
+    owners = OwnerMap(owner_LE, first.num_ranks)
     return JointSolution(owners, layers, hops_s, total_s, bound_s, gap, perf_counter() - start)

@@ -169,12 +169,7 @@ class _Proof:
         self.best = best
         self.is_interrupted = False
         self._proven_s = {
-            copies: max(
-                bound_s,
-                range_bound_s(
-                    problem, copies.low, problem.slots if copies.high is None else copies.high, owners_may_move=move_owners
-                ),
-            )
+            copies: max(bound_s, range_bound_s(problem, copies.low, copies.high, owners_may_move=move_owners))
             for copies in _copy_ranges(problem)
         }
 

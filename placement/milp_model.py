@@ -268,8 +268,7 @@ class Model:
         return link.time(self._per_item(state_bytes), self._latency) * (1 / problem.move_horizon_steps)
 
     def _room_within(self) -> Room:
-        high = self.problem.slots if self.copies.high is None else self.copies.high
-        return room_within(self.problem, self.seconds, self.copies.low, high, owners_may_move=self.move_owners)
+        return room_within(self.problem, self.seconds, self.copies.low, self.copies.high, owners_may_move=self.move_owners)
 
     def _cover(self, name: str, need: float, items: list[tuple[float, pulp.LpAffineExpression]]) -> None:
         """Require whole items that weigh `need` together; one that weighs more counts as the need."""

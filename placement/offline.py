@@ -8,6 +8,7 @@ from time import perf_counter
 import numpy as np
 
 from .cost import Solution, evaluate
+from .joint import solve_joint
 from .lab import LabSetting, mean_loads
 from .moetuner import tune_owners
 from .owners import OwnerMap
@@ -28,7 +29,7 @@ def solve_plan(
 ) -> SavedPlan:
     """Solve every layer for the mean load of a source, starting from the `current` owners (contiguous blocks by default).
 
-    `moetuner` follows tokens from layer to layer where the source knows them.
+    `joint` deals rows out over all layers together; `moetuner` follows tokens from layer to layer where the source knows them.
     """
     start = perf_counter()
     meta = source.meta
@@ -44,8 +45,11 @@ def solve_plan(
         setting.problem(load, owner_E, slots, setting.rehome_every)
         for load, owner_E in zip(loads, current.expert_to_owner_LE, strict=True)
     ]
-    if pairs_LEE is not None and meta.num_layers > 1:
-        solutions = _solve_together(problems, loads, pairs_LEE, setting)
+    if solver == "joint":
+        solutions = list(solve_joint(problems).layers)
+        on_layer()
+    elif pairs_LEE is not None and meta.num_layers > 1:
+        solutions = _tune(problems, loads, pairs_LEE, setting)
         on_layer()
     else:
         solve = setting.solver(solver)
@@ -72,9 +76,7 @@ def solve_plan(
     )
 
 
-def _solve_together(
-    problems: list[Problem], loads: list[ExpertLoad], pairs_LEE: np.ndarray, setting: LabSetting
-) -> list[Solution]:
+def _tune(problems: list[Problem], loads: list[ExpertLoad], pairs_LEE: np.ndarray, setting: LabSetting) -> list[Solution]:
     """Run MoETuner over all layers at once."""
     start = perf_counter()
     totals_LE = np.stack([load.totals_E for load in loads])

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import balance, eplb, exhaustive, flexmoe, hecate, laer, milp, moetuner, permutation, quota, static
+from . import balance, eplb, exhaustive, flexmoe, hecate, joint, laer, milp, moetuner, permutation, quota, static
 from .cost import Solution
 from .values import Problem
 
@@ -25,6 +25,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "quota": quota.solve,
         "balance": balance.solve,
         "milp": milp.solve,
+        "joint": joint.solve,
         "moetuner": moetuner.solve,
         "exhaustive": exhaustive.solve,
     }

@@ -25,6 +25,10 @@ def test_rows(tmp_path: Path) -> None:
     assert all(row["experts"] == 8 and row["ranks"] == 2 and row["max_over_mean"] >= 1 for row in rows)
     assert all(0 < row["ms_min"] <= row["ms_per_layer"] <= row["ms_max"] for row in rows[:4])
     assert 0 <= rows[4]["gap"] < 1
+    assert run_command(cli, ["bench", "placement", "--what", "joint", *sizes, "--json", str(path)]) == 0
+    (joint,) = json.loads(path.read_text())["rows"]
+    assert (joint["solver"], joint["layers"]) == ("joint", 2)
+    assert 0 <= joint["gap"] < 1
 
 
 def test_wrong_sizes_are_one_line(capsys) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology, cost, get_solver, split_exact
-from moesaic.placement.joint import solve_joint
+from moesaic.placement.joint import solve, solve_joint
 
 
 def model(seed: int, num_layers: int, num_experts: int, topology: Topology, slots: int = 0) -> list[Problem]:
@@ -79,6 +79,19 @@ def test_promises(seed, text, num_layers, num_experts, slots):
         assert (layer.placement.copies_RE.sum(axis=1) <= slots).all()
     again = solve_joint(problems, effort=0.2)
     assert (again.owners, again.total_s, again.bound_s) == (answer.owners, answer.total_s, answer.bound_s)
+
+
+def test_copies_are_searched():
+    """From the copies that quota makes, which balance, to copies that also spare messages between nodes."""
+    rng, topology = np.random.default_rng(0), Topology.parse("4x4")
+    share_E = rng.permutation(np.arange(1, 65) ** -0.8)
+    load = ExpertLoad(rng.multinomial(32768, share_E / share_E.sum(), size=16))
+    owner_E = OwnerMap.contiguous(1, 64, 16).expert_to_owner_LE[0]
+    problem = Problem(load, owner_E, topology, LayerShape(64, 8, 2048, 512, bytes_per_element=2), slots=2, overlap_s=1e-3)
+    found = solve(problem)
+    moved = dataclasses.replace(problem, expert_to_owner_E=found.placement.expert_to_owner_E)
+    move_s = found.cost.move_s
+    assert found.cost.total_s - move_s < 0.99 * get_solver("quota")(moved).cost.total_s
 
 
 def test_layers_may_be_uneven():

@@ -116,6 +116,14 @@ def test_moves_of_a_plan_start_from_the_current_owners(trace, setting):
         solve_plan(trace, setting, "lpt", 0, current=OwnerMap.contiguous(1, 8, 4))
 
 
+def test_joint_deals_rows_out_over_all_layers(trace, setting):
+    """Every rank owns as many experts as before over all layers, and the plan costs no more than quota's."""
+    plan = solve_plan(trace, setting, "joint", 1)
+    meta = trace.meta
+    assert plan.owners.num_rows_R.tolist() == [meta.num_layers * meta.num_experts // meta.num_ranks] * meta.num_ranks
+    assert plan.bound_s <= plan.objective_s <= solve_plan(trace, setting, "quota", 1).objective_s
+
+
 def test_moetuner_follows_tokens_from_layer_to_layer(tmp_path, trace, setting):
     """With pair counts both of its stages run: experts that follow each other share a rank."""
     loads_SLRE = np.full((1, 2, 4, 8), 4)
