@@ -2,6 +2,7 @@
 
 config.py      the whole configuration, from TOML and --set
 launcher.py    what torchrun, mpirun or srun tell a process
+meeting.py     how ranks meet, and who never came
 process.py     one process: rank, device, group, memory, signals
 data.py        bytes of text, windows, batches by position
 model.py       the demo transformer

@@ -171,6 +171,9 @@ class LaunchConfig:
     gradients averaged over the groups. A run's trace and balance are those of the first group."""
     init_method: str = "env://"
     """How ranks meet: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
+    init_timeout_s: Positive = 300.0
+    """Seconds that ranks may start apart: after these, those that came end with a line that names the others. Once all have come
+    runtime.timeout_s limits every wait."""
     num_threads: CountOrZero = 0
     """CPU threads per rank; 0: OMP_NUM_THREADS where the user set it, else cores / ranks on this machine."""
     reuse_memory: bool = True

@@ -17,6 +17,10 @@ class MachineError(ValueError):
     """Wrong input that another machine of the same run may not see: the first rank of each machine prints it."""
 
 
+class RankError(ValueError):
+    """A line that the rank which raises it prints itself: the others cannot, or raise it as an ordinary `ValueError`."""
+
+
 def run_command(command: click.Command, args: Sequence[str] | None = None, name: str = "moesaic") -> int:
     """Run a click command and return the process's exit status.
 
@@ -39,6 +43,9 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
         return INTERRUPTED_STATUS
     except MachineError as error:
         _report(str(error), name, speaks_for_machine)
+        return USAGE_STATUS
+    except RankError as error:
+        _report(str(error), name, lambda env: True)
         return USAGE_STATUS
     except ValueError as error:
         _report(str(error), name)

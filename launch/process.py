@@ -9,7 +9,6 @@ import datetime
 import os
 import platform
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..collectives.transports.mpi import MpiJob
 from .config import LaunchConfig
-from .launcher import find_place, first_host, launcher_of
+from .launcher import Place, find_place, launcher_of
+from .meeting import meet
 
 T = TypeVar("T")
 
@@ -77,19 +76,17 @@ def _choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch
 def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -> Iterator[DeviceMesh]:
     """A process group over all ranks, as a mesh: (ranks), or with replicas (replicate, shard); left in order at the end.
 
+    Ranks have `launch.init_timeout_s` to come; `timeout_s` limits the group's collectives.
+
     After an unexpected exception the group is not destroyed: waiting for ranks that may be stuck would hide the error.
     """
     on_cuda = process.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(process.device)
     backend, timeout = "nccl" if on_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
-    if process.world_size > 1 and (config.init_method != "env://" or "MASTER_ADDR" in os.environ):
-        dist.init_process_group(
-            backend, init_method=config.init_method, rank=process.rank, world_size=process.world_size, timeout=timeout
-        )
-    else:
-        store = _meet(process, os.environ, timeout)
-        dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
+    place = Place(process.rank, process.world_size, process.local_rank, process.local_world_size, launcher_of(os.environ))
+    store = meet(place, config.init_method, config.init_timeout_s, os.environ)
+    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
     try:
         degree = config.data_parallel_replicate_degree
         shape = (process.world_size,) if degree == 1 else (degree, process.world_size // degree)
@@ -101,39 +98,6 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     # The rank that serves the key-value store must not leave while others still use it.
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _meet(process: Process, env: Mapping[str, str], timeout: datetime.timedelta) -> dist.Store:
-    """A key-value store that all ranks share, where nobody has said by MASTER_ADDR or `launch.init_method` how they meet.
-
-    An MPI job spreads the address of rank 0 itself; under Slurm it is the job's first host, at a port made of the job's number.
-    """
-    if process.world_size == 1:
-        return dist.HashStore()
-    launcher = launcher_of(env)
-    if launcher is not None and launcher.is_mpi:
-        return _meet_over_mpi(process, timeout)
-    if launcher is not None and launcher.name == "srun" and "SLURM_JOB_ID" in env:
-        host = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "localhost")
-        port = 20000 + int(env["SLURM_JOB_ID"]) % 20000
-        return dist.TCPStore(host, port, process.world_size, is_master=process.is_first, timeout=timeout)
-    raise ValueError(
-        f"{process.world_size} ranks and no MASTER_ADDR: start with torchrun, mpirun or srun, set MASTER_ADDR and MASTER_PORT, "
-        "or give --set launch.init_method=file:///PATH"
-    )
-
-
-def _meet_over_mpi(process: Process, timeout: datetime.timedelta) -> dist.Store:
-    job = MpiJob()
-    job.check_world_size(process.world_size)
-    # A machine on its own needs no name that others can find.
-    host = "127.0.0.1" if process.local_world_size == process.world_size else socket.gethostname()
-    store = None
-    if process.is_first:
-        # Rank 0 must not wait for the others here: they learn the port, which is any free one, only below.
-        store = dist.TCPStore(host, 0, process.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-    host, port = job.broadcast((host, store.port if store else 0))
-    return store or dist.TCPStore(host, port, process.world_size, is_master=False, timeout=timeout)
 
 
 def agreed(process: Process, action: Callable[[], T]) -> T:

@@ -96,12 +96,26 @@ def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
-def start_ranks(world_size: int, args: Sequence[str], folder: Path, rank_folders: Sequence[Path] = ()) -> list[Rank]:
-    """Start the training program on every rank; `rank_folders` are working folders, one per rank."""
+def start_ranks(
+    world_size: int,
+    args: Sequence[str],
+    folder: Path,
+    rank_folders: Sequence[Path] = (),
+    starts_s: Sequence[float | None] = (),
+) -> list[Rank]:
+    """Start the training program on every rank.
+
+    `rank_folders` are working folders, one per rank. `starts_s`: after how many seconds each starts, not descending; None: never.
+    """
     now = time.monotonic_ns()
     meeting = f"launch.init_method=file://{folder}/meeting-{now}"
     processes = []
     for rank in range(world_size):
+        if starts_s:
+            start_s = starts_s[rank]
+            if start_s is None:
+                continue
+            time.sleep(max(0.0, now * 1e-9 + start_s - time.monotonic()))
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
         processes.append(
             Rank(
