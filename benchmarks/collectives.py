@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..collectives import SCHEDULES, TRANSPORTS
+from ..collectives.lifetime import start
 from ..placement import Topology
 from .network import RANK_ENVIRONMENT, run_on_nodes, wait_for
 from .token_rows import crossing_bytes
@@ -177,7 +177,7 @@ def _run_ranks(case: CollectivesCase, folder: Path) -> None:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "PRTE_MCA_hwloc_default_binding_policy": "none",
         }
-        wait_for([subprocess.Popen([mpirun, "-n", str(case.ranks), *program], env=env)])
+        wait_for([start([mpirun, "-n", str(case.ranks), *program], env=env)])
         return
     run_on_nodes(program, case.ranks, case.nodes, case.link_bits_per_s, env)
 

@@ -19,6 +19,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
+from ..collectives.lifetime import start
+
 INTERFACE = "eth0"
 # One thread a rank; freed activations stay with the process: page faults would cost more than what is compared.
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -181,7 +183,7 @@ def run_on_nodes(
 ) -> None:
     """Run a command once for every rank, with RANK and WORLD_SIZE set; ranks fill the nodes in order. One node has no network.
 
-    The first rank that fails ends the others.
+    The first rank that fails ends the others; so does the end of this process.
 
     Raises:
         ValueError: this machine cannot make the nodes.
@@ -199,7 +201,7 @@ def run_on_nodes(
             env = {**os.environ, **environment, "RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
             node = nodes[rank * num_nodes // num_ranks] if nodes else None
             prefix = node.prefix if node else []
-            processes.append(subprocess.Popen([*prefix, *command], env=env | (node.environment if node else {})))
+            processes.append(start([*prefix, *command], env=env | (node.environment if node else {})))
         wait_for(processes)
 
 

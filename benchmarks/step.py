@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from ..collectives.lifetime import end_with_parent
 from ..placement import Topology
 from ..placement.hecate import solve as hecate
 from ..runtime import Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
@@ -142,7 +143,7 @@ def run(case: StepCase) -> list[dict[str, Any]]:
     os.environ |= RANK_ENVIRONMENT
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(rank, case, folder)) for rank in range(case.ranks)]
+        processes = [context.Process(target=_rank, args=(rank, case, folder, os.getpid())) for rank in range(case.ranks)]
         for process in processes:
             process.start()
         for process in processes:
@@ -152,7 +153,8 @@ def run(case: StepCase) -> list[dict[str, Any]]:
         return rows_of(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
 
 
-def _rank(rank: int, case: StepCase, folder: str) -> None:
+def _rank(rank: int, case: StepCase, folder: str, parent_pid: int) -> None:
+    end_with_parent(parent_pid)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

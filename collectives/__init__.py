@@ -11,6 +11,7 @@ account.py     bytes and messages by link class, predicted seconds, lower bounds
 progress.py    the communication thread, and waits that are counted
 flow.py        the executor: chunks go on as soon as they have arrived
 verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows
+lifetime.py    ranks end with the process that started them
 average.py     the mean of tensors that all ranks hold
 reference.py   the same verbs on plain lists of per-rank tensors: what each of them means
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from subprocess import DEVNULL
 from typing import IO
+
+from ..collectives.lifetime import start
 
 # How long the others may go on after one has failed: their own errors name less than its does.
 _GRACE_S = 10.0
@@ -28,12 +30,12 @@ class Child:
 def run_children(
     commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], *, limit_s: float | None = None
 ) -> list[Child]:
-    """Start every command, one environment each, and wait for all; whatever still runs at the end of the call is killed."""
+    """Start every command, one environment each, and wait for all; none outlives the call, or this process."""
     with ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in commands]
         processes = []
         for command, environment, error in zip(commands, environments, errors, strict=True):
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error)
+            process = start(command, env=environment, stdout=DEVNULL, stderr=error)
             stack.callback(process.wait)
             stack.callback(process.kill)
             processes.append(process)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.collectives.lifetime import start
 from tests.helpers.ranks import LIMIT_S, RankPool, serve_rank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,7 @@ class MpiPool(RankPool):
             # Tensors go through a pipe as handles, which only processes that share this key accept from each other.
             (Path(self._folder.name) / "key").write_bytes(multiprocessing.current_process().authkey)
             command = [*mpirun(self.world_size), sys.executable, "-m", "tests.helpers.mpi", self._folder.name]
-            self._mpirun = subprocess.Popen(command, env=mpi_environment(), cwd=ROOT)
+            self._mpirun = start(command, env=mpi_environment(), cwd=ROOT)
             pipes: dict[int, Connection] = {}
             while len(pipes) < self.world_size:
                 pipe = Connection(listener.accept()[0].detach())

@@ -7,7 +7,11 @@ import numpy as np
 
 import moesaic.launch.train  # noqa: F401
 from moesaic.collectives import choose_schedule
+from moesaic.collectives.lifetime import end_with_parent
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver, split_exact
+
+# Otherwise it would live as long as any rank does, and they as long as it.
+end_with_parent()
 
 # The planner loads its compiled routines when it is first used.
 _LOAD = ExpertLoad(np.array([[900, 10, 10, 10], [900, 10, 10, 10]]))

@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from moesaic.collectives.lifetime import end_with_parent
+
 LIMIT_S = 120.0
 
 
@@ -76,6 +78,7 @@ def serve_rank(pipe: Connection, rank: int, world_size: int, store: str, prepare
     """Be one rank: join the process group, then run what the pipe asks for until it closes."""
     if prepare is not None:
         prepare(rank)
+    end_with_parent()
     import torch
     import torch.distributed as dist
 

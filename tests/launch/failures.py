@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.benchmarks.network import Network
+from moesaic.collectives.lifetime import start
 from tests.launch.ranks import Rank, set_options, tiny_values
 
 # The time limit of every wait, and what starting up, noticing and ending may take beside it.
@@ -143,7 +144,7 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[Started]:
             continue
         with open(path, "wb") as stderr:
             processes.append(
-                subprocess.Popen(
+                start(
                     [*node.prefix, sys.executable, "-m", "moesaic.launch.train", *set_options(values)],
                     env=os.environ | variables | node.environment,
                     cwd=folder,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.collectives.lifetime import end_with_parent
 from tests.helpers.ranks import forking
 
 LIMIT_S = 120.0
@@ -80,6 +81,7 @@ class Rank:
 
 def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:
     """What `python -m moesaic.launch.train` does, from its arguments to its exit status."""
+    end_with_parent()
     for path, number in ((stdout, 1), (stderr, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
