@@ -13,10 +13,9 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray, cfunc, njit
 
+from .memory_cpu import copy_bytes
 from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 
 # The words of both routines' tasks: addresses, strides in bytes, numbers of rows; and whether something named no row.
@@ -64,18 +63,6 @@ def _rows(tensor):
     if tensor is None:
         return 0, 0, 0
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), tensor.shape[0]
-
-
-@intrinsic
-def copy_bytes(typingctx, target, source, num_bytes):
-    """memcpy between two addresses."""
-
-    def codegen(context, builder, signature, args):
-        destination, origin = (builder.inttoptr(address, cgutils.voidptr_t) for address in args[:2])
-        cgutils.raw_memcpy(builder, destination, origin, args[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp), codegen
 
 
 @njit(cache=True, inline="always")

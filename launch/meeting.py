@@ -53,11 +53,12 @@ def _call_roll(place: Place, store: dist.Store, limit_s: float) -> tuple[int, st
     deadline_s, look_s = time.monotonic() + limit_s, _LOOK_S[0]
     store.set(f"{_CAME}/{place.rank}", "")
     if store.add(_NUM_CAME, 1) == place.world_size:
-        store.set(_RESULT, json.dumps(None))
+        store.compare_set(_RESULT, "", json.dumps(None))
     while not store.check([_RESULT]):
         if time.monotonic() > deadline_s:
             came = [rank for rank in range(place.world_size) if store.check([f"{_CAME}/{rank}"])]
-            store.set(_RESULT, json.dumps((came[0], _absence(came, place.world_size, limit_s))))
+            # The first to say anything is right for all: the last rank may come at this very moment.
+            store.compare_set(_RESULT, "", json.dumps((came[0], _absence(came, place.world_size, limit_s))))
         time.sleep(look_s)
         look_s = min(2 * look_s, _LOOK_S[1])
     problem = json.loads(store.get(_RESULT))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending, RowLayout
-from .node import NodeIdentity
+from .node import NodeIdentity, cache_bytes
 from .shm_mailbox import Address, Mailbox
 from .shm_memory import Arena
 
@@ -127,6 +127,7 @@ class ShmTransport:
         self._queued: list[_Exchange] = []  # with messages that their receiver's ring has no room for yet
         self._in_flight: dict[_Exchange, None] = {}  # not known to have been read, in the order of their launch
         self._patience_ns = _PATIENCE_NS if world_size <= len(os.sched_getaffinity(0)) else 0
+        self._cache_bytes = cache_bytes()
         self._boards = 0
         # Peers find memory through this process: none may leave before all have connected.
         gather(None)
@@ -208,7 +209,15 @@ class ShmTransport:
         control, controls_R = mailbox.control, mailbox.controls_R
         while True:
             status = control.advance(
-                controls_R, self.rank, mailbox.bases_RG, messages_M5, num_sends, until_taken, spin_ns, self._patience_ns
+                controls_R,
+                self.rank,
+                mailbox.bases_RG,
+                self._cache_bytes,
+                messages_M5,
+                num_sends,
+                until_taken,
+                spin_ns,
+                self._patience_ns,
             )
             if status != control.NEW_SEGMENT:
                 break

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ...kernels.permute_cpu import copy_bytes
+from ...kernels.memory_cpu import copy_bytes, fence, stream_bytes
 from .shm_memory import Segment
 
 RING = 512
@@ -30,12 +30,16 @@ MAX_INTS = 4096
 
 # Where things lie in a control segment, in bytes. The doorbell at 0 is a sem_t, which has 32 bytes on 64-bit Linux.
 _IS_WAITING = 64
+_INCOMING = 72  # bytes of the exchange that this rank reads, or will next
 _NUM_SEGMENTS = 128
 _SEGMENTS = _NUM_SEGMENTS + 8  # [MAX_SEGMENTS] file descriptor, bytes
 _BOARD_NUMBERS = _SEGMENTS + 16 * MAX_SEGMENTS  # [2]
 _BOARDS = _BOARD_NUMBERS + 16  # [2, MAX_INTS]
 _RINGS = -(-(_BOARDS + 16 * MAX_INTS) // 64) * 64  # [R, RING] posted messages: number + 1, segment, offset, bytes
 _POSTED_BYTES = 32
+
+# From here on it matters whether a message goes past the caches, and not that everyone is asked.
+_STREAMED_BYTES = 64 << 10
 
 # Columns of messages that are sent and expected. The last of the latter says whether the message was read.
 PEER, NUMBER, SEGMENT, OFFSET, SENT_BYTES = range(5)
@@ -105,17 +109,6 @@ def _swap(typingctx, address, value):
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic
-def _fence(typingctx):
-    """What was written before is visible to all before anything is read after."""
-
-    def codegen(context, builder, signature, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
 @njit(cache=True, nogil=True)
 def _wake(control):
     """Ring a rank that sleeps or is about to; a fence must lie between what it waits for and this."""
@@ -180,10 +173,16 @@ def post(controls_R, rank, counts_3R, messages_M5, num_sends):
         _store(posted + 24, messages_M5[m, SENT_BYTES])
         _store(posted, number + 1)
         counts_3R[POSTED, peer] = number + 1
-    _fence()
+    fence()
     for m in range(num_sends):
         _wake(controls_R[messages_M5[m, PEER]])
     return all_posted
+
+
+@njit(cache=True, nogil=True)
+def _announce(controls_R, rank, num_bytes):
+    """Tell the others how much this rank reads: whoever sees its messages knows."""
+    _store(controls_R[rank] + _INCOMING, num_bytes)
 
 
 @njit(cache=True, nogil=True)
@@ -212,6 +211,7 @@ def launch(controls_R, rank, own_G2, counts_3R, parts_M3, num_sends, outgoing, i
     for m in range(num_sends):
         if _place(own_G2, outgoing + parts_M3[m, 1] * row_bytes) < 0:
             return UNREACHABLE
+    _announce(controls_R, rank, parts_M3[num_sends:, 2].sum() * row_bytes)
     for m in range(parts_M3.shape[0]):
         peer, start, nbytes = parts_M3[m, 0], parts_M3[m, 1] * row_bytes, parts_M3[m, 2] * row_bytes
         messages_M5[m, PEER] = peer
@@ -255,7 +255,16 @@ def all_taken(controls_R, rank, messages_M5, num_sends):
 
 
 @njit(cache=True, nogil=True)
-def _read(controls_R, rank, bases_RG, messages_M5, num_sends):
+def _outgrows(controls_R, cache_bytes):
+    """Whether what all ranks read now, and where they put it, leaves less than a quarter of `cache_bytes` to their programs."""
+    num_bytes = 0
+    for rank in range(controls_R.size):
+        num_bytes += 2 * _load(controls_R[rank] + _INCOMING)
+    return num_bytes >= cache_bytes // 4 * 3
+
+
+@njit(cache=True, nogil=True)
+def _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends):
     """Copy in what is there and was not read; see `advance` for what is returned."""
     status, last_read = DONE, -1
     for m in range(num_sends, messages_M5.shape[0]):
@@ -270,43 +279,49 @@ def _read(controls_R, rank, bases_RG, messages_M5, num_sends):
         if base == 0 or _load(posted + 24) != messages_M5[m, NBYTES]:
             status = max(status, NEW_SEGMENT if base == 0 else WRONG_SIZE)
             continue
-        copy_bytes(messages_M5[m, ADDRESS], base + _load(posted + 16), messages_M5[m, NBYTES])
+        target, source, nbytes = messages_M5[m, ADDRESS], base + _load(posted + 16), messages_M5[m, NBYTES]
+        if nbytes >= _STREAMED_BYTES and _outgrows(controls_R, cache_bytes):
+            stream_bytes(target, source, nbytes)
+        else:
+            copy_bytes(target, source, nbytes)
         _store(_mark_of(controls_R, rank, peer, number), number + 1)
         messages_M5[m, IS_READ] = 1
         last_read = m
     if last_read >= 0:
-        _fence()
+        fence()
         for m in range(num_sends, last_read + 1):
             _wake(controls_R[messages_M5[m, PEER]])
     return status
 
 
 @njit(cache=True, nogil=True)
-def _advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken):
+def _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken):
     """One look of `advance`."""
-    status = _read(controls_R, rank, bases_RG, messages_M5, num_sends)
+    status = _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends)
     if status == DONE and until_taken and not all_taken(controls_R, rank, messages_M5, num_sends):
         return NOT_YET
     return status
 
 
 @njit(
-    "int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64, boolean, int64, int64)",
+    "int64(int64[::1], int64, int64[:, ::1], int64, int64[:, ::1], int64, boolean, int64, int64)",
     cache=True,
     nogil=True,
 )
-def advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken, spin_ns, patience_ns):
+def advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken, spin_ns, patience_ns):
     """Read every message as it appears, then see whether those sent were taken; give up `spin_ns` after the first look.
 
     Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know;
-    or WRONG_SIZE. A rank that keeps looking yields its core to whoever can run, every `patience_ns`.
+    or WRONG_SIZE. A rank that keeps looking yields its core to whoever can run, every `patience_ns`. What all ranks read goes
+    past the caches, of `cache_bytes`, where it would fill them: lines of a target are read before they are overwritten there.
     """
-    status = _advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken)
+    _announce(controls_R, rank, messages_M5[num_sends:, NBYTES].sum())
+    status = _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken)
     if status != NOT_YET or spin_ns == 0:
         return status
     clock, until_ns = _clock_for(spin_ns, patience_ns)
     while status == NOT_YET and not _is_over(clock, until_ns):
-        status = _advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken)
+        status = _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken)
     return status
 
 
@@ -314,7 +329,7 @@ def advance(controls_R, rank, bases_RG, messages_M5, num_sends, until_taken, spi
 def show(controls_R, rank, number):
     """Let everyone see this rank's board under `number`."""
     _store(controls_R[rank] + _BOARD_NUMBERS + 8 * (number % 2), number)
-    _fence()
+    fence()
     for peer in range(controls_R.size):
         if peer != rank:
             _wake(controls_R[peer])
@@ -344,4 +359,4 @@ def all_show(controls_R, number, spin_ns, patience_ns):
 def ask_to_be_woken(control):
     """Say that this rank is about to sleep. It must look once more after this: what appeared before rings nobody."""
     _store(control + _IS_WAITING, 1)
-    _fence()
+    fence()

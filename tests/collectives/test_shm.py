@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from moesaic.collectives import Buffer, CollectiveError, RowLayout, RowPart, make_transports
+from moesaic.collectives.transports import shm_control
 from moesaic.collectives.transports.shm import ShmTransport
 from moesaic.collectives.transports.shm_control import MAX_INTS, RING
 from moesaic.collectives.transports.shm_memory import Arena, Segment, open_segment
@@ -155,6 +158,45 @@ def test_ranks_at_different_places_are_told() -> None:
     assert run_ranks(2, disagree)[1] == (
         "rank 1: combine at step 1: rank 0 sent 12 B where 16 B were expected; the ranks are at different places of the program"
     )
+
+
+def pass_on(rank: int, cache_bytes: int, counts: list[int]) -> list[tuple[Any, list[int]]]:
+    """Bytes at odd addresses go round a ring of ranks, each of which passes on what it has just received."""
+    transport = shm()
+    transport._cache_bytes = cache_bytes
+    world_size = transport.world_size
+    right, left = (rank + 1) % world_size, (rank - 1) % world_size
+    results = []
+    for count in counts:
+        message = torch.arange(count, dtype=torch.int64).to(torch.uint8) + rank
+        for step in range(world_size):
+            outgoing = transport.empty((count + step,), message)[step:].copy_(message)
+            received = torch.full((count + 7,), 255, dtype=torch.uint8)
+            incoming = transport.empty((count + 7,), message).fill_(255) if step % 2 else received
+            into = incoming[step + 1 :][:count]
+            transport.exchange([Buffer(outgoing, right)], [Buffer(into, left)], op="ring").wait()
+            edges = [*incoming[: step + 1].tolist(), *incoming[step + 1 + count :].tolist()]
+            message = into
+        results.append((bool((message == torch.arange(count, dtype=torch.int64).to(torch.uint8) + rank).all()), edges))
+    return results
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 62], ids=["past the caches", "through the caches"])
+def test_bytes_come_whole_past_the_caches_and_through_them(cache_bytes: int) -> None:
+    """Also those before the first whole line and behind the last; nothing beside them is touched."""
+    counts = [(64 << 10) - 1, 64 << 10, (64 << 10) + 1, 300_007]
+    for results in run_ranks(3, pass_on, cache_bytes, counts):
+        assert results == [(True, [255] * 7)] * len(counts)
+
+
+def test_what_goes_past_the_caches() -> None:
+    """What all ranks read and where they put it, against three quarters of the caches; ranks that read nothing count nothing."""
+    controls = [np.zeros(shm_control.Control.nbytes(3) // 8, np.int64) for _ in range(3)]
+    controls_R = np.array([control.ctypes.data for control in controls])
+    for rank, num_bytes in enumerate([1000, 0, 500]):
+        shm_control._announce(controls_R, rank, num_bytes)
+    assert shm_control._outgrows(controls_R, 4000)
+    assert not shm_control._outgrows(controls_R, 4004)
 
 
 VICTIM = """
