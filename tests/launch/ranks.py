@@ -107,21 +107,26 @@ def start_ranks(
 ) -> list[Rank]:
     """Start the training program on every rank.
 
-    `rank_folders` are working folders, one per rank. `starts_s`: after how many seconds each starts, not descending; None: never.
+    `rank_folders` are working folders, one per rank. `starts_s`: how many seconds each starts after the first has come to where
+    they meet, not descending; 0: at once, None: never.
     """
     now = time.monotonic_ns()
-    meeting = f"launch.init_method=file://{folder}/meeting-{now}"
+    meeting = folder / f"meeting-{now}"
     processes = []
     for rank in range(world_size):
         if starts_s:
             start_s = starts_s[rank]
             if start_s is None:
                 continue
-            time.sleep(max(0.0, now * 1e-9 + start_s - time.monotonic()))
+            if start_s:
+                while not meeting.exists():
+                    assert time.monotonic() < now * 1e-9 + LIMIT_S, "nobody came to the meeting"
+                    time.sleep(0.02)
+                time.sleep(start_s)
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
         processes.append(
             Rank(
-                [*args, "--set", meeting],
+                [*args, "--set", f"launch.init_method=file://{meeting}"],
                 os.environ | ranks | {"OMP_NUM_THREADS": "1"},
                 rank_folders[rank] if rank_folders else folder,
                 folder / f"stdout-{now}-{rank}",

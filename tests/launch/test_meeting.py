@@ -88,7 +88,7 @@ def test_names() -> None:
 def test_training_with_a_rank_that_starts_after_the_limit_of_a_wait(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("router expert slot bank owner\n" * 600, encoding="utf-8")
     values = [*tiny_values(tmp_path), "train.steps=2", "train.eval_every=0", "runtime.timeout_s=5"]
-    ended = wait_for(start_ranks(2, set_options(values), tmp_path, starts_s=[0.0, 6.0]))
+    ended = wait_for(start_ranks(2, set_options(values), tmp_path, starts_s=[0.0, 5.5]))
     assert [end.status for end in ended] == [0, 0], ended
     assert metrics_of(tmp_path / "runs" / "demo")[-1]["step"] == 2
 

@@ -21,7 +21,8 @@ from moesaic.runtime.memory import BankSize, SlotPlan, peak_slot_bytes, plan_slo
 from moesaic.runtime.planning import staging_limit
 from tests.helpers.ranks import run_ranks
 
-NUM_LAYERS, NUM_EXPERTS, DIM, FFN_DIM = 6, 16, 128, 512
+# Experts of 1.5 MiB: what the allocator adds to them is small.
+NUM_LAYERS, NUM_EXPERTS, DIM, FFN_DIM = 6, 16, 128, 1024
 EXPERT_BYTES = 3 * DIM * FFN_DIM * 4
 
 
@@ -183,7 +184,10 @@ def plain_and_rematerialized(rank: int) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_rematerialization_takes_little_more_than_plain_expert_parallelism(world_size: int) -> None:
-    """Weights, gradients, optimizer state and slots within 12 % of static EP at 2 slots; the prediction within 5 %."""
+    """Weights, gradients, optimizer state and slots within 12 % of static EP at 2 slots; predictions within 5 %.
+
+    Of what the process grew by, and of what it grew by beyond static EP.
+    """
     for plain, rematerialized in run_ranks(world_size, plain_and_rematerialized):
         rows_bytes = NUM_LAYERS * NUM_EXPERTS // world_size * EXPERT_BYTES
         static_bytes = plain["expert_bytes"] + plain["optimizer_bytes"]
@@ -195,5 +199,7 @@ def test_rematerialization_takes_little_more_than_plain_expert_parallelism(world
         assert counted <= 1.12 * static_bytes
         print(world_size, static_bytes, predicted, counted, plain["grown_bytes"], rematerialized["grown_bytes"])
         assert rematerialized["grown_bytes"] <= 1.12 * plain["grown_bytes"]
-        measured = static_bytes + rematerialized["grown_bytes"] - plain["grown_bytes"]
-        assert abs(predicted - measured) <= 0.05 * measured
+        assert static_bytes == pytest.approx(plain["grown_bytes"], rel=0.05)
+        beyond_static = static_bytes + rematerialized["grown_bytes"] - plain["grown_bytes"]
+        for measured in (rematerialized["grown_bytes"], beyond_static):
+            assert abs(predicted - measured) <= 0.05 * measured

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, RuntimeConfig, shard_experts
 from moesaic.collectives import Pending
+from moesaic.runtime.dispatch import RowsInFlight
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
@@ -131,11 +132,16 @@ def break_off(rank: int, transport: str, when: str) -> tuple[dict[str, Tensor], 
             with pytest.raises(BrokenOffError):
                 cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
             hook.remove()
-            assert rows.unfinished is not None
+            left, broken = rows.unfinished, model.blocks[0].moe.runtime.latest_pass
+            assert isinstance(left, RowsInFlight)
         model.zero_grad()
         handle.banks[0].zero_grad()
         cross_entropy(model(batch(2)[0]), batch(2)[1]).backward()
         assert rows.unfinished is None
+        if breaks:
+            assert left._take is None, "nobody waited for the rows"
+        if breaks and when == "forward":
+            assert broken is not None and not broken.copies and broken.gather is None
         handle.step()
         found.append(whole_gradients(model, handle))
     pool = next(iter(handle.layers.values())).runtime.pool
