@@ -1,7 +1,8 @@
 """Compiled routines of the balance planner. Import this module lazily: it imports numba, and a first call compiles.
 
-Shape letters: R ranks, E experts, S loads, C copies. Integers, but for one correctly rounded quotient,
-so every machine computes the same.
+All loads are kept levelled over the copies bought so far, as flow.level does it, and the next copy is the one that relieves most
+of what stays above the mean, summed over the loads. Shape letters: R ranks, E experts, S loads, C copies. Integers, but for one
+correctly rounded quotient, so every machine computes the same.
 """
 # mypy: disable-error-code=no-untyped-def
 # numba infers the types of compiled functions.
@@ -90,123 +91,114 @@ def _push(source, target, limit, rows_ER, rows_R, via):
     rows_R[target] += amount
 
 
+class Played(NamedTuple):
+    """The loads, and how the copies so far carry them: rows_SER, rows_SR are rows by rank, limit_S those of the busiest one.
+
+    Where limit_S is above mean_S, stuck_SR is a set of ranks that compute limit_S rows each and hold all copies of what they
+    compute; of the other ranks, those in open_SR are below the mean, or rows can flow on from them to one that is.
+    """
+
+    totals_SE: np.ndarray
+    mean_S: np.ndarray
+    target_S: np.ndarray
+    rows_SER: np.ndarray
+    rows_SR: np.ndarray
+    limit_S: np.ndarray
+    stuck_SR: np.ndarray
+    open_SR: np.ndarray
+
+
 @njit(cache=True)
-def _can_reach_room(holders, limit, rows_ER, rows_R):
-    """Return bool [R]: ranks below `limit`, and those from which rows can flow on to them."""
-    can_R = rows_R < limit
+def _find_open(holders, limit, rows_ER, rows_R, open_R):
+    """Mark the ranks below `limit`, and those from which rows can flow on to them."""
+    open_R[:] = rows_R < limit
     changed = True
     while changed:
         changed = False
         for rank in range(rows_R.size):
-            for k in range(holders.held_R[rank] if not can_R[rank] else 0):
+            for k in range(holders.held_R[rank] if not open_R[rank] else 0):
                 expert = holders.held_RE[rank, k]
                 for h in range(holders.holders_E[expert] if rows_ER[expert, rank] > 0 else 0):
-                    if can_R[holders.holder_ER[expert, h]]:
-                        can_R[rank] = changed = True
-    return can_R
+                    if open_R[holders.holder_ER[expert, h]]:
+                        open_R[rank] = changed = True
 
 
 @njit(cache=True)
-def _pick_host(holders, source, limit, excess, per_node, rows_ER, rows_R):
-    """Return a rank with a free slot that can take most of `excess` rows, among equals one of the node of `source`; -1 for none.
-
-    Where no slot is free on a rank with room, a rank serves from which rows can flow on to one.
-    """
-    best, best_room, best_near = -1, 0, False
-    for rank in range(rows_R.size):
-        if holders.free_R[rank] == 0 or rows_R[rank] >= limit:
-            continue
-        room, near = min(limit - rows_R[rank], excess), rank // per_node == source // per_node
-        if room > best_room or (room == best_room and near > best_near):
-            best, best_room, best_near = rank, room, near
-    if best < 0:
-        can_R = _can_reach_room(holders, limit, rows_ER, rows_R)
-        for rank in range(rows_R.size):
-            if can_R[rank] and holders.free_R[rank] > holders.free_R[best] * (best >= 0):
-                best = rank
-    return best
-
-
-@njit(cache=True)
-def _pick_expert(holders, source, most_rows, min_rows, totals_E, rows_ER, via):
-    """Return the expert computed on the reached ranks that a copy relieves of most rows, up to `most_rows`; -1 for none.
-
-    Among equals one with rows on `source`, then the largest: it will be of use to other loads too.
-    """
-    best, best_rows, best_own, best_total = -1, 0, False, 0
-    for expert in range(totals_E.size):
-        total = totals_E[expert]
-        rows, own = min(total, most_rows), rows_ER[expert, source] > 0
-        if total < max(min_rows, 1) or rows < best_rows or (rows == best_rows and own < best_own):
-            continue
-        if rows == best_rows and own == best_own and total <= best_total:
-            continue
-        for h in range(holders.holders_E[expert]):
-            rank = holders.holder_ER[expert, h]
-            if rows_ER[expert, rank] > 0 and via[0, rank] >= 0:
-                best, best_rows, best_own, best_total = expert, rows, own, total
-                break
-    return best
-
-
-@njit(cache=True)
-def _buy(holders, source, limit, totals_E, min_rows, per_node, rows_ER, rows_R, queue, reached, via):
-    """Copy an expert of the `reached` ranks, which hold all copies of what they compute, to a rank outside; False if none can."""
-    excess = -limit * reached
-    for i in range(reached):
-        excess += rows_R[queue[i]]
-    host = _pick_host(holders, source, limit, excess, per_node, rows_ER, rows_R)
-    if host < 0:
-        return False
-    room = limit - rows_R[host]
-    expert = _pick_expert(holders, source, min(excess, room) if room > 0 else excess, min_rows, totals_E, rows_ER, via)
-    if expert < 0:
-        return False
-    _add_copy(holders, expert, host)
-    return True
-
-
-@njit(cache=True)
-def _fit(holders, totals_E, owner_E, target, most_copies, min_rows, per_node):
-    """Level one load to `target` rows, buying a copy wherever rows are stuck; return the number of copies bought.
-
-    Where nothing can be bought any more, the target rises to the mean of the ranks that are stuck, as in flow.level.
-    """
-    num_ranks = holders.held_R.size
-    queue = np.empty(num_ranks, np.int64)
-    via = np.empty((2, num_ranks), np.int64)
-    seen_E = np.empty(totals_E.size, np.bool_)
-    rows_ER = np.zeros((totals_E.size, num_ranks), np.int64)
-    rows_R = np.zeros(num_ranks, np.int64)
-    for expert in range(totals_E.size):
-        rows_ER[expert, owner_E[expert]] = totals_E[expert]
-        rows_R[owner_E[expert]] += totals_E[expert]
-    limit, bought = target, 0
-    for source in np.argsort(-rows_R):
+def _level(holders, played, s):
+    """Bring the busiest rank of load s to the fewest rows, from the rows as they are; the argument is flow.level's."""
+    rows_ER, rows_R, stuck_R = played.rows_SER[s], played.rows_SR[s], played.stuck_SR[s]
+    queue = np.empty(rows_R.size, np.int64)
+    via = np.empty((2, rows_R.size), np.int64)
+    seen_E = np.empty(rows_ER.shape[0], np.bool_)
+    limit = played.mean_S[s]
+    stuck_R[:] = False
+    for source in range(rows_R.size):
         while rows_R[source] > limit:
             found, reached = _reach(holders, source, limit, rows_ER, rows_R, queue, via, seen_E)
             if found >= 0:
                 _push(source, found, limit, rows_ER, rows_R, via)
                 continue
-            if bought < most_copies and _buy(
-                holders, source, limit, totals_E, min_rows, per_node, rows_ER, rows_R, queue, reached, via
-            ):
-                bought += 1
-                continue
             rows = 0
+            stuck_R[:] = False
             for i in range(reached):
                 rows += rows_R[queue[i]]
+                stuck_R[queue[i]] = True
             limit = -(-rows // reached)
-    return bought
+    played.limit_S[s] = limit
+    _find_open(holders, played.mean_S[s], rows_ER, rows_R, played.open_SR[s])
 
 
 @njit(cache=True)
-def buy_copies(totals_SE, target_S, most_S, owner_E, num_ranks, slots, min_rows, ranks_per_node):
-    """Buy copies until every load, one after another, can be brought to target_S rows a rank; int64 [2, C] as (expert, rank).
+def _is_bound(holders, stuck_R, expert):
+    """Return whether all holders of an expert are stuck."""
+    num_stuck = 0
+    for h in range(holders.holders_E[expert]):
+        num_stuck += stuck_R[holders.holder_ER[expert, h]]
+    return num_stuck == holders.holders_E[expert]
 
-    A load buys none beyond most_S copies in all, none of an expert of fewer than min_rows rows, and `slots` at most for a rank.
+
+@njit(cache=True)
+def _count_relief(holders, played, s, sign, min_rows, relief_ER):
+    """Add to relief_ER, `sign` times, how many rows every copy would take from each stuck rank of load s.
+
+    At most the expert's rows and the excess go to the host. What fits below its own mean counts once more: the rest flows on,
+    perhaps.
     """
-    num_experts = owner_E.size
+    stuck_R, rows_R = played.stuck_SR[s], played.rows_SR[s]
+    if played.limit_S[s] <= played.target_S[s]:
+        return
+    num_stuck = stuck_R.sum()
+    excess = (played.limit_S[s] - played.mean_S[s]) * num_stuck
+    for expert in range(relief_ER.shape[0]):
+        total = played.totals_SE[s, expert]
+        if total < min_rows or not _is_bound(holders, stuck_R, expert):
+            continue
+        rows = min(total, excess)
+        for rank in range(rows_R.size):
+            if played.open_SR[s, rank] and not stuck_R[rank]:
+                fits = max(min(rows, played.mean_S[s] - rows_R[rank]), 0)
+                relief_ER[expert, rank] += sign * -(-(rows + fits) // num_stuck)
+
+
+@njit(cache=True)
+def _pick(holders, relief_ER, per_node):
+    """Return the copy (expert, rank) of most relief where a slot is free, among equals one near its owner; -1 for none."""
+    best_expert, best_rank, best, best_near = -1, -1, 0, False
+    for expert in range(relief_ER.shape[0]):
+        for rank in range(relief_ER.shape[1]):
+            relief = relief_ER[expert, rank]
+            if relief < max(best, 1) or holders.free_R[rank] == 0:
+                continue
+            near = rank // per_node == holders.holder_ER[expert, 0] // per_node
+            if relief > best or near > best_near:
+                best_expert, best_rank, best, best_near = expert, rank, relief, near
+    return best_expert, best_rank
+
+
+@njit(cache=True)
+def _start(totals_SE, target_S, owner_E, num_ranks, slots):
+    """Return the state without copies, all rows at their owners."""
+    num_loads, num_experts = totals_SE.shape
     holders = Holders(
         np.zeros((num_experts, num_ranks), np.int64),
         np.ones(num_experts, np.int64),
@@ -215,38 +207,97 @@ def buy_copies(totals_SE, target_S, most_S, owner_E, num_ranks, slots, min_rows,
         np.full(num_ranks, slots, np.int64),
     )
     holders.holder_ER[:, 0] = owner_E
+    played = Played(
+        totals_SE,
+        -(-totals_SE.sum(axis=1) // num_ranks),
+        target_S,
+        np.zeros((num_loads, num_experts, num_ranks), np.int64),
+        np.zeros((num_loads, num_ranks), np.int64),
+        np.zeros(num_loads, np.int64),
+        np.zeros((num_loads, num_ranks), np.bool_),
+        np.zeros((num_loads, num_ranks), np.bool_),
+    )
+    for s in range(num_loads):
+        for expert in range(num_experts):
+            played.rows_SER[s, expert, owner_E[expert]] = totals_SE[s, expert]
+            played.rows_SR[s, owner_E[expert]] += totals_SE[s, expert]
+    return holders, played
+
+
+@njit(cache=True)
+def buy_copies(totals_SE, target_S, most, owner_E, num_ranks, slots, min_rows, ranks_per_node):
+    """Buy copies until every load can be brought to target_S rows a rank; int64 [2, C] as (expert, rank).
+
+    target_S is at least the mean. `most` copies in all, `slots` for a rank; none for the sake of fewer than min_rows rows.
+    """
+    num_loads, num_experts = totals_SE.shape
+    holders, played = _start(totals_SE, target_S, owner_E, num_ranks, slots)
+    relief_ER = np.zeros((num_experts, num_ranks), np.int64)
+    min_rows = max(min_rows, 1)
+    for s in range(num_loads):
+        _level(holders, played, s)
+        _count_relief(holders, played, s, 1, min_rows, relief_ER)
+    copies_2C = np.empty((2, most), np.int64)
     bought = 0
-    for s in range(totals_SE.shape[0]):
-        bought += _fit(holders, totals_SE[s], owner_E, target_S[s], most_S[s] - bought, min_rows, ranks_per_node)
-    copies_2C = np.empty((2, bought), np.int64)
-    count = 0
-    for expert in range(num_experts):
-        for h in range(1, holders.holders_E[expert]):
-            copies_2C[0, count], copies_2C[1, count] = expert, holders.holder_ER[expert, h]
-            count += 1
-    return copies_2C
+    while bought < most:
+        expert, rank = _pick(holders, relief_ER, ranks_per_node)
+        if expert < 0:
+            break
+        # Where rows of the expert are not stuck, or the host is stuck with them, nothing changes.
+        is_relieved_S = np.zeros(num_loads, np.bool_)
+        for s in range(num_loads):
+            is_stuck = played.limit_S[s] > played.target_S[s] and not played.stuck_SR[s, rank]
+            is_relieved_S[s] = is_stuck and _is_bound(holders, played.stuck_SR[s], expert)
+            if is_relieved_S[s]:
+                _count_relief(holders, played, s, -1, min_rows, relief_ER)
+        _add_copy(holders, expert, rank)
+        copies_2C[0, bought], copies_2C[1, bought] = expert, rank
+        bought += 1
+        for s in range(num_loads):
+            if is_relieved_S[s]:
+                _level(holders, played, s)
+                _count_relief(holders, played, s, 1, min_rows, relief_ER)
+    return copies_2C[:, :bought].copy()
+
+
+@njit(cache=True)
+def _toward(totals_E, other_E, error):
+    """Return the load as far towards another one as `error` / 1024 of the total says, int64 [E]."""
+    total = totals_E.sum()
+    scale = total / max(other_E.sum(), 1)
+    differ = 0
+    for e in range(totals_E.size):
+        other_E[e] = np.int64(other_E[e] * scale)
+        differ += abs(totals_E[e] - other_E[e])
+    # Total variation is half of the sum of differences. Products of whole loads would not fit int64.
+    part = min(1024, int(2 * error * (total / max(differ, 1))))
+    more_E = other_E - totals_E
+    return totals_E + more_E // 1024 * part + more_E % 1024 * part // 1024
 
 
 @njit(cache=True)
 def loads_around(totals_E, errors_S):
     """Return loads that differ from the given one by errors_S / 1024 in total variation, as far as they can: int64 [S, E].
 
-    So much of the load as it takes is played with the experts in another order: the shape of the popularity stays.
+    The first is meant to be the forecast. The others lie on the way from it to other loads, by turns of three kinds: every
+    expert's rows times a random weight (experts surge and fade); the weights alone (another text); the rows with the experts in
+    another order. Weights are what E draws of an exponential law are expected to be when sorted (Renyi 1953), in random order.
     """
-    num_experts, total = totals_E.size, totals_E.sum()
+    num_experts = totals_E.size
     totals_SE = np.empty((errors_S.size, num_experts), np.int64)
     state_1 = np.array([88172645463325252], np.uint64)
+    weight_E = np.cumsum((1 << 20) // np.arange(num_experts, 0, -1)) >> 10
+    order_E = np.arange(num_experts)
+    other_E = np.empty(num_experts, np.int64)
     for s in range(errors_S.size):
-        order_E = np.arange(num_experts)
         for i in range(num_experts - 1, 0, -1):
             j = draw(state_1, i + 1)
             order_E[i], order_E[j] = order_E[j], order_E[i]
-        differ = 0
         for e in range(num_experts):
-            differ += abs(totals_E[e] - totals_E[order_E[e]])
-        # Total variation is half of the sum of differences. Products of whole loads would not fit int64.
-        part = min(1024, int(2 * errors_S[s] * (total / max(differ, 1))))
-        for e in range(num_experts):
-            more = totals_E[order_E[e]] - totals_E[e]
-            totals_SE[s, e] = totals_E[e] + more // 1024 * part + more % 1024 * part // 1024
+            weight = weight_E[order_E[e]]
+            if s % 3 == 1:
+                other_E[e] = totals_E[e] // 1024 * weight + totals_E[e] % 1024 * weight // 1024
+            else:
+                other_E[e] = weight if s % 3 == 2 else totals_E[order_E[e]]
+        totals_SE[s] = _toward(totals_E, other_E, errors_S[s])
     return totals_SE

@@ -243,6 +243,7 @@ def _warm_up() -> None:
     load = ExpertLoad(np.array([[2, 1], [2, 1]]))
     shape = LayerShape(num_experts=2, top_k=1, dim=1, ffn_dim=1)
     problem = Problem(load, np.array([0, 1]), Topology.preset("h100", 2), shape, slots=1)
+    balance.solve(problem)
     placement = quota.solve(problem).placement
     improve(problem, placement, move_owners=True, proposals=1)
     _search_owners(problem, placement.expert_to_owner_E, 1)

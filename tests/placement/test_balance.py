@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.placement import ExpertLoad, OwnerMap, Placement, Problem, Topology, get_solver, split_exact
+from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology, get_solver, split_exact
+from moesaic.placement.lab import LabSetting, compare
+from moesaic.placement.sources import Sizes, open_source
 from tests.placement.cases import loads, problems, shared_trace, zipf_problem
 
 balance = get_solver("balance")
@@ -32,7 +34,7 @@ def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
     errors_S = np.array([0, error, error // 2])
     totals_SE = hedge.loads_around(load.totals_E, errors_S)
     target_S = -(-totals_SE.sum(axis=1) // 5)
-    copies_2C = hedge.buy_copies(totals_SE, target_S, np.full(3, 99), owner_E, 5, 7, 1, per_node)
+    copies_2C = hedge.buy_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
     placement = Placement.with_copies(owner_E, 5, copies_2C)
     assert placement.num_copies == copies_2C.shape[1]
     for totals_E, target in zip(totals_SE, target_S, strict=True):
@@ -50,8 +52,9 @@ def test_loads_around_are_as_far_as_asked(load, error):
     same_E, other_E = hedge.loads_around(load.totals_E, np.array([0, error]))
     assert (same_E == load.totals_E).all()
     assert (other_E >= 0).all()
-    assert abs(other_E.sum() - load.total) <= 9
-    assert np.abs(other_E - same_E).sum() <= 2 * load.total * error / 1024 + 18
+    # Scaled down, and gone part of the way, both rounded down.
+    assert abs(other_E.sum() - load.total) <= 18
+    assert np.abs(other_E - same_E).sum() <= 2 * load.total * error / 1024 + 27
 
 
 @settings(deadline=None, max_examples=60)
@@ -77,11 +80,34 @@ def test_a_known_load_is_balanced_with_few_copies(num_ranks, num_experts, skew):
     assert answer.placement.num_copies <= 1.1 * num_ranks
 
 
+@pytest.mark.parametrize("num_ranks, num_experts", [(8, 64), (16, 64), (64, 64), (32, 8)])
+def test_the_rivals_copies_withstand_less_even_under_our_split(num_ranks, num_experts):
+    """Part of the tokens are of another text: below LAER's, EPLB's and Hecate's placements, with fewer copies."""
+    excess: dict[str, list[float]] = {}
+    copies: dict[str, list[int]] = {}
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        problem = zipf_problem(num_ranks, num_experts, 0.6, slots=2, seed=seed)
+        problem = dataclasses.replace(problem, forecast_error=0.1)
+        texts_DE = random.lognormal(0.0, 0.8, (10, num_experts))
+        texts_DE /= texts_DE.sum(axis=1, keepdims=True)
+        for name in ("laer", "eplb", "hecate", "balance"):
+            placement = get_solver(name)(problem).placement
+            copies.setdefault(name, []).append(placement.num_copies)
+            for text_E in texts_DE:
+                totals_E = np.rint(0.75 * problem.load.totals_E + 0.25 * problem.load.total * text_E).astype(np.int64)
+                excess.setdefault(name, []).append(max_over_mean(totals_E, placement) - 1)
+    mean = {name: np.mean(values) for name, values in excess.items()}
+    assert mean["balance"] <= min(mean.values()) + 5e-4
+    assert max(copies["balance"]) <= 15 / 16 * 2 * num_ranks
+    assert np.mean(copies["balance"]) < np.mean(copies["laer"])
+
+
 def test_a_forecast_that_was_wrong_is_withstood():
     """Experts surge at random: told so, the planner buys more copies, and halves at least what the wrong forecast costs."""
     problem = zipf_problem(16, 64, 1.0, slots=2)
     sure, careful = balance(problem).placement, balance(dataclasses.replace(problem, forecast_error=0.1)).placement
-    assert sure.num_copies < careful.num_copies <= 28
+    assert sure.num_copies < careful.num_copies <= 30
     random = np.random.default_rng(5)
     excess = []
     for _ in range(20):
@@ -102,3 +128,15 @@ def test_few_large_experts_of_real_routing_are_balanced(num_ranks):
         load = ExpertLoad(np.tile(totals_E // num_ranks, (num_ranks, 1)))
         placement = balance(Problem(load, owner_E, problem.topology, problem.shape, slots=2)).placement
         assert max_over_mean(load.totals_E, placement) <= 1.03
+
+
+@pytest.mark.parametrize("name, top_k, num_ranks", [("mixtral_8x7b", 2, 16), ("mixtral_8x7b", 2, 64), ("olmoe_1b7b", 8, 16)])
+def test_a_forecast_of_real_routing_is_withstood_better_than_by_rivals(name, top_k, num_ranks):
+    """As training would: placed from the past, judged by the load that came, everyone's copies under the exact split."""
+    source = open_source(shared_trace(f"{name}_counts_crosslayer.npz"), num_ranks, sizes=Sizes(top_k=top_k))
+    shape = LayerShape(source.meta.num_experts, top_k, 2048, 1024, bytes_per_element=2)
+    setting = LabSetting(topology=Topology.preset("h100", num_ranks), shape=shape)
+    found = compare(source, setting, ["laer", "eplb", "hecate", "balance"], slots=(2,), knows=("predicted",))
+    exact = {outcome.solver: outcome for outcome in found if outcome.split == "exact"}
+    assert exact["balance"].max_over_mean <= min(outcome.max_over_mean for outcome in exact.values()) + 5e-4
+    assert exact["balance"].copies < exact["laer"].copies
