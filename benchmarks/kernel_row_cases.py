@@ -5,7 +5,9 @@ Shape letters: N routed rows, D model dim, F expert ffn dim, G groups, T tokens,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +29,10 @@ from ..kernels import (
     topk_gate,
 )
 from .kernel_cases import Call, Case, Shape, difference, dtype_name
+
+# Twice the largest cache of most processors, and how many sets of operands that may take.
+_CACHE_BYTES = 1 << 26
+_MAX_SETS = 16
 
 
 def _copy_bound(
@@ -54,13 +60,43 @@ def _copy_bound(
     )
 
 
+def with_cold_operands(make: Callable[[], Iterator[Case]], shape: Shape, device: str) -> Iterator[Case]:
+    """The cases that `make` makes, each with several sets of operands on a CPU, of which every call takes the next.
+
+    Else it would depend on what was called before whether a copy finds its source in the caches, or an op its rows. (On a GPU
+    the caches are cleared before every call.)
+    """
+    smallest = (shape.num_rows + shape.num_rows // shape.top_k) * shape.D * 4
+    num_sets = 1 if device == "cuda" else min(_MAX_SETS, -(-_CACHE_BYTES // smallest))
+    for cases in zip(*(make() for _ in range(num_sets)), strict=True):
+        yield in_turn(cases)
+
+
+def in_turn(cases: Sequence[Case]) -> Case:
+    """One case of several alike: each call is that of the next case, and torch's ways are elsewhere than ours in the turn."""
+
+    def turn(calls: Sequence[Call], start: int = 0) -> Call:
+        following = itertools.cycle([*calls[start:], *calls[:start]])
+        return lambda: next(following)()
+
+    first, half = cases[0], len(cases) // 2
+    return replace(
+        first,
+        ours=turn([case.ours for case in cases]),
+        ceiling=turn([case.ceiling for case in cases if callable(case.ceiling)]) if callable(first.ceiling) else first.ceiling,
+        torch={name: turn([case.torch[name] for case in cases], half) for name in first.torch},
+    )
+
+
 def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     """The memory-bound ops: gather, sum, both ways in turn, SwiGLU and its backward."""
     N, D, F, K = shape.num_rows, shape.D, shape.F, shape.top_k
     T, item = N // K, torch.empty((), dtype=dtype).element_size()
     x, rows = torch.randn(T, D, device=device).to(dtype), torch.randn(N, D, device=device).to(dtype)
-    row_ids = torch.randperm(N, device=device) % T
-    bags, gathered = bags_of(row_ids, T), torch.empty_like(rows)
+    # Slot order, as dispatch asks for it: expert by expert, tokens in their order.
+    chosen = torch.rand(T, len(shape.group_sizes), device=device).topk(K).indices
+    row_ids = chosen.flatten().argsort(stable=True) // K
+    bags, gathered, summed = bags_of(row_ids, T), torch.empty_like(rows), torch.empty_like(x)
     gate_up, dh, weights = (
         torch.randn(N, 2 * F, device=device).to(dtype),
         torch.randn(N, F, device=device).to(dtype),
@@ -84,14 +120,14 @@ def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield make(
         "sum_rows",
         (T + N) * D * item,
-        ours=partial(sum_rows, rows, bags),
+        ours=partial(sum_rows, rows, bags, out=summed),
         torch={"index_add": index_add},
         check=lambda: difference(sum_rows(rows, bags), index_add()),
     )
     yield make(
         "gather_rows + sum_rows",
         2 * (T + N) * D * item,
-        ours=lambda: sum_rows(gather_rows(x, row_ids, out=gathered), bags),
+        ours=lambda: sum_rows(gather_rows(x, row_ids, out=gathered), bags, out=summed),
         cpu_target=0.70,
         torch={"index_select, index_add": lambda: torch.zeros_like(x).index_add_(0, row_ids, x[row_ids])},
         check=lambda: difference(sum_rows(gather_rows(x, row_ids), bags), K * x),

@@ -1,13 +1,14 @@
 """Every kernel against torch and against this machine's own ceilings, measured interleaved in one run.
 
 Before a case is timed, our result is compared with torch's. Ratios are the ceiling's time, or torch's best time, over our
-time: 1 is level, more is better. The cases are in
-kernel_cases.py and kernel_row_cases.py.
+time: 1 is level, more is better. They are medians over rounds, with a 95 % interval (low, high) beside them. The cases are
+in kernel_cases.py and kernel_row_cases.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -21,22 +22,24 @@ import torch
 from torch import Tensor
 
 from .kernel_cases import Call, Case, ffn_case, layer_case, product_cases, shapes
-from .kernel_row_cases import bank_cases, router_cases, row_cases
-from .rows import publish
+from .kernel_row_cases import bank_cases, router_cases, row_cases, with_cold_operands
+from .rows import median_interval, publish
 
 COLUMNS = (
     "op",
     "shape",
     "dtype",
     "achieved",
-    "achieved_min",
-    "achieved_max",
     "ceiling",
     "unit",
     "ratio_to_ceiling",
+    "ratio_to_ceiling_low",
+    "ratio_to_ceiling_high",
     "target",
     "ratio_to_torch",
     "ratio_to_grouped_mm",
+    "ratio_to_grouped_mm_low",
+    "ratio_to_grouped_mm_high",
 )
 
 
@@ -54,10 +57,14 @@ class Row:
     ceiling: float
     unit: str
     ratio_to_ceiling: float
+    ratio_to_ceiling_low: float
+    ratio_to_ceiling_high: float
     target: float | None
     ratio_to_torch: float | None  # the best of torch's ways
     torch_is: str | None
     ratio_to_grouped_mm: float | None
+    ratio_to_grouped_mm_low: float | None
+    ratio_to_grouped_mm_high: float | None
 
 
 def measure(case: Case, device: str, rounds: int) -> Row:
@@ -69,10 +76,15 @@ def measure(case: Case, device: str, rounds: int) -> Row:
     if callable(case.ceiling):
         calls["ceiling"] = case.ceiling
     seconds = time_interleaved(calls, device, rounds)
+    if not callable(case.ceiling):
+        seconds["ceiling"] = [case.ceiling * 1e-6] * rounds
     median = {name: statistics.median(times) for name, times in seconds.items()}
     torch_names = [name for name in median if name.startswith("torch ")]
     best = min(torch_names, key=lambda name: median[name], default=None)
-    ceiling_s = median["ceiling"] if callable(case.ceiling) else case.ceiling * 1e-6
+    to_ceiling = _ratio(seconds["ceiling"], seconds["ours"])
+    to_torch = _ratio(seconds[best], seconds["ours"])[0] if best is not None else None
+    grouped_mm = seconds.get("torch grouped_mm")
+    to_grouped_mm = _ratio(grouped_mm, seconds["ours"]) if grouped_mm is not None else (None, None, None)
 
     def rate(time_s: float) -> float:
         return time_s * 1e6 if case.unit == "us" else case.work / time_s / 1e9
@@ -85,14 +97,24 @@ def measure(case: Case, device: str, rounds: int) -> Row:
         achieved=rate(median["ours"]),
         achieved_min=min(rate(t) for t in seconds["ours"]),
         achieved_max=max(rate(t) for t in seconds["ours"]),
-        ceiling=rate(ceiling_s),
+        ceiling=rate(median["ceiling"]),
         unit=case.unit,
-        ratio_to_ceiling=ceiling_s / median["ours"],
+        ratio_to_ceiling=to_ceiling[0],
+        ratio_to_ceiling_low=to_ceiling[1],
+        ratio_to_ceiling_high=to_ceiling[2],
         target=case.target,
-        ratio_to_torch=None if best is None else median[best] / median["ours"],
+        ratio_to_torch=to_torch,
         torch_is=None if best is None else best.removeprefix("torch "),
-        ratio_to_grouped_mm=median["torch grouped_mm"] / median["ours"] if "grouped_mm" in case.torch else None,
+        ratio_to_grouped_mm=to_grouped_mm[0],
+        ratio_to_grouped_mm_low=to_grouped_mm[1],
+        ratio_to_grouped_mm_high=to_grouped_mm[2],
     )
+
+
+def _ratio(theirs_s: Sequence[float], ours_s: Sequence[float]) -> tuple[float, float, float]:
+    """Their time over ours: the median over rounds, and its 95 % interval."""
+    ratios = [theirs / ours for theirs, ours in zip(theirs_s, ours_s, strict=True)]
+    return statistics.median(ratios), *median_interval(ratios)
 
 
 def time_interleaved(calls: dict[str, Call], device: str, rounds: int) -> dict[str, list[float]]:
@@ -101,8 +123,8 @@ def time_interleaved(calls: dict[str, Call], device: str, rounds: int) -> dict[s
     spacer = torch.empty(1 << 30 if device == "cuda" else 0, dtype=torch.uint8, device=device)
     order = list(calls.items())
     for number in range(rounds + 2):
-        # Each call follows another one in every round, so that none always finds the caches as a certain one left them.
-        for name, call in order[number % len(order) :] + order[: number % len(order)]:
+        # Each round has an order of its own, so that no call always finds the caches as a certain one left them.
+        for name, call in random.Random(number).sample(order, len(order)):
             time_s = _time_cuda(call, spacer) if device == "cuda" else _time_cpu(call)
             if number >= 2:
                 seconds[name].append(time_s)
@@ -165,8 +187,8 @@ def all_cases(device: str, dtype: torch.dtype, only: str = "") -> Iterator[Case]
         yield ffn_case(shape, dtype, device)
         yield layer_case(shape, dtype, device)
         if shape.name.endswith("balanced"):
-            yield from row_cases(shape, dtype, device)
-            yield from bank_cases(shape, dtype, device)
+            yield from with_cold_operands(partial(row_cases, shape, dtype, device), shape, device)
+            yield from with_cold_operands(partial(bank_cases, shape, dtype, device), shape, device)
     yield from router_cases(device)
 
 
@@ -186,16 +208,22 @@ def run(device: str, dtype: torch.dtype, rounds: int, only: str = "") -> tuple[l
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many rows are held to a target and which of them miss it, and the same for rows beside torch's grouped_mm."""
+    """How many rows are held to a target and which of them miss it; how many are slower than torch's grouped_mm, and which.
+
+    A row is slower where all of the interval lies below 1.
+    """
     held = [row for row in rows if row["target"] is not None]
     missed = [row for row in held if row["ratio_to_ceiling"] < row["target"]]
     named = "".join(f"; {row['op']} at {row['shape']} {row['ratio_to_ceiling']:.3f} < {row['target']}" for row in missed)
     beside = [row for row in rows if row["ratio_to_grouped_mm"] is not None]
-    slower = [row for row in beside if row["ratio_to_grouped_mm"] < 1]
-    behind = "".join(f"; {row['op']} at {row['shape']} {row['ratio_to_grouped_mm']:.3f}" for row in slower)
+    slower = [row for row in beside if row["ratio_to_grouped_mm_high"] < 1]
+    behind = "".join(
+        f"; {row['op']} at {row['shape']} {row['ratio_to_grouped_mm_low']:.3f} to {row['ratio_to_grouped_mm_high']:.3f}"
+        for row in slower
+    )
     return (
         f"{len(held) - len(missed)} of {len(held)} rows with a target reach it{named}\n"
-        f"{len(beside) - len(slower)} of {len(beside)} rows with torch's grouped_mm beside them are as fast{behind}"
+        f"{len(beside) - len(slower)} of {len(beside)} rows with torch's grouped_mm beside them are not slower{behind}"
     )
 
 

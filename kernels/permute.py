@@ -91,7 +91,7 @@ def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None
         from .permute_triton import gather_rows_triton
 
         return gather_rows_triton(x_MD, row_ids_N, beside=beside, out=out)
-    if x_MD.device.type == "cpu":
+    if x_MD.device.type == "cpu" and beside is not None:
         return _gather_compiled(x_MD, row_ids_N, beside, out)
     return gather_rows_torch(x_MD, row_ids_N, beside=beside, out=out)
 
@@ -129,7 +129,7 @@ def sum_rows_torch(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None,
     return x_MD if out is None else out.copy_(x_MD)
 
 
-def _gather_compiled(x_MD: Tensor, row_ids_N: Tensor, beside: Tensor | None, out: Tensor | None) -> Tensor:
+def _gather_compiled(x_MD: Tensor, row_ids_N: Tensor, beside: Tensor, out: Tensor | None) -> Tensor:
     from .permute_cpu import gather_into
 
     out = _new_or_checked(out, row_ids_N.shape[0], x_MD)

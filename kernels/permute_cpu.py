@@ -38,7 +38,7 @@ _NUM_WORDS = 13
 
 
 def gather_into(out_ND, x_MD, beside_PD, ids_N):
-    """Row n of out is row ids_N[n] (int64) of x followed by beside (or None), of any dtype.
+    """Row n of out is row ids_N[n] (int64) of x followed by beside, of any dtype.
 
     Returns whether every id names a row.
     """
@@ -48,8 +48,9 @@ def gather_into(out_ND, x_MD, beside_PD, ids_N):
 
 
 def sum_into(out_MD, x_ND, beside_PD, indices, offsets):
-    """Row m of out is the sum, in order, of the rows of bag m in x followed by beside (fp32 or fp64); zeros for an empty bag.
+    """Row m of out is the sum, in order, of the rows of bag m in x followed by beside (or None); zeros for an empty bag.
 
+    Rows are fp32 or fp64.
     Returns whether every offset names an index and every index a row.
     """
     M, D, item = out_MD.shape[0], x_ND.shape[1], x_ND.element_size()

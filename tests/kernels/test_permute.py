@@ -123,9 +123,9 @@ def test_ids_that_name_no_row_are_refused(ids: list[int], dtype: torch.dtype) ->
     """Nothing outside the rows is read, with none at all either."""
     row_ids_N = torch.tensor(ids, dtype=dtype)
     with pytest.raises(ValueError, match=rf"goes from {ids[0]} to {ids[1]}; ids must be in \[0, 3\)"):
-        gather_rows(torch.randn(3, 4), row_ids_N)
+        gather_rows(torch.randn(2, 4), row_ids_N, beside=torch.randn(1, 4))
     with pytest.raises(ValueError, match=r"ids must be in \[0, 0\)"):
-        gather_rows(torch.randn(0, 4), row_ids_N)
+        gather_rows(torch.randn(0, 4), row_ids_N, beside=torch.randn(0, 4))
     bags = Bags(row_ids_N.int(), torch.tensor([0, 2], dtype=torch.int32))
     with pytest.raises(ValueError, match=f"rows {ids[0]} to {ids[1]}, but there are 3 rows"):
         sum_rows(torch.randn(3, 4), bags)
