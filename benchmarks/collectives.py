@@ -8,8 +8,11 @@
 Everything of one size is measured round by round in one run, each round starting with another. Beside the transports run a
 plain memory copy, made by as many processes at once, of the bytes that a rank receives, and MPI's own collective (Alltoallv,
 Bcast, Reduce). Copies and collectives repeat between buffers that nobody rewrites: sources and targets of both are as warm as
-the caches allow, and the copies, which never wait for each other, are the more favoured. The bound is the busiest receiver's
-bytes at the rate of that copy; with `nodes`, whose links have a rate (network.py), the busiest link's bytes at that rate.
+the caches allow, and the copies, which never wait for each other, are the more favoured: with more ranks than cores those that
+run have the caches to themselves. So beside the all-to-all over shared memory runs a copy in step: after each copy the ranks
+exchange one number over that transport, which is about the least that an exchange of the same bytes can cost. The bound is the
+busiest receiver's bytes at the rate of the free copy; with `nodes`, whose links have a rate (network.py), the busiest link's
+bytes at that rate.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from .token_rows import crossing_bytes
 OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
 TOKEN_OP = "token_rows"
 # What is measured beside the transports, under the key `transport`.
-COPY, MPI_OWN = "memory copy", "mpi4py"
+COPY, COPY_IN_STEP, MPI_OWN = "memory copy", "memory copy in step", "mpi4py"
 COLUMNS = (
     "op",
     "transport",

@@ -30,7 +30,7 @@ from ..collectives import (
 )
 from ..collectives.transports.mpi import MpiJob, MpiTransport
 from ..placement import Placement
-from .collectives import COPY, MPI_OWN, TOKEN_OP, CollectivesCase
+from .collectives import COPY, COPY_IN_STEP, MPI_OWN, TOKEN_OP, CollectivesCase
 from .token_rows import ROUTES, token_rows
 
 # What a timed piece lasts at least: ranks leave a barrier up to a millisecond apart, which must not count.
@@ -75,12 +75,14 @@ def main(folder: Path) -> None:
 
 
 def _ways(op: str, case: CollectivesCase, transports: dict[str, Transport], buffers: Buffers) -> dict[str, Callable[[], None]]:
-    """Every way to one collective, by name: transport/schedule, the memory copy, MPI's own."""
+    """Every way to one collective, by name: transport/schedule, the memory copies, MPI's own."""
     rank = dist.get_rank()
     ways = {COPY: _copy(case.received_bytes(op, buffers.incoming[0].nbytes))}
     mpi = transports.get("mpi")
     if isinstance(mpi, MpiTransport) and op != TOKEN_OP:
         ways[MPI_OWN] = _mpi_own(op, mpi.job, buffers)
+    if op == "all_to_all" and "shm" in transports:
+        ways[COPY_IN_STEP] = _in_step(ways[COPY], transports["shm"])
     for name, transport in transports.items():
         if op == "all_to_all":
             ways[f"{name}/direct"] = _all_to_all(transport, buffers)
@@ -95,7 +97,7 @@ def _ways(op: str, case: CollectivesCase, transports: dict[str, Transport], buff
             make = _gather if op == "sparse_gather" else _reduce
             ways[f"{name}/{schedule_name}"] = make(transport, schedule, buffers)
     for name, way in ways.items():
-        if name != COPY:
+        if name not in (COPY, COPY_IN_STEP):
             _check(f"{op} by {name} on rank {rank}", op, way, buffers)
     return ways
 
@@ -151,6 +153,17 @@ def _copy(num_bytes: int) -> Callable[[], None]:
         ctypes.memmove(target.data_ptr(), source.data_ptr(), num_bytes)
 
     return copy
+
+
+def _in_step(copy: Callable[[], None], transport: Transport) -> Callable[[], None]:
+    """The copy, and then an exchange of one number with everybody."""
+    exchange = _all_to_all(transport, Buffers.allocate(transport, 4))
+
+    def copy_in_step() -> None:
+        copy()
+        exchange()
+
+    return copy_in_step
 
 
 def _mpi_own(op: str, job: MpiJob, buffers: Buffers) -> Callable[[], None]:

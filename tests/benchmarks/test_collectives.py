@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.benchmarks.collectives import COPY, MPI_OWN, OPS, CollectivesCase
+from moesaic.benchmarks.collectives import COPY, COPY_IN_STEP, MPI_OWN, OPS, CollectivesCase
 from tests.helpers.cluster import skip_without_network
 from tests.helpers.mpi import mpirun
 
@@ -56,6 +56,7 @@ def test_all_transports_on_one_machine() -> None:
         {("all_to_all", name, "direct") for name in transports}
         | {(op, name, schedule) for op in OPS[1:] for name in transports for schedule in ("direct", "relay")}
         | {(op, name, None) for op in OPS for name in (COPY, MPI_OWN)}
+        | {("all_to_all", COPY_IN_STEP, None)}
     )
     for row in rows:
         assert all(row[ratio] > 0 for ratio in KEYS if ratio.startswith("ratio_"))
