@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .checks import check_devices, check_ids
 
@@ -102,7 +103,7 @@ def topk_gate_torch(
         topk_ids_TK = _choose(logits_TE.detach(), top_k, score, bias_E)
     if score == "softmax" and normalize:
         # The softmax over the chosen experts equals the softmax over all, renormalised.
-        weights_TK = logits_TE.gather(1, topk_ids_TK).softmax(dim=1)
+        weights_TK = _Softmax.apply(logits_TE.gather(1, topk_ids_TK))
     else:
         weights_TK = gate_scores(logits_TE, score).gather(1, topk_ids_TK)
         if normalize:
@@ -113,7 +114,33 @@ def topk_gate_torch(
 
 def gate_scores(logits_TE: Tensor, score: Score) -> Tensor:
     """Every expert's score, [T, E]."""
-    return logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+    return _Softmax.apply(logits_TE) if score == "softmax" else logits_TE.sigmoid()
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax over the last dim whose gradient stays precise where one weight is nearly 1; see `_relative`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor) -> Tensor:
+        weights_TE = logits_TE.softmax(dim=1)
+        ctx.save_for_backward(weights_TE)
+        return weights_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweights_TE: Tensor) -> Tensor:
+        (weights_TE,) = ctx.saved_tensors
+        dweights_TE = _relative(dweights_TE, weights_TE)
+        return weights_TE * (dweights_TE - (dweights_TE * weights_TE).sum(dim=1, keepdim=True))
+
+
+def _relative(dweights_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The gradients of weights that sum to 1, less that of the heaviest.
+
+    What all have in common changes nothing. Left in, it is subtracted from itself where one weight is nearly 1, and the
+    difference that is to remain is rounded away.
+    """
+    return dweights_TK - dweights_TK.gather(1, weights_TK.argmax(dim=1, keepdim=True))
 
 
 def _choose(logits_TE: Tensor, top_k: int, score: Score, bias_E: Tensor | None) -> Tensor:
@@ -146,12 +173,16 @@ def topk_gate_backward_torch(
     if normalize:
         total_T1 = chosen_TK.sum(dim=1, keepdim=True).clamp(min=_MIN_TOTAL)
         weights_TK = chosen_TK / total_T1
+        dweights_TK = _relative(dweights_TK, weights_TK)
         dchosen_TK = (dweights_TK - (dweights_TK * weights_TK).sum(dim=1, keepdim=True)) / total_T1
     if score == "sigmoid":
         dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, topk_ids_TK, dchosen_TK * chosen_TK * (1.0 - chosen_TK))
+    elif normalize:
+        # The softmax over the chosen experts: no other logit has a part in it.
+        dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, topk_ids_TK, dchosen_TK * chosen_TK)
     else:
-        dlogits_TE = scores_TE * -(dchosen_TK * chosen_TK).sum(dim=1, keepdim=True)
-        dlogits_TE.scatter_add_(1, topk_ids_TK, dchosen_TK * chosen_TK)
+        dscores_TE = _relative(torch.zeros_like(logits_TE).scatter_(1, topk_ids_TK, dweights_TK), scores_TE)
+        dlogits_TE = scores_TE * (dscores_TE - (dscores_TE * scores_TE).sum(dim=1, keepdim=True))
     if dlse_T is not None:
         probs_TE = scores_TE if score == "softmax" else logits_TE.softmax(dim=1)
         dlogits_TE.addcmul_(probs_TE, dlse_T[:, None])

@@ -136,14 +136,23 @@ def _topk_gate_backward_kernel(
         is_this = e[None, :] == chosen[:, None]
         dscores = tl.where(is_this, dweight[:, None], dscores)
         is_chosen = is_chosen | is_this
+    if NORMALIZE or IS_SOFTMAX:
+        # Relative to the heaviest of those that sum to 1; see topk_gate._relative.
+        is_summed = is_chosen if NORMALIZE else is_expert
+        heaviest = tl.argmax(tl.where(is_summed, scores, -1.0), axis=1)
+        is_heaviest = e[None, :] == heaviest[:, None]
+        dscores = tl.where(is_summed, dscores - tl.sum(tl.where(is_heaviest, dscores, 0.0), axis=1)[:, None], 0.0)
     if NORMALIZE:
         total = tl.maximum(tl.sum(tl.where(is_chosen, scores, 0.0), axis=1), _MIN_TOTAL)[:, None]
         inner = tl.sum(dscores * scores, axis=1)[:, None] / total
         dscores = tl.where(is_chosen, (dscores - inner) / total, 0.0)
-    if IS_SOFTMAX:
-        dlogits = scores * (dscores - tl.sum(dscores * scores, axis=1)[:, None])
-    else:
+    if not IS_SOFTMAX:
         dlogits = dscores * scores * (1.0 - scores)
+    elif NORMALIZE:
+        # The softmax over the chosen experts: no other logit has a part in it.
+        dlogits = dscores * scores
+    else:
+        dlogits = scores * (dscores - tl.sum(dscores * scores, axis=1)[:, None])
     if HAS_DLSE:
         dlogits += tl.load(dlse_ptr + t, mask=is_token, other=0.0)[:, None] * probs
     tl.store(dlogits_ptr + t[:, None] * num_experts + e[None, :], dlogits, mask=mask)

@@ -53,6 +53,22 @@ def test_choice_weights_load_and_gradients(T: int, E: int, K: int, score: str, n
         torch.testing.assert_close(by_autograd.double(), expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
+def test_gradients_of_a_sure_choice_are_precise(normalize: bool) -> None:
+    """Where one expert weighs nearly 1, what the others would change is tiny, and right to the last digits all the same."""
+    gaps_T = torch.linspace(4.0, 16.0, 25)
+    logits_TE = torch.stack([gaps_T, torch.zeros(25), torch.full((25,), -1.0)], dim=1)
+    dweights_TK = torch.tensor([[1.25, 0.75]]).expand(25, 2)
+    exact, leaf_TE = logits_TE.double().requires_grad_(), logits_TE.clone().requires_grad_()
+    _, weights = naive_gate(exact, 2, normalize, "softmax", None)
+    (expected,) = torch.autograd.grad(weights, exact, dweights_TK.double())
+    gate = topk_gate(leaf_TE, 2, normalize=normalize)
+    (by_autograd,) = torch.autograd.grad(gate.weights_TK, leaf_TE, dweights_TK)
+    by_hand = topk_gate_backward(dweights_TK, None, logits_TE, gate.topk_ids_TK, normalize=normalize)
+    for actual in (by_autograd, by_hand):
+        torch.testing.assert_close(actual.double(), expected, rtol=3e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_bias_moves_the_choice_and_not_the_weights(score: str) -> None:
     logits_TE, bias_E = torch.randn(33, 9), torch.randn(9)
