@@ -10,6 +10,10 @@ BIN    := $(VENV)/bin
 
 PACKAGES := runtime collectives placement kernels launch benchmarks
 
+# Numba drops what it compiled when the function's own file changes, and not when one does that it calls.
+COMPILED := $(shell grep -rl --include=*.py '^from numba' $(PACKAGES))
+CURRENT  := $(VENV)/.compiled
+
 .PHONY: demo test lint clean
 
 $(READY): setup.py pyproject.toml constraints.txt
@@ -20,13 +24,17 @@ $(READY): setup.py pyproject.toml constraints.txt
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/moesaic
 	touch $@
 
-demo: $(READY)
+$(CURRENT): $(READY) $(COMPILED)
+	find $(PACKAGES) -name '*.nb[ic]' -delete
+	touch $@
+
+demo: $(CURRENT)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m moesaic.launch.train
 
 test: lint
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(CURRENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/src $(BIN)/mypy $(PACKAGES:%=-p moesaic.%)

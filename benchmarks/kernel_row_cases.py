@@ -30,7 +30,7 @@ from ..kernels import (
 )
 from .kernel_cases import Call, Case, Shape, difference, dtype_name
 
-# Twice the largest cache of most processors, and how many sets of operands that may take.
+# Twice the last-level cache of a small processor, and how many sets of operands that may take; a large server's keeps them warm.
 _CACHE_BYTES = 1 << 26
 _MAX_SETS = 16
 

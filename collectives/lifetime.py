@@ -38,4 +38,5 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
 
     It is asked to end (SIGTERM), so that mpirun ends its ranks too.
     """
-    return subprocess.Popen(command, preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM), **options)
+    before_exec = None if _prctl is None else partial(end_with_parent, os.getpid(), signal.SIGTERM)
+    return subprocess.Popen(command, preexec_fn=before_exec, **options)

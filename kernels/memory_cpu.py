@@ -31,8 +31,7 @@ def _stream_line(typingctx, target, source):
 
     def codegen(context, builder, signature, args):
         line = ir.VectorType(ir.IntType(64), _LINE_BYTES // 8).as_pointer()
-        loaded = builder.load(builder.inttoptr(args[1], line), align=8)
-        loaded.align = 1
+        loaded = builder.load(builder.inttoptr(args[1], line), align=1)
         stored = builder.store(loaded, builder.inttoptr(args[0], line), align=_LINE_BYTES)
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .checks import check_devices, check_floating
 
+# Where the compiled pass cannot run on torch's threads: with more of them than this, torch's own passes finish sooner.
+_ALONE_MAX_THREADS = 4
 # Elements of one [rows, F] block: five such fp32 blocks (gate, up, dh, two temporaries) stay in a 2 MiB cache.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -43,7 +45,7 @@ def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Ten
         return swiglu_torch(gate_up_N2F, row_weights_N, out=h_NF)
     from .swiglu_cpu import swiglu_into
 
-    swiglu_into(h_NF, gate_up_N2F, torch.ones(len(h_NF)) if row_weights_N is None else row_weights_N)
+    swiglu_into(h_NF, gate_up_N2F, _given_or_ones(row_weights_N, len(h_NF)))
     return h_NF
 
 
@@ -74,7 +76,7 @@ def swiglu_backward(
 
     if grads.h_NF.data_ptr() != dh_NF.data_ptr():
         grads.h_NF.copy_(dh_NF)
-    weights_N = torch.ones(len(dh_NF)) if row_weights_N is None else row_weights_N
+    weights_N = _given_or_ones(row_weights_N, len(dh_NF))
     dweights_N = torch.empty_like(weights_N) if dweights_N is None else dweights_N
     swiglu_backward_into(grads.h_NF, gate_up_N2F, weights_N, grads.dgate_up_N2F, dweights_N)
     return grads
@@ -180,11 +182,21 @@ def _check_shapes(gate_up_N2F: Tensor, **tensors: Tensor | None) -> None:
 def _takes_compiled_pass(weights: Sequence[Tensor | None], *tensors: Tensor) -> bool:
     """Whether the compiled CPU pass serves these tensors: fp32 or bf16, row weights in fp32, everything contiguous."""
     first = tensors[0]
-    return (
-        first.dtype in (torch.float32, torch.bfloat16)
-        and all(tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
-        and all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
-    )
+    if (
+        first.device.type != "cpu"
+        or first.dtype not in (torch.float32, torch.bfloat16)
+        or not all(tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
+        or not all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
+    ):
+        return False
+    from .threads_cpu import has_torch_threads
+
+    return has_torch_threads() or torch.get_num_threads() <= _ALONE_MAX_THREADS
+
+
+def _given_or_ones(row_weights_N: Tensor | None, num_rows: int) -> Tensor:
+    """Row weights as the compiled pass reads them, whatever torch's defaults are."""
+    return torch.ones(num_rows, dtype=torch.float32, device="cpu") if row_weights_N is None else row_weights_N
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

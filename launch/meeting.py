@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlparse
 
 import torch.distributed as dist
 
@@ -21,7 +23,7 @@ from .launcher import Place, first_host
 _CAME, _NUM_CAME, _RESULT = "moesaic/came", "moesaic/num_came", "moesaic/met"
 # Between two looks whether all have come: from the first to the second, doubling.
 _LOOK_S = (0.005, 0.2)
-# How long the rank that serves the store stays, for the others to read what came of the roll-call.
+# How long the store is kept, for the others to read what came of the roll-call.
 _LAST_WORDS_S = 1.0
 
 
@@ -37,13 +39,16 @@ def meet(place: Place, init_method: str, limit_s: float, env: Mapping[str, str])
         store = _open_store(place, init_method, timedelta(seconds=limit_s), env)
         problem = _call_roll(place, store, limit_s)
     except dist.DistError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise RankError(
             f"rank {place.rank} of {place.world_size} lost, or did not find within {limit_s:g} s, the store in which the ranks "
-            f"meet; rank 0 or the launcher serves it: see what they printed ({reason})"
+            f"meet; rank 0 or the launcher serves it: see what they printed ({_first_line(error)})"
         ) from None
     if problem is not None:
         speaker, line = problem
+        if place.rank in (0, speaker):
+            time.sleep(_LAST_WORDS_S)
+        if place.rank == speaker and init_method.startswith("file:"):
+            Path(urlparse(init_method).path).unlink(missing_ok=True)
         raise (RankError if place.rank == speaker else ValueError)(line)
     return store
 
@@ -51,6 +56,11 @@ def meet(place: Place, init_method: str, limit_s: float, env: Mapping[str, str])
 def _call_roll(place: Place, store: dist.Store, limit_s: float) -> tuple[int, str] | None:
     """Sign in and wait for the others: None if all came, else the rank that is to print, and the line."""
     deadline_s, look_s = time.monotonic() + limit_s, _LOOK_S[0]
+    if store.check([f"{_CAME}/{place.rank}"]):
+        raise RankError(
+            f"rank {place.rank} of another run has come here before; give a new file in launch.init_method, or another "
+            "MASTER_PORT, or end the other run"
+        )
     store.set(f"{_CAME}/{place.rank}", "")
     if store.add(_NUM_CAME, 1) == place.world_size:
         store.compare_set(_RESULT, "", json.dumps(None))
@@ -64,8 +74,6 @@ def _call_roll(place: Place, store: dist.Store, limit_s: float) -> tuple[int, st
     problem = json.loads(store.get(_RESULT))
     if problem is None:
         return None
-    if place.rank == 0:
-        time.sleep(_LAST_WORDS_S)
     speaker, line = problem
     return speaker, line
 
@@ -90,7 +98,10 @@ def _open_store(place: Place, init_method: str, limit: timedelta, env: Mapping[s
     """The store of `launch.init_method`, else that of torchrun, of MASTER_ADDR, of an MPI job or of a Slurm job."""
     has_address = "MASTER_ADDR" in env and "MASTER_PORT" in env
     if init_method == "env://" and has_address and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return _served_by_first(place, env["MASTER_ADDR"], int(env["MASTER_PORT"]), limit)
+        port = env["MASTER_PORT"]
+        if not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"MASTER_PORT is {port!r}; give a number up to 65535")
+        return _served_by_first(place, env["MASTER_ADDR"], int(port), limit)
     if init_method != "env://" or "MASTER_ADDR" in env:
         store, _, _ = next(dist.rendezvous(init_method, place.rank, place.world_size, timeout=limit))
         return store
@@ -120,4 +131,16 @@ def _open_over_mpi(place: Place, limit: timedelta) -> dist.Store:
 
 def _served_by_first(place: Place, host: str, port: int, limit: timedelta) -> dist.TCPStore:
     """A store in rank 0's process. It waits for nobody: the roll-call does, and can tell who is missing."""
-    return dist.TCPStore(host, port, place.world_size, is_master=place.rank == 0, timeout=limit, wait_for_workers=False)
+    try:
+        return dist.TCPStore(host, port, place.world_size, is_master=place.rank == 0, timeout=limit, wait_for_workers=False)
+    except dist.DistError as error:
+        if place.rank != 0:
+            raise
+        raise RankError(
+            f"rank 0 cannot serve the store in which the ranks meet at {host}:{port}; choose another MASTER_PORT "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")

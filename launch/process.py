@@ -86,6 +86,7 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     backend, timeout = "nccl" if on_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
     place = Place(process.rank, process.world_size, process.local_rank, process.local_world_size, launcher_of(os.environ))
     store = meet(place, config.init_method, config.init_timeout_s, os.environ)
+    store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
     try:
         degree = config.data_parallel_replicate_degree

@@ -69,25 +69,45 @@ def _least_rows(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_ma
     return np.maximum(np.maximum(busiest_C, -((kept_C - total) // num_units)), 0)
 
 
-def _least_tallies(problem: Problem, low: int, high: int | None, *, owners_may_move: bool, keep_counts: bool) -> list[Tally]:
-    """Return what the busiest rank and links have to do at least, if the busiest device moves `low` to `high` copies.
+@dataclass(frozen=True)
+class _Least:
+    """What every placement has to do at least: work, and rows on a device and on a node link by the copies that one receives."""
 
-    One for each number of experts that copies bring to the node where they bring most; the last is the least in rows.
-    """
-    topology, owner_E, load_RE = problem.topology, problem.expert_to_owner_E, problem.load.load_RE
-    received = problem.slots if high is None else min(high, problem.slots)
-    base_s = lower_bound(problem, owners_may_move=owners_may_move).total_s
-    work_rows = round(base_s / prices_of(problem).work_row_s)
-    if high is not None:
-        largest = -(-int(problem.load.totals_E.max()) // (1 + high))
-        work_rows = max(work_rows, largest + topology.half_rate_rows * (largest > 0))
-    device_rows = int(_least_rows(load_RE, owner_E, received, owners_may_move, keep_counts)[-1])
-    if topology.num_nodes == 1:
-        return [Tally(work_rows, device_rows, 0, low, 0)]
-    load_NE = load_RE.reshape(topology.num_nodes, topology.ranks_per_node, -1).sum(axis=1)
-    most = min(received * topology.ranks_per_node, problem.num_experts)
-    node_rows_C = _least_rows(load_NE, topology.node_of_rank_R[owner_E], most, owners_may_move, keep_counts)
-    return [Tally(work_rows, device_rows, int(rows), low, node_copies) for node_copies, rows in enumerate(node_rows_C)]
+    problem: Problem
+    base: Bound
+    device_rows_C: np.ndarray
+    node_rows_C: np.ndarray
+
+    @classmethod
+    def of(cls, problem: Problem, *, owners_may_move: bool, keep_counts: bool) -> _Least:
+        topology, owner_E, load_RE = problem.topology, problem.expert_to_owner_E, problem.load.load_RE
+        device_rows_C = _least_rows(load_RE, owner_E, problem.slots, owners_may_move, keep_counts)
+        node_rows_C = np.zeros(1, dtype=np.int64)
+        if topology.num_nodes > 1:
+            load_NE = load_RE.reshape(topology.num_nodes, topology.ranks_per_node, -1).sum(axis=1)
+            most = min(problem.slots * topology.ranks_per_node, problem.num_experts)
+            node_rows_C = _least_rows(load_NE, topology.node_of_rank_R[owner_E], most, owners_may_move, keep_counts)
+        return cls(problem, lower_bound(problem, owners_may_move=owners_may_move), device_rows_C, node_rows_C)
+
+    def tallies(self, low: int, high: int | None) -> list[Tally]:
+        """Count for placements whose busiest device moves `low` to `high` copies.
+
+        One for each number of experts that copies bring to the node where they bring most; the last is the least in rows.
+        """
+        problem, topology = self.problem, self.problem.topology
+        work_rows = round(self.base.total_s / prices_of(problem).work_row_s)
+        received = problem.slots if high is None else min(high, problem.slots)
+        if high is not None:
+            largest = -(-int(problem.load.totals_E.max()) // (1 + high))
+            work_rows = max(work_rows, largest + topology.half_rate_rows * (largest > 0))
+        device_rows = int(self.device_rows_C[received])
+        node_rows = self.node_rows_C[: received * topology.ranks_per_node + 1]
+        return [Tally(work_rows, device_rows, int(rows), low, node_copies) for node_copies, rows in enumerate(node_rows)]
+
+    def bound_s(self, low: int, high: int | None) -> float:
+        """Bound the seconds of those placements."""
+        # Sums of rounded numbers: the least possible cost may differ from its bound in the last digits.
+        return min(price(self.problem, tally).total_s for tally in self.tallies(low, high)) * (1 - 1e-12)
 
 
 def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: bool = True) -> Bound:
@@ -95,18 +115,15 @@ def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: 
 
     With `owners_may_move` owners are free, as many per rank as now if `keep_counts`, else any number.
     """
-    base = lower_bound(problem, owners_may_move=owners_may_move)
+    least = _Least.of(problem, owners_may_move=owners_may_move, keep_counts=keep_counts)
     most = problem.num_ranks - 1 if problem.slots else 0
     ranges = [(copies, copies) for copies in range(most + 1)] + ([(most + 1, None)] if problem.slots else [])
-    bounds_s = [range_bound_s(problem, *span, owners_may_move=owners_may_move, keep_counts=keep_counts) for span in ranges]
-    return Bound(base.max_rows, max(base.total_s, min(bounds_s)))
+    return Bound(least.base.max_rows, max(least.base.total_s, min(least.bound_s(*span) for span in ranges)))
 
 
-def range_bound_s(problem: Problem, low: int, high: int | None, *, owners_may_move: bool, keep_counts: bool = True) -> float:
+def range_bound_s(problem: Problem, low: int, high: int | None, *, owners_may_move: bool) -> float:
     """Bound the seconds of every placement whose busiest device sends or receives `low` to `high` copies; None: any number."""
-    tallies = _least_tallies(problem, low, high, owners_may_move=owners_may_move, keep_counts=keep_counts)
-    # Sums of rounded numbers: the least possible cost may differ from its bound in the last digits.
-    return min(price(problem, tally).total_s for tally in tallies) * (1 - 1e-12)
+    return _Least.of(problem, owners_may_move=owners_may_move, keep_counts=True).bound_s(low, high)
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ def room_within(problem: Problem, seconds: float, low: int, high: int | None, *,
     """
     prices = prices_of(problem)
     # The stages by themselves: as few rows as with the most copies to a node, as few copies to a node as with none.
-    tallies = _least_tallies(problem, low, high, owners_may_move=owners_may_move, keep_counts=True)
+    tallies = _Least.of(problem, owners_may_move=owners_may_move, keep_counts=True).tallies(low, high)
     least = replace(tallies[-1], node_copies=0)
     spent = price(problem, least)
     left_s = max(seconds * (1 + 1e-9) - spent.total_s, 0.0)

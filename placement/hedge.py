@@ -1,8 +1,8 @@
 """Compiled routines of the balance planner. Import this module lazily: it imports numba, and a first call compiles.
 
 All loads are kept levelled over the copies bought so far, as flow.level does it, and the next copy is the one that relieves most
-of what stays above the mean, summed over the loads. Shape letters: R ranks, E experts, S loads, C copies. Integers, but for one
-correctly rounded quotient, so every machine computes the same.
+of what stays above the mean, summed over the loads. Shape letters: R ranks, E experts, S loads, C copies. Floats only in
+single operations, which IEEE 754 rounds the same everywhere, so every machine computes the same.
 """
 # mypy: disable-error-code=no-untyped-def
 # numba infers the types of compiled functions.

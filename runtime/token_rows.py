@@ -176,7 +176,10 @@ def begin_dispatch(
 
 def finish_dispatch(crossing: Crossing) -> tuple[Tensor, Tensor]:
     """What has arrived: slot-major rows [N, D], and the gate weight of each [N]."""
-    return _Arrive.apply(crossing.link, crossing) if crossing.rows is None else crossing.rows
+    if crossing.rows is None:
+        return _Arrive.apply(crossing.link, crossing)
+    rows, crossing.rows = crossing.rows, None  # so that they can be freed as soon as nobody else needs them
+    return rows
 
 
 def combine(y_ND: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:

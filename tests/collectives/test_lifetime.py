@@ -15,6 +15,8 @@ from tests.helpers.cluster import skip_without_network
 from tests.helpers.mpi import ROOT, mpirun
 from tests.helpers.ranks import forking
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+
 RANK = "import sys, os, time; open(f'{sys.argv[1]}/{os.getpid()}', 'x'); time.sleep(1000)"
 
 # Every way in which we start ranks. All of them stay: in a body of a test, in a benchmark on nodes, under a launcher.

@@ -153,3 +153,17 @@ def test_wrong_shapes_are_named() -> None:
     buffers = SwigluGrads(torch.empty(3, 4), torch.empty(1), torch.empty(3, 2))
     with pytest.raises(ValueError, match=r"drow_weights_N is \(1,\), but gate_up_N2F \(3, 4\) asks for \(3,\)"):
         swiglu_backward(torch.randn(3, 2), torch.randn(3, 4), torch.rand(3), out=buffers)
+
+
+def test_torch_defaults_do_not_matter() -> None:
+    """Weights that nobody gave are ones in fp32, whatever torch makes by default; meta tensors have no addresses."""
+    gate_up, dh = torch.randn(5, 8), torch.randn(5, 4)
+    expected = [swiglu(gate_up), swiglu_backward(dh, gate_up).dgate_up_N2F]
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = [swiglu(gate_up), swiglu_backward(dh, gate_up).dgate_up_N2F]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert swiglu(gate_up.to("meta")).shape == (5, 4)

@@ -60,17 +60,43 @@ def test_a_late_rank_is_waited_for(how: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "how, starts_s, who",
     [
-        ("file", [None, 0.0, 0.1, None], "2 of 4 ranks did not come within 0.5 s: ranks 0, 3; came: ranks 1-2; "),
-        ("address", [0.1, 0.0, None], "1 of 3 ranks did not come within 0.5 s: rank 2; came: ranks 0-1; "),
+        ("file", [None, 0.0, 0.0, None], "2 of 4 ranks did not come within 3 s: ranks 0, 3; came: ranks 1-2; "),
+        ("address", [0.0, 0.0, None], "1 of 3 ranks did not come within 3 s: rank 2; came: ranks 0-1; "),
     ],
 )
 def test_those_that_never_came_are_named(how: str, starts_s: list[float | None], who: str, tmp_path: Path) -> None:
     """One line, the same on all that came; the first of them prints it."""
-    found = meet_in_threads(starts_s, 0.5, *place_to_meet(how, tmp_path))
+    place = place_to_meet(how, tmp_path)
+    found = meet_in_threads(starts_s, 3.0, *place)
     assert {str(error) for error in found.values()} == {
         who + "see what they printed, or give ranks that start further apart more time, --set launch.init_timeout_s=SECONDS"
     }
     assert [isinstance(found[rank], RankError) for rank in sorted(found)] == [True, False]
+    if how == "file":
+        # What is left of a meeting must not be taken for the next one.
+        again = meet_in_threads([0.0] * len(starts_s), 30.0, *place)
+        assert all(isinstance(store, dist.Store) for store in again.values()), again
+
+
+def test_a_place_where_others_have_met(tmp_path: Path) -> None:
+    place = place_to_meet("file", tmp_path)
+    # A run that crashes leaves the file; one that ends closes its stores, and the last takes the file away.
+    met = meet_in_threads([0.0, 0.0], 30.0, *place)
+    assert all(isinstance(store, dist.Store) for store in met.values())
+    for rank, error in meet_in_threads([0.0, 0.0], 30.0, *place).items():
+        assert str(error).startswith(f"rank {rank} of another run has come here before; give a new file")
+
+
+def test_a_port_that_cannot_be_served() -> None:
+    init_method, env = place_to_meet("address", Path())
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", int(env["MASTER_PORT"])))
+        taken.listen()
+        found = meet_in_threads([0.0, None], 2.0, init_method, env)
+    assert str(found[0]).startswith(f"rank 0 cannot serve the store in which the ranks meet at 127.0.0.1:{env['MASTER_PORT']}; choose")
+    assert "\n" not in str(found[0])
+    error = meet_in_threads([0.0, None], 2.0, init_method, env | {"MASTER_PORT": "abc"})[0]
+    assert str(error) == "MASTER_PORT is 'abc'; give a number up to 65535"
 
 
 def test_nobody_serves_the_store() -> None:
