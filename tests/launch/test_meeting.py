@@ -93,7 +93,8 @@ def test_a_port_that_cannot_be_served() -> None:
         taken.bind(("0.0.0.0", int(env["MASTER_PORT"])))
         taken.listen()
         found = meet_in_threads([0.0, None], 2.0, init_method, env)
-    assert str(found[0]).startswith(f"rank 0 cannot serve the store in which the ranks meet at 127.0.0.1:{env['MASTER_PORT']}; choose")
+    where = f"127.0.0.1:{env['MASTER_PORT']}"
+    assert str(found[0]).startswith(f"rank 0 cannot serve the store in which the ranks meet at {where}; choose another")
     assert "\n" not in str(found[0])
     error = meet_in_threads([0.0, None], 2.0, init_method, env | {"MASTER_PORT": "abc"})[0]
     assert str(error) == "MASTER_PORT is 'abc'; give a number up to 65535"
