@@ -145,7 +145,7 @@ def _propose(state_1, move_owners, owner_E, copy_RS):
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _anneal(setting, move_owners, proposals, owner_E, copy_RS, hot, cold, run):
     """Search from the given state; leave the best state found in owner_E and copy_RS, and return its cost."""
     state_1 = np.array([88172645463325252 + 7919 * run], np.uint64)

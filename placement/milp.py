@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -101,12 +105,13 @@ def _search_owners(problem: Problem, owner_E: np.ndarray, proposals: int) -> np.
 
 
 def _search_copies(
-    problem: Problem, owner_SE: list[np.ndarray], move_owners: bool, effort: float, search: int = 0
-) -> list[_Priced]:
-    """Return answers of many short searches, which start from `quota` over each of the given owners.
+    problem: Problem, owner_SE: Sequence[np.ndarray], move_owners: bool, effort: float, search: int = 0
+) -> Iterator[tuple[float, Placement]]:
+    """Yield answers of many short searches with their seconds under the exact split.
 
-    Another `search` makes other draws. A price that counts the busiest rank and link only is rugged: short runs from other draws,
-    and under fewer slots, find more than one long run.
+    Every other `search` starts from `quota` or from `balance`, over each of the given owners, and each makes other draws. A price
+    that counts the busiest rank and link only is rugged: short runs from other draws, and under fewer slots, find more than one
+    long run.
     """
     from .improve import improve
 
@@ -114,28 +119,65 @@ def _search_copies(
     proposals = int(min(_COPY_PROPOSALS * 512 / max(states, 512), 200 * states) * effort)
     budgets = [dataclasses.replace(problem, slots=slots) for slots in range(1, min(problem.slots, _MOST_BUDGETS) + 1)]
     runs = max(1, proposals // (_COPY_RUN_PROPOSALS * len(budgets) * len(owner_SE)))
-    found: dict[Placement, float] = {}
+    solve_copies = (quota.solve, balance.solve)[search % 2]
     for budget, owner_E in itertools.product(budgets, owner_SE):
-        start = quota.solve(dataclasses.replace(budget, expert_to_owner_E=owner_E)).placement
+        start = solve_copies(dataclasses.replace(budget, expert_to_owner_E=owner_E)).placement
         for run in range(search * runs, (search + 1) * runs):
             placement = improve(budget, start, move_owners=move_owners, proposals=min(proposals, _COPY_RUN_PROPOSALS), run=run)
-            found[placement] = cost(problem, placement, split_exact(problem.load, placement, problem.topology)).total_s
-    return [_priced(problem, placement) for placement in sorted(found, key=lambda placement: found[placement])[:_MOST_PRICED]]
+            yield cost(problem, placement, split_exact(problem.load, placement, problem.topology)).total_s, placement
 
 
-def _incumbent(problem: Problem, move_owners: bool, effort: float) -> _Priced:
-    """Return the cheapest of the heuristics and of searches from them; `effort` 1 searches for about two seconds."""
+def _cheapest(problem: Problem, found: Iterable[tuple[float, Placement]]) -> list[_Priced]:
+    """Return the answers whose best split is worth an integer program."""
+    seconds = {placement: seconds for seconds, placement in found}
+    return [_priced(problem, placement) for placement in sorted(seconds, key=lambda p: seconds[p])[:_MOST_PRICED]]
+
+
+class _SearchOn:
+    """Searches for better copies on and on in a thread of its own, beside the engine, which leaves the other cores alone."""
+
+    def __init__(self, problem: Problem, owner_SE: Sequence[np.ndarray], move_owners: bool, effort: float):
+        self._problem, self._owner_SE, self._move_owners, self._effort = problem, owner_SE, move_owners, effort
+        self._found: deque[tuple[float, Placement]] = deque()
+        self._is_over = threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+        self._searching = self._pool.submit(self._search)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._searching.result()
+        self._pool.shutdown()
+
+    def take(self) -> list[_Priced]:
+        """Return the cheapest answers since the last time."""
+        found = [self._found.popleft() for _ in range(len(self._found))]
+        return _cheapest(self._problem, found)
+
+    def _search(self) -> None:
+        for search in itertools.count(1) if self._problem.slots and self._problem.num_ranks > 1 else ():
+            for answer in _search_copies(self._problem, self._owner_SE, self._move_owners, self._effort, search):
+                self._found.append(answer)
+                if self._is_over.is_set():
+                    return
+
+
+def _incumbent(problem: Problem, move_owners: bool, effort: float) -> tuple[_Priced, list[np.ndarray]]:
+    """Return the cheapest of the heuristics and of searches from them, and the owners that they started from.
+
+    `effort` 1 searches for about two seconds.
+    """
     best = min((_priced(problem, p) for p in _heuristics(problem, move_owners)), key=lambda found: found.cost.total_s)
-    if problem.num_ranks == 1:
-        return best
     owner_SE, candidates = [best.placement.expert_to_owner_E], [best]
-    if move_owners:
+    if move_owners and problem.num_ranks > 1:
         proposals = int(min(_OWNER_PROPOSALS, 2000 * problem.num_experts * problem.num_ranks) * effort)
         owner_SE.append(_search_owners(problem, owner_SE[0], proposals))
         candidates.append(_priced(problem, Placement.owners_only(owner_SE[1], problem.num_ranks)))
-    if problem.slots:
-        candidates += _search_copies(problem, owner_SE, move_owners, effort)
-    return min(candidates, key=lambda found: found.cost.total_s)
+    if problem.slots and problem.num_ranks > 1:
+        candidates += _cheapest(problem, _search_copies(problem, owner_SE, move_owners, effort))
+    return min(candidates, key=lambda found: found.cost.total_s), owner_SE
 
 
 def _copy_ranges(problem: Problem) -> list[CopyRange]:
@@ -163,9 +205,10 @@ def _copy_ranges(problem: Problem) -> list[CopyRange]:
 class _Proof:
     """The best placement so far, and what is proven of every range of copies."""
 
-    def __init__(self, problem: Problem, move_owners: bool, engine: str, best: _Priced, bound_s: float, effort: float) -> None:
-        self._problem, self._move_owners, self._engine = problem, move_owners, engine
-        self._effort, self._num_searches, self._search_s = effort, 1, 0.0
+    def __init__(
+        self, problem: Problem, move_owners: bool, engine: str, best: _Priced, bound_s: float, search: _SearchOn
+    ) -> None:
+        self._problem, self._move_owners, self._engine, self._search = problem, move_owners, engine, search
         self.best = best
         self.is_interrupted = False
         self._proven_s = {
@@ -220,20 +263,10 @@ class _Proof:
             if not is_better or not answer.is_complete:
                 attempts = attempts[1:] or attempts
             if not is_better and not answer.is_complete:
-                self._search_again(end)
+                self.best = min([self.best, *self._search.take()], key=lambda priced: priced.cost.total_s)
             if perf_counter() >= end:
                 return False
         return True
-
-    def _search_again(self, end: float) -> None:
-        """Look for a better answer by other draws, if that is done before perf_counter reaches `end`."""
-        start = perf_counter()
-        if self._problem.slots and self._problem.num_ranks > 1 and start + 2 * self._search_s < end:
-            owner_SE = [self.best.placement.expert_to_owner_E]
-            found = _search_copies(self._problem, owner_SE, self._move_owners, self._effort, self._num_searches)
-            self.best = min([self.best, *found], key=lambda priced: priced.cost.total_s)
-            self._num_searches += 1
-            self._search_s = perf_counter() - start
 
 
 def _warm_up() -> None:
@@ -271,11 +304,12 @@ def solve(
     start = perf_counter()
     bound = link_bound(problem, owners_may_move=move_owners)
     effort = min(1.0, time_limit_s / 10)
-    best = _incumbent(problem, move_owners, effort)
-    proof = _Proof(problem, move_owners, engine, best, bound.total_s, effort)
-    # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
-    for tolerance in sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True):
-        proof.tighten(tolerance, start + _ENGINE_SHARE * time_limit_s)
+    best, owner_SE = _incumbent(problem, move_owners, effort)
+    with _SearchOn(problem, owner_SE, move_owners, effort) as search:
+        proof = _Proof(problem, move_owners, engine, best, bound.total_s, search)
+        # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
+        for tolerance in sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True):
+            proof.tighten(tolerance, start + _ENGINE_SHARE * time_limit_s)
     best = proof.best
     seconds = perf_counter() - start
     found = solution(best.placement, best.cost, Bound(bound.max_rows, min(proof.bound_s, best.cost.total_s)), seconds, "milp")
