@@ -35,14 +35,15 @@ _CHUNK_BYTES = 1 << 16
 def run_rows(routine, num_rows, row_bytes, *words):
     """Run `routine` (a numba cfunc) over `num_rows` rows of about `row_bytes` each; return its last word as it left it."""
     chunk_rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
-    task = (ctypes.c_int64 * (OWN + len(words)))(0, chunk_rows, num_rows, *words)
     # All of torch's threads or one: OpenMP ends those that a smaller team leaves out, and torch's next pass starts them anew.
-    num_threads = torch.get_num_threads() if num_rows > chunk_rows else 1
-    start_threads = _gomp_parallel()
-    if num_threads <= 1 or start_threads is None:
+    start_threads = _gomp_parallel() if num_rows > chunk_rows and torch.get_num_threads() > 1 else None
+    if start_threads is None:
+        chunk_rows = num_rows
+    task = (ctypes.c_int64 * (OWN + len(words)))(0, chunk_rows, num_rows, *words)
+    if start_threads is None:
         routine.ctypes(task)
     else:
-        start_threads(routine.address, task, num_threads, 0)
+        start_threads(routine.address, task, torch.get_num_threads(), 0)
     return task[-1]
 
 

@@ -53,11 +53,9 @@ class Crossing:
 
     def arrive(self) -> Any:
         """Wait for what was launched."""
-        rows, traffic = self._in_flight, self.runtime.group.tokens.traffic
+        (rows, self._in_flight), traffic = (self._in_flight, None), self.runtime.group.tokens.traffic
         assert rows is not None, "nothing is on its way"
-        is_newest = traffic.unfinished is rows
-        self._in_flight = None
-        if is_newest:
+        if traffic.unfinished is rows:
             traffic.unfinished = None
         with self.runtime.stage("dispatch", self.layer_pass):
             return rows.wait()
