@@ -64,8 +64,7 @@ class Flow:
             self._post_sends()
             self._post_receives()
         assert not self._receives and not self._sends, "messages that wait for nothing were not posted"
-        if self._transport.traffic.unfinished is self:
-            self._transport.traffic.unfinished = None
+        self._transport.traffic.finished(self)
         sending, self._sending = self._sending, []
         for pending in sending:
             pending.wait()
@@ -114,8 +113,7 @@ class RoundFlow:
                 if message.dst == self._transport.rank:
                     self._side.arrived(message)
             self._start_next()
-        if self._transport.traffic.unfinished is self:
-            self._transport.traffic.unfinished = None
+        self._transport.traffic.finished(self)
 
     def _start_next(self) -> None:
         self._current = None

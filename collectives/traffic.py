@@ -51,6 +51,11 @@ class Traffic:
         self._bytes: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)
         self._messages: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)
 
+    def finished(self, collective: Unfinished) -> None:
+        """Note that this collective is over, the one that was `unfinished` or another."""
+        if self.unfinished is collective:
+            self.unfinished = None
+
     def add(self, op: str, peer: int, num_bytes: int) -> None:
         """Count one message of `num_bytes` to rank `peer`."""
         self._bytes[op][peer] += num_bytes

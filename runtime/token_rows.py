@@ -53,10 +53,9 @@ class Crossing:
 
     def arrive(self) -> Any:
         """Wait for what was launched."""
-        (rows, self._in_flight), traffic = (self._in_flight, None), self.runtime.group.tokens.traffic
+        rows, self._in_flight = self._in_flight, None
         assert rows is not None, "nothing is on its way"
-        if traffic.unfinished is rows:
-            traffic.unfinished = None
+        self.runtime.group.tokens.traffic.finished(rows)
         with self.runtime.stage("dispatch", self.layer_pass):
             return rows.wait()
 
