@@ -140,12 +140,11 @@ class Products:
 
     def ours(self, kinds: Sequence[str]) -> Call:
         """Like torch's ways, `wgrad` writes new gradients, as a step's first micro-batch does; the others' is `wgrad adding`."""
-        weights, grads, G = list(self.bank), list(self.grads), len(self.sizes)
-        wgrad = partial(grouped_gemm_wgrad, self.dy, self.x, self.sizes, grads)
+        wgrad = partial(grouped_gemm_wgrad, self.dy, self.x, self.sizes, self.grads)
         calls: dict[str, Call] = {
-            "forward": partial(grouped_gemm, self.x, weights, self.sizes, out=self.y),
-            "dgrad": partial(grouped_gemm_dgrad, self.dy, weights, self.sizes, out=self.dx),
-            "wgrad": partial(wgrad, overwrite=[True] * G),
+            "forward": partial(grouped_gemm, self.x, self.bank, self.sizes, out=self.y),
+            "dgrad": partial(grouped_gemm_dgrad, self.dy, self.bank, self.sizes, out=self.dx),
+            "wgrad": partial(wgrad, overwrite=[True] * len(self.sizes)),
             "wgrad adding": wgrad,
         }
         chosen = [calls[kind] for kind in kinds]

@@ -1,51 +1,66 @@
 """Ragged matrix products, one per group of rows: forward, input gradient, weight gradient.
 
-Rows are sorted by group; `group_sizes` (host integers) says how many rows each group has. Weights are a sequence of
-2-D tensors, one per group: rows of a bank, slots, or any views of them, so that nothing is packed. The CPU twin is
-one BLAS call per group that has rows.
+Rows are sorted by group; `group_sizes` (host integers) says how many rows each group has. Weights and their gradients
+are 2-D tensors, one per group: rows of a bank, slots, or any views of them, so that nothing is packed; or one stack of
+them. On the CPU the fp32 products of all groups are one compiled call (grouped_gemm_cpu.py); the torch twin makes one
+call per group that has rows.
 
-Shapes: N rows, I input width, O output width, weights [O, I].
+Shapes: N rows, I input width, O output width, weights and gradients [O, I] each, or stacked [G, O, I].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .checks import check_devices, check_floating
 
+Matrices: TypeAlias = Sequence[Tensor] | Tensor
+"""One for every group, or all of them stacked."""
 
-def grouped_gemm(x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
+
+def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Return `y_NO`: for each group g, its rows times `weights[g].T` ([O, I]). No autograd."""
+    y_NO = x_NI.new_empty(x_NI.shape[0], weights[0].shape[0]) if out is None else out
+    if takes_compiled(y_NO, x_NI, weights):
+        from .grouped_gemm_cpu import forward_into
+
+        if forward_into(y_NO, x_NI, weights, group_sizes):
+            return y_NO
     check_groups(x_NI.shape[0], weights, group_sizes)
-    _check_operands(x_NI, weights, out)
+    _check_operands(x_NI, weights, y_NO)
     if x_NI.device.type != "cuda":
-        return grouped_gemm_torch(x_NI, weights, group_sizes, out=out)
+        return grouped_gemm_torch(x_NI, weights, group_sizes, out=y_NO)
     from .grouped_gemm_triton import grouped_gemm_triton
 
-    return grouped_gemm_triton(x_NI, weights, group_sizes, out=out)
+    return grouped_gemm_triton(x_NI, weights, group_sizes, out=y_NO)
 
 
-def grouped_gemm_dgrad(
-    dy_NO: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None
-) -> Tensor:
+def grouped_gemm_dgrad(dy_NO: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Return `dx_NI`: for each group g, its rows of `dy_NO` times `weights[g]` ([O, I])."""
+    dx_NI = dy_NO.new_empty(dy_NO.shape[0], weights[0].shape[1]) if out is None else out
+    if takes_compiled(dy_NO, dx_NI, weights):
+        from .grouped_gemm_cpu import dgrad_into
+
+        if dgrad_into(dx_NI, dy_NO, weights, group_sizes):
+            return dx_NI
     check_groups(dy_NO.shape[0], weights, group_sizes)
-    _check_operands(dy_NO, weights, out)
+    _check_operands(dy_NO, weights, dx_NI)
     if dy_NO.device.type != "cuda":
-        return grouped_gemm_dgrad_torch(dy_NO, weights, group_sizes, out=out)
+        return grouped_gemm_dgrad_torch(dy_NO, weights, group_sizes, out=dx_NI)
     from .grouped_gemm_triton import grouped_gemm_dgrad_triton
 
-    return grouped_gemm_dgrad_triton(dy_NO, weights, group_sizes, out=out)
+    return grouped_gemm_dgrad_triton(dy_NO, weights, group_sizes, out=dx_NI)
 
 
 def grouped_gemm_wgrad(
     dy_NO: Tensor,
     x_NI: Tensor,
     group_sizes: Sequence[int],
-    grads: Sequence[Tensor],
+    grads: Matrices,
     *,
     alpha: float = 1.0,
     overwrite: Sequence[bool] | None = None,
@@ -55,9 +70,15 @@ def grouped_gemm_wgrad(
     Products are accumulated in the dtype of the gradients (fp32), also for half-precision rows. Groups marked in `overwrite`
     have buffers that hold nothing yet: theirs are set, not added to, and set to zero where the group has no rows.
     """
+    if takes_compiled(dy_NO, x_NI, grads):
+        from .grouped_gemm_cpu import wgrad_into
+
+        if wgrad_into(grads, dy_NO, x_NI, group_sizes, alpha, overwrite):
+            zero_empty(grads, group_sizes, overwrite)
+            return
     check_groups(dy_NO.shape[0], grads, group_sizes)
     _check_operands(dy_NO, [x_NI], None)
-    _check_matrix_devices("gradient", grads, dy_NO.device)
+    _check_matrices("gradient", grads, dy_NO.device, None)
     if dy_NO.device.type != "cuda":
         grouped_gemm_wgrad_torch(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
         return
@@ -66,9 +87,7 @@ def grouped_gemm_wgrad(
     grouped_gemm_wgrad_triton(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
 
 
-def grouped_gemm_torch(
-    x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None
-) -> Tensor:
+def grouped_gemm_torch(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Torch twin of `grouped_gemm`."""
     y_NO = x_NI.new_empty(x_NI.shape[0], weights[0].shape[0]) if out is None else out
     for x_nI, weight, y_nO in zip(_split(x_NI, group_sizes), weights, _split(y_NO, group_sizes), strict=True):
@@ -77,7 +96,7 @@ def grouped_gemm_torch(
 
 
 def grouped_gemm_dgrad_torch(
-    dy_NO: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int], *, out: Tensor | None = None
+    dy_NO: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None
 ) -> Tensor:
     """Torch twin of `grouped_gemm_dgrad`."""
     dx_NI = dy_NO.new_empty(dy_NO.shape[0], weights[0].shape[1]) if out is None else out
@@ -90,7 +109,7 @@ def grouped_gemm_wgrad_torch(
     dy_NO: Tensor,
     x_NI: Tensor,
     group_sizes: Sequence[int],
-    grads: Sequence[Tensor],
+    grads: Matrices,
     *,
     alpha: float = 1.0,
     overwrite: Sequence[bool] | None = None,
@@ -111,9 +130,11 @@ def add_wgrad(grad_OI: Tensor, dy_nO: Tensor, x_nI: Tensor, *, alpha: float = 1.
     grad_OI.addmm_(dy_nO.t(), x_nI, beta=0 if overwrite else 1, alpha=alpha)
 
 
-def zero_empty(grads: Sequence[Tensor], group_sizes: Sequence[int], overwrite: Sequence[bool] | None) -> None:
+def zero_empty(grads: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None) -> None:
     """Set to zero the gradients that are to be overwritten and whose groups have no rows to do it with."""
-    for grad, size, is_fresh in zip(grads, group_sizes, overwrite or (), strict=overwrite is not None):
+    if overwrite is None or 0 not in group_sizes:
+        return
+    for grad, size, is_fresh in zip(grads, group_sizes, overwrite, strict=True):
         if is_fresh and size == 0:
             grad.zero_()
 
@@ -132,7 +153,7 @@ def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
         start += size
 
 
-def check_groups(num_rows: int, weights: Sequence[Tensor], group_sizes: Sequence[int]) -> None:
+def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int]) -> None:
     """Raise ValueError unless sizes, weights and rows belong together."""
     if len(weights) != len(group_sizes):
         raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group")
@@ -140,18 +161,45 @@ def check_groups(num_rows: int, weights: Sequence[Tensor], group_sizes: Sequence
         raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")
 
 
-def _check_operands(rows: Tensor, matrices: Sequence[Tensor], out: Tensor | None) -> None:
+def takes_compiled(rows_NO: Tensor, rows_NI: Tensor, *matrices_OI: Matrices) -> bool:
+    """Whether a compiled routine serves these: fp32 on the CPU, rows one after the other, contiguous matrices [O, I]."""
+    if not (_are_plain(rows_NO) and _are_plain(rows_NI)):
+        return False
+    (num_rows, *shape), (num_others, in_dim) = rows_NO.shape, rows_NI.shape
+    shape.append(in_dim)
+    if num_rows != num_others or 0 in shape:
+        return False
+    for matrices in matrices_OI:
+        parts, part_shape = matrices, tuple(shape)
+        if isinstance(matrices, Tensor):
+            parts, part_shape = [matrices], (len(matrices), *shape)
+        for part in parts:
+            if not (part.is_cpu and part.dtype == torch.float32 and part.shape == part_shape and part.is_contiguous()):
+                return False
+    from .blas_cpu import sgemm_address
+
+    return bool(sgemm_address())
+
+
+def _are_plain(rows: Tensor) -> bool:
+    """Whether these are rows that BLAS takes by their address."""
+    if rows.dim() != 2 or not rows.is_cpu or rows.dtype != torch.float32:
+        return False
+    row_stride, stride = rows.stride()
+    return stride == 1 and row_stride >= rows.shape[1]
+
+
+def _check_operands(rows: Tensor, matrices: Matrices, out: Tensor | None) -> None:
     """Raise ValueError unless everything that is multiplied has one device and one floating dtype."""
     check_floating(rows=rows)
     check_devices(rows.device, out=out)
-    _check_matrix_devices("matrix", matrices, rows.device)
-    for group, matrix in enumerate(matrices):
-        if matrix.dtype != rows.dtype:
-            raise ValueError(f"matrix {group} is {matrix.dtype}, but the rows are {rows.dtype}; cast one of them")
+    _check_matrices("matrix", matrices, rows.device, rows.dtype)
 
 
-def _check_matrix_devices(what: str, matrices: Sequence[Tensor], device: torch.device) -> None:
-    """`check_devices` of many; their names are only made up where one is elsewhere."""
+def _check_matrices(what: str, matrices: Matrices, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a matrix elsewhere, or of another dtype than the rows; None takes any."""
     for group, matrix in enumerate(matrices):
         if matrix.device != device:
             check_devices(device, **{f"{what} {group}": matrix})
+        if dtype is not None and matrix.dtype != dtype:
+            raise ValueError(f"{what} {group} is {matrix.dtype}, but the rows are {dtype}; cast one of them")

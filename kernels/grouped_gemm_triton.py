@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_devices
-from .grouped_gemm import zero_empty
+from .grouped_gemm import Matrices, zero_empty
 from .grouped_gemm_tiles import TileConfig, TileTimings, fits_tma, num_programs, shape_key, takes_tma, tiles_for
 from .host_values import on_device
 from .permute_triton import unit_stride
@@ -186,7 +186,7 @@ def _grouped_wgrad_kernel(
 
 def grouped_gemm_triton(
     x_NI: Tensor,
-    weights: Sequence[Tensor],
+    weights: Matrices,
     group_sizes: Sequence[int],
     *,
     out: Tensor | None = None,
@@ -201,7 +201,7 @@ def grouped_gemm_triton(
 
 def grouped_gemm_dgrad_triton(
     dy_NO: Tensor,
-    weights: Sequence[Tensor],
+    weights: Matrices,
     group_sizes: Sequence[int],
     *,
     out: Tensor | None = None,
@@ -218,7 +218,7 @@ def grouped_gemm_wgrad_triton(
     dy_NO: Tensor,
     x_NI: Tensor,
     group_sizes: Sequence[int],
-    grads: Sequence[Tensor],
+    grads: Matrices,
     *,
     alpha: float = 1.0,
     overwrite: Sequence[bool] | None = None,
@@ -281,7 +281,7 @@ def row_tiles(group_sizes: Sequence[int], block_m: int) -> list[tuple[int, int, 
 def _launch_gemm(
     op: str,
     a_NK: Tensor,
-    weights: Sequence[Tensor],
+    weights: Matrices,
     group_sizes: Sequence[int],
     width: int,
     stride_b_k: int,
@@ -349,7 +349,7 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _options(tile: TileConfig, matrices: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+def _options(tile: TileConfig, matrices: Matrices, dtype: torch.dtype) -> dict[str, Any]:
     """What both kernels are compiled for."""
     return {
         "ALIGNMENT": _alignment(matrices),
@@ -368,20 +368,20 @@ def _dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _device_tables(tiles: Sequence[tuple[int, ...]], tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _device_tables(tiles: Sequence[tuple[int, ...]], tensors: Matrices, device: torch.device) -> tuple[Tensor, Tensor]:
     """(tiles, addresses) as int64 on the device, in one copy that the host doesn't wait for."""
     flat = [value for tile in tiles for value in tile] + [tensor.data_ptr() for tensor in tensors]
     table = on_device(np.array(flat, dtype=np.int64), device)
     return table[: -len(tensors)], table[-len(tensors) :]
 
 
-def _alignment(tensors: Sequence[Tensor]) -> int:
+def _alignment(tensors: Matrices) -> int:
     """Bytes that divide every address, 16 at most: what the kernel may assume for wide loads."""
     is_wide = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     return 16 if is_wide else tensors[0].element_size()
 
 
-def _check_weights(weights: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def _check_weights(weights: Matrices, dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError unless all matrices have one shape, one stride, and the dtype and device of the call."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"grouped products on the GPU take float32, bfloat16 or float16, got {dtype}; cast first")

@@ -17,6 +17,7 @@ Import this module lazily: it imports numba.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from functools import cache
 
 import numpy as np
@@ -39,11 +40,11 @@ def run_rows(routine, num_rows, row_bytes, *words):
     start_threads = _gomp_parallel() if num_rows > chunk_rows and torch.get_num_threads() > 1 else None
     if start_threads is None:
         chunk_rows = num_rows
-    task = (ctypes.c_int64 * (OWN + len(words)))(0, chunk_rows, num_rows, *words)
+    task = array("q", (0, chunk_rows, num_rows, *words))
     if start_threads is None:
-        routine.ctypes(task)
+        routine.ctypes(task.buffer_info()[0])
     else:
-        start_threads(routine.address, task, torch.get_num_threads(), 0)
+        start_threads(routine.address, task.buffer_info()[0], torch.get_num_threads(), 0)
     return task[-1]
 
 
@@ -83,6 +84,19 @@ def pointer_to(typingctx, address):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def call(typingctx, function, arguments):
+    """Call the C function at an address with a tuple of addresses; integers pass for them."""
+
+    def codegen(context, builder, signature, args):
+        values = [builder.inttoptr(value, cgutils.voidptr_t) for value in cgutils.unpack_tuple(builder, args[1])]
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] * len(values))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return types.void(function, arguments), codegen
 
 
 @njit(cache=True, inline="always")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.kernels import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from moesaic.kernels import blas_cpu, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from tests.helpers.nan import poisoned_empty
 
 GROUP_SIZES = {
     "one row": [1],
@@ -75,6 +76,34 @@ def test_forward_and_both_gradients(sizes: list[int], in_dim: int, out_dim: int,
     grouped_gemm_wgrad(dy_NO, x_NI, sizes, fresh, alpha=0.5, overwrite=overwrite)
     for group, (grad, expected) in enumerate(zip(fresh, products, strict=True)):
         assert_close(f"fresh grad {group}", grad, expected, TOLERANCE[grad_dtype])
+
+
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
+def test_stacked_matrices_are_the_listed_ones(sizes: list[int], is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch's library has no BLAS to call, and over memory that holds NaN."""
+    num_rows, overwrite = sum(sizes), [group % 2 == 1 for group in range(len(sizes))]
+    if not is_compiled:
+        monkeypatch.setattr(blas_cpu, "sgemm_address", lambda: 0)
+    x_NI, dy_NO, bank = torch.randn(num_rows, 33), torch.randn(num_rows, 65), torch.randn(len(sizes), 65, 33)
+    grads = torch.randn_like(bank)
+    grads[1::2] = torch.nan
+    expected = naive_wgrad(dy_NO, x_NI, sizes, [grad.nan_to_num(0.0) for grad in grads], 0.5)
+    listed = [grad.clone() for grad in grads]
+    with poisoned_empty():
+        assert_close("y", grouped_gemm(x_NI, bank, sizes), naive_forward(x_NI, list(bank), sizes), 1e-5)
+        assert_close("dx", grouped_gemm_dgrad(dy_NO, bank, sizes), naive_dgrad(dy_NO, list(bank), sizes), 1e-5)
+        assert torch.equal(grouped_gemm(x_NI, bank, sizes), grouped_gemm(x_NI, list(bank), sizes))
+    grouped_gemm_wgrad(dy_NO, x_NI, sizes, grads, alpha=0.5, overwrite=overwrite)
+    grouped_gemm_wgrad(dy_NO, x_NI, sizes, listed, alpha=0.5, overwrite=overwrite)
+    for group in range(len(sizes)):
+        assert_close(f"grad {group}", grads[group], expected[group], 1e-5)
+        assert torch.equal(grads[group], listed[group])
+
+
+def test_torch_has_a_product_to_call() -> None:
+    """Otherwise the compiled routine would go untested; torch wheels for Linux have one."""
+    assert blas_cpu.sgemm_address()
 
 
 def test_strided_operands_and_out_buffers() -> None:
