@@ -4,8 +4,9 @@ The row weights (the router's gates) multiply h before the down product, so y co
 gradients fall out of the activation's backward. The forward keeps the pre-activation only; the backward recomputes h.
 
 On the CPU rows go through in chunks: a chunk is large enough for the matrix products to run at full rate and small
-enough for its intermediates to be reused from one workspace, allocated once per call. Elsewhere the ops run one after
-the other over all rows, each one launch.
+enough for its intermediates to be reused from one workspace, allocated once per call. In fp32 all chunks are one compiled
+call (grouped_ffn_cpu.py); the torch twin makes one for every product. Elsewhere the ops run one after the other over all
+rows, each one launch.
 
 Shapes: N rows, D model dim, F expert ffn dim.
 """
@@ -20,14 +21,17 @@ from torch import Tensor
 
 from .grouped_gemm import (
     add_wgrad,
+    are_plain_matrices,
+    are_plain_rows,
     check_groups,
     group_slices,
     grouped_gemm,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
+    has_blas,
     zero_empty,
 )
-from .swiglu import SwigluGrads, swiglu, swiglu_backward
+from .swiglu import SwigluGrads, swiglu, swiglu_backward, takes_compiled_pass
 
 # Upper bound on the rows of one chunk.
 _CHUNK_ROWS = 2048
@@ -78,23 +82,22 @@ def grouped_ffn(
     out: GroupedFFNOutput | None = None,
 ) -> GroupedFFNOutput:
     """Run each group's rows through its expert; rows are sorted by group. No autograd. `out` names buffers to fill."""
-    check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
     N, D = x_ND.shape
     # A rank may have no expert of a layer, and then no rows either.
-    F = weights.down[0].shape[1] if weights.down else 0
+    F = weights.down[0].shape[1] if len(weights.down) else 0
     if out is None:
         out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
-    if x_ND.device.type != "cpu":
+    if _takes_compiled(weights, out.gate_up_N2F, row_weights_N, x_ND, out.y_ND):
+        from .grouped_ffn_cpu import forward_into
+
+        if forward_into(out, x_ND, row_weights_N, weights, group_sizes, _CHUNK_ROWS):
+            return out
+    check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
+    if x_ND.device.type == "cpu":
+        grouped_ffn_torch(x_ND, row_weights_N, weights, group_sizes, out=out)
+    else:
         grouped_gemm(x_ND, weights.gate_up, group_sizes, out=out.gate_up_N2F)
         grouped_gemm(swiglu(out.gate_up_N2F, row_weights_N), weights.down, group_sizes, out=out.y_ND)
-        return out
-    chunks = list(_row_chunks(group_sizes))
-    workspace = x_ND.new_empty(_max_rows(chunks), F)
-    for group, rows in chunks:
-        gate_up = out.gate_up_N2F[rows]
-        torch.mm(x_ND[rows], weights.gate_up[group].t(), out=gate_up)
-        h = swiglu(gate_up, row_weights_N[rows], out=workspace[: len(gate_up)])
-        torch.mm(h, weights.down[group].t(), out=out.y_ND[rows])
     return out
 
 
@@ -117,25 +120,80 @@ def grouped_ffn_backward(
     rows leave theirs untouched. `alpha` scales the weight gradients only. Groups marked in `overwrite` have buffers that
     hold nothing yet: theirs are set, not added to, and set to zero where the group has no rows.
     """
-    check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
-    F = gate_up_N2F.shape[1] // 2
     if out is None:
         out = GroupedFFNGrads(
             dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)
         )
     is_fresh = [False] * len(group_sizes) if overwrite is None else list(overwrite)
-    if x_ND.device.type != "cpu":
-        dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
-        buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
-        inner = swiglu_backward(dh_NF, gate_up_N2F, row_weights_N, out=buffers)
-        grouped_gemm_dgrad(inner.dgate_up_N2F, weights.gate_up, group_sizes, out=out.dx_ND)
-        if grads is not None:
-            grouped_gemm_wgrad(dy_ND, inner.h_NF, group_sizes, grads.down, alpha=alpha, overwrite=is_fresh)
-            grouped_gemm_wgrad(inner.dgate_up_N2F, x_ND, group_sizes, grads.gate_up, alpha=alpha, overwrite=is_fresh)
-        return out
+    rows = dy_ND, x_ND, gate_up_N2F, row_weights_N
+    is_done = False
+    if _takes_compiled(
+        weights, gate_up_N2F, row_weights_N, x_ND, dy_ND, out.dx_ND, grads=grads, drow_weights_N=out.drow_weights_N
+    ):
+        from .grouped_ffn_cpu import backward_into
+
+        is_done = backward_into(out, *rows, weights, grads, group_sizes, alpha, is_fresh, _CHUNK_ROWS)
+    if not is_done:
+        check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
+        backward = grouped_ffn_backward_torch if x_ND.device.type == "cpu" else _backward_by_ops
+        backward(*rows, weights, grads, group_sizes, alpha=alpha, overwrite=is_fresh, out=out)
     if grads is not None:
         zero_empty(grads.gate_up, group_sizes, is_fresh)
         zero_empty(grads.down, group_sizes, is_fresh)
+    return out
+
+
+def _backward_by_ops(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_N2F: Tensor,
+    row_weights_N: Tensor,
+    weights: FFNWeights,
+    grads: FFNWeights | None,
+    group_sizes: Sequence[int],
+    *,
+    alpha: float,
+    overwrite: Sequence[bool],
+    out: GroupedFFNGrads,
+) -> None:
+    """One op after the other over all rows."""
+    dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
+    buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
+    inner = swiglu_backward(dh_NF, gate_up_N2F, row_weights_N, out=buffers)
+    grouped_gemm_dgrad(inner.dgate_up_N2F, weights.gate_up, group_sizes, out=out.dx_ND)
+    if grads is not None:
+        grouped_gemm_wgrad(dy_ND, inner.h_NF, group_sizes, grads.down, alpha=alpha, overwrite=overwrite)
+        grouped_gemm_wgrad(inner.dgate_up_N2F, x_ND, group_sizes, grads.gate_up, alpha=alpha, overwrite=overwrite)
+
+
+def grouped_ffn_torch(
+    x_ND: Tensor, row_weights_N: Tensor, weights: FFNWeights, group_sizes: Sequence[int], *, out: GroupedFFNOutput
+) -> None:
+    """Torch twin of `grouped_ffn`."""
+    chunks = list(_row_chunks(group_sizes))
+    workspace = x_ND.new_empty(_max_rows(chunks), out.gate_up_N2F.shape[1] // 2)
+    for group, rows in chunks:
+        gate_up = out.gate_up_N2F[rows]
+        torch.mm(x_ND[rows], weights.gate_up[group].t(), out=gate_up)
+        h = swiglu(gate_up, row_weights_N[rows], out=workspace[: len(gate_up)])
+        torch.mm(h, weights.down[group].t(), out=out.y_ND[rows])
+
+
+def grouped_ffn_backward_torch(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_N2F: Tensor,
+    row_weights_N: Tensor,
+    weights: FFNWeights,
+    grads: FFNWeights | None,
+    group_sizes: Sequence[int],
+    *,
+    alpha: float,
+    overwrite: Sequence[bool],
+    out: GroupedFFNGrads,
+) -> None:
+    """Torch twin of `grouped_ffn_backward`, which itself deals with groups that have no rows."""
+    is_fresh, F = list(overwrite), gate_up_N2F.shape[1] // 2
     chunks = list(_row_chunks(group_sizes))
     # One allocation for dh (later h) and dgate_up: the allocator keeps and recycles a single block.
     max_rows = _max_rows(chunks)
@@ -151,7 +209,33 @@ def grouped_ffn_backward(
             add_wgrad(grads.down[group], dy_ND[rows], inner.h_NF, alpha=alpha, overwrite=is_fresh[group])
             add_wgrad(grads.gate_up[group], inner.dgate_up_N2F, x_ND[rows], alpha=alpha, overwrite=is_fresh[group])
             is_fresh[group] = False
-    return out
+
+
+def _takes_compiled(
+    weights: FFNWeights,
+    gate_up_N2F: Tensor,
+    row_weights_N: Tensor,
+    *rows_ND: Tensor,
+    grads: FFNWeights | None = None,
+    drow_weights_N: Tensor | None = None,
+) -> bool:
+    """Whether the compiled routines serve these: fp32 on the CPU, in plain layouts, between which the compiled swiglu runs."""
+    (N, wide), D = gate_up_N2F.shape, rows_ND[0].shape[1]
+    weights_N = [row_weights_N] if drow_weights_N is None else [row_weights_N, drow_weights_N]
+    return (
+        has_blas()
+        and are_plain_rows(N, gate_up_N2F, *rows_ND)
+        and all(rows.shape[1] == D for rows in rows_ND)
+        and all(numbers.shape == (N,) for numbers in weights_N)
+        and takes_compiled_pass(weights_N, gate_up_N2F)
+        and all(
+            len(part.gate_up) == len(weights.gate_up)
+            and are_plain_matrices(part.gate_up, wide, D)
+            and are_plain_matrices(part.down, D, wide // 2)
+            for part in (weights, grads)
+            if part is not None
+        )
+    )
 
 
 def _row_chunks(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:

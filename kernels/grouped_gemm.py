@@ -161,32 +161,43 @@ def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int]) -
         raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")
 
 
-def takes_compiled(rows_NO: Tensor, rows_NI: Tensor, *matrices_OI: Matrices) -> bool:
-    """Whether a compiled routine serves these: fp32 on the CPU, rows one after the other, contiguous matrices [O, I]."""
-    if not (_are_plain(rows_NO) and _are_plain(rows_NI)):
-        return False
-    (num_rows, *shape), (num_others, in_dim) = rows_NO.shape, rows_NI.shape
-    shape.append(in_dim)
-    if num_rows != num_others or 0 in shape:
-        return False
-    for matrices in matrices_OI:
-        parts, part_shape = matrices, tuple(shape)
-        if isinstance(matrices, Tensor):
-            parts, part_shape = [matrices], (len(matrices), *shape)
-        for part in parts:
-            if not (part.is_cpu and part.dtype == torch.float32 and part.shape == part_shape and part.is_contiguous()):
-                return False
+def takes_compiled(rows_NO: Tensor, rows_NI: Tensor, matrices_OI: Matrices) -> bool:
+    """Whether the compiled routines serve these: fp32 on the CPU, rows one after the other, contiguous matrices [O, I]."""
+    num_rows = rows_NO.shape[0]
+    return (
+        are_plain_rows(num_rows, rows_NO, rows_NI)
+        and are_plain_matrices(matrices_OI, rows_NO.shape[1], rows_NI.shape[1])
+        and has_blas()
+    )
+
+
+def are_plain_rows(num_rows: int, *many_rows: Tensor) -> bool:
+    """Whether each of these is that many rows that BLAS takes by their address and stride."""
+    for rows in many_rows:
+        if rows.dim() != 2 or not rows.is_cpu or rows.dtype != torch.float32:
+            return False
+        (row_stride, stride), (count, width) = rows.stride(), rows.shape
+        if stride != 1 or count != num_rows or not 0 < width <= row_stride:
+            return False
+    return True
+
+
+def are_plain_matrices(matrices: Matrices, out_dim: int, in_dim: int) -> bool:
+    """Whether these are contiguous fp32 matrices of one shape in host memory."""
+    shape: tuple[int, ...] = (out_dim, in_dim)
+    if isinstance(matrices, Tensor):
+        shape, matrices = (len(matrices), out_dim, in_dim), (matrices,)
+    for matrix in matrices:
+        if not (matrix.is_cpu and matrix.dtype == torch.float32 and matrix.shape == shape and matrix.is_contiguous()):
+            return False
+    return True
+
+
+def has_blas() -> bool:
+    """Whether compiled routines can call BLAS."""
     from .blas_cpu import sgemm_address
 
     return bool(sgemm_address())
-
-
-def _are_plain(rows: Tensor) -> bool:
-    """Whether these are rows that BLAS takes by their address."""
-    if rows.dim() != 2 or not rows.is_cpu or rows.dtype != torch.float32:
-        return False
-    row_stride, stride = rows.stride()
-    return stride == 1 and row_stride >= rows.shape[1]
 
 
 def _check_operands(rows: Tensor, matrices: Matrices, out: Tensor | None) -> None:

@@ -41,7 +41,7 @@ def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Ten
         from .swiglu_triton import swiglu_triton
 
         return swiglu_triton(gate_up_N2F, row_weights_N, h_NF)
-    if not _takes_compiled_pass([row_weights_N], gate_up_N2F, h_NF):
+    if not takes_compiled_pass([row_weights_N], gate_up_N2F, h_NF):
         return swiglu_torch(gate_up_N2F, row_weights_N, out=h_NF)
     from .swiglu_cpu import swiglu_into
 
@@ -70,7 +70,7 @@ def swiglu_backward(
         from .swiglu_triton import swiglu_backward_triton
 
         return swiglu_backward_triton(dh_NF, gate_up_N2F, row_weights_N, grads)
-    if not _takes_compiled_pass([row_weights_N, dweights_N], gate_up_N2F, dh_NF, grads.dgate_up_N2F, grads.h_NF):
+    if not takes_compiled_pass([row_weights_N, dweights_N], gate_up_N2F, dh_NF, grads.dgate_up_N2F, grads.h_NF):
         return swiglu_backward_torch(dh_NF, gate_up_N2F, row_weights_N, out=grads)
     from .swiglu_cpu import swiglu_backward_into
 
@@ -179,7 +179,7 @@ def _check_shapes(gate_up_N2F: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but gate_up_N2F {(N, 2 * F)} asks for {expected}")
 
 
-def _takes_compiled_pass(weights: Sequence[Tensor | None], *tensors: Tensor) -> bool:
+def takes_compiled_pass(weights: Sequence[Tensor | None], *tensors: Tensor) -> bool:
     """Whether the compiled CPU pass serves these tensors: fp32 or bf16, row weights in fp32, everything contiguous."""
     first = tensors[0]
     if (

@@ -27,9 +27,9 @@ _LOG2_E = np.float32(1.4426950408889634)
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(np.log(2) ** k / float(np.prod(np.arange(1.0, k + 1)))) for k in range(7))
 _ONE = np.float32(1.0)
 _MAX_EXPONENT = np.float32(126.0)
-# The words of both routines' tasks: addresses, and the width F.
-_NUM_WORDS = 6
-_GATE_UP, _ROW_WEIGHTS, _H, _DGATE_UP, _DROW_WEIGHTS, _WIDTH = range(OWN, OWN + _NUM_WORDS)
+# The words of both routines' tasks, of which forward leaves two alone: addresses, and the width F.
+NUM_WORDS = 6
+GATE_UP, ROW_WEIGHTS, H, DGATE_UP, DROW_WEIGHTS, WIDTH = range(OWN, OWN + NUM_WORDS)
 # Adding 1.5 * 2**23 and taking it away again rounds a float32 to the nearest integer.
 _ROUND = np.float32(12582912.0)
 
@@ -37,14 +37,14 @@ _ROUND = np.float32(12582912.0)
 def swiglu_into(h_NF, gate_up_N2F, row_weights_N):
     """h = silu(gate) * up * row_weight, row weights in fp32; everything contiguous."""
     (N, F), dtype = h_NF.shape, _numpy_dtype(h_NF)
-    run_rows(_forward(dtype), N, 3 * F * h_NF.element_size(), *_addresses(gate_up_N2F, row_weights_N, h_NF), 0, 0, F)
+    run_rows(swiglu_routine(dtype), N, 3 * F * h_NF.element_size(), *_addresses(gate_up_N2F, row_weights_N, h_NF), 0, 0, F)
 
 
 def swiglu_backward_into(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N):
     """Both gradients and that of the row weights, and h written over dh; everything contiguous."""
     (N, F), dtype = dh_then_h_NF.shape, _numpy_dtype(dh_then_h_NF)
     addresses = _addresses(gate_up_N2F, row_weights_N, dh_then_h_NF, dgate_up_N2F, drow_weights_N)
-    run_rows(_backward(dtype), N, 6 * F * dh_then_h_NF.element_size(), *addresses, F)
+    run_rows(swiglu_backward_routine(dtype), N, 6 * F * dh_then_h_NF.element_size(), *addresses, F)
 
 
 def _addresses(*tensors):
@@ -149,15 +149,15 @@ def _rows_at(task, word, width, dtype):
 
 
 @cache
-def _forward(dtype):
+def swiglu_routine(dtype):
     """The forward routine for rows of a numpy dtype, compiled when it is first asked for."""
 
     @cfunc("void(voidptr)", cache=True)
     def routine(pointer):
-        task = task_at(pointer, _NUM_WORDS)
-        F = task[_WIDTH]
-        gate_up_N2F, h_NF = _rows_at(task, _GATE_UP, 2 * F, dtype), _rows_at(task, _H, F, dtype)
-        row_weights_N = carray(pointer_to(task[_ROW_WEIGHTS]), task[NUM_ROWS], np.float32)
+        task = task_at(pointer, NUM_WORDS)
+        F = task[WIDTH]
+        gate_up_N2F, h_NF = _rows_at(task, GATE_UP, 2 * F, dtype), _rows_at(task, H, F, dtype)
+        row_weights_N = carray(pointer_to(task[ROW_WEIGHTS]), task[NUM_ROWS], np.float32)
         first, stop = take_rows(task)
         while first < stop:
             _forward_rows(gate_up_N2F[first:stop], row_weights_N[first:stop], h_NF[first:stop])
@@ -167,17 +167,17 @@ def _forward(dtype):
 
 
 @cache
-def _backward(dtype):
+def swiglu_backward_routine(dtype):
     """The backward routine for rows of a numpy dtype, compiled when it is first asked for."""
 
     @cfunc("void(voidptr)", cache=True)
     def routine(pointer):
-        task = task_at(pointer, _NUM_WORDS)
-        F = task[_WIDTH]
-        gate_up_N2F, dgate_up_N2F = _rows_at(task, _GATE_UP, 2 * F, dtype), _rows_at(task, _DGATE_UP, 2 * F, dtype)
-        dh_then_h_NF = _rows_at(task, _H, F, dtype)
-        row_weights_N = carray(pointer_to(task[_ROW_WEIGHTS]), task[NUM_ROWS], np.float32)
-        drow_weights_N = carray(pointer_to(task[_DROW_WEIGHTS]), task[NUM_ROWS], np.float32)
+        task = task_at(pointer, NUM_WORDS)
+        F = task[WIDTH]
+        gate_up_N2F, dgate_up_N2F = _rows_at(task, GATE_UP, 2 * F, dtype), _rows_at(task, DGATE_UP, 2 * F, dtype)
+        dh_then_h_NF = _rows_at(task, H, F, dtype)
+        row_weights_N = carray(pointer_to(task[ROW_WEIGHTS]), task[NUM_ROWS], np.float32)
+        drow_weights_N = carray(pointer_to(task[DROW_WEIGHTS]), task[NUM_ROWS], np.float32)
         first, stop = take_rows(task)
         while first < stop:
             rows = slice(first, stop)

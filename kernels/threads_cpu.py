@@ -48,6 +48,13 @@ def run_rows(routine, num_rows, row_bytes, *words):
     return task[-1]
 
 
+def team_words():
+    """How `share_rows` starts torch's threads: the address of what does, 0 where the caller is to work alone, and how many."""
+    num_threads = torch.get_num_threads()
+    start_threads = _gomp_parallel() if num_threads > 1 else None
+    return (0 if start_threads is None else ctypes.cast(start_threads, ctypes.c_void_p).value), num_threads
+
+
 def has_torch_threads():
     """Whether `run_rows` runs on torch's threads."""
     return _gomp_parallel() is not None
@@ -97,6 +104,18 @@ def call(typingctx, function, arguments):
         return context.get_dummy_value()
 
     return types.void(function, arguments), codegen
+
+
+@njit(cache=True, inline="always")
+def share_rows(routine, task, num_rows, row_bytes, start_threads, num_threads):
+    """`run_rows` for compiled callers: a routine's address, its task with its own words set, and `team_words`."""
+    chunk_rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    is_shared = start_threads != 0 and num_rows > chunk_rows
+    task[_NEXT_ROW], task[_CHUNK_ROWS], task[NUM_ROWS] = 0, chunk_rows if is_shared else num_rows, num_rows
+    if is_shared:
+        call(start_threads, (routine, task.ctypes.data, num_threads, 0))
+    else:
+        call(routine, (task.ctypes.data,))
 
 
 @njit(cache=True, inline="always")

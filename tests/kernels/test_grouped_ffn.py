@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moesaic.kernels import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
+from tests.helpers.nan import poisoned_empty
 
 grouped_ffn_module = importlib.import_module("moesaic.kernels.grouped_ffn")
 GROUP_SIZES = {
@@ -88,16 +89,21 @@ def assert_close(name: str, actual: Tensor, expected: Expected, tolerance: float
     assert error <= tolerance * expected.magnitude, f"{name}: {error:.3e} > {tolerance:.1e} x {expected.magnitude:.3e}"
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype,has_blas", [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("D,F", SHAPES)
 @pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES)
-def test_output_and_every_gradient(sizes: list[int], D: int, F: int, dtype: torch.dtype) -> None:
+def test_output_and_every_gradient(
+    sizes: list[int], D: int, F: int, dtype: torch.dtype, has_blas: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also over memory that holds NaN, and where compiled routines have no BLAS to call."""
+    monkeypatch.setattr(grouped_ffn_module, "has_blas", lambda: has_blas)
     case = Case(sizes, D, F, dtype)
     expected, grads = case.naive(alpha=0.5), case.grads()
-    output = grouped_ffn(case.x_ND, case.row_weights_N, case.weights, sizes)
-    inner = grouped_ffn_backward(
-        case.dy_ND, case.x_ND, output.gate_up_N2F, case.row_weights_N, case.weights, grads, sizes, alpha=0.5
-    )
+    with poisoned_empty():
+        output = grouped_ffn(case.x_ND, case.row_weights_N, case.weights, sizes)
+        inner = grouped_ffn_backward(
+            case.dy_ND, case.x_ND, output.gate_up_N2F, case.row_weights_N, case.weights, grads, sizes, alpha=0.5
+        )
     actual = {"y": output.y_ND, "dx": inner.dx_ND, "drow_weights": inner.drow_weights_N}
     for group in range(len(sizes)):
         actual[f"gate_up {group}"], actual[f"down {group}"] = grads.gate_up[group], grads.down[group]
@@ -121,6 +127,43 @@ def test_out_buffers_frozen_experts_and_bank_views() -> None:
     assert grouped_ffn_backward(*arguments, None, case.sizes, out=buffers) is buffers
     assert torch.equal(buffers.dx_ND, trained.dx_ND)
     assert torch.equal(buffers.drow_weights_N, trained.drow_weights_N)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_compiled_call_does_what_the_twin_does(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows that are columns of wider ones, stacked weights, and gradients some of which are to be overwritten."""
+    threads, sizes, D, F = torch.get_num_threads(), [300, 0, 5, 1], 40, 130
+    wide_x, wide_dy, row_weights_N = torch.randn(306, 60), torch.randn(306, 50), torch.rand(306)
+    weights = FFNWeights(torch.randn(4, 2 * F, D), torch.randn(4, D, F))  # type: ignore[arg-type]
+    results = []
+    torch.set_num_threads(num_threads)
+    for has_blas in (True, False):
+        monkeypatch.setattr(grouped_ffn_module, "has_blas", lambda has_blas=has_blas: has_blas)
+        grads = FFNWeights([torch.full((2 * F, D), 2.0) for _ in sizes], [torch.full((D, F), 2.0) for _ in sizes])
+        for group in (0, 1):
+            grads.gate_up[group].fill_(torch.nan)
+            grads.down[group].fill_(torch.nan)
+        x_ND, dy_ND = wide_x[:, 3 : 3 + D], wide_dy[:, :D]
+        output = grouped_ffn(x_ND, row_weights_N, weights, sizes)
+        arguments = (dy_ND, x_ND, output.gate_up_N2F, row_weights_N, weights)
+        inner = grouped_ffn_backward(*arguments, grads, sizes, alpha=0.5, overwrite=[True, True, False, False])
+        frozen = grouped_ffn_backward(*arguments, None, sizes)
+        assert torch.equal(frozen.dx_ND, inner.dx_ND)
+        results.append([output.y_ND, output.gate_up_N2F, inner.dx_ND, inner.drow_weights_N, *grads.gate_up, *grads.down])
+    torch.set_num_threads(threads)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    """Whichever routine would have served it."""
+    case = Case([3, 4], 6, 10, torch.float32)
+    with pytest.raises(ValueError, match="sum to 6, but there are 7 rows"):
+        grouped_ffn(case.x_ND, case.row_weights_N, case.weights, [3, 3])
+    with pytest.raises(ValueError, match="1 group sizes but 2 weights"):
+        grouped_ffn_backward(
+            case.dy_ND, case.x_ND, torch.randn(7, 20), case.row_weights_N, case.weights, case.grads(), [7], overwrite=[True]
+        )
 
 
 @pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES.keys())

@@ -1,0 +1,184 @@
+"""The expert FFN of all groups in one compiled call, fp32 on the CPU: chunk by chunk its products and the pass between them.
+
+Import this module lazily: it imports numba. Each function returns whether the groups are what the rows consist of; it does
+nothing otherwise.
+
+Shapes: N rows, D model dim, F expert ffn dim.
+"""
+
+# The compiler gives these functions their types, which Python annotations cannot say.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+from numba import carray, cfunc, njit
+
+from .blas_cpu import (
+    PLAIN,
+    SCRATCH_WORDS,
+    TRANSPOSED,
+    addresses_of,
+    are_groups_of,
+    float_word,
+    multiply,
+    sgemm_address,
+    word_float,
+)
+from .swiglu_cpu import (
+    DGATE_UP,
+    DROW_WEIGHTS,
+    GATE_UP,
+    NUM_WORDS,
+    ROW_WEIGHTS,
+    WIDTH,
+    H,
+    swiglu_backward_routine,
+    swiglu_routine,
+)
+from .threads_cpu import OWN, share_rows, team_words
+
+# The words of both routines' tasks, of which forward leaves some alone: addresses, row strides, sizes. After them come, for
+# every group, its rows and two weights, and in the backward of trained experts two gradients and whether to overwrite them.
+_NUM_WORDS = 22
+(
+    _IS_DONE,
+    _SGEMM,
+    _SWIGLU,
+    _START_THREADS,
+    _NUM_THREADS,
+    _NUM_ROWS,
+    _NUM_GROUPS,
+    _CHUNK_ROWS,
+    _D,
+    _F,
+    _X,
+    _X_STRIDE,
+    _GATE_UP,
+    _ROW_WEIGHTS,
+    _WORKSPACE,
+    _Y,
+    _Y_STRIDE,
+    _DX,
+    _DX_STRIDE,
+    _DROW_WEIGHTS,
+    _IS_TRAINED,
+    _ALPHA,
+) = range(_NUM_WORDS)
+
+
+def forward_into(out, x_ND, row_weights_N, weights, group_sizes, chunk_rows):
+    """`grouped_ffn` into `out`, in chunks of at most `chunk_rows`."""
+    words = *_rows(out.y_ND), 0, 0, 0, 0, 0
+    return _run(_forward, swiglu_routine, words, out.gate_up_N2F, x_ND, row_weights_N, weights, (), group_sizes, chunk_rows)
+
+
+def backward_into(out, dy_ND, x_ND, gate_up_N2F, row_weights_N, weights, grads, group_sizes, alpha, overwrite, chunk_rows):
+    """`grouped_ffn_backward` into `out` and `grads`, which is None where experts are frozen."""
+    words = *_rows(dy_ND), *_rows(out.dx_ND), out.drow_weights_N.data_ptr(), grads is not None, float_word(alpha)
+    trained = () if grads is None else (*addresses_of(grads.gate_up), *addresses_of(grads.down), *overwrite)
+    return _run(
+        _backward, swiglu_backward_routine, words, gate_up_N2F, x_ND, row_weights_N, weights, trained, group_sizes, chunk_rows
+    )
+
+
+def _run(routine, pass_routine, own_words, gate_up_N2F, x_ND, row_weights_N, weights, trained, group_sizes, chunk_rows):
+    """Call a routine with the words that both have, its own, and those of the groups."""
+    (N, wide), G = gate_up_N2F.shape, len(group_sizes)
+    if len(weights.down) != G or len(trained) not in (0, 3 * G):
+        return False
+    # One allocation for everything between the products of a chunk: h, or dh (later h) and dgate_up.
+    width = wide // 2 if routine is _forward else wide + wide // 2
+    workspace = gate_up_N2F.new_empty(min(max(group_sizes, default=0), chunk_rows) * width)
+    words = [0, sgemm_address(), pass_routine(np.float32).address, *team_words(), N, G, chunk_rows, x_ND.shape[1], wide // 2]
+    words += *_rows(x_ND), gate_up_N2F.data_ptr(), row_weights_N.data_ptr(), workspace.data_ptr(), *own_words
+    words += *group_sizes, *addresses_of(weights.gate_up), *addresses_of(weights.down), *trained
+    task = array("q", words)
+    routine.ctypes(task.buffer_info()[0])
+    return bool(task[_IS_DONE])
+
+
+def _rows(rows):
+    """Address and stride."""
+    return rows.data_ptr(), rows.stride(0)
+
+
+@njit(cache=True, inline="always")
+def _end_of_chunk(size, chunk_rows, chunk):
+    """Where a chunk of a group of rows ends, of as few equal ones as need be."""
+    num_chunks = -(-size // chunk_rows)
+    return size * (chunk + 1) // num_chunks
+
+
+@cfunc("void(voidptr)", cache=True)
+def _forward(pointer):
+    task = carray(pointer, _NUM_WORDS, np.int64)
+    sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_F], task[_CHUNK_ROWS]
+    groups = carray(pointer, _NUM_WORDS + 3 * G, np.int64)[_NUM_WORDS:]
+    if not are_groups_of(task[_NUM_ROWS], groups[:G]):
+        return
+    task[_IS_DONE] = 1
+    scratch, swiglu = np.empty(SCRATCH_WORDS, np.int64), np.empty(OWN + NUM_WORDS, np.int64)
+    swiglu[GATE_UP], swiglu[ROW_WEIGHTS], swiglu[H], swiglu[WIDTH] = task[_GATE_UP], task[_ROW_WEIGHTS], task[_WORKSPACE], F
+    x, x_stride, y, y_stride = task[_X], task[_X_STRIDE], task[_Y], task[_Y_STRIDE]
+    for g in range(G):
+        size, gate_up_weight, down_weight = groups[g], groups[G + g], groups[2 * G + g]
+        start = chunk = 0
+        while start < size:
+            stop = _end_of_chunk(size, chunk_rows, chunk)
+            n = stop - start
+            a, b = (x, x_stride, PLAIN), (gate_up_weight, D, TRANSPOSED)
+            multiply(sgemm, scratch, n, 2 * F, D, a, b, swiglu[GATE_UP], 2 * F, 1.0, 0.0)
+            share_rows(task[_SWIGLU], swiglu, n, 12 * F, task[_START_THREADS], task[_NUM_THREADS])
+            a, b = (swiglu[H], F, PLAIN), (down_weight, F, TRANSPOSED)
+            multiply(sgemm, scratch, n, D, F, a, b, y, y_stride, 1.0, 0.0)
+            x += 4 * n * x_stride
+            y += 4 * n * y_stride
+            swiglu[GATE_UP] += 8 * n * F
+            swiglu[ROW_WEIGHTS] += 4 * n
+            start, chunk = stop, chunk + 1
+
+
+@cfunc("void(voidptr)", cache=True)
+def _backward(pointer):
+    task = carray(pointer, _NUM_WORDS, np.int64)
+    sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_F], task[_CHUNK_ROWS]
+    is_trained, alpha = task[_IS_TRAINED], word_float(task[_ALPHA])
+    groups = carray(pointer, _NUM_WORDS + (6 if is_trained else 3) * G, np.int64)[_NUM_WORDS:]
+    if not are_groups_of(task[_NUM_ROWS], groups[:G]):
+        return
+    task[_IS_DONE] = 1
+    scratch, swiglu = np.empty(SCRATCH_WORDS, np.int64), np.empty(OWN + NUM_WORDS, np.int64)
+    # h takes dh's place; the gradients of a chunk's gate and up follow it in the workspace.
+    swiglu[GATE_UP], swiglu[ROW_WEIGHTS], swiglu[H], swiglu[WIDTH] = task[_GATE_UP], task[_ROW_WEIGHTS], task[_WORKSPACE], F
+    swiglu[DROW_WEIGHTS] = task[_DROW_WEIGHTS]
+    x, x_stride, dy, dy_stride = task[_X], task[_X_STRIDE], task[_Y], task[_Y_STRIDE]
+    dx, dx_stride = task[_DX], task[_DX_STRIDE]
+    for g in range(G):
+        size, gate_up_weight, down_weight = groups[g], groups[G + g], groups[2 * G + g]
+        start = chunk = 0
+        while start < size:
+            stop = _end_of_chunk(size, chunk_rows, chunk)
+            n = stop - start
+            swiglu[DGATE_UP] = swiglu[H] + 4 * n * F
+            dy_nD, x_nD = (dy, dy_stride, PLAIN), (x, x_stride, PLAIN)
+            multiply(sgemm, scratch, n, F, D, dy_nD, (down_weight, F, PLAIN), swiglu[H], F, 1.0, 0.0)
+            share_rows(task[_SWIGLU], swiglu, n, 24 * F, task[_START_THREADS], task[_NUM_THREADS])
+            dgate_up_n2F, h_nF = (swiglu[DGATE_UP], 2 * F, PLAIN), (swiglu[H], F, PLAIN)
+            multiply(sgemm, scratch, n, D, 2 * F, dgate_up_n2F, (gate_up_weight, D, PLAIN), dx, dx_stride, 1.0, 0.0)
+            if is_trained:
+                gate_up_grad, down_grad = groups[3 * G + g], groups[4 * G + g]
+                beta = 0.0 if groups[5 * G + g] and chunk == 0 else 1.0
+                a = dy, dy_stride, TRANSPOSED
+                multiply(sgemm, scratch, D, F, n, a, h_nF, down_grad, F, alpha, beta)
+                a = swiglu[DGATE_UP], 2 * F, TRANSPOSED
+                multiply(sgemm, scratch, 2 * F, D, n, a, x_nD, gate_up_grad, D, alpha, beta)
+            x += 4 * n * x_stride
+            dy += 4 * n * dy_stride
+            dx += 4 * n * dx_stride
+            swiglu[GATE_UP] += 8 * n * F
+            swiglu[ROW_WEIGHTS] += 4 * n
+            swiglu[DROW_WEIGHTS] += 4 * n
+            start, chunk = stop, chunk + 1
