@@ -1,7 +1,6 @@
 """What this rank sent, by operation and peer, and how long it waited."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,25 +47,22 @@ class Traffic:
         self.unfinished: Unfinished | None = None
         self.waited_s = 0.0
         self.spans: list[Span] | None = None
-        self._bytes: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)
-        self._messages: dict[str, list[int]] = defaultdict(lambda: [0] * world_size)
+        self._counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, world_size), np.int64))
 
     def finished(self, collective: Unfinished) -> None:
         """Note that this collective is over, the one that was `unfinished` or another."""
         if self.unfinished is collective:
             self.unfinished = None
 
+    def counts_2R(self, op: str) -> np.ndarray:
+        """Bytes and messages sent to every rank by `op`, int64 [2, R]: for those who add to them, until the next `reset`."""
+        return self._counts[op]
+
     def add(self, op: str, peer: int, num_bytes: int) -> None:
         """Count one message of `num_bytes` to rank `peer`."""
-        self._bytes[op][peer] += num_bytes
-        self._messages[op][peer] += 1
-
-    def add_rows(self, op: str, parts: Iterable[tuple[int, int, int]], row_bytes: int) -> None:
-        """Count one message for each (peer, first row, rows)."""
-        bytes_R, messages_R = self._bytes[op], self._messages[op]
-        for peer, _, count in parts:
-            bytes_R[peer] += count * row_bytes
-            messages_R[peer] += 1
+        counts_2R = self._counts[op]
+        counts_2R[0, peer] += num_bytes
+        counts_2R[1, peer] += 1
 
     def add_wait(self, op: str, where: str, launched_s: float, arrived_s: float, wait_from_s: float, wait_to_s: float) -> None:
         """Count the wait for one collective, which is over; see `Span`."""
@@ -76,17 +72,19 @@ class Traffic:
 
     def bytes_R(self, op: str) -> np.ndarray:
         """Bytes sent to every rank by `op`, int64 [R]."""
-        return np.array(self._bytes.get(op) or [0] * self.world_size, np.int64)
+        return self._sent_2R(op)[0]
 
     def messages_R(self, op: str) -> np.ndarray:
         """Messages sent to every rank by `op`, int64 [R]."""
-        return np.array(self._messages.get(op) or [0] * self.world_size, np.int64)
+        return self._sent_2R(op)[1]
+
+    def _sent_2R(self, op: str) -> np.ndarray:
+        return self._counts[op].copy() if op in self._counts else np.zeros((2, self.world_size), np.int64)
 
     def total_bytes(self) -> dict[str, int]:
         """Bytes sent so far, by operation."""
-        return {op: sum(counts) for op, counts in self._bytes.items()}
+        return {op: int(counts_2R[0].sum()) for op, counts_2R in self._counts.items()}
 
     def reset(self) -> None:
         """Start counting bytes and messages again from zero."""
-        self._bytes.clear()
-        self._messages.clear()
+        self._counts.clear()

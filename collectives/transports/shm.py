@@ -148,7 +148,6 @@ class ShmTransport:
                     parts += (peer, tensor.data_ptr(), nbytes)
                     tensors.append(tensor)
         parts_M3 = np.array(parts, np.int64).reshape(-1, 3)
-        self.traffic.add_rows(op, parts_M3[: len(sent)].tolist(), 1)
         exchange = self._launched(parts_M3, len(sent), 0, 0, 1, sent, received, op, where)
         if exchange is None:
             for m, tensor in enumerate(sent):
@@ -166,7 +165,6 @@ class ShmTransport:
         assert outgoing.is_contiguous() and incoming.is_contiguous(), "rows must lie one after the other"
         assert layout.num_sent_rows * row_bytes <= outgoing.nbytes, "fewer rows than are sent"
         assert layout.num_received_rows * row_bytes <= incoming.nbytes, "fewer rows than are received"
-        self.traffic.add_rows(op, layout.sent, row_bytes)
         there, into, received = outgoing.data_ptr(), incoming.data_ptr(), (incoming,)
         exchange = self._launched(parts_M3, num_sends, there, into, row_bytes, (outgoing,), received, op, where)
         if exchange is None:
@@ -255,7 +253,17 @@ class ShmTransport:
                     del self._in_flight[earlier]
         messages_M5 = np.empty((len(parts_M3), 5), np.int64)
         status = control.launch(
-            controls_R, rank, mailbox.own_G2, self._counts_3R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5
+            controls_R,
+            rank,
+            mailbox.own_G2,
+            self._counts_3R,
+            self.traffic.counts_2R(op),
+            parts_M3,
+            num_sends,
+            outgoing,
+            incoming,
+            row_bytes,
+            messages_M5,
         )
         if status == control.UNREACHABLE:
             return None

@@ -109,6 +109,20 @@ def _swap(typingctx, address, value):
     return types.int64(types.int64, types.int64), codegen
 
 
+def _called_from_python(signature):
+    """Compile a function for these arguments, and call it without finding out, every time, that they are these.
+
+    Finding out takes longer than the rest of a short call. The caller sees to it: an array of another type is taken for one of
+    this.
+    """
+
+    def compiled(function):
+        dispatcher = njit(signature, cache=True, nogil=True)(function)
+        return dispatcher.overloads[dispatcher.signatures[0]].entry_point
+
+    return compiled
+
+
 @njit(cache=True, nogil=True)
 def _wake(control):
     """Ring a rank that sleeps or is about to; a fence must lie between what it waits for and this."""
@@ -196,17 +210,16 @@ def _place(own_G2, address):
     return -1
 
 
-@njit(
-    "int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64[:, ::1], int64, int64, int64, int64, int64[:, ::1])",
-    cache=True,
-    nogil=True,
+@_called_from_python(
+    "int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64, int64, int64, int64,"
+    " int64[:, ::1])"
 )
-def launch(controls_R, rank, own_G2, counts_3R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5):
+def launch(controls_R, rank, own_G2, counts_3R, traffic_2R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5):
     """Number the messages of an exchange and describe those that are sent, as far as there is room in their receivers' rings.
 
     Parts are (peer, first row, rows) of rows of `row_bytes` at the addresses `outgoing`, for the first `num_sends`, and
-    `incoming`. Returns DONE; NOT_YET where `post` must go on; or UNREACHABLE, and nothing is done, where what is sent lies in no
-    segment of this rank.
+    `incoming`. What is sent is added to the bytes and messages of `traffic_2R`. Returns DONE; NOT_YET where `post` must go on;
+    or UNREACHABLE, and nothing is done, where what is sent lies in no segment of this rank.
     """
     for m in range(num_sends):
         if _place(own_G2, outgoing + parts_M3[m, 1] * row_bytes) < 0:
@@ -221,6 +234,8 @@ def launch(controls_R, rank, own_G2, counts_3R, parts_M3, num_sends, outgoing, i
             messages_M5[m, SEGMENT], messages_M5[m, OFFSET] = segment, outgoing + start - own_G2[segment, 0]
             messages_M5[m, SENT_BYTES] = nbytes
             counts_3R[SENT, peer] += 1
+            traffic_2R[0, peer] += nbytes
+            traffic_2R[1, peer] += 1
         else:
             messages_M5[m, NUMBER] = counts_3R[EXPECTED, peer]
             messages_M5[m, ADDRESS], messages_M5[m, NBYTES], messages_M5[m, IS_READ] = incoming + start, nbytes, 0
@@ -303,11 +318,7 @@ def _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, un
     return status
 
 
-@njit(
-    "int64(int64[::1], int64, int64[:, ::1], int64, int64[:, ::1], int64, boolean, int64, int64)",
-    cache=True,
-    nogil=True,
-)
+@_called_from_python("int64(int64[::1], int64, int64[:, ::1], int64, int64[:, ::1], int64, boolean, int64, int64)")
 def advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken, spin_ns, patience_ns):
     """Read every message as it appears, then see whether those sent were taken; give up `spin_ns` after the first look.
 
