@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .config import LaunchConfig
-from .launcher import Place, find_place, launcher_of
+from .launcher import Place, find_place
 from .meeting import meet
 
 T = TypeVar("T")
@@ -37,14 +37,9 @@ _ECHO_S = 0.5
 
 
 @dataclass(frozen=True)
-class Process:
-    """This process's place in the run."""
+class Process(Place):
+    """This process: its place in the run, and where it computes."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    """Ranks of the run on this machine."""
     device: torch.device
 
     @property
@@ -57,7 +52,7 @@ def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
     """Read rank and world size from `env` and choose the device. Raises `ValueError` for variables or a device that cannot be."""
     place = find_place(env)
     device = _choose_device(config.device, place.local_rank, place.local_world_size)
-    return Process(place.rank, place.world_size, place.local_rank, place.local_world_size, device)
+    return Process(**vars(place), device=device)
 
 
 def _choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -84,8 +79,7 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     if on_cuda:
         torch.cuda.set_device(process.device)
     backend, timeout = "nccl" if on_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
-    place = Place(process.rank, process.world_size, process.local_rank, process.local_world_size, launcher_of(os.environ))
-    store = meet(place, config.init_method, config.init_timeout_s, os.environ)
+    store = meet(process, config.init_method, config.init_timeout_s, os.environ)
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
     try:

@@ -16,7 +16,7 @@ from moesaic.collectives import CollectiveError
 from moesaic.launch.diagnosis import Peers, diagnosis
 from moesaic.launch.process import Process
 
-ME = Process(rank=0, world_size=4, local_rank=0, local_world_size=3, device=torch.device("cpu"))
+ME = Process(rank=0, world_size=4, local_rank=0, local_world_size=3, launcher=None, device=torch.device("cpu"))
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

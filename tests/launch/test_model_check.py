@@ -89,7 +89,7 @@ def models(tmp_path: Path) -> str:
 def on_pool(rank: int, request: Request, folder: str) -> list[Row]:
     """What a process that doctor starts does, in a process that is there already."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (request.ranks,))
-    return check_rank(Process(rank, request.ranks, rank, request.ranks, torch.device("cpu")), mesh, request, Path(folder))
+    return check_rank(Process(rank, request.ranks, rank, request.ranks, None, torch.device("cpu")), mesh, request, Path(folder))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ CPU = LaunchConfig(device="cpu")
 
 
 def process_of(rank: int, world_size: int) -> Process:
-    return Process(rank, world_size, rank, world_size, torch.device("cpu"))
+    return Process(rank, world_size, rank, world_size, None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def tiny_config(folder: Path) -> Config:
 
 
 def process_of(rank: int) -> Process:
-    return Process(rank, 2, rank, 2, torch.device("cpu"))
+    return Process(rank, 2, rank, 2, None, torch.device("cpu"))
 
 
 def test_the_next_free_name_is_taken(tmp_path: Path) -> None:
