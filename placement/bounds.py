@@ -90,10 +90,7 @@ class _Least:
         return cls(problem, lower_bound(problem, owners_may_move=owners_may_move), device_rows_C, node_rows_C)
 
     def tallies(self, low: int, high: int | None) -> list[Tally]:
-        """Count for placements whose busiest device moves `low` to `high` copies.
-
-        One for each number of experts that copies bring to the node where they bring most; the last is the least in rows.
-        """
+        """Count for a range of copies, see `least_tallies`."""
         problem, topology = self.problem, self.problem.topology
         work_rows = round(self.base.total_s / prices_of(problem).work_row_s)
         received = problem.slots if high is None else min(high, problem.slots)
@@ -121,6 +118,14 @@ def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: 
     return Bound(least.base.max_rows, max(least.base.total_s, min(least.bound_s(*span) for span in ranges)))
 
 
+def least_tallies(problem: Problem, low: int, high: int | None, *, owners_may_move: bool = False) -> list[Tally]:
+    """Count what placements have to do at least whose busiest device sends or receives `low` to `high` copies; None: any number.
+
+    One tally for each number of experts that copies bring to the node where they bring most; the last is the least in rows.
+    """
+    return _Least.of(problem, owners_may_move=owners_may_move, keep_counts=True).tallies(low, high)
+
+
 def range_bound_s(problem: Problem, low: int, high: int | None, *, owners_may_move: bool) -> float:
     """Bound the seconds of every placement whose busiest device sends or receives `low` to `high` copies; None: any number."""
     return _Least.of(problem, owners_may_move=owners_may_move, keep_counts=True).bound_s(low, high)
@@ -142,8 +147,7 @@ def room_within(problem: Problem, seconds: float, low: int, high: int | None, *,
     """
     prices = prices_of(problem)
     # The stages by themselves: as few rows as with the most copies to a node, as few copies to a node as with none.
-    tallies = _Least.of(problem, owners_may_move=owners_may_move, keep_counts=True).tallies(low, high)
-    least = replace(tallies[-1], node_copies=0)
+    least = replace(least_tallies(problem, low, high, owners_may_move=owners_may_move)[-1], node_copies=0)
     spent = price(problem, least)
     left_s = max(seconds * (1 + 1e-9) - spent.total_s, 0.0)
     dispatch_s = spent.dispatch_s + left_s - (4 * prices.latency_s if least.device_rows else 0.0)

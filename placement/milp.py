@@ -4,7 +4,8 @@ It answers with the cheapest of what the engine found, of the heuristics and of 
 priced by cost.py under the better of the exact split and of priced.py's, so it is never worse than they are; as moves are
 charged, the current owners stay where a change would not pay. The program holds only what would be cheaper than the answer by
 more than a gap, at first a wide one: it is the easier to refute the less it holds (milp_model.py). It is solved once for every
-number of copies that the busiest device may send or receive. The bound is the better of bounds.py's, which needs no engine, and
+number of copies that the busiest device may send or receive; where that is one and owners stay, chains.py finds and proves the
+best instead. The bound is the better of bounds.py's, which needs no engine, and
 the least of the programs' own; it holds for every placement with as many owned experts per rank as now.
 """
 
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from . import balance, eplb, flexmoe, hecate, laer, permutation, quota, static
-from .bounds import link_bound, range_bound_s
+from . import balance, chains, eplb, flexmoe, hecate, laer, permutation, quota, static
+from .bounds import link_bound, range_bound_s, room_within
 from .content import check_seconds
 from .cost import Bound, Cost, Solution, cost, prices_of, seconds_of, solution
 from .split import Split, split_exact
@@ -48,18 +49,21 @@ _ENGINE_SLACK = 1e-5
 _ENGINE_SHARE = 0.97
 
 
-def _heuristics(problem: Problem, move_owners: bool) -> list[Placement]:
-    """Return placements to start from, the current one first."""
-    solvers = [static.solve, quota.solve, balance.solve, hecate.solve, laer.solve, flexmoe.solve]
-    found = [solve(problem).placement for solve in solvers]
-    if move_owners:
-        owned_R = np.bincount(problem.expert_to_owner_E, minlength=problem.num_ranks)
-        for solve_owners in (permutation.solve_lpt, permutation.solve_smartmoe, eplb.solve, eplb.solve_hierarchical):
-            placed = solve_owners(problem).placement
-            # EPLB packs copies first and may leave a rank with another number of experts to own, which is not allowed here.
-            if (np.bincount(placed.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all():
-                moved = dataclasses.replace(problem, expert_to_owner_E=placed.expert_to_owner_E)
-                found += [placed, quota.solve(moved).placement]
+def _heuristics(problem: Problem) -> list[Placement]:
+    """Return placements with the current owners to start from."""
+    solvers = (static.solve, quota.solve, balance.solve, hecate.solve, laer.solve, flexmoe.solve)
+    return [solve(problem).placement for solve in solvers]
+
+
+def _owner_heuristics(problem: Problem) -> list[Placement]:
+    """Return placements with other owners to start from."""
+    found, owned_R = [], np.bincount(problem.expert_to_owner_E, minlength=problem.num_ranks)
+    for solve_owners in (permutation.solve_lpt, permutation.solve_smartmoe, eplb.solve, eplb.solve_hierarchical):
+        placed = solve_owners(problem).placement
+        # EPLB packs copies first and may leave a rank with another number of experts to own, which is not allowed here.
+        if (np.bincount(placed.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all():
+            moved = dataclasses.replace(problem, expert_to_owner_E=placed.expert_to_owner_E)
+            found += [placed, quota.solve(moved).placement]
     return found
 
 
@@ -164,12 +168,15 @@ class _SearchOn:
                     return
 
 
-def _incumbent(problem: Problem, move_owners: bool, effort: float) -> tuple[_Priced, list[np.ndarray]]:
-    """Return the cheapest of the heuristics and of searches from them, and the owners that they started from.
+def _cheapest_of(problem: Problem, placements: Iterable[Placement]) -> _Priced:
+    return min((_priced(problem, placement) for placement in placements), key=lambda found: found.cost.total_s)
+
+
+def _search(problem: Problem, best: _Priced, move_owners: bool, effort: float) -> tuple[_Priced, list[np.ndarray]]:
+    """Return the cheapest of `best` and of searches from it, and the owners that they started from.
 
     `effort` 1 searches for about two seconds.
     """
-    best = min((_priced(problem, p) for p in _heuristics(problem, move_owners)), key=lambda found: found.cost.total_s)
     owner_SE, candidates = [best.placement.expert_to_owner_E], [best]
     if move_owners and problem.num_ranks > 1:
         proposals = int(min(_OWNER_PROPOSALS, 2000 * problem.num_experts * problem.num_ranks) * effort)
@@ -202,15 +209,19 @@ def _copy_ranges(problem: Problem) -> list[CopyRange]:
     return [CopyRange(low, high - 1) for low, high in itertools.pairwise(starts)] + [CopyRange(starts[-1], None)]
 
 
+def _moves_may_pay(problem: Problem, seconds: float, copies: CopyRange) -> bool:
+    """Return whether a placement in a range that changes an owner may cost no more than some seconds."""
+    return room_within(problem, seconds, copies.low, copies.high, owners_may_move=True).moves > 0
+
+
 class _Proof:
     """The best placement so far, and what is proven of every range of copies."""
 
-    def __init__(
-        self, problem: Problem, move_owners: bool, engine: str, best: _Priced, bound_s: float, search: _SearchOn
-    ) -> None:
-        self._problem, self._move_owners, self._engine, self._search = problem, move_owners, engine, search
+    def __init__(self, problem: Problem, move_owners: bool, engine: str, best: _Priced, bound_s: float) -> None:
+        self._problem, self._move_owners, self._engine = problem, move_owners, engine
         self.best = best
         self.is_interrupted = False
+        self._is_chained_out = False
         self._proven_s = {
             copies: max(bound_s, range_bound_s(problem, copies.low, copies.high, owners_may_move=move_owners))
             for copies in _copy_ranges(problem)
@@ -221,7 +232,14 @@ class _Proof:
         """What no placement can go below."""
         return min(self._proven_s.values())
 
-    def tighten(self, tolerance: float, end: float) -> None:
+    def search_chains(self, tolerance: float, end: float) -> bool:
+        """Look through single copies without an engine; return whether that brought every range's bound to within `tolerance`."""
+        for copies in self._proven_s:
+            if self._proven_s[copies] < self._wanted_s(tolerance):
+                self._refute_chains(copies, tolerance, end)
+        return self.bound_s >= self._wanted_s(tolerance)
+
+    def tighten(self, tolerance: float, end: float, search: _SearchOn) -> None:
         """Bring every range's bound to within `tolerance` of the best placement, or stop when perf_counter reaches `end`."""
         # The easiest first: they leave their time to the others.
         waiting = sorted(self._proven_s, key=lambda copies: -self._proven_s[copies])
@@ -230,14 +248,41 @@ class _Proof:
             unfinished = []
             for i, copies in enumerate(waiting):
                 share_s = (end - perf_counter()) / (len(waiting) - i)
-                if not self.is_interrupted and share_s > 0 and not self._refute(copies, tolerance, share_s):
+                if not self.is_interrupted and share_s > 0 and not self._refute(copies, tolerance, share_s, search):
                     unfinished.append(copies)
             waiting = unfinished
 
     def _wanted_s(self, tolerance: float) -> float:
         return self.best.cost.total_s * (1 - tolerance)
 
-    def _refute(self, copies: CopyRange, tolerance: float, time_limit_s: float) -> bool:
+    def _refute_chains(self, copies: CopyRange, tolerance: float, end: float) -> bool:
+        """Try to show it without an engine, where owners stay and the range has single copies, or none."""
+
+        def consider(placement: Placement) -> bool:
+            found = _priced(self._problem, placement)
+            is_better = found.cost.total_s < self.best.cost.total_s
+            self.best = found if is_better else self.best
+            return is_better
+
+        if copies.high not in (0, 1) or not chains.are_few(self._problem) or self._is_chained_out:
+            return False
+        if self._move_owners and _moves_may_pay(self._problem, self._wanted_s(tolerance), copies):
+            return False
+        if copies.high == 0:
+            # One placement, the current one.
+            self._proven_s[copies] = _priced(self._problem, static.solve(self._problem).placement).cost.total_s
+            return True
+        try:
+            is_refuted = chains.refute(self._problem, copies.low, lambda: self._wanted_s(tolerance), consider, end)
+        except KeyboardInterrupt:
+            self.is_interrupted = True
+            return False
+        if is_refuted:
+            self._proven_s[copies] = max(self._proven_s[copies], self._wanted_s(tolerance))
+        self._is_chained_out = not is_refuted
+        return is_refuted
+
+    def _refute(self, copies: CopyRange, tolerance: float, time_limit_s: float, search: _SearchOn) -> bool:
         """Try to show that nothing in a range is below the bound that is wanted; return False if the time was too short.
 
         The program holds only placements below that bound: proving that there are none is far easier than finding the best, and
@@ -246,6 +291,8 @@ class _Proof:
         from .milp_model import Model
 
         end = perf_counter() + time_limit_s
+        if self._refute_chains(copies, tolerance, end):
+            return True
         # A refutation that takes long is one of a poor answer, perhaps: look for any better one before going on.
         attempts = [(tolerance, 0.55), (min(tolerance, _FIND_GAP), 0.6), (tolerance, 1.0)]
         while self._proven_s[copies] < self._wanted_s(tolerance):
@@ -263,7 +310,7 @@ class _Proof:
             if not is_better or not answer.is_complete:
                 attempts = attempts[1:] or attempts
             if not is_better and not answer.is_complete:
-                self.best = min([self.best, *self._search.take()], key=lambda priced: priced.cost.total_s)
+                self.best = min([self.best, *search.take()], key=lambda priced: priced.cost.total_s)
             if perf_counter() >= end:
                 return False
         return True
@@ -271,6 +318,7 @@ class _Proof:
 
 def _warm_up() -> None:
     """Compile what a first call compiles, so that no time limit pays for it."""
+    from .chains import find
     from .improve import improve
 
     load = ExpertLoad(np.array([[2, 1], [2, 1]]))
@@ -280,6 +328,7 @@ def _warm_up() -> None:
     placement = quota.solve(problem).placement
     improve(problem, placement, move_owners=True, proposals=1)
     _search_owners(problem, placement.expert_to_owner_E, 1)
+    find(problem, 0, 0)
     _priced(problem, Placement(np.array([0, 1]), np.ones((2, 2), dtype=np.bool_)))
 
 
@@ -302,14 +351,22 @@ def solve(
     make_engine(engine, time_limit_s, relative_gap)
     _warm_up()
     start = perf_counter()
+    end = start + _ENGINE_SHARE * time_limit_s
     bound = link_bound(problem, owners_may_move=move_owners)
-    effort = min(1.0, time_limit_s / 10)
-    best, owner_SE = _incumbent(problem, move_owners, effort)
-    with _SearchOn(problem, owner_SE, move_owners, effort) as search:
-        proof = _Proof(problem, move_owners, engine, best, bound.total_s, search)
-        # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
-        for tolerance in sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True):
-            proof.tighten(tolerance, start + _ENGINE_SHARE * time_limit_s)
+    best = _cheapest_of(problem, _heuristics(problem))
+    # Where one move alone costs too much, what is left is far easier.
+    move_owners = move_owners and any(_moves_may_pay(problem, best.cost.total_s, copies) for copies in _copy_ranges(problem))
+    if move_owners:
+        best = _cheapest_of(problem, [best.placement, *_owner_heuristics(problem)])
+    proof = _Proof(problem, move_owners, engine, best, bound.total_s)
+    # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
+    tolerances = sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True)
+    if not all(proof.search_chains(tolerance, end) for tolerance in tolerances):
+        effort = min(1.0, time_limit_s / 10)
+        proof.best, owner_SE = _search(problem, proof.best, move_owners, effort)
+        with _SearchOn(problem, owner_SE, move_owners, effort) as search:
+            for tolerance in tolerances:
+                proof.tighten(tolerance, end, search)
     best = proof.best
     seconds = perf_counter() - start
     found = solution(best.placement, best.cost, Bound(bound.max_rows, min(proof.bound_s, best.cost.total_s)), seconds, "milp")
