@@ -41,9 +41,7 @@ _LAB_OPTIONS = (
     click.option(
         "--bytes", "element_bytes", type=click.IntRange(1, 8), default=2, show_default=True, help="Of a travelling weight."
     ),
-    click.option(
-        "--time-limit", "time_limit_s", type=float, default=10.0, show_default=True, help="Seconds of a milp, per layer."
-    ),
+    click.option("--time-limit", "time_limit_s", type=float, help="Seconds of a milp or moetuner, per layer; by default 10."),
     click.option("--rehome-every", type=Count, default=1, show_default=True, help="Steps between changes of owners."),
 )
 
@@ -83,7 +81,7 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
         backward_multiplier=4 if given["recompute"] else 3,
         rehome_every=given["rehome_every"],
         scale=given["scale"],
-        time_limit_s=given["time_limit_s"],
+        time_limit_s=10.0 if given["time_limit_s"] is None else given["time_limit_s"],
         overlap_s=given["overlap_s"] or 0.0,
     )
     return setting if given["overlap_s"] is not None else replace(setting, overlap_s=lab.attention_s(source, setting))
@@ -170,6 +168,9 @@ def solve_command(path: str, text: str | None, slots: int, solver: str, current_
     """Solve one placement for a whole trace, and save it as a plan that `moesaic train --set placement.file=` plays."""
     options = TraceOptions.take(given)
     get_solver(solver)
+    if given["time_limit_s"] is not None and not lab.takes_time_limit(solver):
+        limited = " or ".join(name for name in SOLVERS if lab.takes_time_limit(name))
+        raise ValueError(f"--time-limit {given['time_limit_s']:g}: {solver} ends by itself; leave it out, or use {limited}")
     topology = _topology(text, given["preset"])
     source = options.open(path, None if topology is None else topology.num_ranks)
     topology = topology or Topology.preset(given["preset"], source.meta.num_ranks)

@@ -41,6 +41,11 @@ SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = Mappi
 )
 
 
+def takes_time_limit(solver: str) -> bool:
+    """Return whether a solver can be told when to stop; the others end by themselves."""
+    return "time_limit_s" in inspect.signature(get_solver(solver)).parameters
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabSetting:
     """What holds for all lanes of a comparison.
@@ -72,8 +77,7 @@ class LabSetting:
     def solver(self, name: str) -> Solver:
         """The solver of that name, with the time limit if it takes one."""
         solve: Callable[..., Solution] = get_solver(name)
-        takes_limit = "time_limit_s" in inspect.signature(solve).parameters
-        return partial(solve, time_limit_s=self.time_limit_s) if takes_limit else solve
+        return partial(solve, time_limit_s=self.time_limit_s) if takes_time_limit(name) else solve
 
     def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int, forecast_error: float = 0.0) -> Problem:
         """One layer's question at one step."""

@@ -94,6 +94,10 @@ def test_convert_deals_tokens_to_other_ranks(tmp_path: Path) -> None:
         (["place", "compare", "t.npz", "--steps", "1", "--knows", "predicted"], "nothing to predict from"),
         (["place", "compare", "t.npz", "--overlap-s", "nan"], "overlap_s must be finite"),
         (["place", "solve", "t.npz", "-o", "nowhere/plan.json", "--solver", "static"], "cannot write or read"),
+        (
+            ["place", "solve", "t.npz", "-o", "p.json", "--solver", "joint", "--time-limit", "5"],
+            "joint ends by itself; leave it",
+        ),
         (["place", "replay", "t.npz", "--plan", "t.npz"], "cannot be read as JSON"),
         (["place", "show", "none.json"], "there is no plan at none.json"),
         (["trace", "info", "t.npz", "--tokens-per-step", "4"], "has no topk_ids; its steps cannot be cut anew"),

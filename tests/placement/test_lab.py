@@ -118,7 +118,9 @@ def test_moves_of_a_plan_start_from_the_current_owners(trace, setting):
 
 def test_joint_deals_rows_out_over_all_layers(trace, setting):
     """Every rank owns as many experts as before over all layers, and the plan costs no more than quota's."""
-    plan = solve_plan(trace, setting, "joint", 1)
+    layers: list[None] = []
+    plan = solve_plan(trace, setting, "joint", 1, on_layer=lambda: layers.append(None))
+    assert len(layers) == trace.meta.num_layers
     meta = trace.meta
     assert plan.owners.num_rows_R.tolist() == [meta.num_layers * meta.num_experts // meta.num_ranks] * meta.num_ranks
     assert plan.bound_s <= plan.objective_s <= solve_plan(trace, setting, "quota", 1).objective_s
