@@ -21,11 +21,10 @@ import numpy as np
 from .cost import Solution, evaluate
 from .values import Placement, Problem
 
-# Loads beside the forecast; fewer for more ranks, because levelling one takes longer.
-_MOST_LOADS, _LEAST_LOADS, _LOADS_TIMES_RANKS = 64, 16, 4096
-# How far they lie from it, by their kind (hedge.loads_around), in multiples of its error: an average error is exceeded every
-# other time. Experts that exchange their rows ask for most copies, and are provided for within the average only.
-_ERRORS = (3, 2, 1)
+# Loads beside the forecast; fewer for many ranks, because levelling one takes longer.
+_MOST_LOADS, _LEAST_LOADS, _LOADS_TIMES_RANKS = 256, 16, 8192
+# How far they lie from it, in multiples of its error: an average error is exceeded every other time.
+_ERRORS = 2.5
 # A rank is balanced when it is above the mean by one part in so many: of the forecast, and of the other loads. The last copies
 # would buy less than anybody can measure.
 _FORECAST_PARTS, _OTHER_PARTS = 100, 64
@@ -43,7 +42,8 @@ def solve(problem: Problem) -> Solution:
     num_others, share = 0, 1.0
     if problem.forecast_error > 0:
         num_others, share = max(_LEAST_LOADS, min(_MOST_LOADS, _LOADS_TIMES_RANKS // num_ranks)), _HEDGE_SHARE
-    errors_S = np.array([0, *(round(1024 * problem.forecast_error * _ERRORS[s % len(_ERRORS)]) for s in range(num_others))])
+    errors_S = np.full(1 + num_others, round(1024 * _ERRORS * problem.forecast_error))
+    errors_S[0] = 0
     totals_SE = hedge.loads_around(problem.load.totals_E, errors_S)
     mean_S = -(-totals_SE.sum(axis=1) // num_ranks)
     copies_2C = hedge.buy_copies(

@@ -130,7 +130,9 @@ def test_few_large_experts_of_real_routing_are_balanced(num_ranks):
         assert max_over_mean(load.totals_E, placement) <= 1.03
 
 
-@pytest.mark.parametrize("name, top_k, num_ranks", [("mixtral_8x7b", 2, 16), ("mixtral_8x7b", 2, 64), ("olmoe_1b7b", 8, 16)])
+@pytest.mark.parametrize(
+    "name, top_k, num_ranks", [("mixtral_8x7b", 2, 16), ("mixtral_8x7b", 2, 64), ("olmoe_1b7b", 8, 8), ("olmoe_1b7b", 8, 16)]
+)
 def test_a_forecast_of_real_routing_is_withstood_better_than_by_rivals(name, top_k, num_ranks):
     """As training would: placed from the past, judged by the load that came, everyone's copies under the exact split."""
     source = open_source(shared_trace(f"{name}_counts_crosslayer.npz"), num_ranks, sizes=Sizes(top_k=top_k))
