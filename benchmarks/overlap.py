@@ -2,11 +2,11 @@
 
     moesaic bench overlap --nodes 2 --link-mbit 200 --profile FOLDER
 
-A small transformer of attention and MoE layers trains twice side by side, on the same weights and tokens: once as usual, once
-with `RuntimeConfig.overlap` off, which waits for every gather and reduce right after its launch. Every rank holds copies of
-another node's experts, so the bytes are the same in every step. The two take turns, step by step; what counts is the wait of
-the rank that waited longest. Token rows hide under shared experts alone (`--shared-ffn`); without any they are in the table
-because copies on the same link may delay them.
+A small transformer of attention and MoE layers trains three times side by side, on the same weights and tokens: as usual, with
+token rows in one part, and with `RuntimeConfig.overlap` off, which waits for whatever is launched right after its launch. Every
+rank holds copies of another node's experts, so the bytes are the same in every step. They take turns, step by step; what counts
+is the wait of the rank that waited longest. Token rows hide under shared experts (`--shared-ffn`), and a part of them under the
+experts of the other part.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ from ..runtime import Handle, MoELayer, RuntimeConfig, shard_experts
 from .network import RANK_ENVIRONMENT, run_on_nodes
 from .rows import JSON_OPTION, publish
 
-MODES = {"overlap": True, "no overlap": False}
+MODES: dict[str, dict[str, Any]] = {
+    "overlap": {},
+    "overlap, rows in one part": {"row_parts": 1},
+    "no overlap": {"overlap": False},
+}
 COLUMNS = (
     "mode",
     "step_s",
@@ -122,16 +126,16 @@ class Block(nn.Module):
 
 
 class _Run:
-    """One of the two, on this rank."""
+    """One of the ways, on this rank."""
 
-    def __init__(self, case: OverlapCase, *, overlap: bool):
+    def __init__(self, case: OverlapCase, **options: Any):
         torch.manual_seed(0)
         self.model = nn.Sequential(*(Block(case) for _ in range(case.layers)))
         owners = OwnerMap.contiguous(case.layers, case.experts, case.ranks).expert_to_owner_LE
         self.handle: Handle = shard_experts(
             self.model,
             mesh=init_device_mesh("cpu", (case.ranks,)),
-            config=RuntimeConfig(overlap=overlap, slots=case.slots, shard_dense=False),
+            config=RuntimeConfig(slots=case.slots, shard_dense=False, **options),
             placements=[_copies_of_next(owners_E, case) for owners_E in owners],
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
@@ -164,7 +168,7 @@ def _rank(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     store = dist.FileStore(str(folder / "store"), case.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks, timeout=timedelta(seconds=120))
-    runs = {mode: _Run(case, overlap=overlap) for mode, overlap in MODES.items()}
+    runs = {mode: _Run(case, **options) for mode, options in MODES.items()}
     x_TD = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(rank))
     measured: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     for step in range(_WARM_UP_STEPS + case.rounds):
@@ -173,10 +177,10 @@ def _rank(folder: Path) -> None:
             if step >= _WARM_UP_STEPS:
                 metrics = run.handle.metrics()
                 measured[mode].append({"step_s": seconds} | {key: metrics[key] for key in metrics if key.startswith("exposed_")})
-    first, second = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs.values())
-    assert torch.equal(first, second), "the two runs have come apart"
+    first, *others = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs.values())
+    assert all(torch.equal(first, other) for other in others), "the runs have come apart"
     for mode, run in runs.items():
-        with run.handle.profile(folder / f"{mode.replace(' ', '-')}-rank-{rank}.json"):
+        with run.handle.profile(folder / f"{mode.replace(',', '').replace(' ', '-')}-rank-{rank}.json"):
             run.step(x_TD)
     (folder / f"rank-{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
     dist.barrier()

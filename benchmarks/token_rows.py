@@ -38,8 +38,10 @@ def token_rows(transport: Transport, route: str, x: Tensor, y: Tensor, topology:
 
     def forward() -> None:
         handle = build(ids_TK, weights_TK, split, [transport.rank], transport, "describe", "")
-        rows_ND = handle.send_rows(x_TD, transport, "dispatch", "").wait()
-        y.copy_(handle.return_rows(rows_ND, transport, "combine", "").wait().x_TD.view(-1))
+        (rows,) = handle.send_rows(x_TD, transport, "dispatch", "")
+        home = handle.rows_home(rows.wait(), transport)
+        handle.return_rows(0, home, transport, "combine", "").wait()
+        y.copy_(handle.add_up(home).x_TD.view(-1))
 
     return forward
 

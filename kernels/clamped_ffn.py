@@ -33,13 +33,20 @@ class Clamp:
 
 
 def clamped_ffn(
-    x_ND: Tensor, row_weights_N: Tensor, weights: FFNWeights, group_sizes: Sequence[int], clamp: Clamp
+    x_ND: Tensor,
+    row_weights_N: Tensor,
+    weights: FFNWeights,
+    group_sizes: Sequence[int],
+    clamp: Clamp,
+    *,
+    out: GroupedFFNOutput | None = None,
 ) -> GroupedFFNOutput:
-    """Run each group's rows through its expert; rows are sorted by group. No autograd."""
+    """Run each group's rows through its expert; rows are sorted by group. No autograd. `out` names buffers to fill."""
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
     N, D = x_ND.shape
     F = weights.down[0].shape[1] if weights.down else 0
-    out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
+    if out is None:
+        out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
     for group, rows in group_slices(group_sizes):
         gate_up = torch.addmm(weights.gate_up_bias[group], x_ND[rows], weights.gate_up[group].t(), out=out.gate_up_N2F[rows])
         h = _activate(gate_up, clamp).h
@@ -60,6 +67,7 @@ def clamped_ffn_backward(
     *,
     alpha: float = 1.0,
     overwrite: Sequence[bool] | None = None,
+    out: GroupedFFNGrads | None = None,
 ) -> GroupedFFNGrads:
     """Backward of `clamped_ffn`: returns the row gradients and adds `alpha` times the weight gradients to `grads`.
 
@@ -67,7 +75,8 @@ def clamped_ffn_backward(
     set, not added to, and set to zero where the group has no rows.
     """
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
-    out = GroupedFFNGrads(torch.empty_like(x_ND), torch.empty_like(row_weights_N))
+    if out is None:
+        out = GroupedFFNGrads(torch.empty_like(x_ND), torch.empty_like(row_weights_N))
     if grads is not None and overwrite is not None:
         for group, is_fresh in enumerate(overwrite):
             if is_fresh:

@@ -83,8 +83,8 @@ class RuntimeConfig:
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
     overlap: bool = True
-    """Copies and their gradients travel under other work, and dispatched token rows under shared experts where a layer has some;
-    False waits for all of them right after their launch, to compare or debug."""
+    """Copies and their gradients travel under other work, and token rows under shared experts and under each other's experts, see
+    `row_parts`; False waits for all of them right after their launch, to compare or debug."""
     calibrate: Literal["auto", "always", "never"] = "auto"
     """Whether copies are added when the exact load is known, if they save more than their gather costs on the critical path;
     "auto": in the first forwards, and while predictions are off by more than a tenth of the assignments on average."""
@@ -93,6 +93,10 @@ class RuntimeConfig:
     token_route: Literal["auto", "direct", "by_node"] = "auto"
     """How token rows travel: straight to every rank that computes them, or once to each node and on inside it; "auto" goes by
     node where the topology has several nodes of several ranks."""
+    row_parts: int | Literal["auto"] = "auto"
+    """Parts, 1 or 2, in which token rows travel: the experts of one compute while the rows of the other are on their way, out or
+    home; to the same bits and as many bytes, in up to twice the messages. "auto": 2 between nodes where rows go straight to every
+    rank and `overlap` is on, else 1; by node they always go in one."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
     rehome_every: int = 0
@@ -129,6 +133,8 @@ class RuntimeConfig:
             raise ValueError(f"runtime.transport is {self.transport!r}; choose 'auto' or one of {', '.join(TRANSPORTS)}")
         if self.token_route not in ("auto", "direct", "by_node"):
             raise ValueError(f"runtime.token_route is {self.token_route!r}; choose 'auto', 'direct' or 'by_node'")
+        if self.row_parts not in ("auto", 1, 2):
+            raise ValueError(f"runtime.row_parts is {self.row_parts!r}; choose 'auto', 1 or 2")
         if self.compute_dtype not in ("as_is", "bf16"):
             raise ValueError(f"runtime.compute_dtype is {self.compute_dtype!r}; choose 'as_is' or 'bf16'")
         if self.reduce_wire not in ("as_is", "bf16"):

@@ -5,150 +5,38 @@ them with its gate weights. Combine is the transpose of dispatch, so each one's 
 gate gradients travel with the rows of dispatch's backward.
 
 What a rank computes of its own tokens never becomes a message: those rows are read from and added to the tokens' own tensors.
-Here rows go straight to their destinations; dispatch_by_node.py is the form for nodes of several ranks.
+Here rows go straight to their destinations, in one part or in two; dispatch_by_node.py is the form for nodes of several ranks.
+This file finds out what goes where; dispatch_handle.py has the rows travel.
 
 Layouts, on the source rank:
     assignment a = t * K + k                      as the router made them
     "by destination": (destination, expert, token)  the order in which assignments are described to their destinations
-    sent rows: (destination, token)               one for each other destination of each token
+    sent rows: (destination, token)               one for each other destination of each token; in two parts
+                                                  (destination, kind, token), see dispatch_handle.py
 and on the destination rank:
-    received rows: (source, token)                from other ranks
+    received rows: (source, token)                from other ranks, in the order in which they were sent
     "by source": (source, expert, token)          the order in which descriptions arrive
     "slot-major": (expert, source, token)         the order of the expert stage: one contiguous group per local expert
 
 Ids are those of `Capacity.kept_ids`: E stands for an assignment that is dropped, which nothing below describes or sends.
 
 Shape letters: T tokens, K choices, D model dim, E experts, R ranks, A assignments of this rank (up to T * K), P sent rows,
-Q received rows, N slot-major rows (assignments computed here).
+Q received rows, N slot-major rows (assignments computed here), H parts, C kinds of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..collectives import Pending, RowLayout, RowPart, Transport, all_to_all_rows
-from ..kernels import Bags, bags_of, gather_rows, on_device, split_tokens, sum_rows
+from ..collectives import RowLayout, Transport, all_to_all_rows
+from ..kernels import Bags, bags_of, on_device, split_tokens
 from ..placement import Split
-
-Arrived = TypeVar("Arrived")
-
-
-class RowsInFlight(Generic[Arrived]):
-    """Token rows on their way.
-
-    Args:
-        pending: waits for them.
-        sent: what was sent; it must live until then, and is only dropped afterwards.
-        take: makes of what arrived what it is wanted for; called once. Where rows are passed on, it communicates.
-    """
-
-    __slots__ = ("_arrived", "_pending", "_sent", "_take")
-
-    def __init__(self, pending: Pending, sent: Tensor, take: Callable[[], Arrived]):
-        self._pending = pending
-        self._sent: Tensor | None = sent
-        self._take: Callable[[], Arrived] | None = take
-        self._arrived: Arrived | None = None
-
-    def wait(self) -> Arrived:
-        """Return what has arrived; a second time the same."""
-        if self._take is not None:
-            self._pending.wait(until_sent=False)
-            self._arrived = self._take()
-            self._take = self._sent = None
-        return cast(Arrived, self._arrived)
-
-
-@dataclass(frozen=True, eq=False)
-class DispatchHandle:
-    """Where every row of one forward went. Combine and both backwards follow it; it carries no gradient."""
-
-    num_tokens: int  # T
-    top_k: int  # K
-    sent_token_ids_P: Tensor  # token of every sent row
-    sent_rows_R: tuple[int, ...]  # rows sent to each rank; none to this one
-    sent_assignments_A: Tensor  # assignments by destination
-    sent_assignments_R: tuple[int, ...]
-    received_rows_R: tuple[int, ...]  # rows received from each rank; none from this one
-    received_assignments_R: tuple[int, ...]
-    slot_major_N: Tensor  # position "by source" of every slot-major row
-    row_ids_N: Tensor  # what every slot-major row is a copy of: token t (t < T), or received row q (T + q)
-    return_bags: Bags  # slot-major rows of every received row
-    home_bags: Bags  # of every token: the slot-major rows computed here (n < N) and the sent rows that come back (N + p)
-    row_weights_N: Tensor  # gate weight of every slot-major row, fp32
-    group_sizes: tuple[int, ...]  # rows of each local expert
-
-    @cached_property
-    def row_layout(self) -> RowLayout:
-        """Sent rows to their destinations, received rows from their sources."""
-        return RowLayout.consecutive(self.sent_rows_R, self.received_rows_R)
-
-    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> RowsInFlight[Tensor]:
-        """Launch tokens to the ranks that compute them: [T, D] on the source to slot-major rows [N, D] on the destination."""
-        outgoing = transport.empty((sum(self.sent_rows_R), x_TD.shape[1]), x_TD)
-        gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
-        received_QD = x_TD.new_empty(sum(self.received_rows_R), x_TD.shape[1])
-        pending = all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where)
-        return RowsInFlight(pending, outgoing, lambda: gather_rows(x_TD, self.row_ids_N, beside=received_QD))
-
-    def return_rows(
-        self, rows_ND: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None = None
-    ) -> RowsInFlight[ReturnedRows]:
-        """Launch slot-major rows back to their tokens: summed for each token here, then over the ranks there, [N, D] to [T, D].
-
-        With `gate_grads_N`, one number per slot-major row travels along.
-        """
-        outgoing = transport.empty((sum(self.received_rows_R), rows_ND.shape[1]), rows_ND)
-        sum_rows(rows_ND, self.return_bags, out=outgoing)
-        return self.take_home(rows_ND, outgoing, transport, op, where, gate_grads_N)
-
-    def take_home(
-        self, rows_ND: Tensor, outgoing: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None
-    ) -> RowsInFlight[ReturnedRows]:
-        """The last hop of `return_rows`: `outgoing` [Q, D], one sum for every received row, to the sources, added up there."""
-        returned_PD = rows_ND.new_empty(sum(self.sent_rows_R), rows_ND.shape[1])
-        pending = all_to_all_rows(transport, self.row_layout.transpose, outgoing, returned_PD, op=op, where=where)
-        gate_grads = None if gate_grads_N is None else self._take_gate_grads_home(gate_grads_N, transport, op, where)
-
-        def take() -> ReturnedRows:
-            gate_grads_A = None if gate_grads is None else gate_grads.wait()
-            return ReturnedRows(sum_rows(rows_ND, self.home_bags, beside=returned_PD), gate_grads_A)
-
-        return RowsInFlight(pending, outgoing, take)
-
-    def _take_gate_grads_home(self, gate_grads_N: Tensor, transport: Transport, op: str, where: str) -> RowsInFlight[Tensor]:
-        """One number for every slot-major row [N] to the assignments [A] of its source, in router order."""
-        rank = transport.rank
-        by_source = torch.empty_like(gate_grads_N)
-        by_source[self.slot_major_N] = gate_grads_N
-        by_destination = gate_grads_N.new_empty(sum(self.sent_assignments_R))
-        out_R, in_R = slices(self.received_assignments_R), slices(self.sent_assignments_R)
-        layout = RowLayout(parts_for_others(rank, out_R), parts_for_others(rank, in_R))
-        pending = all_to_all_rows(transport, layout, by_source, by_destination, op=op, where=where)
-        by_destination[in_R[rank]] = by_source[out_R[rank]]
-
-        def take() -> Tensor:
-            gate_grads_A = gate_grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
-            gate_grads_A[self.sent_assignments_A] = by_destination
-            return gate_grads_A
-
-        return RowsInFlight(pending, by_source, take)
-
-
-@dataclass(frozen=True, eq=False)
-class ReturnedRows:
-    """What came home: rows [T, D], and with a backward the gradients of the gate weights [T * K], in router order."""
-
-    x_TD: Tensor
-    gate_grads_A: Tensor | None
+from .dispatch_handle import Counts_HR, DispatchHandle, per_rank, slices, starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,73 +68,207 @@ class Assignments:
 
 
 def build_handle(
-    topk_ids_TK: Tensor, weights_TK: Tensor, split: Split, local_experts: Sequence[int], transport: Transport, op: str, where: str
+    topk_ids_TK: Tensor,
+    weights_TK: Tensor,
+    split: Split,
+    local_experts: Sequence[int],
+    transport: Transport,
+    op: str,
+    where: str,
+    *,
+    num_parts: int = 1,
 ) -> DispatchHandle:
     """Describe this rank's assignments to their destinations, and learn what comes here.
 
     Both sides know from the split how many assignments travel between them; how many *rows* those share is part of the
-    description, so no sizes are exchanged beforehand.
+    description, so no sizes are exchanged beforehand. `num_parts`: 1 or 2.
     """
     rank, device = transport.rank, topk_ids_TK.device
     num_tokens, top_k = topk_ids_TK.shape
-    recvs_RE = split.recvs(rank)
+    recvs_RE, cuts_R = split.recvs(rank), part_cuts(split, num_parts)
+    received_RH = _by_part(recvs_RE, cuts_R[rank])
+    first_groups = np.searchsorted(local_experts, cuts_R[rank])
 
-    # Phase 1: which assignment goes where.
+    # Phase 1: which assignment goes where, and the rows that makes.
     assigned = Assignments.of(topk_ids_TK, split, rank)
-    tokens_A, destinations_A, assignments_R = assigned.tokens_A, assigned.destinations_A, assigned.counts_R
+    sent_RH = _by_part(split.sends(rank).T, cuts_R)
+    rows = _SentRows.of(assigned, sent_RH, num_tokens, rank)
 
-    # Phase 2: one row for each (other destination, token), numbered in that order.
-    keys_A = destinations_A * num_tokens + tokens_A
-    is_sent_RT = torch.zeros(transport.world_size, num_tokens, dtype=torch.bool, device=device)
-    is_sent_RT.view(-1)[keys_A] = True
-    is_sent_RT[rank] = False
-    row_number_RT = is_sent_RT.view(-1).cumsum(0).view_as(is_sent_RT) - 1
-    num_sent_R = is_sent_RT.sum(1)
-
-    # Phase 3: tell each destination, for its assignments in order, the row (from 0 for this pair of ranks) and the weight.
-    first_row_R = num_sent_R.cumsum(0) - num_sent_R
-    local_row_A = (row_number_RT.view(-1)[keys_A] - first_row_R[destinations_A]).to(torch.int32)
+    # Phase 2: tell each destination, for its assignments in order, the row (from 0 for this pair of ranks) and the weight.
     weights_A = weights_TK.detach().float().flatten()[assigned.ids_A]
-    to_R, headers_R = slices(assignments_R), num_sent_R.to(torch.int32)
-    sent = [_describe(headers_R[r : r + 1], local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
-    received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
-    own_tokens = tokens_A[to_R[rank]]
+    to_R, headers_R = slices(assigned.counts_R), rows.num_RC.sum(1).to(torch.int32)
+    sent = [_describe(headers_R[r : r + 1], rows.local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
+    received_assignments_R = tuple(int(n) for n in received_RH.sum(axis=1))
+    own, own_tokens = slices(received_assignments_R)[rank], assigned.tokens_A[to_R[rank]]
     own_message = _describe(headers_R[rank : rank + 1], own_tokens.to(torch.int32), weights_A[to_R[rank]])
     sizes_R = [1 + 2 * n if n else 0 for n in received_assignments_R]
     received = exchange_messages(transport, sent, own_message, sizes_R, op, where)
-
-    # Phase 4: rows get numbers through own tokens and all sources; slot-major order regroups them by local expert.
-    # Here, and nowhere else, the host waits for the device: it learns how many rows leave and how many came.
-    counts = iter(torch.cat([headers_R, *(message[:1] for message in received)]).tolist())
-    sent_rows_R = tuple(next(counts) for _ in assignments_R)
-    received_rows_R = tuple(next(counts) if message.numel() else 0 for message in received)
-    sent_token_ids_P = _numbered(is_sent_RT, row_number_RT, sum(sent_rows_R))
-    first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_rows_R))]
     bodies = [message[1:].view(2, -1) for message in received]
+
+    # Phase 3: rows get numbers through own tokens and all sources; slot-major order regroups them by local expert.
+    counts = _RowCounts.learnt(rows.num_RC, received, [body[0] for body in bodies], received_RH, own)
+    sent_rows_R, received_rows_R = per_rank(counts.sent_HR), per_rank(counts.received_HR)
+    sent_token_ids_P = rows.token_ids(sum(sent_rows_R))
+    first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_rows_R))]
     ids_by_source = torch.cat([body[0] + first for body, first in zip(bodies, first_id_R, strict=True)]).long()
     weights_by_source = torch.cat([body[1] for body in bodies]).view(torch.float32)
     slot_major_N = segment_transpose(recvs_RE, device)
-    positions_by_source = torch.empty_like(slot_major_N)
-    positions_by_source[slot_major_N] = torch.arange(slot_major_N.numel(), device=device)
+    positions_by_source = inverse(slot_major_N)
 
-    # Phase 5: the way back.
-    own = slices(received_assignments_R)[rank]
+    # Phase 4: the way back.
     return DispatchHandle(
+        rank=rank,
         num_tokens=num_tokens,
         top_k=top_k,
         sent_token_ids_P=sent_token_ids_P,
-        sent_rows_R=sent_rows_R,
+        sent_rows_HR=counts.sent_HR,
+        home_rows_HR=counts.home_HR,
         sent_assignments_A=assigned.ids_A,
-        sent_assignments_R=assignments_R,
-        received_rows_R=received_rows_R,
-        received_assignments_R=received_assignments_R,
+        sent_assignments_HR=_by_rank(sent_RH),
+        received_rows_HR=counts.received_HR,
+        returned_rows_HR=counts.returned_HR,
+        received_assignments_HR=_by_rank(received_RH),
         slot_major_N=slot_major_N,
         row_ids_N=ids_by_source[slot_major_N],
-        return_bags=bags_at(without(ids_by_source, own) - num_tokens, without(positions_by_source, own), sum(received_rows_R)),
+        return_bags_H=counts.return_bags(without(ids_by_source, own) - num_tokens, without(positions_by_source, own)),
         home_bags=home_bags(rank, sent_rows_R, sent_token_ids_P, own_tokens, positions_by_source, own, num_tokens),
         row_weights_N=weights_by_source[slot_major_N],
         group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
+        groups_H=tuple(slices(np.diff([0, *first_groups, len(local_experts)]).tolist())),
     )
+
+
+def part_cuts(split: Split, num_parts: int) -> np.ndarray:
+    """Where each rank's experts are cut into parts, int64 [R, H - 1]: the first expert of the second part, if there is one.
+
+    The cut leaves about as many of the rank's rows on either side. Every rank knows every rank's.
+
+    Example: a rank that computes 5, 1 and 4 rows of experts 0, 1 and 2 is cut at expert 1.
+    """
+    if num_parts == 1:
+        return np.empty((split.placement.num_ranks, 0), np.int64)
+    up_to_RE = split.rows_RE.cumsum(axis=1)
+    return np.abs(2 * up_to_RE - split.rows_R[:, None]).argmin(axis=1)[:, None] + 1
+
+
+def _by_part(counts_RE: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """Counts for each expert as counts for each part, [R, H]; `cuts` [R, H - 1] or [H - 1] for all rows."""
+    total_R = counts_RE.sum(axis=1)
+    if not cuts.shape[-1]:
+        return total_R[:, None]
+    second_R = (counts_RE * (np.arange(counts_RE.shape[1]) >= cuts)).sum(axis=1)
+    return np.stack([total_R - second_R, second_R], axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _SentRows:
+    """One row for each (other destination, token), numbered by (destination, kind, token).
+
+    Kinds, with two parts: rows that the first part alone needs, both need, the second alone needs. With one part: one.
+    """
+
+    is_sent_RCT: Tensor
+    number_RCT: Tensor
+    num_RC: Tensor
+    local_row_A: Tensor  # int32: the row of every assignment, from 0 for its destination
+
+    @classmethod
+    def of(cls, assigned: Assignments, sent_RH: np.ndarray, num_tokens: int, rank: int) -> _SentRows:
+        """`sent_RH`: assignments to each rank and part, which are in this order."""
+        (num_ranks, num_parts), device = sent_RH.shape, assigned.tokens_A.device
+        num_assignments = assigned.tokens_A.numel()
+        pieces_A = torch.repeat_interleave(on_device(sent_RH.ravel(), device), output_size=num_assignments)
+        needs_RHT = torch.zeros(num_ranks, num_parts, num_tokens, dtype=torch.bool, device=device)
+        needs_RHT.view(-1)[pieces_A * num_tokens + assigned.tokens_A] = True
+        needs_RHT[rank] = False
+        is_sent_RCT = needs_RHT
+        if num_parts == 2:
+            first_RT, second_RT = needs_RHT.unbind(1)
+            is_sent_RCT = torch.stack([first_RT & ~second_RT, first_RT & second_RT, second_RT & ~first_RT], dim=1)
+        number_RCT = is_sent_RCT.view(-1).cumsum(0).view_as(is_sent_RCT) - 1
+        num_RC = is_sent_RCT.sum(2)
+        num_R = num_RC.sum(1)
+        row_number_RT = number_RCT[:, 0] if num_parts == 1 else torch.where(is_sent_RCT, number_RCT, 0).sum(1)
+        local_row_RT = row_number_RT - (num_R.cumsum(0) - num_R)[:, None]
+        local_row_A = local_row_RT.view(-1)[assigned.destinations_A * num_tokens + assigned.tokens_A]
+        return cls(is_sent_RCT, number_RCT, num_RC, local_row_A.to(torch.int32))
+
+    def token_ids(self, num_rows: int) -> Tensor:
+        """The token of every row, in the order of their numbers; `nonzero`, but for one whose size the host knows."""
+        tokens_RCT = torch.arange(self.is_sent_RCT.shape[2], device=self.is_sent_RCT.device).expand_as(self.is_sent_RCT)
+        # Rows that aren't sent go to a place behind the end.
+        places_RCT = torch.where(self.is_sent_RCT, self.number_RCT, num_rows)
+        return tokens_RCT.new_empty(num_rows + 1).scatter_(0, places_RCT.view(-1), tokens_RCT.reshape(-1))[:num_rows]
+
+
+@dataclass(frozen=True, eq=False)
+class _RowCounts:
+    """How many rows travel between this rank and each other: by the part with which they go out, and by that of the way home."""
+
+    sent_HR: Counts_HR
+    home_HR: Counts_HR
+    received_HR: Counts_HR
+    returned_HR: Counts_HR
+    num_early: int  # others' assignments computed here whose rows are returned with the first of two parts
+
+    @classmethod
+    def learnt(
+        cls, num_RC: Tensor, messages_R: Sequence[Tensor], rows_R: Sequence[Tensor], received_RH: np.ndarray, own: slice
+    ) -> _RowCounts:
+        """Here, and nowhere else, the host waits for the device: it learns how many rows leave and how many came."""
+        num_ranks, num_kinds = num_RC.shape
+        learnt = [num_RC.flatten().to(torch.int32), *(message[:1] for message in messages_R)]
+        if num_kinds > 1:
+            learnt.append(_part_ends(torch.cat(list(rows_R)), received_RH, own))
+        counts = iter(torch.cat(learnt).tolist())
+        kinds_CR = tuple(zip(*([next(counts) for _ in range(num_kinds)] for _ in range(num_ranks)), strict=True))
+        came_R = tuple(next(counts) if message.numel() else 0 for message in messages_R)
+        if num_kinds == 1:
+            return cls(kinds_CR, kinds_CR, (came_R,), (came_R,), num_early=0)
+        first_R, both_R, second_R = (np.array(kind_R) for kind_R in kinds_CR)
+        total_R = np.array(came_R)
+        received_R, returned_R = (np.minimum([next(counts) for _ in total_R], total_R) for _ in range(2))
+        return cls(
+            sent_HR=_by_rank(np.stack([first_R + both_R, second_R], axis=1)),
+            home_HR=_by_rank(np.stack([first_R, both_R + second_R], axis=1)),
+            received_HR=_by_rank(np.stack([received_R, total_R - received_R], axis=1)),
+            returned_HR=_by_rank(np.stack([returned_R, total_R - returned_R], axis=1)),
+            num_early=next(counts),
+        )
+
+    def return_bags(self, received_ids: Tensor, positions: Tensor) -> tuple[Bags, ...]:
+        """For the rows returned with each part, in the order (part, source, row), what each sums up.
+
+        Others' assignments, by source, belong to these received rows and are computed at these slot-major positions.
+        """
+        num_rows_H = [sum(counts_R) for counts_R in self.returned_HR]
+        if len(num_rows_H) == 1:
+            return (bags_at(received_ids, positions, num_rows_H[0]),)
+        place_of_Q = inverse(segment_transpose(np.array(self.returned_HR).T, received_ids.device))
+        bags = bags_at(place_of_Q[received_ids], positions, sum(num_rows_H))
+        cut, early = num_rows_H[0], self.num_early
+        return Bags(bags.indices[:early], bags.offsets[: cut + 1]), Bags(bags.indices[early:], bags.offsets[cut:] - early)
+
+
+def _part_ends(rows_by_source: Tensor, received_RH: np.ndarray, own: slice) -> Tensor:
+    """What this rank must learn of rows in two parts, int32 [2 R + 1], from its assignments' rows, which count from 0 per source.
+
+    For each source the rows that came with the first part, which are those before the end of what its assignments name; the
+    rows that are returned with it, which are those before the first that an assignment of the second names (a large number if
+    none does); and how many assignments of other ranks belong to the latter. Entries of this rank itself mean nothing.
+    """
+    device, num_ranks = rows_by_source.device, received_RH.shape[0]
+    pieces = torch.repeat_interleave(on_device(received_RH.ravel(), device), output_size=rows_by_source.numel())
+    ends = rows_by_source.new_zeros(2 * num_ranks).scatter_reduce_(0, pieces, rows_by_source + 1, "amax")[0::2]
+    most = torch.iinfo(torch.int32).max
+    begins = rows_by_source.new_full((2 * num_ranks,), most).scatter_reduce_(0, pieces, rows_by_source, "amin")[1::2]
+    is_early = rows_by_source < begins[pieces // 2]
+    is_early[own] = False
+    return torch.cat([ends, begins, is_early.sum(0, keepdim=True, dtype=torch.int32)])
+
+
+def _by_rank(counts_RH: np.ndarray) -> Counts_HR:
+    return tuple(tuple(int(n) for n in counts_R) for counts_R in counts_RH.T)
 
 
 def anchor_ranks(topk_ids_TK: Tensor, split: Split, rank: int) -> Tensor:
@@ -304,29 +326,6 @@ def _describe(num_rows: Tensor, row_of_assignment: Tensor, weights: Tensor) -> T
     return torch.cat([num_rows, row_of_assignment, weights.view(torch.int32)])
 
 
-def _numbered(is_sent_RT: Tensor, row_number_RT: Tensor, num_rows: int) -> Tensor:
-    """The token of every sent row, in the order of their numbers; `nonzero`, but for one whose size the host knows."""
-    tokens_RT = torch.arange(is_sent_RT.shape[1], device=is_sent_RT.device).expand_as(is_sent_RT)
-    # Rows that aren't sent go to a place behind the end.
-    places_RT = torch.where(is_sent_RT, row_number_RT, num_rows)
-    return tokens_RT.new_empty(num_rows + 1).scatter_(0, places_RT.view(-1), tokens_RT.reshape(-1))[:num_rows]
-
-
-def starts(sizes: Sequence[int]) -> list[int]:
-    """Where each of consecutive pieces of these sizes begins."""
-    return list(accumulate(sizes, initial=0))[:-1]
-
-
-def slices(sizes: Sequence[int]) -> list[slice]:
-    """Consecutive pieces of these sizes."""
-    return [slice(start, start + size) for start, size in zip(starts(sizes), sizes, strict=True)]
-
-
-def parts_for_others(rank: int, slices_R: Sequence[slice]) -> list[RowPart]:
-    """Slices of a tensor for each rank, without that of `rank` itself."""
-    return [RowPart(r, part.start, part.stop - part.start) for r, part in enumerate(slices_R) if r != rank]
-
-
 def exchange_messages(
     transport: Transport, messages_R: list[Tensor], own: Tensor, sizes_R: Sequence[int], op: str, where: str
 ) -> list[Tensor]:
@@ -342,6 +341,13 @@ def exchange_messages(
     received = list(incoming.split(received_R))
     received[rank] = own
     return received
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Where each element went: the inverse of a permutation given as a gather index."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.numel(), device=order.device)
+    return places
 
 
 def without(values: Tensor, part: slice) -> Tensor:

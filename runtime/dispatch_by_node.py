@@ -25,18 +25,8 @@ from torch import Tensor
 from ..collectives import RowLayout, Transport, all_to_all_rows
 from ..kernels import Bags, gather_rows, sum_rows
 from ..placement import Split
-from .dispatch import (
-    Assignments,
-    DispatchHandle,
-    ReturnedRows,
-    RowsInFlight,
-    bags_at,
-    exchange_messages,
-    home_bags,
-    segment_transpose,
-    slices,
-    starts,
-)
+from .dispatch import Assignments, bags_at, exchange_messages, home_bags, inverse, segment_transpose
+from .dispatch_handle import DispatchHandle, RowsHome, RowsInFlight, slices, starts
 
 # Bits of a mask in one int32, which stays positive.
 _WORD_BITS = 31
@@ -56,14 +46,14 @@ class NodeHandle(DispatchHandle):
         """Rows passed on to ranks of this node, and those that they pass on to this one."""
         return RowLayout.consecutive(self.passed_rows_R, self.relayed_rows_R)
 
-    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> RowsInFlight[Tensor]:
-        """See `DispatchHandle.send_rows`. What is in flight is the first hop, which is the one between nodes."""
-        dim, num_received = x_TD.shape[1], sum(self.received_rows_R)
-        outgoing = transport.empty((sum(self.sent_rows_R), dim), x_TD)
+    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> list[RowsInFlight[Tensor]]:
+        """See `DispatchHandle.send_rows`. One part; what is in flight is the first hop, which is the one between nodes."""
+        dim, num_received = x_TD.shape[1], self.num_received
+        outgoing = transport.empty((self.num_sent, dim), x_TD)
         gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
         arrived = x_TD.new_empty(num_received + sum(self.relayed_rows_R), dim)
         received_QD, relayed_SD = arrived[:num_received], arrived[num_received:]
-        pending = all_to_all_rows(transport, self.row_layout, outgoing, received_QD, op=op, where=where)
+        pending = all_to_all_rows(transport, self.out_layouts_H[0], outgoing, received_QD, op=op, where=where)
 
         def pass_on() -> Tensor:
             passed = transport.empty((sum(self.passed_rows_R), dim), x_TD)
@@ -71,21 +61,18 @@ class NodeHandle(DispatchHandle):
             all_to_all_rows(transport, self.pass_layout, passed, relayed_SD, op=op, where=where).wait(until_sent=False)
             return gather_rows(x_TD, self.row_ids_N, beside=arrived)
 
-        return RowsInFlight(pending, outgoing, pass_on)
+        return [RowsInFlight(pending, outgoing, pass_on)]
 
-    def return_rows(
-        self, rows_ND: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None = None
-    ) -> RowsInFlight[ReturnedRows]:
+    def return_rows(self, part: int, home: RowsHome, transport: Transport, op: str, where: str) -> RowsInFlight[None]:
         """See `DispatchHandle.return_rows`. What is in flight is the last hop, which is the one between nodes."""
-        dim = rows_ND.shape[1]
-        relayed = transport.empty((sum(self.relayed_rows_R), dim), rows_ND)
+        rows_ND = home.rows_ND
+        relayed = transport.empty((sum(self.relayed_rows_R), rows_ND.shape[1]), rows_ND)
         sum_rows(rows_ND, self.relayed_bags, out=relayed)
-        passed_UD = rows_ND.new_empty(sum(self.passed_rows_R), dim)
+        passed_UD = rows_ND.new_empty(sum(self.passed_rows_R), rows_ND.shape[1])
         layout = self.pass_layout.transpose
         all_to_all_rows(transport, layout, relayed, passed_UD, op=op, where=where).wait(until_sent=False)
-        outgoing = transport.empty((sum(self.received_rows_R), dim), rows_ND)
-        sum_rows(rows_ND, self.return_bags, beside=passed_UD, out=outgoing)
-        return self.take_home(rows_ND, outgoing, transport, op, where, gate_grads_N)
+        sum_rows(rows_ND, self.return_bags_H[part], beside=passed_UD, out=home.outgoing_QD)
+        return self.take_home(part, home, transport, op, where)
 
 
 def build_node_handle(
@@ -116,9 +103,7 @@ def build_node_handle(
     # Phase 2: which row every assignment that came is about; slot-major order regroups them by local expert.
     came = _ArrivedRows.of(messages, received_assignments_R, num_tokens, rank, ranks_per_node)
     slot_major_N = segment_transpose(recvs_RE, topk_ids_TK.device)
-    num_slot_major = slot_major_N.numel()
-    positions_by_source = torch.empty_like(slot_major_N)
-    positions_by_source[slot_major_N] = torch.arange(num_slot_major, device=slot_major_N.device)
+    num_slot_major, positions_by_source = slot_major_N.numel(), inverse(slot_major_N)
 
     # Phase 3: the way back. A gateway adds up, in rank order, what the ranks of its node return and what is computed here.
     own = slices(received_assignments_R)[rank]
@@ -129,24 +114,30 @@ def build_node_handle(
     is_received = (came.ids_by_source >= num_tokens) & ~is_relayed
     passed = came.passed_row_ids_U
     return NodeHandle(
+        rank=rank,
         num_tokens=num_tokens,
         top_k=topk_ids_TK.shape[1],
         sent_token_ids_P=sent.token_ids_P,
-        sent_rows_R=sent.rows_R,
+        sent_rows_HR=(sent.rows_R,),
+        home_rows_HR=(sent.rows_R,),
         sent_assignments_A=assigned.ids_A,
-        sent_assignments_R=assigned.counts_R,
-        received_rows_R=came.received_rows_R,
-        received_assignments_R=received_assignments_R,
+        sent_assignments_HR=(assigned.counts_R,),
+        received_rows_HR=(came.received_rows_R,),
+        returned_rows_HR=(came.received_rows_R,),
+        received_assignments_HR=(received_assignments_R,),
         slot_major_N=slot_major_N,
         row_ids_N=came.ids_by_source[slot_major_N],
-        return_bags=bags_at(
-            torch.cat([passed[:num_before], came.ids_by_source[is_received] - num_tokens, passed[num_before:]]),
-            torch.cat([returned_U[:num_before], positions_by_source[is_received], returned_U[num_before:]]),
-            sum(came.received_rows_R),
+        return_bags_H=(
+            bags_at(
+                torch.cat([passed[:num_before], came.ids_by_source[is_received] - num_tokens, passed[num_before:]]),
+                torch.cat([returned_U[:num_before], positions_by_source[is_received], returned_U[num_before:]]),
+                sum(came.received_rows_R),
+            ),
         ),
         home_bags=home_bags(rank, sent.rows_R, sent.token_ids_P, came.ids_by_source[own], positions_by_source, own, num_tokens),
         row_weights_N=came.weights_by_source[slot_major_N],
         group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
+        groups_H=(slice(0, len(local_experts)),),
         passed_row_ids_U=passed,
         passed_rows_R=came.passed_rows_R,
         relayed_rows_R=came.relayed_rows_R,

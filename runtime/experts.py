@@ -3,6 +3,8 @@
 Weight gradients do not pass through autograd's accumulation: backward adds them in place to the bank's gradient rows,
 or, for a copy, to the buffer that the reduce sends home.
 
+Rows come and go in parts (token_rows.py); the buffers here hold all of them, a part's rows and groups in one piece.
+
 Shape letters: N rows sorted by local expert, D model dim, F expert ffn dim.
 """
 
@@ -14,10 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels import clamped_ffn, clamped_ffn_backward, grouped_ffn, grouped_ffn_backward
+from ..kernels import (
+    GroupedFFNGrads,
+    GroupedFFNOutput,
+    clamped_ffn,
+    clamped_ffn_backward,
+    grouped_ffn,
+    grouped_ffn_backward,
+)
 from ._compat import version_of
 from .layer_pass import LayerPass
 from .materialize import gradient_targets, materialized_weights, wait_for_copies
+from .token_rows import Crossing, new_link
 
 if TYPE_CHECKING:
     from .layer_runtime import LayerRuntime
@@ -25,55 +35,76 @@ if TYPE_CHECKING:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, row_weights_N: Tensor, token: Tensor, runtime: LayerRuntime, layer_pass: LayerPass
-    ) -> Tensor:
-        assert layer_pass.handle is not None
-        ctx.runtime, ctx.layer_pass = runtime, layer_pass
-        with runtime.stage("experts", layer_pass):
+    def forward(ctx: Any, link: Tensor, token: Tensor, crossing: Crossing) -> Tensor:
+        ctx.crossing = crossing
+        runtime, layer_pass = crossing.runtime, crossing.layer_pass
+        handle, shape = layer_pass.handle, runtime.bank.shape
+        assert handle is not None
+        x_ND = crossing.rows.arrived(0)
+        with runtime.stage("experts", layer_pass, is_complete=False):
+            compute = grouped_ffn if shape.clamp is None else partial(clamped_ffn, clamp=shape.clamp)
             weights = materialized_weights(runtime, layer_pass)
-            clamp = runtime.bank.shape.clamp
-            forward = grouped_ffn if clamp is None else partial(clamped_ffn, clamp=clamp)
-            output = forward(x_ND, row_weights_N, weights, layer_pass.handle.group_sizes)
-        ctx.save_for_backward(x_ND, row_weights_N, output.gate_up_N2F)
-        return output.y_ND
+            output = GroupedFFNOutput(torch.empty_like(x_ND), x_ND.new_empty(x_ND.shape[0], 2 * shape.ffn_dim))
+        for part, (groups, rows) in enumerate(zip(handle.groups_H, handle.rows_H, strict=True)):
+            crossing.rows.arrived(part)
+            with runtime.stage("experts", layer_pass, is_complete=part + 1 == handle.num_parts):
+                sizes, out = handle.group_sizes[groups], output.of_rows(rows)
+                compute(x_ND[rows], handle.row_weights_N[rows], weights.of_groups(groups), sizes, out=out)
+            crossing.rows.set_home(part, output.y_ND)
+        ctx.save_for_backward(x_ND, output.gate_up_N2F)
+        return new_link(x_ND)
 
     @staticmethod
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        runtime, layer_pass = ctx.runtime, ctx.layer_pass
-        x_ND, row_weights_N, gate_up_N2F = ctx.saved_tensors
-        if layer_pass.is_finished:
-            raise RuntimeError(
-                f"{layer_pass.where}: backward ran a second time through one forward, whose expert copies are released; "
-                "run the forward again"
-            )
-        if layer_pass.weights_version != version_of(runtime.bank.gate_up):
-            raise RuntimeError(
-                f"{layer_pass.where}: the experts' weights changed between this forward and its backward; "
-                "call backward before optimizer.step() and before weights are loaded"
-            )
+    def backward(ctx: Any, d_link: Tensor) -> tuple[Tensor, Tensor, None]:
+        crossing = ctx.crossing
+        runtime, layer_pass, handle = crossing.runtime, crossing.layer_pass, crossing.layer_pass.handle
+        x_ND, gate_up_N2F = ctx.saved_tensors
+        _check_backward(runtime, layer_pass)
         runtime.reduces.make_room()
         with runtime.stage("materialize", layer_pass):
             wait_for_copies(layer_pass)
-        with runtime.stage("experts", layer_pass):
-            targets = gradient_targets(runtime, layer_pass)
+        with runtime.stage("experts", layer_pass, is_complete=False):
             clamp = runtime.bank.shape.clamp
-            backward = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)
-            grads = backward(
-                dy_ND,
-                x_ND,
-                gate_up_N2F,
-                row_weights_N,
-                materialized_weights(runtime, layer_pass),
-                targets.tensors if targets else None,
-                layer_pass.handle.group_sizes,
-                # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
-                alpha=1.0 / runtime.group.world_size,
-                overwrite=targets.overwrite if targets else None,
-            )
-        return grads.dx_ND, grads.drow_weights_N, x_ND.new_zeros((), dtype=torch.float32), None, None
+            compute = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)
+            weights, targets = materialized_weights(runtime, layer_pass), gradient_targets(runtime, layer_pass)
+            grads = GroupedFFNGrads(torch.empty_like(x_ND), torch.empty_like(handle.row_weights_N))
+        for part, (groups, rows) in enumerate(zip(handle.groups_H, handle.rows_H, strict=True)):
+            dy_ND = crossing.grads.arrived(part)
+            with runtime.stage("experts", layer_pass, is_complete=part + 1 == handle.num_parts):
+                compute(
+                    dy_ND[rows],
+                    x_ND[rows],
+                    gate_up_N2F[rows],
+                    handle.row_weights_N[rows],
+                    weights.of_groups(groups),
+                    targets.tensors.of_groups(groups) if targets else None,
+                    handle.group_sizes[groups],
+                    # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
+                    alpha=1.0 / runtime.group.world_size,
+                    overwrite=targets.overwrite[groups] if targets else None,
+                    out=grads.of_rows(rows),
+                )
+            crossing.grads.set_home(part, grads.dx_ND, grads.drow_weights_N)
+        return new_link(x_ND), new_link(x_ND), None
 
 
-def experts(x_ND: Tensor, row_weights_N: Tensor, token: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
-    """Apply every local expert to its rows, times the rows' gate weights: [N, D] to [N, D]."""
-    return _Experts.apply(x_ND, row_weights_N, token, runtime, layer_pass)
+def _check_backward(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
+    """Refuse a backward that would compute with other weights than its forward."""
+    if layer_pass.is_finished:
+        raise RuntimeError(
+            f"{layer_pass.where}: backward ran a second time through one forward, whose expert copies are released; "
+            "run the forward again"
+        )
+    if layer_pass.weights_version != version_of(runtime.bank.gate_up):
+        raise RuntimeError(
+            f"{layer_pass.where}: the experts' weights changed between this forward and its backward; "
+            "call backward before optimizer.step() and before weights are loaded"
+        )
+
+
+def experts(link: Tensor, token: Tensor, crossing: Crossing) -> Tensor:
+    """Apply every local expert to its rows, times the rows' gate weights, as the rows of each part arrive, and send them home.
+
+    `link`: from dispatch; returns the one to combine.
+    """
+    return _Experts.apply(link, token, crossing)

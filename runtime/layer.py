@@ -103,14 +103,14 @@ class MoELayer(nn.Module):
         routing = runtime.route(self.router, x_TD, this)
         load = runtime.measure(routing, this)
         runtime.plan(load, this)
-        crossing = runtime.begin_dispatch(x_TD, routing, this, is_covered=self.shared is not None)
+        link, crossing = runtime.begin_dispatch(x_TD, routing, this)
         # The shared experts need none of the rows that are on their way.
         shared_TD = None if self.shared is None else self.shared(x_TD)
-        rows_ND, row_weights_N = runtime.finish_dispatch(crossing)
-        # After dispatch, so that the gather also travels under it.
+        # After the first rows have arrived, so that the gather also travels under them.
+        crossing.rows.arrived(0)
         token = runtime.materialize(token, this)
-        rows_ND = runtime.experts(rows_ND, row_weights_N, token, this)
-        y_TD = runtime.combine(rows_ND, this).to(x.dtype)
+        link = runtime.experts(link, token, crossing)
+        y_TD = runtime.combine(link, crossing).to(x.dtype)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.

@@ -21,7 +21,7 @@ from .bank import ExpertTensors
 from .planning import Plan
 
 if TYPE_CHECKING:
-    from .dispatch import DispatchHandle
+    from .dispatch_handle import DispatchHandle
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from weakref import ref
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..placement import ExpertLoad, LayerShape, Solver
+from ..placement import ExpertLoad, LayerShape, Solver, Topology
 from ._compat import version_of
 from .bank import Bank, SlotPool
 from .capacity import Capacity
@@ -20,6 +20,7 @@ from .carried import CarriedCopies
 from .config import RuntimeConfig
 from .dispatch import build_handle
 from .dispatch_by_node import build_node_handle
+from .dispatch_handle import DispatchHandle
 from .experts import experts
 from .group import RankGroup
 from .layer_pass import LayerPass, pass_being_recomputed
@@ -30,7 +31,7 @@ from .reduces import PendingReduces
 from .rematerialize import Rematerializer
 from .router import Router, Routing
 from .stages import StageClock
-from .token_rows import Crossing, begin_dispatch, combine, finish_dispatch
+from .token_rows import Crossing, begin_dispatch, combine
 
 
 class LayerRuntime:
@@ -93,10 +94,7 @@ class LayerRuntime:
             bytes_per_element=bank.compute_dtype.itemsize,
             gradient_bytes_per_element=gradient_bytes if self.reduce_wire is None else min(gradient_bytes, 2),
         )
-        by_node = min(group.topology.num_nodes, group.topology.ranks_per_node) > 1
-        if config.token_route != "auto":
-            by_node = config.token_route == "by_node"
-        self.build_handle = partial(build_node_handle, ranks_per_node=group.topology.ranks_per_node) if by_node else build_handle
+        self.build_handle = _handle_builder(config, group.topology)
         """Describes where rows travel; see `dispatch.build_handle`."""
         self.planner = LayerPlanner(owners_E, group.topology, shape, self.counters.timed(solver), config)
         self.carried = CarriedCopies(bank, pool, self.planner) if config.reuse_copies and keeps_copies else None
@@ -227,22 +225,26 @@ class LayerRuntime:
         """Have the copies at hand; see `materialize.materialize`."""
         return materialize(token, self, layer_pass)
 
-    def begin_dispatch(self, x_TD: Tensor, routing: Routing, layer_pass: LayerPass, *, is_covered: bool) -> Crossing:
+    def describe(self, weights_TK: Tensor, layer_pass: LayerPass) -> DispatchHandle:
+        """Learn where the pass's rows go, and what comes here; see `dispatch.build_handle`."""
+        transport, plan, topk_ids_TK = self.group.tokens, layer_pass.plan, layer_pass.topk_ids_TK
+        assert plan.split is not None and topk_ids_TK is not None
+        kept_ids_TK = self.capacity.kept_ids(topk_ids_TK, weights_TK, self.num_experts)
+        here, op = plan.experts_of(transport.rank), layer_pass.op("describe")
+        return self.build_handle(kept_ids_TK, weights_TK, plan.split, here, transport, op, layer_pass.where)
+
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, layer_pass: LayerPass) -> tuple[Tensor, Crossing]:
         """Launch rows, in the compute dtype, to where they are computed; see `token_rows.begin_dispatch`."""
-        is_covered = is_covered and self.overlap
-        return begin_dispatch(x_TD.to(self.bank.compute_dtype), routing.weights_TK, self, layer_pass, is_covered=is_covered)
+        crossing = Crossing(self, layer_pass)
+        return begin_dispatch(x_TD.to(self.bank.compute_dtype), routing.weights_TK, crossing), crossing
 
-    def finish_dispatch(self, crossing: Crossing) -> tuple[Tensor, Tensor]:
-        """Have the rows that came at hand; see `token_rows.finish_dispatch`."""
-        return finish_dispatch(crossing)
-
-    def experts(self, x_ND: Tensor, row_weights_N: Tensor, token: Tensor, layer_pass: LayerPass) -> Tensor:
+    def experts(self, link: Tensor, token: Tensor, crossing: Crossing) -> Tensor:
         """Run the local experts; see `experts.experts`."""
-        return experts(x_ND, row_weights_N, token, self, layer_pass)
+        return experts(link, token, crossing)
 
-    def combine(self, y_ND: Tensor, layer_pass: LayerPass) -> Tensor:
+    def combine(self, link: Tensor, crossing: Crossing) -> Tensor:
         """Bring results home; see `token_rows.combine`. Copies that no backward needs, or only later, are released."""
-        y_TD = combine(y_ND, self, layer_pass)
+        y_TD, layer_pass = combine(link, crossing), crossing.layer_pass
         if self._under_way is layer_pass:
             self._under_way = None
         # A recomputation keeps what was gathered for it, as its backward is next.
@@ -268,6 +270,24 @@ class LayerRuntime:
         end_s = time.perf_counter()
         tokens.traffic.add_wait(layer_pass.op("measure"), layer_pass.where, start_s, end_s, start_s, end_s)
         return load_RE
+
+
+def _handle_builder(config: RuntimeConfig, topology: Topology) -> Callable[..., DispatchHandle]:
+    """What describes where rows travel: by node or straight to every rank, and then in one part or in two.
+
+    Two where the way is long enough for the experts of one part to hide the other: between nodes.
+    """
+    num_nodes, ranks_per_node = topology.num_nodes, topology.ranks_per_node
+    by_node = min(num_nodes, ranks_per_node) > 1 if config.token_route == "auto" else config.token_route == "by_node"
+    if by_node and config.row_parts == 2:
+        raise ValueError(
+            f"runtime.row_parts is 2, but on {num_nodes} nodes of {ranks_per_node} ranks token rows go by node, in one part; "
+            "set runtime.row_parts='auto', or runtime.token_route='direct'"
+        )
+    if by_node:
+        return partial(build_node_handle, ranks_per_node=ranks_per_node)
+    auto_parts = 2 if config.overlap and num_nodes > 1 else 1
+    return partial(build_handle, num_parts=auto_parts if config.row_parts == "auto" else config.row_parts)
 
 
 def _owned(owners_E: np.ndarray, rank: int) -> tuple[int, ...]:

@@ -1,184 +1,172 @@
-"""Dispatch and combine in the autograd graph, each the other's backward; and the work that dispatch travels under.
+"""Token rows in the autograd graph: dispatch and combine, each the other's backward; and the work that they travel under.
 
-A layer with shared experts has work that needs no rows. It runs between the launch of dispatch and the wait for it, which are
-two nodes of the graph then, in place of one. Autograd runs nodes that were made later first, so the backward mirrors that: the
-later node launches the way home, the shared experts' backward runs, the earlier node waits. In any other order the results are
-the same, since the two are tied together.
+Rows make a round trip, out to their experts and home again, their gradients another one in backward. Both are the same:
 
-Why dispatch, and not combine: what is left of the gather of copies travels under the same work, those that calibration has just
-added among them. And a recomputation, which torch ends where the last tensor was saved, ends behind the wait, in the experts.
+    launch the rows of every part; for each part: wait for it, compute its experts, launch the way home; wait for all, add up
+
+so that with two parts the experts of one run while rows of the other travel, out or home. A layer with shared experts has work
+that needs no rows at all. It runs between the launch and the first wait in forward, and between the last launch and the last
+wait in backward: autograd runs nodes that were made later first.
+
+Three nodes of the graph hold this: `begin_dispatch`, the experts (experts.py), `combine`. Rows reach them through the `Crossing`
+they share; only scalars link them, so that nobody meets rows that are still on their way as a tensor of the graph.
+
+A recomputation, which torch ends where the last tensor was saved, may end behind the experts. It launches nothing on the way
+home before it gets to combine, if it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import ReturnedRows, RowsInFlight
+from .dispatch_handle import ReturnedRows, RowsHome, RowsInFlight
 from .layer_pass import LayerPass
 
 if TYPE_CHECKING:
     from .layer_runtime import LayerRuntime
 
 
-class Crossing:
-    """One dispatch between its launch and its wait: of token rows in forward, of their gradients in backward.
+class RoundTrip:
+    """Token rows of one forward, or their gradients in its backward, out to their experts and home again.
 
     What the shared experts issue meanwhile on other groups, such as FSDP2's gathers, every rank issues between the same launch
     and the same wait. All groups are thus entered in one order everywhere, which is what NCCL asks of communicators that are
     in use at once.
     """
 
+    def __init__(self, runtime: LayerRuntime, layer_pass: LayerPass, *, is_backward: bool):
+        self._runtime, self._pass, self._is_backward = runtime, layer_pass, is_backward
+        self._stages = ("combine", "dispatch") if is_backward else ("dispatch", "combine")
+        self._ops = ("combine_backward", "dispatch_backward") if is_backward else ("dispatch", "combine")
+        self._out: list[RowsInFlight[Tensor]] = []  # a part each
+        self._home: list[RowsInFlight[None]] = []
+        self._buffers: RowsHome | None = None
+
+    def set_out(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> None:
+        """Launch tokens [T, D] to the ranks that compute them.
+
+        What a forward or a backward that broke off has left on its way is taken in first; likewise, by a recomputation, what the
+        backward that asks for it is still to wait for. With `weights_TK` the assignments are described, unless they have been.
+        """
+        runtime, this, transport = self._runtime, self._pass, self._runtime.group.tokens
+        with runtime.stage(self._stages[0], this, is_complete=False):
+            if transport.traffic.unfinished is not None:
+                transport.traffic.unfinished.wait()
+            if weights_TK is not None and this.handle is None:
+                this.handle = runtime.describe(weights_TK, this)
+            assert this.handle is not None
+            self._home, self._buffers = [], None
+            self._out = this.handle.send_rows(x_TD, transport, this.op(self._ops[0]), this.where)
+            transport.traffic.unfinished = self
+        if not runtime.overlap:
+            self.arrived(len(self._out) - 1)
+
+    def arrived(self, part: int) -> Tensor:
+        """Wait for the rows of a part, and of those before it: slot-major [N, D], in which theirs are set."""
+        for number, rows in enumerate(self._out[: part + 1]):
+            if not rows.has_arrived:
+                with self._runtime.stage(self._stages[0], self._pass, is_complete=number + 1 == len(self._out)):
+                    rows.wait()
+        self._note_end()
+        return self._out[part].wait()
+
+    def set_home(self, part: int, rows_ND: Tensor, gate_grads_N: Tensor | None = None) -> None:
+        """Launch the results of a part on their way home; of slot-major [N, D] its rows are set."""
+        transport, this = self._runtime.group.tokens, self._pass
+        assert this.handle is not None
+        if self._buffers is None:
+            self._buffers = this.handle.rows_home(rows_ND, transport, gate_grads_N)
+        if self._is_backward or not this.is_replay:
+            self._launch_home()
+
+    def _launch_home(self) -> None:
+        """Launch the next part."""
+        transport, this = self._runtime.group.tokens, self._pass
+        assert this.handle is not None and self._buffers is not None
+        with self._runtime.stage(self._stages[1], this, is_complete=False):
+            part, op = len(self._home), this.op(self._ops[1])
+            self._home.append(this.handle.return_rows(part, self._buffers, transport, op, this.where))
+            transport.traffic.unfinished = self
+            if not self._runtime.overlap:
+                self._home[part].wait()
+
+    def come_home(self) -> ReturnedRows:
+        """Wait for the results, and add them up."""
+        handle, buffers = self._pass.handle, self._buffers
+        assert handle is not None and buffers is not None
+        while len(self._home) < handle.num_parts:
+            self._launch_home()
+        with self._runtime.stage(self._stages[1], self._pass):
+            self.wait()
+            self._out, self._home, self._buffers = [], [], None
+            return handle.add_up(buffers)
+
+    def wait(self) -> None:
+        """Take in all that is on its way, in the order of the launches; see `Traffic.unfinished`."""
+        for rows in self._all():
+            rows.wait()
+        self._note_end()
+
+    def _all(self) -> list[RowsInFlight[Any]]:
+        return [*self._out, *self._home]
+
+    def _note_end(self) -> None:
+        if all(rows.has_arrived for rows in self._all()):
+            self._runtime.group.tokens.traffic.finished(self)
+
+
+class Crossing:
+    """The round trips of one forward and of its backward."""
+
     def __init__(self, runtime: LayerRuntime, layer_pass: LayerPass):
         self.runtime, self.layer_pass = runtime, layer_pass
-        self.link: Tensor | None = None
-        """Ties the wait to the launch in the graph; None once both were one."""
-        self.rows: tuple[Tensor, Tensor] | None = None
-        self._in_flight: RowsInFlight[Any] | None = None
-
-    def launch(self, start: Callable[[], RowsInFlight[Any]]) -> None:
-        """Send rows on their way, and hold them whatever becomes of the graph.
-
-        Those of a forward or a backward that broke off before its wait are taken in first.
-        """
-        traffic = self.runtime.group.tokens.traffic
-        left, traffic.unfinished = traffic.unfinished, None
-        if left is not None:
-            left.wait()
-        with self.runtime.stage("dispatch", self.layer_pass, is_complete=False):
-            self._in_flight = traffic.unfinished = start()
-
-    def arrive(self) -> Any:
-        """Wait for what was launched."""
-        rows, self._in_flight = self._in_flight, None
-        assert rows is not None, "nothing is on its way"
-        self.runtime.group.tokens.traffic.finished(rows)
-        with self.runtime.stage("dispatch", self.layer_pass):
-            return rows.wait()
+        self.rows = RoundTrip(runtime, layer_pass, is_backward=False)
+        self.grads = RoundTrip(runtime, layer_pass, is_backward=True)
 
 
-def _send(x_TD: Tensor, weights_TK: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> RowsInFlight[Tensor]:
-    """Describe the pass's assignments, unless a forward that is repeated has, and launch their rows."""
-    transport, plan = runtime.group.tokens, layer_pass.plan
-    if layer_pass.handle is None:
-        assert plan.split is not None and layer_pass.topk_ids_TK is not None
-        layer_pass.handle = runtime.build_handle(
-            runtime.capacity.kept_ids(layer_pass.topk_ids_TK, weights_TK, runtime.num_experts),
-            weights_TK,
-            plan.split,
-            plan.experts_of(transport.rank),
-            transport,
-            layer_pass.op("describe"),
-            layer_pass.where,
-        )
-    return layer_pass.handle.send_rows(x_TD, transport, layer_pass.op("dispatch"), layer_pass.where)
-
-
-def _return(dx_ND: Tensor, d_row_weights_N: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> RowsInFlight[ReturnedRows]:
-    """Launch the gradients of rows and gate weights on their way home."""
-    assert layer_pass.handle is not None
-    op = layer_pass.op("dispatch_backward")
-    return layer_pass.handle.return_rows(dx_ND, runtime.group.tokens, op, layer_pass.where, d_row_weights_N)
-
-
-def _row_weights(layer_pass: LayerPass) -> Tensor:
-    assert layer_pass.handle is not None
-    return layer_pass.handle.row_weights_N.clone()
-
-
-def _gradients(home: ReturnedRows, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
-    """Of the tokens [T, D] and of their gate weights [T, K]."""
-    handle = layer_pass.handle
-    assert handle is not None and home.gate_grads_A is not None
-    return home.x_TD, home.gate_grads_A.view(handle.num_tokens, handle.top_k)
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, runtime: LayerRuntime, layer_pass: LayerPass
-    ) -> tuple[Tensor, Tensor]:
-        ctx.runtime, ctx.layer_pass = runtime, layer_pass
-        with runtime.stage("dispatch", layer_pass):
-            return _send(x_TD, weights_TK, runtime, layer_pass).wait(), _row_weights(layer_pass)
-
-    @staticmethod
-    def backward(ctx: Any, dx_ND: Tensor, d_row_weights_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        with ctx.runtime.stage("dispatch", ctx.layer_pass):
-            home = _return(dx_ND, d_row_weights_N, ctx.runtime, ctx.layer_pass).wait()
-        return *_gradients(home, ctx.layer_pass), None, None
-
-
-class _Launch(torch.autograd.Function):
+class _BeginDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, crossing: Crossing) -> Tensor:
         ctx.crossing = crossing
         # Detached, since rows in flight are held where no graph must be.
-        crossing.launch(lambda: _send(x_TD.detach(), weights_TK, crossing.runtime, crossing.layer_pass))
-        return x_TD.new_zeros((), dtype=torch.float32)
+        crossing.rows.set_out(x_TD.detach(), weights_TK.detach())
+        return new_link(x_TD)
 
     @staticmethod
     def backward(ctx: Any, d_link: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_gradients(ctx.crossing.arrive(), ctx.crossing.layer_pass), None
-
-
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, link: Tensor, crossing: Crossing) -> tuple[Tensor, Tensor]:
-        ctx.crossing = crossing
-        return crossing.arrive(), _row_weights(crossing.layer_pass)
-
-    @staticmethod
-    def backward(ctx: Any, dx_ND: Tensor, d_row_weights_N: Tensor) -> tuple[Tensor, None]:
-        crossing = ctx.crossing
-        crossing.launch(lambda: _return(dx_ND, d_row_weights_N, crossing.runtime, crossing.layer_pass))
-        return d_row_weights_N.new_zeros((), dtype=torch.float32), None
+        home, handle = ctx.crossing.grads.come_home(), ctx.crossing.layer_pass.handle
+        assert home.gate_grads_A is not None
+        return home.x_TD, home.gate_grads_A.view(handle.num_tokens, handle.top_k), None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
-        ctx.runtime, ctx.layer_pass = runtime, layer_pass
-        handle = layer_pass.handle
-        assert handle is not None
-        with runtime.stage("combine", layer_pass):
-            return handle.return_rows(y_ND, runtime.group.tokens, layer_pass.op("combine"), layer_pass.where).wait().x_TD
+    def forward(ctx: Any, link: Tensor, crossing: Crossing) -> Tensor:
+        ctx.crossing = crossing
+        return crossing.rows.come_home().x_TD
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
-        layer_pass, transport = ctx.layer_pass, ctx.runtime.group.tokens
-        ctx.runtime.rematerialize(layer_pass)
-        handle, op = layer_pass.handle, layer_pass.op("combine_backward")
-        with ctx.runtime.stage("combine", layer_pass):
-            return handle.send_rows(dy_TD.contiguous(), transport, op, layer_pass.where).wait(), None, None
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None]:
+        crossing = ctx.crossing
+        crossing.runtime.rematerialize(crossing.layer_pass)
+        crossing.grads.set_out(dy_TD.contiguous())
+        crossing.grads.arrived(0)
+        return new_link(dy_TD), None
 
 
-def begin_dispatch(
-    x_TD: Tensor, weights_TK: Tensor, runtime: LayerRuntime, layer_pass: LayerPass, *, is_covered: bool
-) -> Crossing:
-    """Launch every token to where its experts are computed.
-
-    `is_covered`: work of the layer follows before `finish_dispatch`. Without any the rows are waited for here.
-    """
-    crossing = Crossing(runtime, layer_pass)
-    if is_covered:
-        crossing.link = _Launch.apply(x_TD, weights_TK, crossing)
-    else:
-        crossing.rows = _Dispatch.apply(x_TD, weights_TK, runtime, layer_pass)
-    return crossing
+def new_link(like: Tensor) -> Tensor:
+    """A scalar that ties two nodes of the graph together, or its gradient."""
+    return torch.zeros((), device=like.device)
 
 
-def finish_dispatch(crossing: Crossing) -> tuple[Tensor, Tensor]:
-    """What has arrived: slot-major rows [N, D], and the gate weight of each [N]."""
-    if crossing.rows is None:
-        return _Arrive.apply(crossing.link, crossing)
-    rows, crossing.rows = crossing.rows, None  # so that they can be freed as soon as nobody else needs them
-    return rows
+def begin_dispatch(x_TD: Tensor, weights_TK: Tensor, crossing: Crossing) -> Tensor:
+    """Launch every token to where its experts are computed. Returns the link to the experts."""
+    return _BeginDispatch.apply(x_TD, weights_TK, crossing)
 
 
-def combine(y_ND: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> Tensor:
-    """Bring the weighted results home and add them up: slot-major [N, D] to [T, D], in the tokens' order."""
-    return _Combine.apply(y_ND, runtime, layer_pass)
+def combine(link: Tensor, crossing: Crossing) -> Tensor:
+    """Add up the weighted results that came home [T, D], in the tokens' order. `link`: from the experts."""
+    return _Combine.apply(link, crossing)
