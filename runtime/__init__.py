@@ -7,6 +7,7 @@ planning.py       predicted load -> placement, exact load -> split
 bank.py           every expert once: weights and gradients of the experts this rank owns
 materialize.py    copies in, their gradients home
 dispatch.py       where rows go: to their experts and back
+dispatch_handle.py  how rows travel, in one part or in two
 dispatch_by_node.py  the same over nodes of several ranks: each row crosses to a node once
 token_rows.py     dispatch and combine as autograd sees them, and the work under which rows travel
 experts.py        the local experts' SwiGLU

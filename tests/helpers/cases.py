@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic import MoELayer, RouterConfig, Routing
+from moesaic.kernels import Clamp
 from moesaic.placement import OwnerMap, Placement, Problem, Topology, get_solver
 from moesaic.runtime.capacity import DropPolicy
 from moesaic.runtime.router import TopKRouter
@@ -49,6 +50,7 @@ class Case:
     capacity_factor: float = math.inf
     drop_policy: DropPolicy = "probs"
     has_shared: bool = False
+    clamp: Clamp | None = None
     dim: int = 8
     ffn_dim: int = 12
 
@@ -74,6 +76,7 @@ class Case:
                     self.top_k,
                     router=router,
                     shared=torch.nn.Linear(self.dim, self.dim) if self.has_shared else None,
+                    clamp=self.clamp,
                     capacity_factor=self.capacity_factor,
                     drop_policy=self.drop_policy,
                 )

@@ -127,11 +127,11 @@ class HostWaits(TorchDispatchMode):
             self.waits.append(name)
 
 
-def waits_of_a_dispatch(group: RankGroup, case: Case, watches_R: list[HostWaits]) -> list[str]:
+def waits_of_a_dispatch(group: RankGroup, case: Case, row_parts: int, watches_R: list[HostWaits]) -> list[str]:
     """The host's waits while one rank describes its rows."""
     (layer,) = case.layers()
-    solver, clock = case.solver(), StageClock()
-    share_experts({"moe": layer}, group, config=RuntimeConfig(slots=case.slots), solver=solver, clock=clock, owners=case.owners())
+    config, solver, clock = RuntimeConfig(slots=case.slots, row_parts=row_parts), case.solver(), StageClock()
+    share_experts({"moe": layer}, group, config=config, solver=solver, clock=clock, owners=case.owners())
     watch, build = watches_R[group.rank], layer.runtime.build_handle
     threading.current_thread().name = f"rank {group.rank}"
 
@@ -145,8 +145,11 @@ def waits_of_a_dispatch(group: RankGroup, case: Case, watches_R: list[HostWaits]
     return watch.waits
 
 
+@pytest.mark.parametrize("row_parts", [1, 2])
 @pytest.mark.parametrize("placement", ["static", "everywhere"])
-def test_the_host_waits_once_to_learn_how_many_rows_travel(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_waits_once_to_learn_how_many_rows_travel(
+    placement: str, row_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the split doesn't say about sizes is learnt in one go. The two ops with kernels of their own are theirs to watch."""
     watches_R = [HostWaits() for _ in range(3)]
 
@@ -172,7 +175,7 @@ def test_the_host_waits_once_to_learn_how_many_rows_travel(placement: str, monke
     monkeypatch.setattr("moesaic.runtime.dispatch.bags_of", unwatched(bags_of))
     monkeypatch.setattr(torch.Tensor, "tolist", noted)
     case = Case(3, 5, 2, 1, (9, 0, 4), placement, hot_expert=True, any_owner=False, normalize=True, seed=1)
-    waits_R = run_threads(3, waits_of_a_dispatch, case, watches_R, topology=case.topology())
+    waits_R = run_threads(3, waits_of_a_dispatch, case, row_parts, watches_R, topology=case.topology())
     assert waits_R == [["tolist"]] * 3
 
 

@@ -21,7 +21,7 @@ from tests.helpers.cases import PLACEMENTS, Case, cases
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.threads import run_threads
 from tests.runtime.test_dispatch import crossing_pairs
-from tests.runtime.test_parity import NAMED, check
+from tests.runtime.test_parity import NAMED, check, train
 
 # (nodes, ranks of each)
 SHAPES = ((2, 2), (2, 3), (4, 2))
@@ -140,6 +140,8 @@ def test_the_topology_decides() -> None:
     assert crossed["auto"] == crossed["by_node"] < crossed["direct"]
     with pytest.raises(ValueError, match=r"runtime.token_route is 'both'; choose 'auto', 'direct' or 'by_node'"):
         RuntimeConfig(token_route="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"row_parts is 2, but on 2 nodes of 2 ranks token rows go by node.*set runtime"):
+        train(case, num_nodes=2, row_parts=2)
 
 
 def describe(group: RankGroup, split: Any) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
@@ -147,7 +149,7 @@ def describe(group: RankGroup, split: Any) -> tuple[tuple[int, ...], tuple[int, 
     num_tokens = 1 if group.rank == 0 else 0
     ids_TK, weights_TK = torch.arange(4).expand(num_tokens, 4), torch.ones(num_tokens, 4)
     handle = build_node_handle(ids_TK, weights_TK, split, [group.rank], group.tokens, "describe", "", ranks_per_node=2)
-    return handle.sent_rows_R, handle.passed_rows_R, handle.row_ids_N.tolist()
+    return handle.sent_rows_HR[0], handle.passed_rows_R, handle.row_ids_N.tolist()
 
 
 def test_worked_example() -> None:

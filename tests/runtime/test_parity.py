@@ -109,6 +109,8 @@ def train_on_ranks(
             grads = runtime.bank.grads(i, e)
             results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
             results[f"d {i}.down.{e}"] = grads.down.clone()
+            if grads.down_bias is not None:
+                results[f"d {i}.biases.{e}"] = torch.cat([grads.gate_up_bias, grads.down_bias])
     if is_frozen:
         assert all(parameter.grad is None for parameter in layers[0].runtime.bank.parameters())
         results[f"reduce {group.rank}"] = torch.tensor(group.experts.traffic.total_bytes().get("reduce", 0))
