@@ -53,8 +53,9 @@ class RoundTrip:
         """
         runtime, this, transport = self._runtime, self._pass, self._runtime.group.tokens
         with runtime.stage(self._stages[0], this, is_complete=False):
-            if transport.traffic.unfinished is not None:
-                transport.traffic.unfinished.wait()
+            left, transport.traffic.unfinished = transport.traffic.unfinished, None
+            if left is not None:
+                left.wait()
             if weights_TK is not None and this.handle is None:
                 this.handle = runtime.describe(weights_TK, this)
             assert this.handle is not None
@@ -75,10 +76,12 @@ class RoundTrip:
 
     def set_home(self, part: int, rows_ND: Tensor, gate_grads_N: Tensor | None = None) -> None:
         """Launch the results of a part on their way home; of slot-major [N, D] its rows are set."""
-        transport, this = self._runtime.group.tokens, self._pass
+        this = self._pass
         assert this.handle is not None
         if self._buffers is None:
-            self._buffers = this.handle.rows_home(rows_ND, transport, gate_grads_N)
+            self._buffers = this.handle.rows_home(rows_ND, self._runtime.group.tokens, gate_grads_N)
+        if part + 1 == this.handle.num_parts:
+            self._out = []  # All have arrived and been read.
         if self._is_backward or not this.is_replay:
             self._launch_home()
 
