@@ -59,7 +59,7 @@ def are_groups_of(num_rows, sizes):
     """Whether groups of these sizes are what the rows consist of."""
     total = 0
     for size in sizes:
-        if size < 0:
+        if size < 0 or size > num_rows - total:
             return False
         total += size
     return total == num_rows

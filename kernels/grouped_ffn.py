@@ -105,6 +105,8 @@ def grouped_ffn(
         if forward_into(out, x_ND, row_weights_N, weights, group_sizes, _CHUNK_ROWS):
             return out
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
+    if not len(group_sizes):
+        return out
     if x_ND.device.type == "cpu":
         grouped_ffn_torch(x_ND, row_weights_N, weights, group_sizes, out=out)
     else:
@@ -147,6 +149,8 @@ def grouped_ffn_backward(
         is_done = backward_into(out, *rows, weights, grads, group_sizes, alpha, is_fresh, _CHUNK_ROWS)
     if not is_done:
         check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
+        if not len(group_sizes):
+            return out
         backward = grouped_ffn_backward_torch if x_ND.device.type == "cpu" else _backward_by_ops
         backward(*rows, weights, grads, group_sizes, alpha=alpha, overwrite=is_fresh, out=out)
     if grads is not None:
@@ -235,7 +239,7 @@ def _takes_compiled(
     (N, wide), D = gate_up_N2F.shape, rows_ND[0].shape[1]
     weights_N = [row_weights_N] if drow_weights_N is None else [row_weights_N, drow_weights_N]
     return (
-        has_blas()
+        wide % 2 == 0
         and are_plain_rows(N, gate_up_N2F, *rows_ND)
         and all(rows.shape[1] == D for rows in rows_ND)
         and all(numbers.shape == (N,) for numbers in weights_N)
@@ -247,6 +251,7 @@ def _takes_compiled(
             for part in (weights, grads)
             if part is not None
         )
+        and has_blas()
     )
 
 

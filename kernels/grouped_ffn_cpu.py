@@ -78,7 +78,7 @@ def forward_into(out, x_ND, row_weights_N, weights, group_sizes, chunk_rows):
 def backward_into(out, dy_ND, x_ND, gate_up_N2F, row_weights_N, weights, grads, group_sizes, alpha, overwrite, chunk_rows):
     """`grouped_ffn_backward` into `out` and `grads`, which is None where experts are frozen."""
     words = *_rows(dy_ND), *_rows(out.dx_ND), out.drow_weights_N.data_ptr(), grads is not None, float_word(alpha)
-    trained = () if grads is None else (*addresses_of(grads.gate_up), *addresses_of(grads.down), *overwrite)
+    trained = () if grads is None else (*addresses_of(grads.gate_up), *addresses_of(grads.down), *map(bool, overwrite))
     return _run(
         _backward, swiglu_backward_routine, words, gate_up_N2F, x_ND, row_weights_N, weights, trained, group_sizes, chunk_rows
     )
@@ -91,7 +91,7 @@ def _run(routine, pass_routine, own_words, gate_up_N2F, x_ND, row_weights_N, wei
         return False
     # One allocation for everything between the products of a chunk: h, or dh (later h) and dgate_up.
     width = wide // 2 if routine is _forward else wide + wide // 2
-    workspace = gate_up_N2F.new_empty(min(max(group_sizes, default=0), chunk_rows) * width)
+    workspace = gate_up_N2F.new_empty(max(0, min(max(group_sizes, default=0), chunk_rows)) * width)
     words = [0, sgemm_address(), pass_routine(np.float32).address, *team_words(), N, G, chunk_rows, x_ND.shape[1], wide // 2]
     words += *_rows(x_ND), gate_up_N2F.data_ptr(), row_weights_N.data_ptr(), workspace.data_ptr(), *own_words
     words += *group_sizes, *addresses_of(weights.gate_up), *addresses_of(weights.down), *trained

@@ -24,7 +24,7 @@ Matrices: TypeAlias = Sequence[Tensor] | Tensor
 
 def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Return `y_NO`: for each group g, its rows times `weights[g].T` ([O, I]). No autograd."""
-    y_NO = x_NI.new_empty(x_NI.shape[0], weights[0].shape[0]) if out is None else out
+    y_NO = _new_rows(x_NI, weights, group_sizes, 0) if out is None else out
     if takes_compiled(y_NO, x_NI, weights):
         from .grouped_gemm_cpu import forward_into
 
@@ -32,7 +32,7 @@ def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *,
             return y_NO
     check_groups(x_NI.shape[0], weights, group_sizes)
     _check_operands(x_NI, weights, y_NO)
-    if x_NI.device.type != "cuda":
+    if x_NI.device.type != "cuda" or not len(weights):
         return grouped_gemm_torch(x_NI, weights, group_sizes, out=y_NO)
     from .grouped_gemm_triton import grouped_gemm_triton
 
@@ -41,7 +41,7 @@ def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *,
 
 def grouped_gemm_dgrad(dy_NO: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Return `dx_NI`: for each group g, its rows of `dy_NO` times `weights[g]` ([O, I])."""
-    dx_NI = dy_NO.new_empty(dy_NO.shape[0], weights[0].shape[1]) if out is None else out
+    dx_NI = _new_rows(dy_NO, weights, group_sizes, 1) if out is None else out
     if takes_compiled(dy_NO, dx_NI, weights):
         from .grouped_gemm_cpu import dgrad_into
 
@@ -49,7 +49,7 @@ def grouped_gemm_dgrad(dy_NO: Tensor, weights: Matrices, group_sizes: Sequence[i
             return dx_NI
     check_groups(dy_NO.shape[0], weights, group_sizes)
     _check_operands(dy_NO, weights, dx_NI)
-    if dy_NO.device.type != "cuda":
+    if dy_NO.device.type != "cuda" or not len(weights):
         return grouped_gemm_dgrad_torch(dy_NO, weights, group_sizes, out=dx_NI)
     from .grouped_gemm_triton import grouped_gemm_dgrad_triton
 
@@ -79,7 +79,7 @@ def grouped_gemm_wgrad(
     check_groups(dy_NO.shape[0], grads, group_sizes)
     _check_operands(dy_NO, [x_NI], None)
     _check_matrices("gradient", grads, dy_NO.device, None)
-    if dy_NO.device.type != "cuda":
+    if dy_NO.device.type != "cuda" or not len(grads):
         grouped_gemm_wgrad_torch(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
         return
     from .grouped_gemm_triton import grouped_gemm_wgrad_triton
@@ -87,9 +87,16 @@ def grouped_gemm_wgrad(
     grouped_gemm_wgrad_triton(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
 
 
+def _new_rows(rows: Tensor, weights: Matrices, group_sizes: Sequence[int], dim: int) -> Tensor:
+    """As many rows, uninitialised, as wide as a dimension of the weights; of no width where there is no group."""
+    if not len(weights):
+        check_groups(rows.shape[0], weights, group_sizes)
+    return rows.new_empty(rows.shape[0], weights[0].shape[dim] if len(weights) else 0)
+
+
 def grouped_gemm_torch(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Torch twin of `grouped_gemm`."""
-    y_NO = x_NI.new_empty(x_NI.shape[0], weights[0].shape[0]) if out is None else out
+    y_NO = _new_rows(x_NI, weights, group_sizes, 0) if out is None else out
     for x_nI, weight, y_nO in zip(_split(x_NI, group_sizes), weights, _split(y_NO, group_sizes), strict=True):
         torch.mm(x_nI, weight.t(), out=y_nO)
     return y_NO
@@ -99,7 +106,7 @@ def grouped_gemm_dgrad_torch(
     dy_NO: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None
 ) -> Tensor:
     """Torch twin of `grouped_gemm_dgrad`."""
-    dx_NI = dy_NO.new_empty(dy_NO.shape[0], weights[0].shape[1]) if out is None else out
+    dx_NI = _new_rows(dy_NO, weights, group_sizes, 1) if out is None else out
     for dy_nO, weight, dx_nI in zip(_split(dy_NO, group_sizes), weights, _split(dx_NI, group_sizes), strict=True):
         torch.mm(dy_nO, weight, out=dx_nI)
     return dx_NI

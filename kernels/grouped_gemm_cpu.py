@@ -59,7 +59,7 @@ def _run(kind, rows_NO, rows_NI, matrices, group_sizes, alpha=1.0, overwrite=Non
     words.append(float_word(alpha))
     words += group_sizes
     words += addresses_of(matrices)
-    words += overwrite
+    words += map(bool, overwrite)
     task = array("q", words)
     _multiply_groups.ctypes(task.buffer_info()[0])
     return bool(task[_IS_DONE])

@@ -5,8 +5,8 @@ priced by cost.py under the better of the exact split and of priced.py's, so it 
 charged, the current owners stay where a change would not pay. The program holds only what would be cheaper than the answer by
 more than a gap, at first a wide one: it is the easier to refute the less it holds (milp_model.py). It is solved once for every
 number of copies that the busiest device may send or receive; where that is one and owners stay, chains.py finds and proves the
-best instead. The bound is the better of bounds.py's, which needs no engine, and
-the least of the programs' own; it holds for every placement with as many owned experts per rank as now.
+best instead. The bound is the better of bounds.py's, which needs no engine, and the least of the programs' own; it holds for
+every placement with as many owned experts per rank as now.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ _FIND_GAP = 1e-3
 _ENGINE_SLACK = 1e-5
 # Of the time limit; engines stop a little late, and their answer has to be priced.
 _ENGINE_SHARE = 0.97
+# What the search takes at full effort.
+_SEARCH_S = 2.5
 
 
 def _heuristics(problem: Problem) -> list[Placement]:
@@ -175,7 +177,7 @@ def _cheapest_of(problem: Problem, placements: Iterable[Placement]) -> _Priced:
 def _search(problem: Problem, best: _Priced, move_owners: bool, effort: float) -> tuple[_Priced, list[np.ndarray]]:
     """Return the cheapest of `best` and of searches from it, and the owners that they started from.
 
-    `effort` 1 searches for about two seconds.
+    `effort` 1 searches for about `_SEARCH_S`.
     """
     owner_SE, candidates = [best.placement.expert_to_owner_E], [best]
     if move_owners and problem.num_ranks > 1:
@@ -269,8 +271,10 @@ class _Proof:
         if self._move_owners and _moves_may_pay(self._problem, self._wanted_s(tolerance), copies):
             return False
         if copies.high == 0:
-            # One placement, the current one.
-            self._proven_s[copies] = _priced(self._problem, static.solve(self._problem).placement).cost.total_s
+            # One placement is left, the current one; what moves owners may still cost anything above what is wanted.
+            static_s = _priced(self._problem, static.solve(self._problem).placement).cost.total_s
+            proven_s = min(static_s, self._wanted_s(tolerance)) if self._move_owners else static_s
+            self._proven_s[copies] = max(self._proven_s[copies], proven_s)
             return True
         try:
             is_refuted = chains.refute(self._problem, copies.low, lambda: self._wanted_s(tolerance), consider, end)
@@ -361,8 +365,9 @@ def solve(
     proof = _Proof(problem, move_owners, engine, best, bound.total_s)
     # A rough proof of every range of copies first: the last digits of one range are worth nothing while another is open.
     tolerances = sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True)
-    if not all(proof.search_chains(tolerance, end) for tolerance in tolerances):
-        effort = min(1.0, time_limit_s / 10)
+    effort = min(1.0, time_limit_s / 10)
+    is_proven = all(proof.search_chains(tolerance, end - _SEARCH_S * effort) for tolerance in tolerances)
+    if not is_proven and not proof.is_interrupted:
         proof.best, owner_SE = _search(problem, proof.best, move_owners, effort)
         with _SearchOn(problem, owner_SE, move_owners, effort) as search:
             for tolerance in tolerances:

@@ -43,6 +43,7 @@ class RoundTrip:
         self._ops = ("combine_backward", "dispatch_backward") if is_backward else ("dispatch", "combine")
         self._out: list[RowsInFlight[Tensor]] = []  # a part each
         self._home: list[RowsInFlight[None]] = []
+        self._results: tuple[Tensor, Tensor | None] | None = None  # what goes home; and the buffers in which it does
         self._buffers: RowsHome | None = None
 
     def set_out(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> None:
@@ -59,7 +60,7 @@ class RoundTrip:
             if weights_TK is not None and this.handle is None:
                 this.handle = runtime.describe(weights_TK, this)
             assert this.handle is not None
-            self._home, self._buffers = [], None
+            self._home, self._results, self._buffers = [], None, None
             self._out = this.handle.send_rows(x_TD, transport, this.op(self._ops[0]), this.where)
             transport.traffic.unfinished = self
         if not runtime.overlap:
@@ -78,8 +79,7 @@ class RoundTrip:
         """Launch the results of a part on their way home; of slot-major [N, D] its rows are set."""
         this = self._pass
         assert this.handle is not None
-        if self._buffers is None:
-            self._buffers = this.handle.rows_home(rows_ND, self._runtime.group.tokens, gate_grads_N)
+        self._results = rows_ND, gate_grads_N
         if part + 1 == this.handle.num_parts:
             self._out = []  # All have arrived and been read.
         if self._is_backward or not this.is_replay:
@@ -88,8 +88,11 @@ class RoundTrip:
     def _launch_home(self) -> None:
         """Launch the next part."""
         transport, this = self._runtime.group.tokens, self._pass
-        assert this.handle is not None and self._buffers is not None
+        assert this.handle is not None and self._results is not None
         with self._runtime.stage(self._stages[1], this, is_complete=False):
+            if self._buffers is None:
+                rows_ND, gate_grads_N = self._results
+                self._buffers = this.handle.rows_home(rows_ND, transport, gate_grads_N)
             part, op = len(self._home), this.op(self._ops[1])
             self._home.append(this.handle.return_rows(part, self._buffers, transport, op, this.where))
             transport.traffic.unfinished = self
@@ -98,13 +101,14 @@ class RoundTrip:
 
     def come_home(self) -> ReturnedRows:
         """Wait for the results, and add them up."""
-        handle, buffers = self._pass.handle, self._buffers
-        assert handle is not None and buffers is not None
+        handle = self._pass.handle
+        assert handle is not None
         while len(self._home) < handle.num_parts:
             self._launch_home()
         with self._runtime.stage(self._stages[1], self._pass):
             self.wait()
-            self._out, self._home, self._buffers = [], [], None
+            buffers, self._out, self._home, self._results, self._buffers = self._buffers, [], [], None, None
+            assert buffers is not None
             return handle.add_up(buffers)
 
     def wait(self) -> None:

@@ -135,7 +135,10 @@ def test_the_compiled_call_does_what_the_twin_does(num_threads: int, monkeypatch
     threads, sizes, D, F = torch.get_num_threads(), [300, 0, 5, 1], 40, 130
     wide_x, wide_dy, row_weights_N = torch.randn(306, 60), torch.randn(306, 50), torch.rand(306)
     weights = FFNWeights(torch.randn(4, 2 * F, D), torch.randn(4, D, F))  # type: ignore[arg-type]
-    results = []
+    results, twins_run = [], []
+    for name in ("grouped_ffn_torch", "grouped_ffn_backward_torch"):
+        twin = getattr(grouped_ffn_module, name)
+        monkeypatch.setattr(grouped_ffn_module, name, lambda *a, twin=twin, **k: twins_run.append(has_blas) or twin(*a, **k))
     torch.set_num_threads(num_threads)
     for has_blas in (True, False):
         monkeypatch.setattr(grouped_ffn_module, "has_blas", lambda has_blas=has_blas: has_blas)
@@ -151,6 +154,7 @@ def test_the_compiled_call_does_what_the_twin_does(num_threads: int, monkeypatch
         assert torch.equal(frozen.dx_ND, inner.dx_ND)
         results.append([output.y_ND, output.gate_up_N2F, inner.dx_ND, inner.drow_weights_N, *grads.gate_up, *grads.down])
     torch.set_num_threads(threads)
+    assert twins_run == [False] * 3
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.kernels import blas_cpu, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from moesaic.kernels import (
+    FFNWeights,
+    blas_cpu,
+    grouped_ffn,
+    grouped_ffn_backward,
+    grouped_gemm,
+    grouped_gemm_dgrad,
+    grouped_gemm_wgrad,
+)
 from tests.helpers.nan import poisoned_empty
 
 GROUP_SIZES = {
@@ -144,6 +152,20 @@ def test_twice_is_bitwise_equal() -> None:
         grouped_gemm_wgrad(dy_NO, x_NI, sizes, grad)
     for first, second in zip(*grads, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_rank_without_experts_has_nothing_to_multiply() -> None:
+    """Nor has a part of a rank's experts that is empty; on no device is a kernel launched."""
+    for device in ("cpu", "meta"):
+        rows, out = torch.empty(0, 3, device=device), torch.empty(0, 5, device=device)
+        assert grouped_gemm(rows, [], [], out=out) is out
+        assert grouped_gemm_dgrad(rows, [], []).shape == (0, 0)
+        grouped_gemm_wgrad(rows, out, [], [])
+        ffn = grouped_ffn(rows, rows[:, 0], FFNWeights([], []), [])
+        arguments = (rows, rows, ffn.gate_up_N2F, rows[:, 0], FFNWeights([], []))
+        assert grouped_ffn_backward(*arguments, FFNWeights([], []), []).dx_ND.shape == (0, 3)
+    with pytest.raises(ValueError, match="1 group sizes but 0 weights"):
+        grouped_gemm(torch.randn(4, 3), [], [4])
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topolog
 from moesaic.placement.chains import are_few, find, refute
 from moesaic.placement.cost import price, prices_of, seconds_of, tally
 from moesaic.placement.exhaustive import every_placement
+from moesaic.placement.milp_model import CopyRange
 from moesaic.placement.priced import split_priced
 from tests.placement.cases import examples, problems, shared_trace
 
@@ -80,3 +82,26 @@ def test_real_layer_is_closed():
     answer = milp.solve(problem, time_limit_s=60.0, relative_gap=0.004)
     assert answer.gap <= 0.005
     assert (answer.placement.expert_to_owner_E == owner_E).all()
+
+
+def test_that_moves_pay_not_enough_proves_no_more_than_what_was_wanted() -> None:
+    """A moved owner may still be better than the best placement, by less than the tolerance; only without moves is one left."""
+    problem = Problem(
+        ExpertLoad(np.array([[900, 10, 10, 10], [900, 10, 10, 10]])),
+        np.array([0, 0, 1, 1]),
+        Topology.preset("h100", 2),
+        LayerShape(num_experts=4, top_k=1, dim=4096, ffn_dim=4096),
+        slots=1,
+        overlap_s=1.0,
+    )
+    copies = CopyRange(0, 0)
+    best = milp._cheapest_of(problem, milp._heuristics(problem))
+    static_s = milp._priced(problem, milp.static.solve(problem).placement).cost.total_s
+    assert best.cost.total_s < 0.9 * static_s
+    for move_owners in (True, False):
+        proof = milp._Proof(problem, move_owners, "highs", best, 0.0)
+        proof._proven_s = {copies: 0.0}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(milp, "_moves_may_pay", lambda *_: False)
+            assert proof._refute_chains(copies, 0.01, np.inf)
+        assert proof._proven_s[copies] == (0.99 * best.cost.total_s if move_owners else static_s)
