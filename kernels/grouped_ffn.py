@@ -151,8 +151,10 @@ def grouped_ffn_backward(
         check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
         if not len(group_sizes):
             return out
-        backward = grouped_ffn_backward_torch if x_ND.device.type == "cpu" else _backward_by_ops
-        backward(*rows, weights, grads, group_sizes, alpha=alpha, overwrite=is_fresh, out=out)
+        if x_ND.device.type != "cpu":
+            _backward_by_ops(*rows, weights, grads, group_sizes, alpha=alpha, overwrite=is_fresh, out=out)
+            return out
+        grouped_ffn_backward_torch(*rows, weights, grads, group_sizes, alpha=alpha, overwrite=is_fresh, out=out)
     if grads is not None:
         zero_empty(grads.gate_up, group_sizes, is_fresh)
         zero_empty(grads.down, group_sizes, is_fresh)
@@ -172,7 +174,7 @@ def _backward_by_ops(
     overwrite: Sequence[bool],
     out: GroupedFFNGrads,
 ) -> None:
-    """One op after the other over all rows."""
+    """One op after the other over all rows; those of the weight gradients deal with groups that have no rows."""
     dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
     buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
     inner = swiglu_backward(dh_NF, gate_up_N2F, row_weights_N, out=buffers)
