@@ -10,7 +10,8 @@ This file finds out what goes where; dispatch_handle.py has the rows travel.
 
 Layouts, on the source rank:
     assignment a = t * K + k                      as the router made them
-    "by destination": (destination, expert, token)  the order in which assignments are described to their destinations
+    "by destination": (destination, expert, token)  the order in which assignments are described to their destinations; experts
+                                                  in the order in which that rank computes them, see expert_order.py
     sent rows: (destination, token)               one for each other destination of each token; in two parts
                                                   (destination, kind, token), see dispatch_handle.py
 and on the destination rank:
@@ -37,6 +38,7 @@ from ..collectives import RowLayout, Transport, all_to_all_rows
 from ..kernels import Bags, bags_of, on_device, split_tokens
 from ..placement import Split
 from .dispatch_handle import Counts_HR, DispatchHandle, per_rank, slices, starts
+from .expert_order import ExpertOrder, regroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +51,8 @@ class Assignments:
     counts_R: tuple[int, ...]  # for each rank
 
     @classmethod
-    def of(cls, topk_ids_TK: Tensor, split: Split, rank: int) -> Assignments:
-        """Which assignment goes where.
+    def of(cls, topk_ids_TK: Tensor, split: Split, rank: int, order: ExpertOrder) -> Assignments:
+        """Which assignment goes where, and in which order of experts it is described there.
 
         Expert by expert, tokens fill the destinations in rank order; those that must go to a destination anyway, for an
         expert held only there, come where that destination's turn is, to share one row. An expert with one holder gets its
@@ -62,6 +64,7 @@ class Assignments:
         if is_shared_E.any():
             anchors_TK = anchor_ranks(topk_ids_TK, split, rank) * on_device(is_shared_E, device)[topk_ids_TK]
         ids_A = split_tokens(topk_ids_TK, on_device(sends_ER, device), anchors_TK, num_sent=int(sends_ER.sum()))
+        ids_A = order.by_destination(ids_A, sends_ER)
         counts_R = tuple(int(n) for n in sends_ER.sum(axis=0))
         destinations_A = torch.repeat_interleave(on_device(counts_R, device), output_size=ids_A.numel())
         return cls(ids_A, ids_A // topk_ids_TK.shape[1], destinations_A, counts_R)
@@ -81,17 +84,18 @@ def build_handle(
     """Describe this rank's assignments to their destinations, and learn what comes here.
 
     Both sides know from the split how many assignments travel between them; how many *rows* those share is part of the
-    description, so no sizes are exchanged beforehand. `num_parts`: 1 or 2.
+    description, so no sizes are exchanged beforehand. `local_experts` are ascending; `num_parts` is 1 or 2.
     """
     rank, device = transport.rank, topk_ids_TK.device
     num_tokens, top_k = topk_ids_TK.shape
-    recvs_RE, cuts_R = split.recvs(rank), part_cuts(split, num_parts)
-    received_RH = _by_part(recvs_RE, cuts_R[rank])
-    first_groups = np.searchsorted(local_experts, cuts_R[rank])
+    order = ExpertOrder.of(split)
+    here_X, part_RE = order.experts(rank, local_experts), order.part_RE(num_parts)
+    recvs_RX = split.recvs(rank)[:, here_X]
+    received_RH = _by_part(recvs_RX, part_RE[rank, here_X], num_parts)
 
     # Phase 1: which assignment goes where, and the rows that makes.
-    assigned = Assignments.of(topk_ids_TK, split, rank)
-    sent_RH = _by_part(split.sends(rank).T, cuts_R)
+    assigned = Assignments.of(topk_ids_TK, split, rank, order)
+    sent_RH = _by_part(split.sends(rank).T, part_RE, num_parts)
     rows = _SentRows.of(assigned, sent_RH, num_tokens, rank)
 
     # Phase 2: tell each destination, for its assignments in order, the row (from 0 for this pair of ranks) and the weight.
@@ -112,7 +116,7 @@ def build_handle(
     first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_rows_R))]
     ids_by_source = torch.cat([body[0] + first for body, first in zip(bodies, first_id_R, strict=True)]).long()
     weights_by_source = torch.cat([body[1] for body in bodies]).view(torch.float32)
-    slot_major_N = segment_transpose(recvs_RE, device)
+    slot_major_N, group_sizes = segment_transpose(recvs_RX, device), tuple(int(n) for n in recvs_RX.sum(axis=0))
     positions_by_source = inverse(slot_major_N)
 
     # Phase 4: the way back.
@@ -133,31 +137,15 @@ def build_handle(
         return_bags_H=counts.return_bags(without(ids_by_source, own) - num_tokens, without(positions_by_source, own)),
         home_bags=home_bags(rank, sent_rows_R, sent_token_ids_P, own_tokens, positions_by_source, own, num_tokens),
         row_weights_N=weights_by_source[slot_major_N],
-        group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
-        groups_H=tuple(slices(np.diff([0, *first_groups, len(local_experts)]).tolist())),
+        experts=tuple(int(e) for e in here_X),
+        group_sizes=group_sizes,
+        runs=order.runs(rank, here_X, group_sizes, num_parts, at_home=num_parts == 2),
     )
 
 
-def part_cuts(split: Split, num_parts: int) -> np.ndarray:
-    """Where each rank's experts are cut into parts, int64 [R, H - 1]: the first expert of the second part, if there is one.
-
-    The cut leaves about as many of the rank's rows on either side. Every rank knows every rank's.
-
-    Example: a rank that computes 5, 1 and 4 rows of experts 0, 1 and 2 is cut at expert 1.
-    """
-    if num_parts == 1:
-        return np.empty((split.placement.num_ranks, 0), np.int64)
-    up_to_RE = split.rows_RE.cumsum(axis=1)
-    return np.abs(2 * up_to_RE - split.rows_R[:, None]).argmin(axis=1)[:, None] + 1
-
-
-def _by_part(counts_RE: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """Counts for each expert as counts for each part, [R, H]; `cuts` [R, H - 1] or [H - 1] for all rows."""
-    total_R = counts_RE.sum(axis=1)
-    if not cuts.shape[-1]:
-        return total_R[:, None]
-    second_R = (counts_RE * (np.arange(counts_RE.shape[1]) >= cuts)).sum(axis=1)
-    return np.stack([total_R - second_R, second_R], axis=1)
+def _by_part(counts_RX: np.ndarray, parts: np.ndarray, num_parts: int) -> np.ndarray:
+    """Counts for each expert as counts for each part, [R, H]; `parts`, [R, X] or [X] for all ranks, tells every expert's."""
+    return np.stack([(counts_RX * (parts == part)).sum(axis=1) for part in range(num_parts)], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,13 +279,7 @@ def segment_transpose(counts_AB: np.ndarray, device: torch.device) -> Tensor:
     Example: counts [[1, 2], [0, 1]] lay four elements out as segments (a0,b0) = 0, (a0,b1) = 1 2, (a1,b1) = 3; b-major that
     is b0: 0, then b1: 1 2 3, so the result is [0, 1, 2, 3]. With counts [[1, 1], [1, 0]] it is [0, 2, 1].
     """
-    sizes = counts_AB.ravel()
-    starts_BA = (np.cumsum(sizes) - sizes).reshape(counts_AB.shape).T.ravel()
-    sizes_BA = counts_AB.T.ravel()
-    shifts_BA = starts_BA - (np.cumsum(sizes_BA) - sizes_BA)
-    total = int(sizes.sum())
-    shifts = torch.repeat_interleave(on_device(shifts_BA, device), on_device(sizes_BA, device), output_size=total)
-    return shifts + torch.arange(total, device=device)
+    return regroup(counts_AB.ravel(), np.arange(counts_AB.size).reshape(counts_AB.shape).T.ravel(), device)
 
 
 def home_bags(

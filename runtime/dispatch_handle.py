@@ -1,8 +1,9 @@
 """How token rows travel once it is known where they go: out to the ranks that compute them and home again, in one part or in two.
 
-Two parts let the experts of one run while the other travels. A rank's part is a run of its experts in group order, so that every
-expert's matrix products stay whole, and with them the bits. A row goes out with the first part that needs it, and comes home with
-the last that adds to it, so it crosses as often as in one part: once each way. Between two ranks rows are ordered by both,
+Two parts let the experts of one run while the other travels. A rank's part is a run of its experts in the order in which it
+computes them (expert_order.py), so that every expert's matrix products stay whole, and with them the bits. A row goes out with
+the first part that needs it, and comes home with the last that adds to it, so it crosses as often as in one part: once each way.
+Between two ranks rows are ordered by both,
 
     those of the first part alone, those of both parts, those of the second part alone
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from ..collectives import Pending, RowLayout, RowPart, Transport, all_to_all_rows
 from ..kernels import Bags, gather_rows, sum_rows
+from .expert_order import Run
 
 Arrived = TypeVar("Arrived")
 Counts_HR = tuple[tuple[int, ...], ...]
@@ -36,14 +38,14 @@ class RowsInFlight(Generic[Arrived]):
     """Token rows on their way.
 
     Args:
-        pending: waits for them.
+        pending: waits for them; None if there is nothing to wait for.
         sent: what was sent; it must live until then, and is only dropped afterwards.
         take: makes of what arrived what it is wanted for; called once. Where rows are passed on, it communicates.
     """
 
     __slots__ = ("_arrived", "_pending", "_sent", "_take")
 
-    def __init__(self, pending: Pending, sent: Tensor, take: Callable[[], Arrived]):
+    def __init__(self, pending: Pending | None, sent: Tensor, take: Callable[[], Arrived]):
         self._pending = pending
         self._sent: Tensor | None = sent
         self._take: Callable[[], Arrived] | None = take
@@ -57,7 +59,8 @@ class RowsInFlight(Generic[Arrived]):
     def wait(self) -> Arrived:
         """Return what has arrived; a second time the same."""
         if self._take is not None:
-            self._pending.wait(until_sent=False)
+            if self._pending is not None:
+                self._pending.wait(until_sent=False)
             self._arrived = self._take()
             self._take = self._sent = None
         return cast(Arrived, self._arrived)
@@ -110,18 +113,19 @@ class DispatchHandle:
     return_bags_H: tuple[Bags, ...]  # slot-major rows of every row that is returned with a part
     home_bags: Bags  # of every token: the slot-major rows computed here (n < N) and the sent rows that come back (N + p)
     row_weights_N: Tensor  # gate weight of every slot-major row, fp32
-    group_sizes: tuple[int, ...]  # rows of each local expert
-    groups_H: tuple[slice, ...]  # local experts of each part
+    experts: tuple[int, ...]  # that this rank computes, in the order of the groups
+    group_sizes: tuple[int, ...]  # rows of each
+    runs: tuple[Run, ...]  # of groups, in the order in which they are computed; one for every part, in order, and those at home
 
     @property
     def num_parts(self) -> int:
         """H."""
-        return len(self.groups_H)
+        return len(self.sent_rows_HR)
 
     @cached_property
     def rows_H(self) -> tuple[slice, ...]:
         """Slot-major rows of each part."""
-        return tuple(slices([sum(self.group_sizes[groups]) for groups in self.groups_H]))
+        return tuple(run.rows for run in self.runs if run.part is not None)
 
     @property
     def num_sent(self) -> int:
@@ -150,23 +154,43 @@ class DispatchHandle:
         return layouts(*([[p for p in parts if p.peer != self.rank] for parts in side] for side in (received, sent)))
 
     def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> list[RowsInFlight[Tensor]]:
-        """Launch tokens [T, D] to the ranks that compute them, part after part, to be waited for in this order.
+        """Launch tokens [T, D] to the ranks that compute them, part after part.
 
-        Each arrives as the slot-major rows [N, D] on the destination, in which the rows of the parts waited for are set.
+        They arrive run by run, to be waited for in this order, as the slot-major rows [N, D] in which those of the runs waited
+        for are set.
         """
         outgoing = transport.empty((self.num_sent, x_TD.shape[1]), x_TD)
         gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
         received_QD = x_TD.new_empty(self.num_received, x_TD.shape[1])
+        pending_H = [
+            all_to_all_rows(transport, layout, outgoing, received_QD, op=op, where=where) for layout in self.out_layouts_H
+        ]
+        return self.arriving(x_TD, received_QD, outgoing, pending_H)
+
+    def arriving(
+        self,
+        x_TD: Tensor,
+        received: Tensor,
+        outgoing: Tensor,
+        pending_H: Sequence[Pending],
+        pass_on: Callable[[], None] = lambda: None,
+    ) -> list[RowsInFlight[Tensor]]:
+        """Every run's rows, copied from this rank's tokens and from what it received when they are waited for.
+
+        `pass_on` is called when a part has arrived.
+        """
         rows_ND = x_TD.new_empty(self.row_ids_N.shape[0], x_TD.shape[1])
 
-        def launch(layout: RowLayout, rows: slice) -> RowsInFlight[Tensor]:
+        def arriving(run: Run) -> RowsInFlight[Tensor]:
             def take() -> Tensor:
-                gather_rows(x_TD, self.row_ids_N[rows], beside=received_QD, out=rows_ND[rows])
+                if run.part is not None:
+                    pass_on()
+                gather_rows(x_TD, self.row_ids_N[run.rows], beside=received, out=rows_ND[run.rows])
                 return rows_ND
 
-            return RowsInFlight(all_to_all_rows(transport, layout, outgoing, received_QD, op=op, where=where), outgoing, take)
+            return RowsInFlight(None if run.part is None else pending_H[run.part], outgoing, take)
 
-        return [launch(*part) for part in zip(self.out_layouts_H, self.rows_H, strict=True)]
+        return [arriving(run) for run in self.runs]
 
     def rows_home(self, rows_ND: Tensor, transport: Transport, gate_grads_N: Tensor | None = None) -> RowsHome:
         """Buffers in which slot-major rows [N, D] go home, of which those of a part need to be set when it is returned.
@@ -206,6 +230,8 @@ class DispatchHandle:
             return ReturnedRows(x_TD, None)
         assignments = self.received_assignments_HR, self.sent_assignments_HR
         own_from, own_to = (slices(per_rank(counts_HR))[self.rank] for counts_HR in assignments)
+        for rows in (run.rows for run in self.runs if run.part is None):
+            gates.by_source[self.slot_major_N[rows]] = gates.grads_N[rows]
         gates.by_destination[own_to] = gates.by_source[own_from]
         gate_grads_A = gates.grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
         gate_grads_A[self.sent_assignments_A] = gates.by_destination

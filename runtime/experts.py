@@ -3,7 +3,7 @@
 Weight gradients do not pass through autograd's accumulation: backward adds them in place to the bank's gradient rows,
 or, for a copy, to the buffer that the reduce sends home.
 
-Rows come and go in parts (token_rows.py); the buffers here hold all of them, a part's rows and groups in one piece.
+It goes run by run (expert_order.py), as rows come and go in parts (token_rows.py); the buffers here hold the rows of all runs.
 
 Shape letters: N rows sorted by local expert, D model dim, F expert ffn dim.
 """
@@ -45,12 +45,14 @@ class _Experts(torch.autograd.Function):
             compute = grouped_ffn if shape.clamp is None else partial(clamped_ffn, clamp=shape.clamp)
             weights = materialized_weights(runtime, layer_pass)
             output = GroupedFFNOutput(torch.empty_like(x_ND), x_ND.new_empty(x_ND.shape[0], 2 * shape.ffn_dim))
-        for part, (groups, rows) in enumerate(zip(handle.groups_H, handle.rows_H, strict=True)):
-            crossing.rows.arrived(part)
-            with runtime.stage("experts", layer_pass, is_complete=part + 1 == handle.num_parts):
-                sizes, out = handle.group_sizes[groups], output.of_rows(rows)
-                compute(x_ND[rows], handle.row_weights_N[rows], weights.of_groups(groups), sizes, out=out)
-            crossing.rows.set_home(part, output.y_ND)
+        for index, run in enumerate(handle.runs):
+            crossing.rows.arrived(index)
+            with runtime.stage("experts", layer_pass, is_complete=index + 1 == len(handle.runs)):
+                if run.num_groups:
+                    groups, rows = run.groups, run.rows
+                    sizes, out = handle.group_sizes[groups], output.of_rows(rows)
+                    compute(x_ND[rows], handle.row_weights_N[rows], weights.of_groups(groups), sizes, out=out)
+            crossing.rows.set_home(index, output.y_ND)
         ctx.save_for_backward(x_ND, output.gate_up_N2F)
         return new_link(x_ND)
 
@@ -68,23 +70,25 @@ class _Experts(torch.autograd.Function):
             compute = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)
             weights, targets = materialized_weights(runtime, layer_pass), gradient_targets(runtime, layer_pass)
             grads = GroupedFFNGrads(torch.empty_like(x_ND), torch.empty_like(handle.row_weights_N))
-        for part, (groups, rows) in enumerate(zip(handle.groups_H, handle.rows_H, strict=True)):
-            dy_ND = crossing.grads.arrived(part)
-            with runtime.stage("experts", layer_pass, is_complete=part + 1 == handle.num_parts):
-                compute(
-                    dy_ND[rows],
-                    x_ND[rows],
-                    gate_up_N2F[rows],
-                    handle.row_weights_N[rows],
-                    weights.of_groups(groups),
-                    targets.tensors.of_groups(groups) if targets else None,
-                    handle.group_sizes[groups],
-                    # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
-                    alpha=1.0 / runtime.group.world_size,
-                    overwrite=targets.overwrite[groups] if targets else None,
-                    out=grads.of_rows(rows),
-                )
-            crossing.grads.set_home(part, grads.dx_ND, grads.drow_weights_N)
+        for index, run in enumerate(handle.runs):
+            dy_ND = crossing.grads.arrived(index)
+            with runtime.stage("experts", layer_pass, is_complete=index + 1 == len(handle.runs)):
+                if run.num_groups:
+                    groups, rows = run.groups, run.rows
+                    compute(
+                        dy_ND[rows],
+                        x_ND[rows],
+                        gate_up_N2F[rows],
+                        handle.row_weights_N[rows],
+                        weights.of_groups(groups),
+                        targets.tensors.of_groups(groups) if targets else None,
+                        handle.group_sizes[groups],
+                        # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
+                        alpha=1.0 / runtime.group.world_size,
+                        overwrite=targets.overwrite[groups] if targets else None,
+                        out=grads.of_rows(rows),
+                    )
+            crossing.grads.set_home(index, grads.dx_ND, grads.drow_weights_N)
         return new_link(x_ND), new_link(x_ND), None
 
 

@@ -104,7 +104,8 @@ def wait_for_copies(layer_pass: LayerPass) -> None:
 def materialized_weights(runtime: LayerRuntime, layer_pass: LayerPass) -> FFNWeights:
     """The weights of this rank's experts in group order: owned ones in place in the bank, copies in their slots."""
     copies, bank = layer_pass.copies, runtime.bank
-    return group_weights([copies.get(e) or bank.compute_weights(runtime.layer, e) for e in runtime.experts_here(layer_pass)])
+    assert layer_pass.handle is not None
+    return group_weights([copies.get(e) or bank.compute_weights(runtime.layer, e) for e in layer_pass.handle.experts])
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTa
     if not bank.is_trainable:
         return None
     is_empty = bank.begin_grads(runtime.layer)
-    here = runtime.experts_here(layer_pass)
+    assert layer_pass.handle is not None
+    here = layer_pass.handle.experts
     layer_pass.copy_grads = {e: runtime.pool.acquire(like=bank.gate_up.data) for e in here if e in layer_pass.copies}
     targets = [layer_pass.copy_grads.get(e) or bank.grads(runtime.layer, e) for e in here]
     return GradientTargets(

@@ -54,7 +54,7 @@ class Plan:
         return 0 if self.added is None else len({(route.item, dst) for route in self.added.routes for _, dst in route.hops})
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
-        """The experts that `rank` computes, ascending: the order of its groups of rows."""
+        """The experts that `rank` computes, ascending."""
         return tuple(int(e) for e in np.flatnonzero(self.placement.replicas_RE[rank]))
 
     def copies_of(self, rank: int) -> tuple[int, ...]:

@@ -2,11 +2,12 @@
 
 Rows make a round trip, out to their experts and home again, their gradients another one in backward. Both are the same:
 
-    launch the rows of every part; for each part: wait for it, compute its experts, launch the way home; wait for all, add up
+    launch the rows of every part; for each run of experts: wait for its part, compute, launch the way home; wait for all, add up
 
-so that with two parts the experts of one run while rows of the other travel, out or home. A layer with shared experts has work
-that needs no rows at all. It runs between the launch and the first wait in forward, and between the last launch and the last
-wait in backward: autograd runs nodes that were made later first.
+so that with two parts the experts of one run while rows of the other travel, out or home, and experts at home, which need no
+other rank's rows, while the first come and the last leave (expert_order.py). A layer with shared experts has work that needs no
+rows at all. It runs between the launch and the first wait in forward, and between the last launch and the last wait in backward:
+autograd runs nodes that were made later first.
 
 Three nodes of the graph hold this: `begin_dispatch`, the experts (experts.py), `combine`. Rows reach them through the `Crossing`
 they share; only scalars link them, so that nobody meets rows that are still on their way as a tensor of the graph.
@@ -41,8 +42,8 @@ class RoundTrip:
         self._runtime, self._pass, self._is_backward = runtime, layer_pass, is_backward
         self._stages = ("combine", "dispatch") if is_backward else ("dispatch", "combine")
         self._ops = ("combine_backward", "dispatch_backward") if is_backward else ("dispatch", "combine")
-        self._out: list[RowsInFlight[Tensor]] = []  # a part each
-        self._home: list[RowsInFlight[None]] = []
+        self._out: list[RowsInFlight[Tensor]] = []  # a run each
+        self._home: list[RowsInFlight[None]] = []  # a part each
         self._results: tuple[Tensor, Tensor | None] | None = None  # what goes home; and the buffers in which it does
         self._buffers: RowsHome | None = None
 
@@ -66,23 +67,23 @@ class RoundTrip:
         if not runtime.overlap:
             self.arrived(len(self._out) - 1)
 
-    def arrived(self, part: int) -> Tensor:
-        """Wait for the rows of a part, and of those before it: slot-major [N, D], in which theirs are set."""
-        for number, rows in enumerate(self._out[: part + 1]):
+    def arrived(self, index: int) -> Tensor:
+        """Wait for the rows of a run, and of those before it: slot-major [N, D], in which theirs are set."""
+        for number, rows in enumerate(self._out[: index + 1]):
             if not rows.has_arrived:
                 with self._runtime.stage(self._stages[0], self._pass, is_complete=number + 1 == len(self._out)):
                     rows.wait()
         self._note_end()
-        return self._out[part].wait()
+        return self._out[index].wait()
 
-    def set_home(self, part: int, rows_ND: Tensor, gate_grads_N: Tensor | None = None) -> None:
-        """Launch the results of a part on their way home; of slot-major [N, D] its rows are set."""
+    def set_home(self, index: int, rows_ND: Tensor, gate_grads_N: Tensor | None = None) -> None:
+        """Launch the results of a run on their way home, unless it is there; of slot-major [N, D] its rows are set."""
         this = self._pass
         assert this.handle is not None
         self._results = rows_ND, gate_grads_N
-        if part + 1 == this.handle.num_parts:
+        if index + 1 == len(this.handle.runs):
             self._out = []  # All have arrived and been read.
-        if self._is_backward or not this.is_replay:
+        if this.handle.runs[index].part is not None and (self._is_backward or not this.is_replay):
             self._launch_home()
 
     def _launch_home(self) -> None:

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from moesaic import RuntimeConfig, shard_experts
 from moesaic.kernels import Clamp
 from moesaic.placement import ExpertLoad, Placement, Topology, split_exact
-from moesaic.runtime.dispatch import build_handle, part_cuts
+from moesaic.runtime.dispatch import build_handle
+from moesaic.runtime.expert_order import ExpertOrder
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.layer_runtime import _handle_builder
 from tests.helpers.cases import Case, cases
@@ -121,11 +122,11 @@ def test_a_row_goes_out_with_the_first_part_and_home_with_the_last(case: Case, s
     ids_R = [torch.rand(n, num_experts, generator=random).argsort(1)[:, : case.top_k] for n in case.tokens_R]
     load = ExpertLoad(np.stack([np.bincount(ids.numpy().ravel(), minlength=num_experts) for ids in ids_R]))
     split = split_exact(load, placement, case.topology())
-    cuts_R = part_cuts(split, 2)[:, 0]
+    part_RE = ExpertOrder.of(split).part_RE(2)
     expected = np.zeros((2, 2, num_ranks, num_ranks), np.int64)  # (out, home), part, source, destination
     for source, ids_TK in enumerate(ids_R):
         for token, destination in crossing_pairs(split.sends(source), ids_TK.numpy(), source, range(len(ids_TK))):
-            parts = [int(e >= cuts_R[destination]) for e in ids_TK[token] if placement.replicas_RE[destination, e]]
+            parts = [int(part_RE[destination, e]) for e in ids_TK[token] if placement.replicas_RE[destination, e]]
             expected[0, min(parts), source, destination] += 1
             expected[1, max(parts), source, destination] += 1
 
@@ -137,29 +138,20 @@ def test_a_row_goes_out_with_the_first_part_and_home_with_the_last(case: Case, s
         assert np.array_equal(np.array(received), expected[:, :, :, rank])
 
 
-def test_parts_are_cut_where_half_of_the_rows_are_done() -> None:
-    """Rank 0 computes 5, 1 and 4 rows of experts 0 to 2: 5 and 5. Rank 1 has all its rows with expert 4: one part is empty."""
-    owners_E = np.array([0, 0, 0, 1, 1, 1])
-    split = split_exact(
-        ExpertLoad(np.array([[5, 0, 4, 0, 7, 0], [0, 1, 0, 0, 0, 0]])),
-        Placement.owners_only(owners_E, 2),
-        Topology.preset("cpu", 2),
-    )
-    assert part_cuts(split, 2).tolist() == [[1], [1]]
-    assert part_cuts(split, 1).shape == (2, 0)
-
-
 def test_two_parts_between_nodes() -> None:
     """By default where rows go straight from node to node and may travel under other work; never by node."""
 
-    def parts(num_nodes: int, ranks_per_node: int, **options: Any) -> int | None:
+    def options_of(num_nodes: int, ranks_per_node: int, **options: Any) -> dict[str, Any]:
         topology = replace(Topology.preset("cpu", num_nodes * ranks_per_node), num_nodes=num_nodes, ranks_per_node=ranks_per_node)
-        found: int | None = _handle_builder(RuntimeConfig(**options), topology).keywords.get("num_parts")  # type: ignore[attr-defined]
+        found: dict[str, Any] = _handle_builder(RuntimeConfig(**options), topology).keywords  # type: ignore[attr-defined]
         return found
 
-    assert parts(2, 1) == parts(2, 2, token_route="direct") == parts(1, 2, row_parts=2) == 2
-    assert parts(1, 4) == parts(2, 1, overlap=False) == parts(2, 1, row_parts=1) == 1
-    assert parts(2, 2) is None
+    two, one = {"num_parts": 2}, {"num_parts": 1}
+    assert options_of(2, 1) == options_of(2, 2, token_route="direct") == options_of(1, 2, row_parts=2) == two
+    assert options_of(1, 4) == options_of(2, 1, overlap=False) == options_of(2, 1, row_parts=1) == one
+    by_node = {"ranks_per_node": 2}
+    assert options_of(2, 2) == by_node | {"at_home": True}
+    assert options_of(2, 2, overlap=False) == options_of(2, 2, row_parts=1) == by_node | {"at_home": False}
     with pytest.raises(ValueError, match=r"runtime.row_parts is 3; choose 'auto', 1 or 2"):
         RuntimeConfig(row_parts=3)
 

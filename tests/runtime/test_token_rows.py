@@ -52,7 +52,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return ids, targets
 
 
-class _Recorded:
+class Recorded:
     """Messages whose wait is written down."""
 
     def __init__(self, pending: Pending, op: str, events: list[str]):
@@ -82,7 +82,7 @@ def recorded_step(
             return pending
         of_layer = events[where.split(", ")[1]]
         of_layer.append(f"launch {op}")
-        return _Recorded(pending, op, of_layer)
+        return Recorded(pending, op, of_layer)
 
     transport.exchange_rows = recording  # type: ignore[method-assign]
     first = events["blocks.0.moe"]
