@@ -95,9 +95,9 @@ class RuntimeConfig:
     node where the topology has several nodes of several ranks."""
     row_parts: int | Literal["auto"] = "auto"
     """Parts, 1 or 2, in which token rows travel: the experts of one compute while the rows of the other are on their way, out or
-    home; and what a rank computes for itself, as most copies do, while the first rows come and the last leave. To the same bits
+    home; and experts that a rank computes for its own tokens alone while the first rows come and the last leave. To the same bits
     and as many bytes, in up to twice the messages. "auto": 2 between nodes where rows go straight to every rank and `overlap` is
-    on, else 1. By node they go in one, and 2 is refused; with "auto" they do under what ranks compute for themselves."""
+    on, else 1. By node they go in one, and 2 is refused."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
     rehome_every: int = 0

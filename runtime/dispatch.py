@@ -10,14 +10,14 @@ This file finds out what goes where; dispatch_handle.py has the rows travel.
 
 Layouts, on the source rank:
     assignment a = t * K + k                      as the router made them
-    "by destination": (destination, expert, token)  the order in which assignments are described to their destinations; experts
-                                                  in the order in which that rank computes them, see expert_order.py
+    "by destination": (destination, expert, token)  the order in which assignments are described to their destinations
     sent rows: (destination, token)               one for each other destination of each token; in two parts
                                                   (destination, kind, token), see dispatch_handle.py
 and on the destination rank:
     received rows: (source, token)                from other ranks, in the order in which they were sent
     "by source": (source, expert, token)          the order in which descriptions arrive
     "slot-major": (expert, source, token)         the order of the expert stage: one contiguous group per local expert
+In all but the first, experts are in the order in which the destination computes them, see expert_order.py.
 
 Ids are those of `Capacity.kept_ids`: E stands for an assignment that is dropped, which nothing below describes or sends.
 
@@ -51,8 +51,8 @@ class Assignments:
     counts_R: tuple[int, ...]  # for each rank
 
     @classmethod
-    def of(cls, topk_ids_TK: Tensor, split: Split, rank: int, order: ExpertOrder) -> Assignments:
-        """Which assignment goes where, and in which order of experts it is described there.
+    def of(cls, topk_ids_TK: Tensor, split: Split, rank: int, order: ExpertOrder | None = None) -> Assignments:
+        """Which assignment goes where; to each destination in the order of its experts, or of their ids.
 
         Expert by expert, tokens fill the destinations in rank order; those that must go to a destination anyway, for an
         expert held only there, come where that destination's turn is, to share one row. An expert with one holder gets its
@@ -64,7 +64,8 @@ class Assignments:
         if is_shared_E.any():
             anchors_TK = anchor_ranks(topk_ids_TK, split, rank) * on_device(is_shared_E, device)[topk_ids_TK]
         ids_A = split_tokens(topk_ids_TK, on_device(sends_ER, device), anchors_TK, num_sent=int(sends_ER.sum()))
-        ids_A = order.by_destination(ids_A, sends_ER)
+        if order is not None:
+            ids_A = order.by_destination(ids_A, sends_ER)
         counts_R = tuple(int(n) for n in sends_ER.sum(axis=0))
         destinations_A = torch.repeat_interleave(on_device(counts_R, device), output_size=ids_A.numel())
         return cls(ids_A, ids_A // topk_ids_TK.shape[1], destinations_A, counts_R)
@@ -88,8 +89,8 @@ def build_handle(
     """
     rank, device = transport.rank, topk_ids_TK.device
     num_tokens, top_k = topk_ids_TK.shape
-    order = ExpertOrder.of(split)
-    here_X, part_RE = order.experts(rank, local_experts), order.part_RE(num_parts)
+    order = ExpertOrder.of(split, num_parts)
+    here_X, part_RE = order.experts(rank, local_experts), order.part_RE
     recvs_RX = split.recvs(rank)[:, here_X]
     received_RH = _by_part(recvs_RX, part_RE[rank, here_X], num_parts)
 
@@ -103,8 +104,8 @@ def build_handle(
     to_R, headers_R = slices(assigned.counts_R), rows.num_RC.sum(1).to(torch.int32)
     sent = [_describe(headers_R[r : r + 1], rows.local_row_A[part], weights_A[part]) for r, part in enumerate(to_R)]
     received_assignments_R = tuple(int(n) for n in received_RH.sum(axis=1))
-    own, own_tokens = slices(received_assignments_R)[rank], assigned.tokens_A[to_R[rank]]
-    own_message = _describe(headers_R[rank : rank + 1], own_tokens.to(torch.int32), weights_A[to_R[rank]])
+    own, own_rows = slices(received_assignments_R)[rank], assigned.tokens_A[to_R[rank]].to(torch.int32)
+    own_message = _describe(headers_R[rank : rank + 1], own_rows, weights_A[to_R[rank]])
     sizes_R = [1 + 2 * n if n else 0 for n in received_assignments_R]
     received = exchange_messages(transport, sent, own_message, sizes_R, op, where)
     bodies = [message[1:].view(2, -1) for message in received]
@@ -117,9 +118,11 @@ def build_handle(
     ids_by_source = torch.cat([body[0] + first for body, first in zip(bodies, first_id_R, strict=True)]).long()
     weights_by_source = torch.cat([body[1] for body in bodies]).view(torch.float32)
     slot_major_N, group_sizes = segment_transpose(recvs_RX, device), tuple(int(n) for n in recvs_RX.sum(axis=0))
-    positions_by_source = inverse(slot_major_N)
 
-    # Phase 4: the way back.
+    # Phase 4: the way back, where every row, and every token, sums up in the order of expert ids.
+    ids, positions, by_id_N = ids_by_source, inverse(slot_major_N), order.by_id(recvs_RX, here_X, device)
+    if by_id_N is not None:
+        ids, positions = ids[by_id_N], positions[by_id_N]
     return DispatchHandle(
         rank=rank,
         num_tokens=num_tokens,
@@ -134,12 +137,12 @@ def build_handle(
         received_assignments_HR=_by_rank(received_RH),
         slot_major_N=slot_major_N,
         row_ids_N=ids_by_source[slot_major_N],
-        return_bags_H=counts.return_bags(without(ids_by_source, own) - num_tokens, without(positions_by_source, own)),
-        home_bags=home_bags(rank, sent_rows_R, sent_token_ids_P, own_tokens, positions_by_source, own, num_tokens),
+        return_bags_H=counts.return_bags(without(ids, own) - num_tokens, without(positions, own)),
+        home_bags=home_bags(rank, sent_rows_R, sent_token_ids_P, ids[own], positions, own, num_tokens),
         row_weights_N=weights_by_source[slot_major_N],
         experts=tuple(int(e) for e in here_X),
         group_sizes=group_sizes,
-        runs=order.runs(rank, here_X, group_sizes, num_parts, at_home=num_parts == 2),
+        runs=order.runs(rank, here_X, group_sizes),
     )
 
 

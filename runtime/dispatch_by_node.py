@@ -27,7 +27,7 @@ from ..kernels import Bags, gather_rows, sum_rows
 from ..placement import Split
 from .dispatch import Assignments, bags_at, exchange_messages, home_bags, inverse, segment_transpose
 from .dispatch_handle import DispatchHandle, RowsHome, RowsInFlight, slices, starts
-from .expert_order import ExpertOrder
+from .expert_order import Run
 
 # Bits of a mask in one int32, which stays positive.
 _WORD_BITS = 31
@@ -56,12 +56,13 @@ class NodeHandle(DispatchHandle):
         received_QD, relayed_SD = arrived[:num_received], arrived[num_received:]
         pending = all_to_all_rows(transport, self.out_layouts_H[0], outgoing, received_QD, op=op, where=where)
 
-        def pass_on() -> None:
+        def pass_on() -> Tensor:
             passed = transport.empty((sum(self.passed_rows_R), dim), x_TD)
             gather_rows(received_QD, self.passed_row_ids_U, out=passed)
             all_to_all_rows(transport, self.pass_layout, passed, relayed_SD, op=op, where=where).wait(until_sent=False)
+            return gather_rows(x_TD, self.row_ids_N, beside=arrived)
 
-        return self.arriving(x_TD, arrived, outgoing, [pending], pass_on)
+        return [RowsInFlight(pending, outgoing, pass_on)]
 
     def return_rows(self, part: int, home: RowsHome, transport: Transport, op: str, where: str) -> RowsInFlight[None]:
         """See `DispatchHandle.return_rows`. What is in flight is the last hop, which is the one between nodes."""
@@ -85,27 +86,24 @@ def build_node_handle(
     where: str,
     *,
     ranks_per_node: int,
-    at_home: bool = False,
 ) -> NodeHandle:
     """Describe this rank's assignments to their destinations, and learn what comes here and what must be passed on.
 
-    As `dispatch.build_handle`, for ranks in node-major order; one exchange, and no sizes before it. With `at_home`, experts that
-    no other rank needs are runs of their own.
+    As `dispatch.build_handle`, for ranks in node-major order; one exchange, and no sizes before it.
     """
-    rank, num_tokens, order = transport.rank, topk_ids_TK.shape[0], ExpertOrder.of(split)
-    here_X = order.experts(rank, local_experts)
+    rank, num_tokens = transport.rank, topk_ids_TK.shape[0]
 
     # Phase 1: which assignment goes where, which rows that makes, and what is said about them.
-    assigned = Assignments.of(topk_ids_TK, split, rank, order)
+    assigned = Assignments.of(topk_ids_TK, split, rank)
     sent = _SentRows.of(assigned, num_tokens, rank, split.placement.num_ranks, ranks_per_node)
     weights_A = weights_TK.detach().float().flatten()[assigned.ids_A]
-    recvs_RX = split.recvs(rank)[:, here_X]
-    received_assignments_R = tuple(int(n) for n in recvs_RX.sum(axis=1))
+    recvs_RE = split.recvs(rank)
+    received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
     messages = _exchange_descriptions(assigned, sent, weights_A, received_assignments_R, ranks_per_node, transport, op, where)
 
     # Phase 2: which row every assignment that came is about; slot-major order regroups them by local expert.
     came = _ArrivedRows.of(messages, received_assignments_R, num_tokens, rank, ranks_per_node)
-    slot_major_N, group_sizes = segment_transpose(recvs_RX, topk_ids_TK.device), tuple(int(n) for n in recvs_RX.sum(axis=0))
+    slot_major_N = segment_transpose(recvs_RE, topk_ids_TK.device)
     num_slot_major, positions_by_source = slot_major_N.numel(), inverse(slot_major_N)
 
     # Phase 3: the way back. A gateway adds up, in rank order, what the ranks of its node return and what is computed here.
@@ -139,9 +137,9 @@ def build_node_handle(
         ),
         home_bags=home_bags(rank, sent.rows_R, sent.token_ids_P, came.ids_by_source[own], positions_by_source, own, num_tokens),
         row_weights_N=came.weights_by_source[slot_major_N],
-        experts=tuple(int(e) for e in here_X),
-        group_sizes=group_sizes,
-        runs=order.runs(rank, here_X, group_sizes, 1, at_home=at_home),
+        experts=tuple(int(e) for e in local_experts),
+        group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
+        runs=(Run(slice(0, len(local_experts)), slice(0, num_slot_major), 0),),
         passed_row_ids_U=passed,
         passed_rows_R=came.passed_rows_R,
         relayed_rows_R=came.relayed_rows_R,

@@ -38,16 +38,16 @@ class RowsInFlight(Generic[Arrived]):
     """Token rows on their way.
 
     Args:
-        pending: waits for them; None if there is nothing to wait for.
-        sent: what was sent; it must live until then, and is only dropped afterwards.
+        pending: waits for them; None if they are at home.
+        sent: what was sent; it must live until then, and is only dropped afterwards. None if they are at home.
         take: makes of what arrived what it is wanted for; called once. Where rows are passed on, it communicates.
     """
 
     __slots__ = ("_arrived", "_pending", "_sent", "_take")
 
-    def __init__(self, pending: Pending | None, sent: Tensor, take: Callable[[], Arrived]):
+    def __init__(self, pending: Pending | None, sent: Tensor | None, take: Callable[[], Arrived]):
         self._pending = pending
-        self._sent: Tensor | None = sent
+        self._sent = sent
         self._take: Callable[[], Arrived] | None = take
         self._arrived: Arrived | None = None
 
@@ -107,7 +107,7 @@ class DispatchHandle:
     sent_assignments_HR: Counts_HR
     received_rows_HR: Counts_HR  # rows that come from each rank with each part; none from this one
     returned_rows_HR: Counts_HR  # the same rows by the part with which they are returned
-    received_assignments_HR: Counts_HR
+    received_assignments_HR: Counts_HR  # also this rank's own, in both, though no part sends them
     slot_major_N: Tensor  # position "by source" of every slot-major row
     row_ids_N: Tensor  # what every slot-major row is a copy of: token t (t < T), or received row q (T + q)
     return_bags_H: tuple[Bags, ...]  # slot-major rows of every row that is returned with a part
@@ -124,7 +124,7 @@ class DispatchHandle:
 
     @cached_property
     def rows_H(self) -> tuple[slice, ...]:
-        """Slot-major rows of each part."""
+        """Slot-major rows of each part that travel, with those of the same experts that do not."""
         return tuple(run.rows for run in self.runs if run.part is not None)
 
     @property
@@ -162,35 +162,24 @@ class DispatchHandle:
         outgoing = transport.empty((self.num_sent, x_TD.shape[1]), x_TD)
         gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
         received_QD = x_TD.new_empty(self.num_received, x_TD.shape[1])
-        pending_H = [
-            all_to_all_rows(transport, layout, outgoing, received_QD, op=op, where=where) for layout in self.out_layouts_H
-        ]
-        return self.arriving(x_TD, received_QD, outgoing, pending_H)
-
-    def arriving(
-        self,
-        x_TD: Tensor,
-        received: Tensor,
-        outgoing: Tensor,
-        pending_H: Sequence[Pending],
-        pass_on: Callable[[], None] = lambda: None,
-    ) -> list[RowsInFlight[Tensor]]:
-        """Every run's rows, copied from this rank's tokens and from what it received when they are waited for.
-
-        `pass_on` is called when a part has arrived.
-        """
         rows_ND = x_TD.new_empty(self.row_ids_N.shape[0], x_TD.shape[1])
 
-        def arriving(run: Run) -> RowsInFlight[Tensor]:
+        def at_home(rows: slice) -> RowsInFlight[Tensor]:
+            # Holds none of the buffers in which rows travel.
             def take() -> Tensor:
-                if run.part is not None:
-                    pass_on()
-                gather_rows(x_TD, self.row_ids_N[run.rows], beside=received, out=rows_ND[run.rows])
+                gather_rows(x_TD, self.row_ids_N[rows], out=rows_ND[rows])
                 return rows_ND
 
-            return RowsInFlight(None if run.part is None else pending_H[run.part], outgoing, take)
+            return RowsInFlight(None, None, take)
 
-        return [arriving(run) for run in self.runs]
+        def launch(layout: RowLayout, rows: slice) -> RowsInFlight[Tensor]:
+            def take() -> Tensor:
+                gather_rows(x_TD, self.row_ids_N[rows], beside=received_QD, out=rows_ND[rows])
+                return rows_ND
+
+            return RowsInFlight(all_to_all_rows(transport, layout, outgoing, received_QD, op=op, where=where), outgoing, take)
+
+        return [at_home(run.rows) if run.part is None else launch(self.out_layouts_H[run.part], run.rows) for run in self.runs]
 
     def rows_home(self, rows_ND: Tensor, transport: Transport, gate_grads_N: Tensor | None = None) -> RowsHome:
         """Buffers in which slot-major rows [N, D] go home, of which those of a part need to be set when it is returned.

@@ -1,6 +1,7 @@
 """In which order ranks compute their experts, so that token rows travel under experts that need none of them.
 
-An expert is *at home* on a rank that computes it for tokens of its own only, as most copies are. Each rank goes through
+An expert is *at home* on a rank that computes it for tokens of its own only, as copies often are where few ranks share one. With
+rows in two parts each rank goes through
 
     half of its experts at home     while the first rows come
     a first half of the others      while the second half's rows come
@@ -8,16 +9,16 @@ An expert is *at home* on a rank that computes it for tokens of its own only, as
     the other experts at home       while the last results leave
 
 where halves are of rows: those computed at home, and those that travel for the others (dispatch_handle.py tells how). In each of
-these phases experts are in the order of their ids. Every rank knows every rank's order, since it follows from the split.
+these phases experts are in the order of their ids, as they are all where rows travel in one part. Every rank knows every rank's
+order, since it follows from the split.
 
-Shape letters: R ranks, E experts, H parts in which rows travel, X experts of one rank.
+Shape letters: R ranks, E experts, X experts of one rank, N its assignments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -29,6 +30,8 @@ from ..placement import Split
 
 _NUM_PHASES = 4
 _FIRST_AT_HOME, _FIRST_PART, _SECOND_PART, _LAST_AT_HOME = range(_NUM_PHASES)
+# With fewer rows at home, one in so many, they would hide less than two more runs cost.
+_AT_HOME_OF = 32
 
 
 @dataclass(frozen=True)
@@ -53,63 +56,72 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class ExpertOrder:
-    """The phase of every expert on every rank, int8 [R, E]."""
+    """The phase of every expert on every rank, int8 [R, E], and in how many parts, 1 or 2, rows travel."""
 
     phase_RE: np.ndarray
+    num_parts: int
+    has_home: bool  # whether a phase at home has an expert, on any rank
 
     @classmethod
-    def of(cls, split: Split) -> ExpertOrder:
+    def of(cls, split: Split, num_parts: int) -> ExpertOrder:
         """The order that a split gives.
 
-        Example: a rank computes 2, 3 and 2 rows of experts 0, 1 and 2, one of expert 0's for another rank: 1, then 0, then 2.
+        Example: in two parts, a rank computes 2, 3 and 2 rows of experts 0, 1 and 2, one of expert 0's for another rank; it
+        computes 1, then 0, then 2.
         """
-        rows_RE, travelling_RE = split.rows_RE, split.rows_RE - split.home_rows_RE
-        is_at_home_RE = (travelling_RE == 0) & (rows_RE > 0)
-        at_home_RE = np.where(_is_in_first_half(rows_RE * is_at_home_RE), _FIRST_AT_HOME, _LAST_AT_HOME)
-        others_RE = np.where(_is_in_first_half(travelling_RE), _FIRST_PART, _SECOND_PART)
-        return cls(np.where(is_at_home_RE, at_home_RE, others_RE).astype(np.int8))
-
-    @cached_property
-    def is_by_id(self) -> bool:
-        """Whether every rank's order is that of the ids."""
-        return bool((np.diff(self.phase_RE, axis=1) >= 0).all())
+        rows_RE = split.rows_RE
+        if num_parts == 1:
+            return cls(np.full(rows_RE.shape, _FIRST_PART, np.int8), num_parts, has_home=False)
+        travelling_RE = rows_RE - split.home_rows_RE
+        at_home_RE = np.where(travelling_RE == 0, rows_RE, 0)
+        phase_RE = np.where(_is_in_first_half(travelling_RE), _FIRST_PART, _SECOND_PART)
+        has_home = bool(_AT_HOME_OF * at_home_RE.sum() >= rows_RE.sum() > 0)
+        if has_home:
+            half_RE = np.where(_is_in_first_half(at_home_RE), _FIRST_AT_HOME, _LAST_AT_HOME)
+            phase_RE = np.where(at_home_RE > 0, half_RE, phase_RE)
+        return cls(phase_RE.astype(np.int8), num_parts, has_home)
 
     def experts(self, rank: int, held: Sequence[int]) -> np.ndarray:
         """The experts that a rank holds, given in ascending order, in its order: int64 [X]."""
         held_X = np.array(held, np.int64)
         return held_X[np.argsort(self.phase_RE[rank, held_X], kind="stable")]
 
-    def part_RE(self, num_parts: int) -> np.ndarray:
+    @property
+    def part_RE(self) -> np.ndarray:
         """The part in which rows travel to every expert on every rank, 0 or 1; experts at home belong to the one beside them."""
-        return self.phase_RE >= _SECOND_PART if num_parts == 2 else np.zeros_like(self.phase_RE)
+        return self.phase_RE // _SECOND_PART
 
     def by_destination(self, assignments_A: Tensor, sends_ER: np.ndarray) -> Tensor:
         """Put assignments in the order (destination, expert, token) into the order of each destination's experts."""
-        if self.is_by_id:
+        if not self.has_home:
             return assignments_A
         num_ranks, num_experts = self.phase_RE.shape
         order_RE = np.argsort(self.phase_RE, axis=1, kind="stable") + num_experts * np.arange(num_ranks)[:, None]
         return assignments_A[regroup(sends_ER.T.ravel(), order_RE.ravel(), assignments_A.device)]
 
-    def runs(
-        self, rank: int, held_X: np.ndarray, group_sizes: Sequence[int], num_parts: int, *, at_home: bool
-    ) -> tuple[Run, ...]:
-        """The runs of a rank that holds these experts, in its order; as many on every rank, so some may have no expert.
+    def by_id(self, received_RX: np.ndarray, experts_X: np.ndarray, device: torch.device) -> Tensor | None:
+        """The gather index that puts a rank's assignments (source, expert in its order, token) into the order of expert ids.
 
-        One for each part. With `at_home`, which two parts ask for, experts at home are the first and the last run.
+        None where they are. Sums over a token's experts follow it, so that their bits do not depend on other ranks' tokens.
         """
-        ends = np.cumsum(np.bincount(self.phase_RE[rank, held_X], minlength=_NUM_PHASES)).tolist()
-        cuts = [0, *ends]
-        parts: tuple[int | None, ...] = (None, 0, 1, None)
-        if not at_home:
-            cuts, parts = [0, ends[-1]], (0,)
-        elif num_parts == 1:
-            del cuts[_SECOND_PART]
-            parts = (None, 0, None)
+        if not self.has_home:
+            return None
+        num_ranks, num_here = received_RX.shape
+        order_RX = np.argsort(experts_X) + num_here * np.arange(num_ranks)[:, None]
+        return regroup(received_RX.ravel(), order_RX.ravel(), device)
+
+    def runs(self, rank: int, experts_X: np.ndarray, group_sizes: Sequence[int]) -> tuple[Run, ...]:
+        """The runs of a rank, whose experts are in its order; as many on every rank, so some may have no expert."""
+        ends = np.cumsum(np.bincount(self.phase_RE[rank, experts_X], minlength=_NUM_PHASES)).tolist()
         first_rows = [0, *accumulate(group_sizes)]
+        parts = [(_FIRST_PART, 0), (_SECOND_PART, 1)][: self.num_parts]
+        phases: list[tuple[int, int | None]] = (
+            [(_FIRST_AT_HOME, None), *parts, (_LAST_AT_HOME, None)] if self.has_home else [*parts]
+        )
+        bounds = [0, *(ends[phase] for phase, _ in phases)]
         return tuple(
             Run(slice(start, stop), slice(first_rows[start], first_rows[stop]), part)
-            for part, (start, stop) in zip(parts, pairwise(cuts), strict=True)
+            for (start, stop), (_, part) in zip(pairwise(bounds), phases, strict=True)
         )
 
 

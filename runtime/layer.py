@@ -106,7 +106,8 @@ class MoELayer(nn.Module):
         link, crossing = runtime.begin_dispatch(x_TD, routing, this)
         # The shared experts need none of the rows that are on their way.
         shared_TD = None if self.shared is None else self.shared(x_TD)
-        # After the first rows have arrived, so that the gather also travels under them. Those of experts at home never left.
+        # After the first rows have arrived, so that the gather also travels under them; unless experts at home are first, which
+        # need their weights while rows travel.
         crossing.rows.arrived(0)
         token = runtime.materialize(token, this)
         link = runtime.experts(link, token, crossing)

@@ -271,7 +271,7 @@ class LayerRuntime:
 def _handle_builder(config: RuntimeConfig, topology: Topology) -> Callable[..., DispatchHandle]:
     """What describes where rows travel: by node or straight to every rank, and then in one part or in two.
 
-    Two, and experts at home around them, where the way is long enough for experts to hide it: between nodes.
+    Two where the way is long enough for experts to hide it: between nodes.
     """
     num_nodes, ranks_per_node = topology.num_nodes, topology.ranks_per_node
     by_node = min(num_nodes, ranks_per_node) > 1 if config.token_route == "auto" else config.token_route == "by_node"
@@ -280,10 +280,10 @@ def _handle_builder(config: RuntimeConfig, topology: Topology) -> Callable[..., 
             f"runtime.row_parts is 2, but on {num_nodes} nodes of {ranks_per_node} ranks token rows go by node, in one part; "
             "set runtime.row_parts='auto', or runtime.token_route='direct'"
         )
-    is_far = config.row_parts == "auto" and config.overlap and num_nodes > 1
     if by_node:
-        return partial(build_node_handle, ranks_per_node=ranks_per_node, at_home=is_far)
-    return partial(build_handle, num_parts=(2 if is_far else 1) if config.row_parts == "auto" else config.row_parts)
+        return partial(build_node_handle, ranks_per_node=ranks_per_node)
+    auto_parts = 2 if config.overlap and num_nodes > 1 else 1
+    return partial(build_handle, num_parts=auto_parts if config.row_parts == "auto" else config.row_parts)
 
 
 def _owned(owners_E: np.ndarray, rank: int) -> tuple[int, ...]:

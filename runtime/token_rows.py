@@ -4,8 +4,8 @@ Rows make a round trip, out to their experts and home again, their gradients ano
 
     launch the rows of every part; for each run of experts: wait for its part, compute, launch the way home; wait for all, add up
 
-so that with two parts the experts of one run while rows of the other travel, out or home, and experts at home, which need no
-other rank's rows, while the first come and the last leave (expert_order.py). A layer with shared experts has work that needs no
+so that with two parts the experts of one run while rows of the other travel, out or home, and experts at home, which no other
+rank needs, while the first come and the last leave (expert_order.py). A layer with shared experts has work that needs no
 rows at all. It runs between the launch and the first wait in forward, and between the last launch and the last wait in backward:
 autograd runs nodes that were made later first.
 
@@ -69,9 +69,11 @@ class RoundTrip:
 
     def arrived(self, index: int) -> Tensor:
         """Wait for the rows of a run, and of those before it: slot-major [N, D], in which theirs are set."""
-        for number, rows in enumerate(self._out[: index + 1]):
+        handle = self._pass.handle
+        assert handle is not None
+        for run, rows in zip(handle.runs[: index + 1], self._out, strict=False):
             if not rows.has_arrived:
-                with self._runtime.stage(self._stages[0], self._pass, is_complete=number + 1 == len(self._out)):
+                with self._runtime.stage(self._stages[0], self._pass, is_complete=run.part == handle.num_parts - 1):
                     rows.wait()
         self._note_end()
         return self._out[index].wait()

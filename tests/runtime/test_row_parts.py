@@ -122,7 +122,7 @@ def test_a_row_goes_out_with_the_first_part_and_home_with_the_last(case: Case, s
     ids_R = [torch.rand(n, num_experts, generator=random).argsort(1)[:, : case.top_k] for n in case.tokens_R]
     load = ExpertLoad(np.stack([np.bincount(ids.numpy().ravel(), minlength=num_experts) for ids in ids_R]))
     split = split_exact(load, placement, case.topology())
-    part_RE = ExpertOrder.of(split).part_RE(2)
+    part_RE = ExpertOrder.of(split, 2).part_RE
     expected = np.zeros((2, 2, num_ranks, num_ranks), np.int64)  # (out, home), part, source, destination
     for source, ids_TK in enumerate(ids_R):
         for token, destination in crossing_pairs(split.sends(source), ids_TK.numpy(), source, range(len(ids_TK))):
@@ -149,9 +149,7 @@ def test_two_parts_between_nodes() -> None:
     two, one = {"num_parts": 2}, {"num_parts": 1}
     assert options_of(2, 1) == options_of(2, 2, token_route="direct") == options_of(1, 2, row_parts=2) == two
     assert options_of(1, 4) == options_of(2, 1, overlap=False) == options_of(2, 1, row_parts=1) == one
-    by_node = {"ranks_per_node": 2}
-    assert options_of(2, 2) == by_node | {"at_home": True}
-    assert options_of(2, 2, overlap=False) == options_of(2, 2, row_parts=1) == by_node | {"at_home": False}
+    assert options_of(2, 2) == {"ranks_per_node": 2}
     with pytest.raises(ValueError, match=r"runtime.row_parts is 3; choose 'auto', 1 or 2"):
         RuntimeConfig(row_parts=3)
 
