@@ -26,6 +26,7 @@ from ..kernels import (
     grouped_ffn,
     grouped_ffn_backward,
     grouped_gemm,
+    grouped_gemm_backward,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
     sum_rows,
@@ -139,15 +140,22 @@ class Products:
         return ways
 
     def ours(self, kinds: Sequence[str]) -> Call:
-        """Like torch's ways, `wgrad` writes new gradients, as a step's first micro-batch does; the others' is `wgrad adding`."""
-        wgrad = partial(grouped_gemm_wgrad, self.dy, self.x, self.sizes, self.grads)
+        """Like torch's ways, `wgrad` writes new gradients, as a step's first micro-batch does; the others' is `wgrad adding`.
+
+        Who needs both gradients, as autograd does, asks for them in one call.
+        """
+        wgrad, fresh = partial(grouped_gemm_wgrad, self.dy, self.x, self.sizes, self.grads), [True] * len(self.sizes)
+        backward = partial(grouped_gemm_backward, self.dy, self.x, self.bank, self.sizes, self.grads)
         calls: dict[str, Call] = {
             "forward": partial(grouped_gemm, self.x, self.bank, self.sizes, out=self.y),
             "dgrad": partial(grouped_gemm_dgrad, self.dy, self.bank, self.sizes, out=self.dx),
-            "wgrad": partial(wgrad, overwrite=[True] * len(self.sizes)),
+            "wgrad": partial(wgrad, overwrite=fresh),
             "wgrad adding": wgrad,
+            "dgrad and wgrad": partial(backward, overwrite=fresh, out=self.dx),
         }
-        chosen = [calls[kind] for kind in kinds]
+        both = {"dgrad", "wgrad"}
+        names = [kind for kind in kinds if kind not in both] + ["dgrad and wgrad"] if both <= set(kinds) else kinds
+        chosen = [calls[name] for name in names]
         return lambda: [call() for call in chosen]
 
     def check(self, kinds: Sequence[str]) -> float:

@@ -2,7 +2,7 @@
 
 from .clamped_ffn import Clamp, clamped_ffn, clamped_ffn_backward
 from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
-from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .grouped_gemm import grouped_gemm, grouped_gemm_backward, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .histogram import histogram
 from .host_values import on_device
 from .pack_rows import accumulate_rows, pack_rows
@@ -28,6 +28,7 @@ __all__ = [
     "grouped_ffn",
     "grouped_ffn_backward",
     "grouped_gemm",
+    "grouped_gemm_backward",
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "histogram",

@@ -45,15 +45,6 @@ def multiply(sgemm, scratch, M, N, K, a, b, out, out_stride, alpha, beta):
     call(sgemm, forms_and_sizes + operands + (at + 8 * _BETA, out, at + 8 * _LDOUT))
 
 
-def addresses_of(matrices):
-    """Where each of a sequence of contiguous fp32 matrices is, or of a stack of them."""
-    if not isinstance(matrices, torch.Tensor):
-        return [matrix.data_ptr() for matrix in matrices]
-    (num_matrices, *shape), first = matrices.shape, matrices.data_ptr()
-    num_bytes = 4 * shape[0] * shape[1]
-    return range(first, first + num_matrices * num_bytes, num_bytes)
-
-
 @njit(cache=True, inline="always")
 def are_groups_of(num_rows, sizes):
     """Whether groups of these sizes are what the rows consist of."""

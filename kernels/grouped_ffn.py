@@ -13,25 +13,26 @@ Shapes: N rows, D model dim, F expert ffn dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grouped_gemm import (
     add_wgrad,
-    are_plain_matrices,
-    are_plain_rows,
     check_groups,
     group_slices,
     grouped_gemm,
+    grouped_gemm_backward,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
-    has_blas,
     zero_empty,
 )
-from .swiglu import SwigluGrads, swiglu, swiglu_backward, takes_compiled_pass
+from .operands_cpu import address_of, addresses_of, words_of_rows
+from .swiglu import SwigluGrads, serves_threads, swiglu, swiglu_backward
 
 # Upper bound on the rows of one chunk.
 _CHUNK_ROWS = 2048
@@ -99,11 +100,9 @@ def grouped_ffn(
     F = weights.down[0].shape[1] if len(weights.down) else 0
     if out is None:
         out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
-    if _takes_compiled(weights, out.gate_up_N2F, row_weights_N, x_ND, out.y_ND):
-        from .grouped_ffn_cpu import forward_into
-
-        if forward_into(out, x_ND, row_weights_N, weights, group_sizes, _CHUNK_ROWS):
-            return out
+    operands = _compiled_operands(out.gate_up_N2F, (x_ND, out.y_ND), (row_weights_N,), (weights,), len(group_sizes))
+    if operands is not None and _run_compiled(out.gate_up_N2F, operands, group_sizes):
+        return out
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
     if not len(group_sizes):
         return out
@@ -140,14 +139,14 @@ def grouped_ffn_backward(
         )
     is_fresh = [False] * len(group_sizes) if overwrite is None else list(overwrite)
     rows = dy_ND, x_ND, gate_up_N2F, row_weights_N
-    is_done = False
-    if _takes_compiled(
-        weights, gate_up_N2F, row_weights_N, x_ND, dy_ND, out.dx_ND, grads=grads, drow_weights_N=out.drow_weights_N
-    ):
-        from .grouped_ffn_cpu import backward_into
-
-        is_done = backward_into(out, *rows, weights, grads, group_sizes, alpha, is_fresh, _CHUNK_ROWS)
-    if not is_done:
+    operands = _compiled_operands(
+        gate_up_N2F,
+        (x_ND, dy_ND, out.dx_ND),
+        (row_weights_N, out.drow_weights_N),
+        (weights,) if grads is None else (weights, grads),
+        len(group_sizes),
+    )
+    if operands is None or not _run_compiled(gate_up_N2F, operands, group_sizes, alpha, is_fresh):
         check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
         if not len(group_sizes):
             return out
@@ -178,10 +177,13 @@ def _backward_by_ops(
     dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
     buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
     inner = swiglu_backward(dh_NF, gate_up_N2F, row_weights_N, out=buffers)
-    grouped_gemm_dgrad(inner.dgate_up_N2F, weights.gate_up, group_sizes, out=out.dx_ND)
-    if grads is not None:
-        grouped_gemm_wgrad(dy_ND, inner.h_NF, group_sizes, grads.down, alpha=alpha, overwrite=overwrite)
-        grouped_gemm_wgrad(inner.dgate_up_N2F, x_ND, group_sizes, grads.gate_up, alpha=alpha, overwrite=overwrite)
+    dgate_up_N2F = inner.dgate_up_N2F
+    if grads is None:
+        grouped_gemm_dgrad(dgate_up_N2F, weights.gate_up, group_sizes, out=out.dx_ND)
+        return
+    how: dict[str, Any] = {"alpha": alpha, "overwrite": overwrite}
+    grouped_gemm_backward(dgate_up_N2F, x_ND, weights.gate_up, group_sizes, grads.gate_up, **how, out=out.dx_ND)
+    grouped_gemm_wgrad(dy_ND, inner.h_NF, group_sizes, grads.down, **how)
 
 
 def grouped_ffn_torch(
@@ -229,32 +231,64 @@ def grouped_ffn_backward_torch(
             is_fresh[group] = False
 
 
-def _takes_compiled(
-    weights: FFNWeights,
+@dataclass(frozen=True)
+class CompiledOperands:
+    """Where the operands of a pass lie, as the compiled routines take them."""
+
+    rows: list[int]  # address, width and row stride of gate_up_N2F, x_ND, then y_ND, or dy_ND and dx_ND
+    row_weights: list[int]  # address of row_weights_N, and in the backward of drow_weights_N
+    matrices: list[int]  # addresses of every group's gate_up, then of down; in the backward of trained experts, their gradients'
+
+
+def _compiled_operands(
     gate_up_N2F: Tensor,
-    row_weights_N: Tensor,
-    *rows_ND: Tensor,
-    grads: FFNWeights | None = None,
-    drow_weights_N: Tensor | None = None,
+    rows_ND: Sequence[Tensor],
+    weights_N: Sequence[Tensor],
+    parts: Sequence[FFNWeights],
+    num_groups: int,
+) -> CompiledOperands | None:
+    """These as words, where the compiled routines take them: fp32 on the CPU, in plain layouts; None otherwise."""
+    N, wide = gate_up_N2F.shape
+    rows = words_of_rows(N, gate_up_N2F, *rows_ND)
+    # The pass between the products takes contiguous rows of whole halves.
+    if rows is None or wide % 2 or (rows[2] != wide and N > 1):
+        return None
+    D = rows[4]
+    if any(width != D for width in rows[4::3]):
+        return None
+    row_weights, matrices = [], []
+    for weights in weights_N:
+        if (address := address_of(weights, (N,))) is None:
+            return None
+        row_weights.append(address)
+    for part in parts:
+        gate_up = addresses_of(part.gate_up, num_groups, wide, D)
+        down = addresses_of(part.down, num_groups, D, wide // 2)
+        if gate_up is None or down is None:
+            return None
+        matrices += [*gate_up, *down]
+    return CompiledOperands(rows, row_weights, matrices)
+
+
+def _run_compiled(
+    gate_up_N2F: Tensor,
+    operands: CompiledOperands,
+    group_sizes: Sequence[int],
+    alpha: float = 1.0,
+    overwrite: Sequence[bool] = (),
 ) -> bool:
-    """Whether the compiled routines serve these: fp32 on the CPU, in plain layouts, between which the compiled swiglu runs."""
-    (N, wide), D = gate_up_N2F.shape, rows_ND[0].shape[1]
-    weights_N = [row_weights_N] if drow_weights_N is None else [row_weights_N, drow_weights_N]
-    return (
-        wide % 2 == 0
-        and are_plain_rows(N, gate_up_N2F, *rows_ND)
-        and all(rows.shape[1] == D for rows in rows_ND)
-        and all(numbers.shape == (N,) for numbers in weights_N)
-        and takes_compiled_pass(weights_N, gate_up_N2F)
-        and all(
-            len(part.gate_up) == len(weights.gate_up)
-            and are_plain_matrices(part.gate_up, wide, D)
-            and are_plain_matrices(part.down, D, wide // 2)
-            for part in (weights, grads)
-            if part is not None
-        )
-        and has_blas()
-    )
+    """Do a pass in one compiled call where there is one and the groups fit the rows; False where it does nothing."""
+    run = compiled_ffn() if serves_threads() else None
+    return run is not None and run(gate_up_N2F, operands, group_sizes, _CHUNK_ROWS, alpha, overwrite)
+
+
+@cache
+def compiled_ffn() -> Callable[..., bool] | None:
+    """What runs the compiled routines; None where torch's library has no BLAS for them. Only now is numba imported."""
+    from .blas_cpu import sgemm_address
+    from .grouped_ffn_cpu import run
+
+    return run if sgemm_address() else None
 
 
 def _row_chunks(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:

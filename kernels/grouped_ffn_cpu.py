@@ -20,7 +20,6 @@ from .blas_cpu import (
     PLAIN,
     SCRATCH_WORDS,
     TRANSPOSED,
-    addresses_of,
     are_groups_of,
     float_word,
     multiply,
@@ -40,9 +39,10 @@ from .swiglu_cpu import (
 )
 from .threads_cpu import OWN, share_rows, team_words
 
-# The words of both routines' tasks, of which forward leaves some alone: addresses, row strides, sizes. After them come, for
-# every group, its rows and two weights, and in the backward of trained experts two gradients and whether to overwrite them.
-_NUM_WORDS = 22
+# The words of both routines' tasks, of which forward leaves some alone: sizes, then operands by their addresses, widths and row
+# strides. After them come, for every group, its rows and two weights, and in the backward of trained experts two gradients and
+# whether to overwrite them.
+_NUM_WORDS = 25
 (
     _IS_DONE,
     _SGEMM,
@@ -52,57 +52,45 @@ _NUM_WORDS = 22
     _NUM_ROWS,
     _NUM_GROUPS,
     _CHUNK_ROWS,
-    _D,
-    _F,
-    _X,
-    _X_STRIDE,
-    _GATE_UP,
-    _ROW_WEIGHTS,
     _WORKSPACE,
-    _Y,
-    _Y_STRIDE,
-    _DX,
-    _DX_STRIDE,
-    _DROW_WEIGHTS,
     _IS_TRAINED,
     _ALPHA,
+    _ROW_WEIGHTS,
+    _DROW_WEIGHTS,
+    _GATE_UP,
+    _2F,
+    _,
+    _X,
+    _D,
+    _X_STRIDE,
+    _Y,
+    _,
+    _Y_STRIDE,
+    _DX,
+    _,
+    _DX_STRIDE,
 ) = range(_NUM_WORDS)
 
 
-def forward_into(out, x_ND, row_weights_N, weights, group_sizes, chunk_rows):
-    """`grouped_ffn` into `out`, in chunks of at most `chunk_rows`."""
-    words = *_rows(out.y_ND), 0, 0, 0, 0, 0
-    return _run(_forward, swiglu_routine, words, out.gate_up_N2F, x_ND, row_weights_N, weights, (), group_sizes, chunk_rows)
-
-
-def backward_into(out, dy_ND, x_ND, gate_up_N2F, row_weights_N, weights, grads, group_sizes, alpha, overwrite, chunk_rows):
-    """`grouped_ffn_backward` into `out` and `grads`, which is None where experts are frozen."""
-    words = *_rows(dy_ND), *_rows(out.dx_ND), out.drow_weights_N.data_ptr(), grads is not None, float_word(alpha)
-    trained = () if grads is None else (*addresses_of(grads.gate_up), *addresses_of(grads.down), *map(bool, overwrite))
-    return _run(
-        _backward, swiglu_backward_routine, words, gate_up_N2F, x_ND, row_weights_N, weights, trained, group_sizes, chunk_rows
-    )
-
-
-def _run(routine, pass_routine, own_words, gate_up_N2F, x_ND, row_weights_N, weights, trained, group_sizes, chunk_rows):
-    """Call a routine with the words that both have, its own, and those of the groups."""
-    (N, wide), G = gate_up_N2F.shape, len(group_sizes)
-    if len(weights.down) != G or len(trained) not in (0, 3 * G):
+def run(gate_up_N2F, operands, group_sizes, chunk_rows, alpha, overwrite):
+    """`grouped_ffn`, or its backward where operands name a gradient of the row weights, in chunks of at most `chunk_rows`."""
+    G, rows, row_weights, is_backward = len(group_sizes), operands.rows, operands.row_weights, len(operands.row_weights) == 2
+    wide, is_trained = rows[1], len(operands.matrices) > 2 * G
+    if is_trained and len(overwrite) != G:
         return False
     # One allocation for everything between the products of a chunk: h, or dh (later h) and dgate_up.
-    width = wide // 2 if routine is _forward else wide + wide // 2
+    width = wide + wide // 2 if is_backward else wide // 2
     workspace = gate_up_N2F.new_empty(max(0, min(max(group_sizes, default=0), chunk_rows)) * width)
-    words = [0, sgemm_address(), pass_routine(np.float32).address, *team_words(), N, G, chunk_rows, x_ND.shape[1], wide // 2]
-    words += *_rows(x_ND), gate_up_N2F.data_ptr(), row_weights_N.data_ptr(), workspace.data_ptr(), *own_words
-    words += *group_sizes, *addresses_of(weights.gate_up), *addresses_of(weights.down), *trained
+    routine, swiglu = (_backward, swiglu_backward_routine) if is_backward else (_forward, swiglu_routine)
+    words = [0, sgemm_address(), swiglu(np.float32).address, *team_words(), gate_up_N2F.shape[0], G, chunk_rows]
+    words += workspace.data_ptr(), is_trained, float_word(alpha)
+    words += (*row_weights, *rows) if is_backward else (*row_weights, 0, *rows, 0, 0, 0)
+    words += *group_sizes, *operands.matrices
+    if is_trained:
+        words += map(bool, overwrite)
     task = array("q", words)
     routine.ctypes(task.buffer_info()[0])
     return bool(task[_IS_DONE])
-
-
-def _rows(rows):
-    """Address and stride."""
-    return rows.data_ptr(), rows.stride(0)
 
 
 @njit(cache=True, inline="always")
@@ -115,7 +103,7 @@ def _end_of_chunk(size, chunk_rows, chunk):
 @cfunc("void(voidptr)", cache=True)
 def _forward(pointer):
     task = carray(pointer, _NUM_WORDS, np.int64)
-    sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_F], task[_CHUNK_ROWS]
+    sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_2F] // 2, task[_CHUNK_ROWS]
     groups = carray(pointer, _NUM_WORDS + 3 * G, np.int64)[_NUM_WORDS:]
     if not are_groups_of(task[_NUM_ROWS], groups[:G]):
         return
@@ -144,7 +132,7 @@ def _forward(pointer):
 @cfunc("void(voidptr)", cache=True)
 def _backward(pointer):
     task = carray(pointer, _NUM_WORDS, np.int64)
-    sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_F], task[_CHUNK_ROWS]
+    sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_2F] // 2, task[_CHUNK_ROWS]
     is_trained, alpha = task[_IS_TRAINED], word_float(task[_ALPHA])
     groups = carray(pointer, _NUM_WORDS + (6 if is_trained else 3) * G, np.int64)[_NUM_WORDS:]
     if not are_groups_of(task[_NUM_ROWS], groups[:G]):

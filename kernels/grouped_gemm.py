@@ -10,26 +10,24 @@ Shapes: N rows, I input width, O output width, weights and gradients [O, I] each
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from .checks import check_devices, check_floating
+from .operands_cpu import Matrices, addresses_of, words_of_rows
 
-Matrices: TypeAlias = Sequence[Tensor] | Tensor
-"""One for every group, or all of them stacked."""
+FORWARD, DGRAD, WGRAD, BACKWARD = range(4)
 
 
 def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Return `y_NO`: for each group g, its rows times `weights[g].T` ([O, I]). No autograd."""
     y_NO = _new_rows(x_NI, weights, group_sizes, 0) if out is None else out
-    if takes_compiled(y_NO, x_NI, weights):
-        from .grouped_gemm_cpu import forward_into
-
-        if forward_into(y_NO, x_NI, weights, group_sizes):
-            return y_NO
+    if _multiply_compiled(FORWARD, (y_NO, x_NI), (weights,), group_sizes):
+        return y_NO
     check_groups(x_NI.shape[0], weights, group_sizes)
     _check_operands(x_NI, weights, y_NO)
     if x_NI.device.type != "cuda" or not len(weights):
@@ -42,11 +40,8 @@ def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *,
 def grouped_gemm_dgrad(dy_NO: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
     """Return `dx_NI`: for each group g, its rows of `dy_NO` times `weights[g]` ([O, I])."""
     dx_NI = _new_rows(dy_NO, weights, group_sizes, 1) if out is None else out
-    if takes_compiled(dy_NO, dx_NI, weights):
-        from .grouped_gemm_cpu import dgrad_into
-
-        if dgrad_into(dx_NI, dy_NO, weights, group_sizes):
-            return dx_NI
+    if _multiply_compiled(DGRAD, (dy_NO, dx_NI), (weights,), group_sizes):
+        return dx_NI
     check_groups(dy_NO.shape[0], weights, group_sizes)
     _check_operands(dy_NO, weights, dx_NI)
     if dy_NO.device.type != "cuda" or not len(weights):
@@ -70,12 +65,8 @@ def grouped_gemm_wgrad(
     Products are accumulated in the dtype of the gradients (fp32), also for half-precision rows. Groups marked in `overwrite`
     have buffers that hold nothing yet: theirs are set, not added to, and set to zero where the group has no rows.
     """
-    if takes_compiled(dy_NO, x_NI, grads):
-        from .grouped_gemm_cpu import wgrad_into
-
-        if wgrad_into(grads, dy_NO, x_NI, group_sizes, alpha, overwrite):
-            zero_empty(grads, group_sizes, overwrite)
-            return
+    if _multiply_compiled(WGRAD, (dy_NO, x_NI), (grads,), group_sizes, alpha, overwrite):
+        return
     check_groups(dy_NO.shape[0], grads, group_sizes)
     _check_operands(dy_NO, [x_NI], None)
     _check_matrices("gradient", grads, dy_NO.device, None)
@@ -85,6 +76,73 @@ def grouped_gemm_wgrad(
     from .grouped_gemm_triton import grouped_gemm_wgrad_triton
 
     grouped_gemm_wgrad_triton(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
+
+
+def grouped_gemm_backward(
+    dy_NO: Tensor,
+    x_NI: Tensor,
+    weights: Matrices,
+    group_sizes: Sequence[int],
+    grads: Matrices,
+    *,
+    alpha: float = 1.0,
+    overwrite: Sequence[bool] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return `dx_NI` like `grouped_gemm_dgrad`, and add to `grads` like `grouped_gemm_wgrad`.
+
+    One compiled call does both products of a group before those of the next: the second finds the group's rows in the caches.
+    """
+    dx_NI = _new_rows(dy_NO, weights, group_sizes, 1) if out is None else out
+    if _multiply_compiled(BACKWARD, (dy_NO, x_NI, dx_NI), (weights, grads), group_sizes, alpha, overwrite):
+        return dx_NI
+    grouped_gemm_dgrad(dy_NO, weights, group_sizes, out=dx_NI)
+    grouped_gemm_wgrad(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
+    return dx_NI
+
+
+def _multiply_compiled(
+    kind: int,
+    rows: tuple[Tensor, ...],
+    matrices: tuple[Matrices, ...],
+    group_sizes: Sequence[int],
+    alpha: float = 1.0,
+    overwrite: Sequence[bool] | None = None,
+) -> bool:
+    """Do a product in one compiled call where it takes these operands and they fit; False where it does nothing.
+
+    `rows` are y or dy, then x, or dx, or both; `matrices` weights, or gradients, or both.
+    """
+    num_rows, num_groups = rows[0].shape[0], len(group_sizes)
+    row_words = words_of_rows(num_rows, *rows)
+    if row_words is None:
+        return False
+    out_dim, in_dim = row_words[1], row_words[4]
+    words = list(group_sizes)
+    for part in matrices:
+        addresses = addresses_of(part, num_groups, out_dim, in_dim)
+        if addresses is None:
+            return False
+        words += addresses
+    # Where there is one of a kind it stands for both.
+    if kind != BACKWARD:
+        row_words += row_words[3:]
+        words += words[num_groups:]
+    words += [False] * num_groups if overwrite is None else map(bool, overwrite)
+    multiply = compiled_products()
+    if multiply is None or row_words[7] != in_dim or len(words) != 4 * num_groups:
+        return False
+    task = array("q", words)
+    return multiply(kind, num_rows, num_groups, task.buffer_info()[0], float(alpha), *row_words)
+
+
+@cache
+def compiled_products() -> Callable[..., bool] | None:
+    """The compiled routine, with the BLAS that it calls; None where torch's library has none. Only now is numba imported."""
+    from .blas_cpu import sgemm_address
+    from .grouped_gemm_cpu import multiply_groups
+
+    return partial(multiply_groups, sgemm_address()) if sgemm_address() else None
 
 
 def _new_rows(rows: Tensor, weights: Matrices, group_sizes: Sequence[int], dim: int) -> Tensor:
@@ -166,45 +224,6 @@ def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int]) -
         raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group")
     if min(group_sizes, default=0) < 0 or sum(group_sizes) != num_rows:
         raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")
-
-
-def takes_compiled(rows_NO: Tensor, rows_NI: Tensor, matrices_OI: Matrices) -> bool:
-    """Whether the compiled routines serve these: fp32 on the CPU, rows one after the other, contiguous matrices [O, I]."""
-    num_rows = rows_NO.shape[0]
-    return (
-        are_plain_rows(num_rows, rows_NO, rows_NI)
-        and are_plain_matrices(matrices_OI, rows_NO.shape[1], rows_NI.shape[1])
-        and has_blas()
-    )
-
-
-def are_plain_rows(num_rows: int, *many_rows: Tensor) -> bool:
-    """Whether each of these is that many rows that BLAS takes by their address and stride."""
-    for rows in many_rows:
-        if rows.dim() != 2 or not rows.is_cpu or rows.dtype != torch.float32:
-            return False
-        (row_stride, stride), (count, width) = rows.stride(), rows.shape
-        if stride != 1 or count != num_rows or not 0 < width <= row_stride:
-            return False
-    return True
-
-
-def are_plain_matrices(matrices: Matrices, out_dim: int, in_dim: int) -> bool:
-    """Whether these are contiguous fp32 matrices of one shape in host memory."""
-    shape: tuple[int, ...] = (out_dim, in_dim)
-    if isinstance(matrices, Tensor):
-        shape, matrices = (len(matrices), out_dim, in_dim), (matrices,)
-    for matrix in matrices:
-        if not (matrix.is_cpu and matrix.dtype == torch.float32 and matrix.shape == shape and matrix.is_contiguous()):
-            return False
-    return True
-
-
-def has_blas() -> bool:
-    """Whether compiled routines can call BLAS."""
-    from .blas_cpu import sgemm_address
-
-    return bool(sgemm_address())
 
 
 def _check_operands(rows: Tensor, matrices: Matrices, out: Tensor | None) -> None:

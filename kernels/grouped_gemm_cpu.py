@@ -1,7 +1,6 @@
 """All groups' products in one compiled call, fp32 on the CPU. Import this module lazily: it imports numba.
 
-Rows may be columns of wider ones; matrices are contiguous, or stacked. Each function returns whether the groups are what the
-rows consist of, one for each matrix; it does nothing otherwise.
+Rows may be columns of wider ones; matrices are contiguous.
 
 Shapes: N rows, I input width, O output width, matrices [O, I].
 """
@@ -11,83 +10,46 @@ Shapes: N rows, I input width, O output width, matrices [O, I].
 
 from __future__ import annotations
 
-from array import array
-
 import numpy as np
-from numba import carray, cfunc
+from numba import carray, njit
 
-from .blas_cpu import (
-    PLAIN,
-    SCRATCH_WORDS,
-    TRANSPOSED,
-    addresses_of,
-    are_groups_of,
-    float_word,
-    multiply,
-    sgemm_address,
-    word_float,
+from .blas_cpu import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply
+from .grouped_gemm import BACKWARD, DGRAD, FORWARD, WGRAD
+from .threads_cpu import pointer_to
+
+
+@njit(
+    "boolean(int64, int64, int64, int64, int64, float64, int64, int64, int64, int64, int64, int64, int64, int64, int64)",
+    cache=True,
+    nogil=True,
 )
+def multiply_groups(sgemm, kind, num_rows, num_groups, words, alpha, y, out_dim, y_stride, x, in_dim, x_stride, dx, _, dx_stride):
+    """Do a product of every group that has rows, or both of the backward; whether the groups are what the rows consist of.
 
-# The words of a task; for every group its rows, its matrix and whether that is overwritten come after them.
-_NUM_WORDS = 12
-_IS_DONE, _SGEMM, _KIND, _NUM_ROWS, _NUM_GROUPS, _O, _O_ROWS, _O_STRIDE, _I, _I_ROWS, _I_STRIDE, _ALPHA = range(_NUM_WORDS)
-_FORWARD, _DGRAD, _WGRAD = range(3)
-
-
-def forward_into(y_NO, x_NI, weights, group_sizes):
-    """Every group's rows of y: its rows of x times its weight transposed."""
-    return _run(_FORWARD, y_NO, x_NI, weights, group_sizes)
-
-
-def dgrad_into(dx_NI, dy_NO, weights, group_sizes):
-    """Every group's rows of dx: its rows of dy times its weight."""
-    return _run(_DGRAD, dy_NO, dx_NI, weights, group_sizes)
-
-
-def wgrad_into(grads, dy_NO, x_NI, group_sizes, alpha, overwrite):
-    """To every group that has rows: add alpha times its rows of dy, transposed, times those of x, or set its gradient to it."""
-    return _run(_WGRAD, dy_NO, x_NI, grads, group_sizes, alpha, overwrite)
-
-
-def _run(kind, rows_NO, rows_NI, matrices, group_sizes, alpha=1.0, overwrite=None):
-    overwrite = [False] * len(matrices) if overwrite is None else overwrite
-    if not len(matrices) == len(group_sizes) == len(overwrite):
+    Nothing is done otherwise. Rows are their address, width and stride; y is dy in a gradient. At the address `words` are the
+    group sizes, the addresses of the weights and of their gradients, and which of these are overwritten by `alpha` times the
+    product, not added to: set to zero where the group has no rows.
+    """
+    G = num_groups
+    groups, scratch = carray(pointer_to(words), 4 * G, np.int64), np.empty(SCRATCH_WORDS, np.int64)
+    if not are_groups_of(num_rows, groups[:G]):
         return False
-    words = [0, sgemm_address(), kind, len(rows_NO), len(matrices)]
-    for rows in (rows_NO, rows_NI):
-        words += rows.shape[1], rows.data_ptr(), rows.stride(0)
-    words.append(float_word(alpha))
-    words += group_sizes
-    words += addresses_of(matrices)
-    words += map(bool, overwrite)
-    task = array("q", words)
-    _multiply_groups.ctypes(task.buffer_info()[0])
-    return bool(task[_IS_DONE])
-
-
-@cfunc("void(voidptr)", cache=True)
-def _multiply_groups(pointer):
-    task, scratch = carray(pointer, _NUM_WORDS, np.int64), np.empty(SCRATCH_WORDS, np.int64)
-    sgemm, kind, G, out_dim, in_dim = task[_SGEMM], task[_KIND], task[_NUM_GROUPS], task[_O], task[_I]
-    groups = carray(pointer, _NUM_WORDS + 3 * G, np.int64)[_NUM_WORDS:]
-    alpha = word_float(task[_ALPHA])
-    rows_NO, rows_NI = task[_O_ROWS], task[_I_ROWS]
-    stride_NO, stride_NI = task[_O_STRIDE], task[_I_STRIDE]
-    if not are_groups_of(task[_NUM_ROWS], groups[:G]):
-        return
-    task[_IS_DONE] = 1
     for g in range(G):
-        n, matrix = groups[g], groups[G + g]
+        n, weight, grad, is_fresh = groups[g], groups[G + g], groups[2 * G + g], groups[3 * G + g]
         if n == 0:
+            if is_fresh and kind in (WGRAD, BACKWARD):
+                carray(pointer_to(grad), out_dim * in_dim, np.float32)[:] = 0.0
             continue
-        if kind == _FORWARD:
-            a, b = (rows_NI, stride_NI, PLAIN), (matrix, in_dim, TRANSPOSED)
-            multiply(sgemm, scratch, n, out_dim, in_dim, a, b, rows_NO, stride_NO, 1.0, 0.0)
-        elif kind == _DGRAD:
-            a, b = (rows_NO, stride_NO, PLAIN), (matrix, in_dim, PLAIN)
-            multiply(sgemm, scratch, n, in_dim, out_dim, a, b, rows_NI, stride_NI, 1.0, 0.0)
-        else:
-            a, b = (rows_NO, stride_NO, TRANSPOSED), (rows_NI, stride_NI, PLAIN)
-            multiply(sgemm, scratch, out_dim, in_dim, n, a, b, matrix, in_dim, alpha, 0.0 if groups[2 * G + g] else 1.0)
-        rows_NO += n * stride_NO * 4
-        rows_NI += n * stride_NI * 4
+        y_nO, x_nI, weight_OI = (y, y_stride, PLAIN), (x, x_stride, PLAIN), (weight, in_dim, PLAIN)
+        if kind == FORWARD:
+            multiply(sgemm, scratch, n, out_dim, in_dim, x_nI, (weight, in_dim, TRANSPOSED), y, y_stride, 1.0, 0.0)
+        # This one first: it leaves all rows of dy in the caches, where the other one leaves rows of dx besides.
+        if kind in (WGRAD, BACKWARD):
+            beta = 0.0 if is_fresh else 1.0
+            multiply(sgemm, scratch, out_dim, in_dim, n, (y, y_stride, TRANSPOSED), x_nI, grad, in_dim, alpha, beta)
+        if kind in (DGRAD, BACKWARD):
+            multiply(sgemm, scratch, n, in_dim, out_dim, y_nO, weight_OI, dx, dx_stride, 1.0, 0.0)
+        y += 4 * n * y_stride
+        x += 4 * n * x_stride
+        dx += 4 * n * dx_stride
+    return True

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .grouped_gemm import grouped_gemm as plain_grouped_gemm
-from .grouped_gemm import grouped_gemm_dgrad as plain_grouped_gemm_dgrad
-from .grouped_gemm import grouped_gemm_wgrad as plain_grouped_gemm_wgrad
+from .grouped_gemm import grouped_gemm_backward as plain_grouped_gemm_backward
 from .histogram import histogram as plain_histogram
 from .pack_rows import accumulate_rows as plain_accumulate_rows
 from .pack_rows import pack_rows as plain_pack_rows
@@ -140,27 +139,22 @@ def _(x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Te
     return x_NI.new_empty(x_NI.shape[0], weights[0].shape[0])
 
 
-@custom_op("moesaic::grouped_gemm_dgrad", mutates_args=())
-def grouped_gemm_dgrad(dy_NO: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Tensor:
-    """`grouped_gemm.grouped_gemm_dgrad`."""
-    return plain_grouped_gemm_dgrad(dy_NO, weights, group_sizes)
+@custom_op("moesaic::grouped_gemm_backward", mutates_args=())
+def grouped_gemm_backward(
+    dy_NO: Tensor, x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`dx_NI`, and the weight gradients as one fp32 tensor [G, O, I], zeros for groups without rows."""
+    dweights_GOI = _empty_gradients(dy_NO, x_NI, group_sizes)
+    dx_NI = plain_grouped_gemm_backward(dy_NO, x_NI, weights, group_sizes, dweights_GOI, overwrite=[True] * len(group_sizes))
+    return dx_NI, dweights_GOI
 
 
-@grouped_gemm_dgrad.register_fake
-def _(dy_NO: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Tensor:
-    return dy_NO.new_empty(dy_NO.shape[0], weights[0].shape[1])
+@grouped_gemm_backward.register_fake
+def _(dy_NO: Tensor, x_NI: Tensor, weights: Sequence[Tensor], group_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return dy_NO.new_empty(x_NI.shape), _empty_gradients(dy_NO, x_NI, group_sizes)
 
 
-@custom_op("moesaic::grouped_gemm_wgrad", mutates_args=())
-def grouped_gemm_wgrad(dy_NO: Tensor, x_NI: Tensor, group_sizes: Sequence[int]) -> Tensor:
-    """The weight gradients as one fp32 tensor [G, O, I], zeros for groups without rows."""
-    grads_GOI = dy_NO.new_zeros(len(group_sizes), dy_NO.shape[1], x_NI.shape[1], dtype=torch.float32)
-    plain_grouped_gemm_wgrad(dy_NO, x_NI, group_sizes, list(grads_GOI))
-    return grads_GOI
-
-
-@grouped_gemm_wgrad.register_fake
-def _(dy_NO: Tensor, x_NI: Tensor, group_sizes: Sequence[int]) -> Tensor:
+def _empty_gradients(dy_NO: Tensor, x_NI: Tensor, group_sizes: Sequence[int]) -> Tensor:
     return dy_NO.new_empty(len(group_sizes), dy_NO.shape[1], x_NI.shape[1], dtype=torch.float32)
 
 
@@ -171,8 +165,7 @@ def _grouped_gemm_context(ctx: Any, inputs: tuple[Tensor, list[Tensor], list[int
 
 def _grouped_gemm_backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, list[Tensor], None]:
     x_NI, *weights = ctx.saved_tensors
-    dx_NI = grouped_gemm_dgrad(dy_NO, weights, ctx.group_sizes)
-    dweights_GOI = grouped_gemm_wgrad(dy_NO, x_NI, ctx.group_sizes)
+    dx_NI, dweights_GOI = grouped_gemm_backward(dy_NO, x_NI, weights, ctx.group_sizes)
     return dx_NI, list(dweights_GOI.to(weights[0].dtype).unbind()), None
 
 

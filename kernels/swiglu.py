@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -189,9 +190,19 @@ def takes_compiled_pass(weights: Sequence[Tensor | None], *tensors: Tensor) -> b
         or not all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
     ):
         return False
+    return serves_threads()
+
+
+def serves_threads() -> bool:
+    """Whether the compiled CPU pass runs on torch's threads, or these are few enough for it to be faster on the caller's."""
+    return _has_torch_threads() or torch.get_num_threads() <= _ALONE_MAX_THREADS
+
+
+@cache
+def _has_torch_threads() -> bool:
     from .threads_cpu import has_torch_threads
 
-    return has_torch_threads() or torch.get_num_threads() <= _ALONE_MAX_THREADS
+    return has_torch_threads()
 
 
 def _given_or_ones(row_weights_N: Tensor | None, num_rows: int) -> Tensor:

@@ -52,7 +52,7 @@ def team_words():
     """How `share_rows` starts torch's threads: the address of what does, 0 where the caller is to work alone, and how many."""
     num_threads = torch.get_num_threads()
     start_threads = _gomp_parallel() if num_threads > 1 else None
-    return (0 if start_threads is None else ctypes.cast(start_threads, ctypes.c_void_p).value), num_threads
+    return (0 if start_threads is None else start_threads.address), num_threads
 
 
 def has_torch_threads():
@@ -70,6 +70,7 @@ def _gomp_parallel():
     if function is not None:
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         function.restype = None
+        function.address = ctypes.cast(function, ctypes.c_void_p).value
     return function
 
 

@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.kernels import (
@@ -10,11 +17,13 @@ from moesaic.kernels import (
     grouped_ffn,
     grouped_ffn_backward,
     grouped_gemm,
+    grouped_gemm_backward,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
 )
 from tests.helpers.nan import poisoned_empty
 
+grouped_gemm_module = importlib.import_module("moesaic.kernels.grouped_gemm")
 GROUP_SIZES = {
     "one row": [1],
     "odd": [7, 1, 63],
@@ -92,7 +101,7 @@ def test_stacked_matrices_are_the_listed_ones(sizes: list[int], is_compiled: boo
     """Also where torch's library has no BLAS to call, and over memory that holds NaN."""
     num_rows, overwrite = sum(sizes), [group % 2 == 1 for group in range(len(sizes))]
     if not is_compiled:
-        monkeypatch.setattr(blas_cpu, "sgemm_address", lambda: 0)
+        monkeypatch.setattr(grouped_gemm_module, "compiled_products", lambda: None)
     x_NI, dy_NO, bank = torch.randn(num_rows, 33), torch.randn(num_rows, 65), torch.randn(len(sizes), 65, 33)
     grads = torch.randn_like(bank)
     grads[1::2] = torch.nan
@@ -102,11 +111,16 @@ def test_stacked_matrices_are_the_listed_ones(sizes: list[int], is_compiled: boo
         assert_close("y", grouped_gemm(x_NI, bank, sizes), naive_forward(x_NI, list(bank), sizes), 1e-5)
         assert_close("dx", grouped_gemm_dgrad(dy_NO, bank, sizes), naive_dgrad(dy_NO, list(bank), sizes), 1e-5)
         assert torch.equal(grouped_gemm(x_NI, bank, sizes), grouped_gemm(x_NI, list(bank), sizes))
+    both = grads.clone()
     grouped_gemm_wgrad(dy_NO, x_NI, sizes, grads, alpha=0.5, overwrite=overwrite)
     grouped_gemm_wgrad(dy_NO, x_NI, sizes, listed, alpha=0.5, overwrite=overwrite)
     for group in range(len(sizes)):
         assert_close(f"grad {group}", grads[group], expected[group], 1e-5)
         assert torch.equal(grads[group], listed[group])
+    # Both gradients in one call, from a list of weights and a stack of gradients.
+    dx_NI = grouped_gemm_backward(dy_NO, x_NI, list(bank), sizes, both, alpha=0.5, overwrite=overwrite)
+    assert torch.equal(dx_NI, grouped_gemm_dgrad(dy_NO, bank, sizes))
+    assert torch.equal(both, grads)
 
 
 def test_torch_has_a_product_to_call() -> None:
@@ -132,6 +146,79 @@ def test_strided_operands_and_out_buffers() -> None:
     for group in range(3):
         assert_close(f"grad {group}", grads[group], expected[group], 1e-5)
     assert torch.equal(grad_bank[1:3], torch.zeros(2, 6, 10))
+
+
+# The last two dimensions of an operand as a view of more memory.
+LAYOUTS: dict[str, Callable[[int, int], tuple[tuple[int, int], Callable[[Tensor], Tensor]]]] = {
+    "dense": lambda n, w: ((n, w), lambda m: m),
+    "some of more rows": lambda n, w: ((n + 3, w), lambda m: m[..., 2 : 2 + n, :]),
+    "every other row": lambda n, w: ((2 * n, w), lambda m: m[..., ::2, :]),
+    "columns of wider rows": lambda n, w: ((n, w + 3), lambda m: m[..., 1 : 1 + w]),
+    "every other column": lambda n, w: ((n, 2 * w), lambda m: m[..., ::2]),
+    "transposed": lambda n, w: ((w, n), lambda m: m.mT),
+}
+
+
+def placed(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Memory that holds NaN besides a view of it, and this view, which holds the values."""
+    shape, view_of = LAYOUTS[layout](*values.shape[-2:])
+    memory = torch.full((*values.shape[:-2], *shape), torch.nan)
+    return memory, view_of(memory).copy_(values)
+
+
+def placed_matrices(values_GOI: Tensor, layout: str, is_stacked: bool) -> tuple[Tensor, Tensor | list[Tensor]]:
+    """The same for matrices, one after the other or each in memory that others follow."""
+    memory, view = placed(values_GOI, layout)
+    return memory, view if is_stacked else list(view)
+
+
+# Rows that the compiled routine takes, and matrices: one contiguous block each, all of them together where they are stacked.
+PLAIN_ROWS = ["dense", "some of more rows", "every other row", "columns of wider rows"]
+PLAIN_MATRICES = [("dense", False), ("dense", True), ("some of more rows", False)]
+any_rows = st.sampled_from(PLAIN_ROWS) | st.sampled_from(list(LAYOUTS))
+any_matrices = st.sampled_from(PLAIN_MATRICES) | st.tuples(st.sampled_from(list(LAYOUTS)), st.booleans())
+
+
+@settings(max_examples=200, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    dims=st.tuples(*[st.integers(1, 4)] * 2),
+    rows=st.fixed_dictionaries(dict.fromkeys(("x", "dy", "y", "dx"), any_rows)),
+    matrices=st.fixed_dictionaries(dict.fromkeys(("weights", "grads"), any_matrices)),
+)
+def test_every_layout_is_read_and_written_where_it_lies(
+    sizes: list[int], dims: tuple[int, int], rows: dict[str, str], matrices: dict[str, tuple[str, bool]]
+) -> None:
+    """Nothing beside an operand is read, whose NaN would show, or written; plain layouts are the compiled routine's."""
+    (in_dim, out_dim), N, G = dims, sum(sizes), len(sizes)
+    x_NI, dy_NO, overwrite = torch.randn(N, in_dim), torch.randn(N, out_dim), [group % 2 == 1 for group in range(G)]
+    bank = torch.randn(G, out_dim, in_dim)
+    fresh_start = torch.randn_like(bank).masked_fill(torch.tensor(overwrite)[:, None, None], torch.nan)
+    runs: list[bool] = []
+    run = grouped_gemm_module.compiled_products()
+
+    def recorded(*words: Any) -> bool:
+        runs.append(run(*words))
+        return runs[-1]
+
+    x, dy = placed(x_NI, rows["x"])[1], placed(dy_NO, rows["dy"])[1]
+    weights = placed_matrices(bank, *matrices["weights"])[1]
+    y, dx, dx_of_both = (placed(torch.full((N, w), torch.nan), rows[name]) for name, w in (("y", out_dim), *[("dx", in_dim)] * 2))
+    grads, grads_of_both = (placed_matrices(fresh_start, *matrices["grads"]) for _ in range(2))
+    how: dict[str, Any] = {"alpha": 0.5, "overwrite": overwrite}
+    with mock.patch.object(grouped_gemm_module, "compiled_products", return_value=recorded):
+        grouped_gemm(x, weights, sizes, out=y[1])
+        grouped_gemm_dgrad(dy, weights, sizes, out=dx[1])
+        grouped_gemm_wgrad(dy, x, sizes, grads[1], **how)
+        grouped_gemm_backward(dy, x, weights, sizes, grads_of_both[1], **how, out=dx_of_both[1])
+    dx_NI, y_NO = naive_dgrad(dy_NO, list(bank), sizes), naive_forward(x_NI, list(bank), sizes)
+    dweights = torch.stack(naive_wgrad(dy_NO, x_NI, sizes, list(fresh_start.nan_to_num(0.0)), 0.5))
+    for (memory, view), expected in ((y, y_NO), (dx, dx_NI), (dx_of_both, dx_NI), (grads, dweights), (grads_of_both, dweights)):
+        written = torch.stack(view) if isinstance(view, list) else view
+        assert_close("result", written, expected, 1e-5)
+        assert memory.isnan().sum() == memory.numel() - written.numel()
+    if all(layout in PLAIN_ROWS for layout in rows.values()) and all(layout in PLAIN_MATRICES for layout in matrices.values()):
+        assert runs == [True] * 4
 
 
 def test_empty_groups_leave_their_gradients_untouched() -> None:

@@ -26,8 +26,10 @@ def example_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "swiglu": (library.swiglu, (leaf(4, 6), torch.rand(4).requires_grad_())),
         "swiglu_backward": (library.swiglu_backward, (torch.randn(4, 3), torch.randn(4, 6), torch.rand(4))),
         "grouped_gemm": (library.grouped_gemm, (leaf(4, 3), weights, [1, 0, 3])),
-        "grouped_gemm_dgrad": (library.grouped_gemm_dgrad, (torch.randn(4, 6), [w.detach() for w in weights], [1, 0, 3])),
-        "grouped_gemm_wgrad": (library.grouped_gemm_wgrad, (torch.randn(4, 6), torch.randn(4, 3), [1, 0, 3])),
+        "grouped_gemm_backward": (
+            library.grouped_gemm_backward,
+            (torch.randn(4, 6), torch.randn(4, 3), [w.detach() for w in weights], [1, 0, 3]),
+        ),
         "topk_gate": (library.topk_gate, (leaf(4, 5), 2, True, "softmax", torch.randn(5))),
         "topk_gate_backward": (
             library.topk_gate_backward,
