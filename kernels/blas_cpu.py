@@ -10,15 +10,12 @@ its code. A routine that calls BLAS itself makes one call of all of them.
 from __future__ import annotations
 
 import ctypes
-import struct
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
+from numba import carray, cfunc, njit
 
 from .threads_cpu import call
 
@@ -54,21 +51,6 @@ def are_groups_of(num_rows, sizes):
             return False
         total += size
     return total == num_rows
-
-
-def float_word(number):
-    """A number as a word of a task, which `word_float` reads again."""
-    return struct.unpack("<q", struct.pack("<d", number))[0]
-
-
-@intrinsic
-def word_float(typingctx, word):
-    """The number that a word of a task stands for."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.DoubleType())
-
-    return types.float64(types.int64), codegen
 
 
 @cache

@@ -14,18 +14,9 @@ from __future__ import annotations
 from array import array
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
-from .blas_cpu import (
-    PLAIN,
-    SCRATCH_WORDS,
-    TRANSPOSED,
-    are_groups_of,
-    float_word,
-    multiply,
-    sgemm_address,
-    word_float,
-)
+from .blas_cpu import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply, sgemm_address
 from .swiglu_cpu import (
     DGATE_UP,
     DROW_WEIGHTS,
@@ -37,14 +28,13 @@ from .swiglu_cpu import (
     swiglu_backward_routine,
     swiglu_routine,
 )
-from .threads_cpu import OWN, share_rows, team_words
+from .threads_cpu import OWN, pointer_to, share_rows, team_words
 
 # The words of both routines' tasks, of which forward leaves some alone: sizes, then operands by their addresses, widths and row
 # strides. After them come, for every group, its rows and two weights, and in the backward of trained experts two gradients and
 # whether to overwrite them.
-_NUM_WORDS = 25
+_NUM_WORDS = 23
 (
-    _IS_DONE,
     _SGEMM,
     _SWIGLU,
     _START_THREADS,
@@ -54,7 +44,6 @@ _NUM_WORDS = 25
     _CHUNK_ROWS,
     _WORKSPACE,
     _IS_TRAINED,
-    _ALPHA,
     _ROW_WEIGHTS,
     _DROW_WEIGHTS,
     _GATE_UP,
@@ -82,15 +71,14 @@ def run(gate_up_N2F, operands, group_sizes, chunk_rows, alpha, overwrite):
     width = wide + wide // 2 if is_backward else wide // 2
     workspace = gate_up_N2F.new_empty(max(0, min(max(group_sizes, default=0), chunk_rows)) * width)
     routine, swiglu = (_backward, swiglu_backward_routine) if is_backward else (_forward, swiglu_routine)
-    words = [0, sgemm_address(), swiglu(np.float32).address, *team_words(), gate_up_N2F.shape[0], G, chunk_rows]
-    words += workspace.data_ptr(), is_trained, float_word(alpha)
+    words = [sgemm_address(), swiglu(np.float32).address, *team_words(), gate_up_N2F.shape[0], G, chunk_rows]
+    words += workspace.data_ptr(), is_trained
     words += (*row_weights, *rows) if is_backward else (*row_weights, 0, *rows, 0, 0, 0)
     words += *group_sizes, *operands.matrices
     if is_trained:
         words += map(bool, overwrite)
     task = array("q", words)
-    routine.ctypes(task.buffer_info()[0])
-    return bool(task[_IS_DONE])
+    return routine(task.buffer_info()[0], float(alpha))
 
 
 @njit(cache=True, inline="always")
@@ -100,14 +88,13 @@ def _end_of_chunk(size, chunk_rows, chunk):
     return size * (chunk + 1) // num_chunks
 
 
-@cfunc("void(voidptr)", cache=True)
-def _forward(pointer):
-    task = carray(pointer, _NUM_WORDS, np.int64)
+@njit("boolean(int64, float64)", cache=True, nogil=True)
+def _forward(address, _):
+    task = carray(pointer_to(address), _NUM_WORDS, np.int64)
     sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_2F] // 2, task[_CHUNK_ROWS]
-    groups = carray(pointer, _NUM_WORDS + 3 * G, np.int64)[_NUM_WORDS:]
+    groups = carray(pointer_to(address), _NUM_WORDS + 3 * G, np.int64)[_NUM_WORDS:]
     if not are_groups_of(task[_NUM_ROWS], groups[:G]):
-        return
-    task[_IS_DONE] = 1
+        return False
     scratch, swiglu = np.empty(SCRATCH_WORDS, np.int64), np.empty(OWN + NUM_WORDS, np.int64)
     swiglu[GATE_UP], swiglu[ROW_WEIGHTS], swiglu[H], swiglu[WIDTH] = task[_GATE_UP], task[_ROW_WEIGHTS], task[_WORKSPACE], F
     x, x_stride, y, y_stride = task[_X], task[_X_STRIDE], task[_Y], task[_Y_STRIDE]
@@ -127,17 +114,17 @@ def _forward(pointer):
             swiglu[GATE_UP] += 8 * n * F
             swiglu[ROW_WEIGHTS] += 4 * n
             start, chunk = stop, chunk + 1
+    return True
 
 
-@cfunc("void(voidptr)", cache=True)
-def _backward(pointer):
-    task = carray(pointer, _NUM_WORDS, np.int64)
+@njit("boolean(int64, float64)", cache=True, nogil=True)
+def _backward(address, alpha):
+    task = carray(pointer_to(address), _NUM_WORDS, np.int64)
     sgemm, G, D, F, chunk_rows = task[_SGEMM], task[_NUM_GROUPS], task[_D], task[_2F] // 2, task[_CHUNK_ROWS]
-    is_trained, alpha = task[_IS_TRAINED], word_float(task[_ALPHA])
-    groups = carray(pointer, _NUM_WORDS + (6 if is_trained else 3) * G, np.int64)[_NUM_WORDS:]
+    is_trained = task[_IS_TRAINED]
+    groups = carray(pointer_to(address), _NUM_WORDS + (6 if is_trained else 3) * G, np.int64)[_NUM_WORDS:]
     if not are_groups_of(task[_NUM_ROWS], groups[:G]):
-        return
-    task[_IS_DONE] = 1
+        return False
     scratch, swiglu = np.empty(SCRATCH_WORDS, np.int64), np.empty(OWN + NUM_WORDS, np.int64)
     # h takes dh's place; the gradients of a chunk's gate and up follow it in the workspace.
     swiglu[GATE_UP], swiglu[ROW_WEIGHTS], swiglu[H], swiglu[WIDTH] = task[_GATE_UP], task[_ROW_WEIGHTS], task[_WORKSPACE], F
@@ -170,3 +157,4 @@ def _backward(pointer):
             swiglu[ROW_WEIGHTS] += 4 * n
             swiglu[DROW_WEIGHTS] += 4 * n
             start, chunk = stop, chunk + 1
+    return True
