@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
 from moesaic.kernels import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_ffn, grouped_ffn_backward
+from tests.helpers.layouts import PLAIN_MATRICES, PLAIN_ROWS, matrix_layouts, placed, placed_matrices, row_layouts
 from tests.helpers.nan import poisoned_empty
 
 grouped_ffn_module = importlib.import_module("moesaic.kernels.grouped_ffn")
@@ -159,6 +163,58 @@ def test_the_compiled_call_does_what_the_twin_does(num_threads: int, monkeypatch
     assert twins_run == [False] * 3
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@settings(max_examples=100, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    dims=st.tuples(*[st.integers(1, 3)] * 2),
+    rows=row_layouts("x", "dy", "y", "dx"),
+    dense_rows=row_layouts("gate_up", "weights", "dweights", plain=["dense"]),
+    matrices=matrix_layouts("gate_up", "down", "gate_up grads", "down grads"),
+)
+def test_every_layout_is_read_and_written_where_it_lies(
+    sizes: list[int],
+    dims: tuple[int, int],
+    rows: dict[str, str],
+    dense_rows: dict[str, str],
+    matrices: dict[str, tuple[str, bool]],
+) -> None:
+    """Nothing beside an operand is read, whose NaN would show, or written; plain layouts are the compiled routine's."""
+    (D, F), N, runs = dims, sum(sizes), []
+    case, run = Case(sizes, D, F, torch.float32), grouped_ffn_module.compiled_ffn()
+    expected = case.naive(alpha=0.5)
+    x_ND, dy_ND = placed(case.x_ND, rows["x"])[1], placed(case.dy_ND, rows["dy"])[1]
+    row_weights_N = placed(case.row_weights_N[:, None], dense_rows["weights"])[1][:, 0]
+    y, dx, gate_up, dweights = (
+        placed(torch.full((N, width), torch.nan), layout)
+        for width, layout in ((D, rows["y"]), (D, rows["dx"]), (2 * F, dense_rows["gate_up"]), (1, dense_rows["dweights"]))
+    )
+    stacks = {"gate_up": case.weights.gate_up, "down": case.weights.down}
+    stacks |= {"gate_up grads": case.start_grads.gate_up, "down grads": case.start_grads.down}
+    placements = {name: placed_matrices(torch.stack(list(stack)), *matrices[name]) for name, stack in stacks.items()}
+    weights = FFNWeights(placements["gate_up"][1], placements["down"][1])  # type: ignore[arg-type]
+    grads = FFNWeights(placements["gate_up grads"][1], placements["down grads"][1])  # type: ignore[arg-type]
+    out, row_grads = GroupedFFNOutput(y[1], gate_up[1]), GroupedFFNGrads(dx[1], dweights[1][:, 0])
+    recorded = mock.Mock(side_effect=lambda *words: runs.append(run(*words)) or runs[-1])
+    with mock.patch.object(grouped_ffn_module, "compiled_ffn", return_value=recorded):
+        grouped_ffn(x_ND, row_weights_N, weights, sizes, out=out)
+        grouped_ffn_backward(dy_ND, x_ND, gate_up[1], row_weights_N, weights, grads, sizes, alpha=0.5, out=row_grads)
+    actual = {"y": y[1], "dx": dx[1], "drow_weights": dweights[1][:, 0]}
+    for group in range(len(sizes)):
+        actual[f"gate_up {group}"], actual[f"down {group}"] = grads.gate_up[group], grads.down[group]
+    for name in expected:
+        assert_close(name, actual[name], expected[name], TOLERANCE[torch.float32])
+    for memory, view in (y, dx, gate_up, dweights, placements["gate_up grads"], placements["down grads"]):
+        assert memory.isnan().sum() == memory.numel() - (
+            view.numel() if isinstance(view, Tensor) else sum(v.numel() for v in view)
+        )
+    if (
+        all(layout in PLAIN_ROWS for layout in rows.values())
+        and all(layout == "dense" for layout in dense_rows.values())
+        and all(layout in PLAIN_MATRICES for layout in matrices.values())
+    ):
+        assert runs == [True, True]
 
 
 def test_what_does_not_fit_is_named() -> None:

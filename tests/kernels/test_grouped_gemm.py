@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -21,6 +20,7 @@ from moesaic.kernels import (
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
 )
+from tests.helpers.layouts import PLAIN_MATRICES, PLAIN_ROWS, matrix_layouts, placed, placed_matrices, row_layouts
 from tests.helpers.nan import poisoned_empty
 
 grouped_gemm_module = importlib.import_module("moesaic.kernels.grouped_gemm")
@@ -148,43 +148,12 @@ def test_strided_operands_and_out_buffers() -> None:
     assert torch.equal(grad_bank[1:3], torch.zeros(2, 6, 10))
 
 
-# The last two dimensions of an operand as a view of more memory.
-LAYOUTS: dict[str, Callable[[int, int], tuple[tuple[int, int], Callable[[Tensor], Tensor]]]] = {
-    "dense": lambda n, w: ((n, w), lambda m: m),
-    "some of more rows": lambda n, w: ((n + 3, w), lambda m: m[..., 2 : 2 + n, :]),
-    "every other row": lambda n, w: ((2 * n, w), lambda m: m[..., ::2, :]),
-    "columns of wider rows": lambda n, w: ((n, w + 3), lambda m: m[..., 1 : 1 + w]),
-    "every other column": lambda n, w: ((n, 2 * w), lambda m: m[..., ::2]),
-    "transposed": lambda n, w: ((w, n), lambda m: m.mT),
-}
-
-
-def placed(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Memory that holds NaN besides a view of it, and this view, which holds the values."""
-    shape, view_of = LAYOUTS[layout](*values.shape[-2:])
-    memory = torch.full((*values.shape[:-2], *shape), torch.nan)
-    return memory, view_of(memory).copy_(values)
-
-
-def placed_matrices(values_GOI: Tensor, layout: str, is_stacked: bool) -> tuple[Tensor, Tensor | list[Tensor]]:
-    """The same for matrices, one after the other or each in memory that others follow."""
-    memory, view = placed(values_GOI, layout)
-    return memory, view if is_stacked else list(view)
-
-
-# Rows that the compiled routine takes, and matrices: one contiguous block each, all of them together where they are stacked.
-PLAIN_ROWS = ["dense", "some of more rows", "every other row", "columns of wider rows"]
-PLAIN_MATRICES = [("dense", False), ("dense", True), ("some of more rows", False)]
-any_rows = st.sampled_from(PLAIN_ROWS) | st.sampled_from(list(LAYOUTS))
-any_matrices = st.sampled_from(PLAIN_MATRICES) | st.tuples(st.sampled_from(list(LAYOUTS)), st.booleans())
-
-
 @settings(max_examples=200, derandomize=True)
 @given(
     sizes=st.lists(st.integers(0, 4), min_size=1, max_size=4),
     dims=st.tuples(*[st.integers(1, 4)] * 2),
-    rows=st.fixed_dictionaries(dict.fromkeys(("x", "dy", "y", "dx"), any_rows)),
-    matrices=st.fixed_dictionaries(dict.fromkeys(("weights", "grads"), any_matrices)),
+    rows=row_layouts("x", "dy", "y", "dx"),
+    matrices=matrix_layouts("weights", "grads"),
 )
 def test_every_layout_is_read_and_written_where_it_lies(
     sizes: list[int], dims: tuple[int, int], rows: dict[str, str], matrices: dict[str, tuple[str, bool]]
