@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -215,6 +216,21 @@ def test_every_layout_is_read_and_written_where_it_lies(
         and all(layout in PLAIN_MATRICES for layout in matrices.values())
     ):
         assert runs == [True, True]
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
+def test_op_by_op_as_on_a_gpu(is_trained: bool) -> None:
+    case = Case([5, 0, 9], 6, 10, torch.float32)
+    gate_up_N2F = grouped_ffn(case.x_ND, case.row_weights_N, case.weights, case.sizes).gate_up_N2F
+    arguments = (case.dy_ND, case.x_ND, gate_up_N2F, case.row_weights_N, case.weights)
+    grads, by_ops = (case.grads() if is_trained else None for _ in range(2))
+    how: dict[str, Any] = {"alpha": 0.5, "overwrite": [False, True, True]}
+    expected = grouped_ffn_backward(*arguments, grads, case.sizes, **how)
+    out = GroupedFFNGrads(torch.empty(14, 6), torch.empty(14))
+    grouped_ffn_module._backward_by_ops(*arguments, by_ops, case.sizes, **how, out=out)
+    torch.testing.assert_close([out.dx_ND, out.drow_weights_N], [expected.dx_ND, expected.drow_weights_N], rtol=1e-5, atol=1e-5)
+    if grads is not None and by_ops is not None:
+        torch.testing.assert_close([*by_ops.gate_up, *by_ops.down], [*grads.gate_up, *grads.down], rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit_is_named() -> None:
