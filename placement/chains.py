@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _MOST_STATES = 1 << 20
 # A ring's rows are guessed to this many.
 _RING_ROWS = 8
-# Of one call, which are about a second; and how many calls may have more before the search is given up.
-_MOST_WALKS, _MOST_UNKNOWN = 3_000_000, 3
+# Of one call, and of what is left of the time; and how many calls may have more before the search is given up.
+_MOST_WALKS, _WALKS_PER_S, _MOST_UNKNOWN = 3_000_000, 2_000_000, 3
 
 
 def are_few(problem: Problem) -> bool:
@@ -105,9 +105,10 @@ def refute(problem: Problem, low: int, wanted_s: Callable[[], float], consider: 
         rows = _most(partial(is_within, low_work), least.device_rows, total)
         if low_work > high_work or rows < least.device_rows:
             continue
-        if perf_counter() >= end or num_unknown > _MOST_UNKNOWN:
+        left_s = end - perf_counter()
+        if left_s <= 0 or num_unknown > _MOST_UNKNOWN:
             return False
-        may_be, placement = find(problem, high_work, rows)
+        may_be, placement = find(problem, high_work, rows, int(min(_MOST_WALKS, _WALKS_PER_S * left_s)))
         if not may_be:
             continue
         num_unknown += placement is None

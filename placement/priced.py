@@ -10,6 +10,8 @@ entries.
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 import pulp
 
@@ -35,8 +37,13 @@ def _rounded(rows_J: np.ndarray, start_M: np.ndarray, totals_M: np.ndarray) -> n
     return whole_J
 
 
-def _minimise(problem: Problem, placement: Placement, table: Replicated) -> np.ndarray:
-    """Solve the program; return the fractional rows of every (expert, holder) entry."""
+def _minimise(
+    problem: Problem, placement: Placement, table: Replicated, time_limit_s: float, below_s: float
+) -> np.ndarray | None:
+    """Solve the program; return the fractional rows of every (expert, holder) entry.
+
+    None if compute and dispatch cannot be below `below_s`, or if the time was too short to say.
+    """
     topology, load_RE, totals_E = problem.topology, problem.load.load_RE, problem.load.totals_E
     ranks, node_R, owner_E = range(problem.num_ranks), topology.node_of_rank_R, placement.expert_to_owner_E
     unit = max(problem.load.total / problem.num_ranks, 1.0)
@@ -76,7 +83,10 @@ def _minimise(problem: Problem, placement: Placement, table: Replicated) -> np.n
     prices = prices_of(problem)
     row_s = 4 * prices.row_bytes / prices.device_bytes_per_s
     scale = max(prices.work_row_s, row_s)
-    program += busiest * (prices.work_row_s / scale) + link * (row_s / scale), "seconds"
+    seconds = busiest * (prices.work_row_s / scale) + link * (row_s / scale)
+    program += seconds, "seconds"
+    if below_s < inf:
+        program.addConstraint(seconds <= below_s / (scale * unit), "cutoff")
     for r in ranks:
         program.addConstraint(busiest >= holds_R[r] + group_rows_R[r], f"busiest_{r}")
         program.addConstraint(link >= load_RE[r].sum() / unit - stays_R[r], f"sent_{r}")
@@ -86,19 +96,29 @@ def _minimise(problem: Problem, placement: Placement, table: Replicated) -> np.n
         inside = np.flatnonzero(node_R == n)
         program.addConstraint(link >= (load_RE[inside].sum() / unit - stays_N[n]) * slower, f"sent_node_{n}")
         program.addConstraint(link >= (pulp.lpSum(holds_R[r] for r in inside) - stays_N[n]) * slower, f"received_node_{n}")
-    program.solve(make_engine("highs", 10.0, _RELATIVE_GAP))
+    status = program.solve(make_engine("highs", time_limit_s, _RELATIVE_GAP))
+    if status != pulp.LpStatusOptimal:
+        return None
     return np.array([max(variable.varValue or 0.0, 0.0) for variable in rows]) * unit
 
 
-def split_priced(problem: Problem, placement: Placement) -> Split:
-    """Split the load so that the cost model's seconds are least; never dearer than `split_exact`, which is returned on a tie."""
+def split_priced(problem: Problem, placement: Placement, time_limit_s: float = 10.0, below_s: float = inf) -> Split:
+    """Split the load so that the cost model's seconds are least; never dearer than `split_exact`, which is returned on a tie.
+
+    After `time_limit_s` the best split so far is the answer. Where no split costs less than `below_s`, any split may be.
+    """
     exact = split_exact(problem.load, placement, problem.topology)
+    exact_cost = cost(problem, placement, exact)
     table = Replicated.of(placement)
     if not table.experts_M.size:
         return exact
-    rows_J = _rounded(_minimise(problem, placement, table), table.start_M, problem.load.totals_E[table.experts_M])
+    copies_s = exact_cost.gather_s + exact_cost.reduce_s + exact_cost.move_s
+    fractional_J = _minimise(problem, placement, table, time_limit_s, below_s - copies_s)
+    if fractional_J is None:
+        return exact
+    rows_J = _rounded(fractional_J, table.start_M, problem.load.totals_E[table.experts_M])
     per_node = problem.topology.ranks_per_node
     segments_4G = flow.decompose(problem.load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
     segments_4G[0] = table.experts_M[segments_4G[0]]
     priced = Split(problem.load, placement, segments_4G)
-    return priced if cost(problem, placement, priced).total_s < cost(problem, placement, exact).total_s else exact
+    return priced if cost(problem, placement, priced).total_s < exact_cost.total_s else exact

@@ -95,11 +95,11 @@ def test_that_moves_pay_not_enough_proves_no_more_than_what_was_wanted() -> None
         overlap_s=1.0,
     )
     copies = CopyRange(0, 0)
-    best = milp._cheapest_of(problem, milp._heuristics(problem))
-    static_s = milp._priced(problem, milp.static.solve(problem).placement).cost.total_s
+    best = milp.best_heuristic(problem)
+    static_s = milp.static.solve(problem).cost.total_s
     assert best.cost.total_s < 0.9 * static_s
     for move_owners in (True, False):
-        proof = milp._Proof(problem, move_owners, "highs", best, 0.0)
+        proof = milp._Proof(problem, move_owners, "highs", best, 0.0, milp._Clock(0.0, np.inf))
         proof._proven_s = {copies: 0.0}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(milp, "_moves_may_pay", lambda *_: False)

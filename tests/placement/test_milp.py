@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 
 import numpy as np
+import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from moesaic.placement import (
     cost,
     get_solver,
     milp,
+    milp_search,
     split_exact,
 )
 from moesaic.placement.cost import prices_of, seconds_of
@@ -138,6 +141,54 @@ def test_bad_options():
         milp.solve(problem, time_limit_s=0)
 
 
+def test_prices_end_with_the_time():
+    """On a clock by which a price takes a second, no price starts after the end; the exact split does instead."""
+    problem, clock_s, priced = zipf_problem(2, 8, 1.0, slots=1), [0.0], []
+    placements = list(every_placement(problem))
+    exact_s = [cost(problem, p, split_exact(problem.load, p, problem.topology)).total_s for p in placements]
+
+    def price(problem, placement, time_limit_s, below_s):
+        priced.append((clock_s[0], time_limit_s, below_s))
+        clock_s[0] += 1.0
+        return split_priced(problem, placement)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(milp_search, "perf_counter", lambda: clock_s[0])
+        patch.setattr("moesaic.placement.priced.split_priced", price)
+        best = milp_search.cheapest(problem, zip(exact_s, placements, strict=True), end=2.5)
+    assert [(start, limit) for start, limit, _ in priced] == [(0.0, 2.5), (1.0, 1.5), (2.0, 0.5)]
+    assert priced[0][2] == np.inf
+    assert best.cost.total_s <= min(exact_s)
+    assert priced[2][2] >= best.cost.total_s
+
+
+def test_no_engine_starts_when_the_time_is_over():
+    """Nor is a program written down that the engine would get too late; what is proven already stays."""
+    problem = zipf_problem(4, 16, 1.0, slots=2)
+    best = milp.best_heuristic(problem)
+    proof = milp._Proof(problem, False, "highs", best, 0.0, milp._Clock(time.perf_counter() - 9.8, 10.0))
+    with milp.SearchOn(problem, [problem.expert_to_owner_E], False, 0.01) as searching, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesaic.placement.milp_model.Model", None)
+        proof.tighten(1e-9, searching)
+    assert 0 < proof.bound_s < best.cost.total_s
+
+
+def test_handing_a_program_over_takes_of_the_engines_time():
+    """The limit counts from the making of the engine, on a clock that jumps four seconds until HiGHS begins."""
+    from moesaic.placement import engines
+
+    program = pulp.LpProblem("one", pulp.LpMinimize)
+    count, unused = program.add_variable("count", 0, None, pulp.LpInteger), program.add_variable("unused", None, 7)
+    program += 2 * count + 1, "cost"
+    program.addConstraint(3 * count >= 4, "least")
+    program.addConstraint(count + 0 * unused <= 9, "most")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "perf_counter", iter([100.0, 104.0]).__next__)
+        program.solve(engines.make_engine("highs", 5.0, 0.0))
+    assert (count.varValue, pulp.value(program.objective)) == (2.0, 5.0)
+    assert program.solverModel.getOptionValue("time_limit")[1] == 1.0
+
+
 def test_constraints_are_named():
     from moesaic.placement.milp_model import Model
 
@@ -154,6 +205,11 @@ def test_owners_may_leave_an_expert_to_its_copies(problem, seed):
     placements = list(every_placement(problem))
     placement = placements[rng.integers(len(placements))]
     priced = cost(problem, placement, split_priced(problem, placement))
+    exact = cost(problem, placement, split_exact(problem.load, placement, problem.topology))
+    for below, at_most in ((1.001, priced), (0.5, exact)):
+        # What is not below a price may be left at any split; what is, is found.
+        found = cost(problem, placement, split_priced(problem, placement, below_s=below * priced.total_s))
+        assert found.total_s <= at_most.total_s * (1 + 1e-5)
     replicas_RE, owner_E = placement.replicas_RE.copy(), placement.expert_to_owner_E.copy()
     for expert in np.flatnonzero(placement.copies_RE.any(axis=0)):
         if rng.integers(2):
