@@ -66,6 +66,11 @@ def _least_rows(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_ma
         owned_M = np.bincount(owner_E, minlength=num_units)
         of_owners = _most_kept_by_owners(load_ME, owned_M) if keep_counts else int(load_ME.max(axis=0).sum())
         kept_C = np.minimum(kept_C, of_owners + _best_sums(load_ME, copies).sum(axis=0))
+        # A unit needs no copy of what it owns: beside one load of every expert, at most its largest, copies keep others.
+        others_ME = load_ME.copy()
+        others_ME[load_ME.argmax(axis=0), np.arange(load_ME.shape[1])] = 0
+        most_others_C = _best_sums(others_ME.reshape(1, -1), copies * num_units)[0, ::num_units]
+        kept_C = np.minimum(kept_C, int(load_ME.max(axis=0).sum()) + most_others_C)
     return np.maximum(np.maximum(busiest_C, -((kept_C - total) // num_units)), 0)
 
 

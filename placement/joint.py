@@ -3,8 +3,8 @@
 Minimised is the sum over layers of cost.py's seconds plus the hops: tokens that follow expert i of a layer by expert j of the
 next save a message where both live on one rank, one across nodes where both live on one node. The problem decomposes: a
 search exchanges owners inside a layer, or in opposite directions in two layers, which keeps every rank's rows; then every layer
-gets its copies by itself, first as `quota` places them, then by a search from there. An expert above the mean rank counts as the
-mean rank in the search for owners, because copies will take the rest.
+gets its copies by itself, first as `quota` places them or of what most tokens of a node go to, then by a search from there. An
+expert above the mean rank counts as the mean rank in the search for owners, because copies will take the rest.
 The bound adds up the layers' own bounds with free owners (bounds.py) and no hop at all, so it holds for every owner map.
 Shape letters: L layers, E experts, R ranks.
 """
@@ -29,7 +29,8 @@ from .values import Placement, Problem
 _MOST_PROPOSALS = 20_000_000
 _PROPOSALS_PER_STATE = 40
 _LEAST_PROPOSALS = 20_000
-_COPY_PROPOSALS = 4000  # for each layer
+# For each layer: at least, at most, and by its (expert, rank) pairs.
+_LEAST_COPY_PROPOSALS, _MOST_COPY_PROPOSALS, _COPY_PROPOSALS_PER_STATE = 4000, 40_000, 4
 _COLD = 1e-5
 # Small problems have steep hills for their size; they are searched twice, first from a high temperature.
 _HOT, _HOT_SMALL, _SMALL_STATES = 1e-3, 0.3, 4096
@@ -167,8 +168,32 @@ def _cost_s(problem: Problem, placement: Placement) -> float:
     return cost(problem, placement, split_exact(problem.load, placement, problem.topology)).total_s
 
 
+def _spread(problem: Problem, owner_E: np.ndarray) -> Placement:
+    """Copy to every node, with one node to every rank, the experts that most of its tokens go to: to its idlest ranks."""
+    num_ranks, topology = problem.num_ranks, problem.topology
+    per_unit = topology.ranks_per_node if topology.num_nodes > 1 else 1
+    load_UE = problem.load.load_RE.reshape(num_ranks // per_unit, per_unit, -1).sum(axis=1)
+    unit_E = owner_E // per_unit
+    foreign_UE = np.where(unit_E == np.arange(load_UE.shape[0])[:, None], 0, load_UE)
+    first_UE = np.argsort(-foreign_UE, axis=1, kind="stable")[:, : per_unit * problem.slots]
+    copied_UE = np.zeros(load_UE.shape, dtype=np.bool_)
+    np.put_along_axis(copied_UE, first_UE, np.take_along_axis(foreign_UE, first_UE, axis=1) > 0, axis=1)
+    rows_E = np.where(copied_UE, 0, load_UE).sum(axis=0)
+    rows_R = np.bincount(owner_E, weights=rows_E, minlength=num_ranks)
+    free_R, copies = np.full(num_ranks, problem.slots), []
+    for unit, experts in enumerate(first_UE):
+        inside = np.arange(unit * per_unit, (unit + 1) * per_unit)
+        for expert in experts[copied_UE[unit, experts]]:
+            rank = inside[np.lexsort((rows_R[inside], free_R[inside] == 0))[0]]
+            copies.append((expert, rank))
+            free_R[rank] -= 1
+            rows_R[rank] += load_UE[unit, expert]
+    return Placement.with_copies(owner_E, num_ranks, np.array(copies, dtype=np.int64).reshape(-1, 2).T)
+
+
 def _with_copies(problem: Problem, owner_E: np.ndarray) -> Placement:
-    return quota.solve(dataclasses.replace(problem, expert_to_owner_E=owner_E)).placement
+    by_seconds = quota.solve(dataclasses.replace(problem, expert_to_owner_E=owner_E)).placement
+    return min((by_seconds, _spread(problem, owner_E)), key=lambda placement: _cost_s(problem, placement))
 
 
 def _finish(problem: Problem, placement: Placement, effort: float) -> Solution:
@@ -177,7 +202,9 @@ def _finish(problem: Problem, placement: Placement, effort: float) -> Solution:
     if problem.slots and problem.num_ranks > 1:
         from .improve import improve
 
-        placement = improve(problem, placement, move_owners=False, proposals=max(1, int(_COPY_PROPOSALS * effort)))
+        states = problem.num_experts * problem.num_ranks
+        proposals = min(max(_COPY_PROPOSALS_PER_STATE * states, _LEAST_COPY_PROPOSALS), _MOST_COPY_PROPOSALS)
+        placement = improve(problem, placement, move_owners=False, proposals=max(1, int(proposals * effort)))
     seconds = cost(problem, placement, split_exact(problem.load, placement, problem.topology))
     bound = link_bound(problem, owners_may_move=True, keep_counts=False)
     return solution(placement, seconds, bound, perf_counter() - start, "joint")

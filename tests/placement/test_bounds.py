@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 
-from moesaic.placement import cost, get_solver, lower_bound, split_exact
+from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, cost, get_solver, lower_bound, split_exact
 from moesaic.placement.bounds import link_bound, range_bound_s, room_within
 from moesaic.placement.cost import tally
 from moesaic.placement.exhaustive import every_placement
@@ -38,6 +38,14 @@ def test_below_every_placement_with_any_owners(problem):
         assert any_counts <= best
         if (np.sort(owners) == current).all():
             assert same_counts <= best
+
+
+def test_owners_need_no_copies_of_their_own():
+    """One expert has nearly all rows: two copies serve all three ranks, so the third copy cannot stand for its owner's tokens."""
+    load = ExpertLoad(np.array([[100, 1, 1]] * 3))
+    problem = Problem(load, np.arange(3), Topology.preset("h100", 3), LayerShape(3, 1, 64, 64), slots=1)
+    bound = link_bound(problem, owners_may_move=True, keep_counts=False)
+    assert bound.total_s >= lower_bound(problem, owners_may_move=True).total_s + 4 * problem.topology.latency_s
 
 
 def test_links_count():

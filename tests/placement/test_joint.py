@@ -82,7 +82,7 @@ def test_promises(seed, text, num_layers, num_experts, slots):
 
 
 def test_copies_are_searched():
-    """From the copies that quota makes, which balance, to copies that also spare messages between nodes."""
+    """From the copies that quota makes, which balance, to copies that spare messages between nodes; the bound counts them."""
     rng, topology = np.random.default_rng(0), Topology.parse("4x4")
     share_E = rng.permutation(np.arange(1, 65) ** -0.8)
     load = ExpertLoad(rng.multinomial(32768, share_E / share_E.sum(), size=16))
@@ -91,7 +91,8 @@ def test_copies_are_searched():
     found = solve(problem)
     moved = dataclasses.replace(problem, expert_to_owner_E=found.placement.expert_to_owner_E)
     move_s = found.cost.move_s
-    assert found.cost.total_s - move_s < 0.99 * get_solver("quota")(moved).cost.total_s
+    assert found.cost.total_s - move_s < 0.88 * get_solver("quota")(moved).cost.total_s
+    assert found.gap < 0.1
 
 
 def test_layers_may_be_uneven():
