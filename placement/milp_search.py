@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from time import perf_counter
@@ -24,8 +24,10 @@ from .values import Placement, Problem
 
 # Proposals of the two searches in ten seconds; fewer where there are fewer states to visit.
 _OWNER_PROPOSALS, _COPY_PROPOSALS = 1_500_000, 400_000
-# Runs that share the first, and proposals of a run that the second pays for.
-_OWNER_RUNS, _COPY_RUN_PROPOSALS = 4, 10_000
+# Proposals between two looks at the clock in the first, and of one of the many runs of the second.
+_OWNER_PIECE_PROPOSALS, _COPY_RUN_PROPOSALS = 10_000, 10_000
+# Temperatures at both ends of the first, as shares of the mean layer's seconds.
+_HOT, _COLD = 1e-2, 1e-5
 # Numbers of slots that copies are searched under, and answers whose best split is worth an integer program.
 _MOST_BUDGETS, _MOST_PRICED = 4, 8
 # Seconds for the cheapest split of one of them.
@@ -95,8 +97,13 @@ def best_owner_heuristic(problem: Problem, best: Candidate, end: float = inf) ->
     return cheapest(problem, ((_exact_s(problem, placement), placement) for placement in placements), end, best)
 
 
-def search_owners(problem: Problem, owner_E: np.ndarray, proposals: int, end: float = inf) -> np.ndarray:
-    """Return the best owners that annealings without copies reached from `owner_E`; none starts after `end` but the first."""
+def search_owners(
+    problem: Problem, owner_E: np.ndarray, proposals: int, run: int = 0, is_over: Callable[[], bool] = lambda: False
+) -> np.ndarray:
+    """Return the best owners that an annealing without copies reached from `owner_E`; it ends early where `is_over`.
+
+    One long run finds more than several short ones. Every piece of it starts from the best so far; another `run` draws otherwise.
+    """
     from .exchange import Layers, anneal
 
     no_pairs = np.zeros((0, problem.num_experts, problem.num_experts), dtype=np.int64)
@@ -112,14 +119,23 @@ def search_owners(problem: Problem, owner_E: np.ndarray, proposals: int, end: fl
         0.0,
         prices_of(problem),
     )
-    found: list[tuple[float, np.ndarray]] = []
-    for run in range(_OWNER_RUNS):
-        if found and perf_counter() >= end:
+    owner_LE, pieces = owner_E[None].copy(), -(-proposals // _OWNER_PIECE_PROPOSALS)
+    temperatures = np.geomspace(_HOT, _COLD, pieces + 1)
+    for piece in range(pieces):
+        draws = run * pieces + piece
+        anneal(layers, owner_LE, proposals // pieces, False, temperatures[piece], temperatures[piece + 1], draws)
+        if is_over():
             break
-        owner_LE = owner_E[None].copy()
-        change_s = anneal(layers, owner_LE, proposals // _OWNER_RUNS, False, 3e-3, 1e-5, run)
-        found.append((change_s, owner_LE[0]))
-    return min(found, key=lambda run: run[0])[1]
+    return owner_LE[0]
+
+
+def _owner_proposals(problem: Problem, effort: float) -> int:
+    return max(1, int(min(_OWNER_PROPOSALS, 2000 * problem.num_experts * problem.num_ranks) * effort))
+
+
+def _without_copies(problem: Problem, owner_E: np.ndarray) -> tuple[float, Placement]:
+    placement = Placement.owners_only(owner_E, problem.num_ranks)
+    return _exact_s(problem, placement), placement
 
 
 def _search_copies(
@@ -168,8 +184,15 @@ class SearchOn:
         return cheapest(self._problem, [self._found.popleft() for _ in range(len(self._found))], end, best)
 
     def _search(self) -> None:
-        for search in itertools.count(1) if self._problem.slots and self._problem.num_ranks > 1 else ():
-            for answer in _search_copies(self._problem, self._owner_SE, self._move_owners, self._effort, search):
+        problem, first_E = self._problem, self._owner_SE[0]
+        for search in itertools.count(1) if problem.slots and problem.num_ranks > 1 else ():
+            if self._move_owners:
+                proposals = _owner_proposals(problem, self._effort)
+                owner_E = search_owners(problem, first_E, proposals, search, self._is_over.is_set)
+                self._found.append(_without_copies(problem, owner_E))
+                if self._is_over.is_set():
+                    return
+            for answer in _search_copies(problem, self._owner_SE, self._move_owners, self._effort, search):
                 self._found.append(answer)
                 if self._is_over.is_set():
                     return
@@ -185,10 +208,9 @@ def search(
     owner_SE = [best.placement.expert_to_owner_E]
     found: list[tuple[float, Placement]] = []
     if move_owners and problem.num_ranks > 1:
-        proposals = int(min(_OWNER_PROPOSALS, 2000 * problem.num_experts * problem.num_ranks) * effort)
-        owner_SE.append(search_owners(problem, owner_SE[0], proposals, end))
-        without_copies = Placement.owners_only(owner_SE[1], problem.num_ranks)
-        found.append((_exact_s(problem, without_copies), without_copies))
+        proposals = _owner_proposals(problem, effort)
+        owner_SE.append(search_owners(problem, owner_SE[0], proposals, is_over=lambda: perf_counter() >= end))
+        found.append(_without_copies(problem, owner_SE[1]))
     if problem.slots and problem.num_ranks > 1:
         for answer in _search_copies(problem, owner_SE, move_owners, effort):
             found.append(answer)
