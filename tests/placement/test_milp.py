@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 
+import highspy
 import numpy as np
 import pulp
 import pytest
@@ -23,6 +24,7 @@ from moesaic.placement import (
     cost,
     get_solver,
     milp,
+    milp_model,
     milp_search,
     split_exact,
 )
@@ -187,6 +189,27 @@ def test_handing_a_program_over_takes_of_the_engines_time():
         program.solve(engines.make_engine("highs", 5.0, 0.0))
     assert (count.varValue, pulp.value(program.objective)) == (2.0, 5.0)
     assert program.solverModel.getOptionValue("time_limit")[1] == 1.0
+
+
+def test_ctrl_c_ends_the_engine_with_what_it_knows():
+    """It is heard while the engine works; what is proven until then counts."""
+    problem, wait = zipf_problem(8, 64, 1.0, slots=2), highspy.Highs.wait
+    heard: list[float] = []
+
+    def interrupted(highs, timeout):
+        heard.append(timeout)
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+        return wait(highs, timeout)
+
+    model = milp_model.Model(problem, get_solver("quota")(problem).cost.total_s, move_owners=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(highspy.Highs, "wait", interrupted)
+        answer = model.solve("highs", 60.0, 1e-9)
+    assert len(heard) > 1
+    assert answer.is_interrupted
+    assert not answer.is_complete
+    assert 0 <= answer.bound_s <= model.seconds
 
 
 def test_constraints_are_named():
