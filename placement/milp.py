@@ -37,7 +37,7 @@ _FIND_GAP = 1e-3
 # The engine's tolerances are about 1e-6 of the objective; a bound must not lean on them.
 _ENGINE_SLACK = 1e-5
 # What stays free of the time limit, in seconds and at most as a share of it: engines stop a little late.
-_SPARE_S, _SPARE_SHARE = 0.3, 0.25
+_SPARE_S, _SPARE_SHARE = 0.5, 0.25
 # Of the time limit: when heuristics and the first search are priced, and when chains.py ends; the engine has what is left.
 _HEURISTICS_SHARE, _SEARCH_SHARE, _CHAINS_SHARE = 0.1, 0.2, 0.45
 # Of the time left: what looking through the answers of the search beside the engine may take.
