@@ -275,7 +275,7 @@ def _outgrows(controls_R, cache_bytes):
     num_bytes = 0
     for rank in range(controls_R.size):
         num_bytes += 2 * _load(controls_R[rank] + _INCOMING)
-    return num_bytes >= cache_bytes // 4 * 3
+    return num_bytes > cache_bytes // 4 * 3
 
 
 @njit(cache=True, nogil=True)
