@@ -271,11 +271,11 @@ def all_taken(controls_R, rank, messages_M5, num_sends):
 
 @njit(cache=True, nogil=True)
 def _outgrows(controls_R, cache_bytes):
-    """Whether what all ranks read now, and where they put it, leaves less than a quarter of `cache_bytes` to their programs."""
+    """Whether what all ranks read now, and where they put it, would fill `cache_bytes`; up to there copies are faster in them."""
     num_bytes = 0
     for rank in range(controls_R.size):
         num_bytes += 2 * _load(controls_R[rank] + _INCOMING)
-    return num_bytes > cache_bytes // 4 * 3
+    return num_bytes >= cache_bytes
 
 
 @njit(cache=True, nogil=True)
