@@ -147,7 +147,7 @@ def grouped_ffn_backward(
         len(group_sizes),
     )
     if operands is None or not _run_compiled(gate_up_N2F, operands, group_sizes, alpha, is_fresh):
-        check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
+        check_groups(x_ND.shape[0], weights.gate_up, group_sizes, is_fresh)
         if not len(group_sizes):
             return out
         if x_ND.device.type != "cpu":

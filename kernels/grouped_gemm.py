@@ -67,7 +67,7 @@ def grouped_gemm_wgrad(
     """
     if _multiply_compiled(WGRAD, (dy_NO, x_NI), (grads,), group_sizes, alpha, overwrite):
         return
-    check_groups(dy_NO.shape[0], grads, group_sizes)
+    check_groups(dy_NO.shape[0], grads, group_sizes, overwrite)
     _check_operands(dy_NO, [x_NI], None)
     _check_matrices("gradient", grads, dy_NO.device, None)
     if dy_NO.device.type != "cuda" or not len(grads):
@@ -89,16 +89,16 @@ def grouped_gemm_backward(
     overwrite: Sequence[bool] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return `dx_NI` like `grouped_gemm_dgrad`, and add to `grads` like `grouped_gemm_wgrad`.
+    """Add to `grads` like `grouped_gemm_wgrad`, then return `dx_NI` like `grouped_gemm_dgrad`.
 
-    One compiled call does both products of a group before those of the next: the second finds the group's rows in the caches.
+    In fp32 on the CPU one compiled call does both products of a group before those of the next: the second finds the group's
+    rows in the caches.
     """
     dx_NI = _new_rows(dy_NO, weights, group_sizes, 1) if out is None else out
     if _multiply_compiled(BACKWARD, (dy_NO, x_NI, dx_NI), (weights, grads), group_sizes, alpha, overwrite):
         return dx_NI
-    grouped_gemm_dgrad(dy_NO, weights, group_sizes, out=dx_NI)
     grouped_gemm_wgrad(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
-    return dx_NI
+    return grouped_gemm_dgrad(dy_NO, weights, group_sizes, out=dx_NI)
 
 
 def _multiply_compiled(
@@ -218,12 +218,14 @@ def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
         start += size
 
 
-def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int]) -> None:
-    """Raise ValueError unless sizes, weights and rows belong together."""
+def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None = None) -> None:
+    """Raise ValueError unless sizes, weights, rows and marks belong together."""
     if len(weights) != len(group_sizes):
         raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group")
     if min(group_sizes, default=0) < 0 or sum(group_sizes) != num_rows:
         raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")
+    if overwrite is not None and len(overwrite) != len(group_sizes):
+        raise ValueError(f"{len(group_sizes)} group sizes but {len(overwrite)} marks of what to overwrite; give one per group")
 
 
 def _check_operands(rows: Tensor, matrices: Matrices, out: Tensor | None) -> None:

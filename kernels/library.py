@@ -145,7 +145,9 @@ def grouped_gemm_backward(
 ) -> tuple[Tensor, Tensor]:
     """`dx_NI`, and the weight gradients as one fp32 tensor [G, O, I], zeros for groups without rows."""
     dweights_GOI = _empty_gradients(dy_NO, x_NI, group_sizes)
-    dx_NI = plain_grouped_gemm_backward(dy_NO, x_NI, weights, group_sizes, dweights_GOI, overwrite=[True] * len(group_sizes))
+    fresh = [True] * len(group_sizes)
+    dx_NI = dy_NO.new_empty(x_NI.shape)
+    plain_grouped_gemm_backward(dy_NO, x_NI, weights, group_sizes, dweights_GOI, overwrite=fresh, out=dx_NI)
     return dx_NI, dweights_GOI
 
 

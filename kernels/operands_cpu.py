@@ -19,26 +19,32 @@ Matrices: TypeAlias = Sequence[Tensor] | Tensor
 """One for every group, or all of them stacked."""
 
 _FP32 = torch.float32
+# Subclasses may stand for tensors that are elsewhere, or nowhere.
+_PLAIN = {Tensor, torch.nn.Parameter}
+# BLAS takes sizes and strides as integers of 4 bytes.
+_MOST = 2**31 - 1
 
 
 def words_of_rows(num_rows: int, *many_rows: Tensor) -> list[int] | None:
-    """Address, width and row stride of each [N, width], one after the other; None unless elements of a row are neighbours."""
+    """Address, width and row stride of each [N, width], one after the other.
+
+    None unless these are plain tensors, elements of a row are neighbours, and sizes and strides are below 2**31.
+    """
     words: list[int] = []
     for rows in many_rows:
-        if rows.dtype is not _FP32 or not rows.is_cpu:
+        if type(rows) not in _PLAIN or rows.dtype is not _FP32 or not rows.is_cpu:
             return None
         shape, strides = rows.shape, rows.stride()
-        if len(shape) != 2 or shape[0] != num_rows or strides[1] != 1 or not 0 < shape[1] <= strides[0]:
+        if len(shape) != 2 or shape[0] != num_rows or strides[1] != 1 or not 0 < shape[1] <= strides[0] <= _MOST:
             return None
         words += rows.data_ptr(), shape[1], strides[0]
-    return words
+    return words if num_rows <= _MOST else None
 
 
 def address_of(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
-    """Where a contiguous tensor of this shape lies; None for any other."""
-    if tensor.dtype is _FP32 and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous():
-        return tensor.data_ptr()
-    return None
+    """Where a plain contiguous tensor of this shape lies; None for any other."""
+    is_plain = type(tensor) in _PLAIN and tensor.dtype is _FP32 and tensor.is_cpu
+    return tensor.data_ptr() if is_plain and tensor.shape == shape and tensor.is_contiguous() else None
 
 
 def addresses_of(matrices: Matrices, num_groups: int, out_dim: int, in_dim: int) -> Sequence[int] | None:

@@ -208,7 +208,8 @@ class _Proof:
     def _take(self, searching: SearchOn, end: float) -> None:
         """Take what the search has found in the meantime, in a small part of the time until `end`."""
         now = perf_counter()
-        self.best = searching.take(self.best, now + _TAKE_SHARE * (end - now))
+        if now < end:
+            self.best = searching.take(self.best, now + _TAKE_SHARE * (end - now))
 
     def _refute(self, copies: CopyRange, tolerance: float, end: float, searching: SearchOn) -> bool:
         """Try to show that nothing in a range is below the bound that is wanted; return False if the time was too short.
@@ -277,9 +278,10 @@ def solve(
     time_limit_s: float = 10.0,
     relative_gap: float = 1e-4,
 ) -> Solution:
-    """Place copies, and owners too if `move_owners`; stop after `time_limit_s` or at `relative_gap`. Ctrl-C stops early.
+    """Place copies, and owners too if `move_owners`; stop after `time_limit_s` or at `relative_gap`.
 
-    The limit and the answer's seconds do not count what a process pays once: imports and compilation.
+    Ctrl-C stops early, with what is found and proven by then, once there is an answer of the heuristics. The limit and the
+    answer's seconds do not count what a process pays once: imports and compilation.
     """
     check_seconds("time_limit_s", time_limit_s, positive=True)
     # Imported here so that importing the package loads no engine.
@@ -299,11 +301,15 @@ def solve(
     tolerances = sorted({*(gap for gap in _ROUGH_GAPS if gap > relative_gap), relative_gap}, reverse=True)
     effort = min(1.0, time_limit_s / 10)
     search_end = clock.after(_SEARCH_SHARE)
-    proof.best, owner_SE = search(problem, proof.best, move_owners, effort, end=clock.end, price_end=search_end)
-    with SearchOn(problem, owner_SE, move_owners, effort) as searching:
-        if not all(proof.search_chains(tolerance, searching) for tolerance in tolerances) and not proof.is_interrupted:
-            for tolerance in tolerances:
-                proof.tighten(tolerance, searching)
+    try:
+        proof.best, owner_SE = search(problem, proof.best, move_owners, effort, end=clock.end, price_end=search_end)
+        with SearchOn(problem, owner_SE, move_owners, effort) as searching:
+            if not all(proof.search_chains(tolerance, searching) for tolerance in tolerances) and not proof.is_interrupted:
+                for tolerance in tolerances:
+                    proof.tighten(tolerance, searching)
+    except KeyboardInterrupt:
+        # The best so far and what is proven of it are whole at any time.
+        pass
     best = proof.best
     seconds = perf_counter() - clock.start
     found = solution(best.placement, best.cost, Bound(bound.max_rows, min(proof.bound_s, best.cost.total_s)), seconds, "milp")

@@ -46,7 +46,7 @@ class Candidate:
 def candidate_of(problem: Problem, placement: Placement, end: float = inf, below_s: float = inf) -> Candidate:
     """Price a placement under the cheapest split found before perf_counter reaches `end`.
 
-    Where none costs less than `below_s`, under any split.
+    Where no split seems to cost less than `below_s`, the answer may be priced under any; see `split_priced`.
     """
     from .priced import split_priced
 
@@ -176,8 +176,10 @@ class SearchOn:
 
     def __exit__(self, *error: object) -> None:
         self._is_over.set()
-        self._searching.result()
-        self._pool.shutdown()
+        try:
+            self._searching.result()
+        finally:
+            self._pool.shutdown()
 
     def take(self, best: Candidate, end: float) -> Candidate:
         """Return the cheapest of `best` and of the answers since the last time, priced until perf_counter reaches `end`."""
@@ -203,7 +205,8 @@ def search(
 ) -> tuple[Candidate, list[np.ndarray]]:
     """Return the cheapest of `best` and of searches from it, and the owners that they started from.
 
-    `effort` 1 searches for about two seconds. No run but the first starts after `end`; answers are priced until `price_end`.
+    `effort` 1 searches for about two seconds where no owner may move. No run but the first starts after `end`; answers are
+    priced until `price_end`.
     """
     owner_SE = [best.placement.expert_to_owner_E]
     found: list[tuple[float, Placement]] = []

@@ -17,7 +17,7 @@ import pulp
 
 from . import flow
 from .cost import cost, prices_of
-from .engines import make_engine
+from .engines import make_engine, was_interrupted
 from .split import Replicated, Split, split_exact
 from .values import Placement, Problem
 
@@ -97,6 +97,8 @@ def _minimise(
         program.addConstraint(link >= (load_RE[inside].sum() / unit - stays_N[n]) * slower, f"sent_node_{n}")
         program.addConstraint(link >= (pulp.lpSum(holds_R[r] for r in inside) - stays_N[n]) * slower, f"received_node_{n}")
     status = program.solve(make_engine("highs", time_limit_s, _RELATIVE_GAP))
+    if was_interrupted(program):
+        raise KeyboardInterrupt
     if status != pulp.LpStatusOptimal:
         return None
     return np.array([max(variable.varValue or 0.0, 0.0) for variable in rows]) * unit
@@ -105,7 +107,8 @@ def _minimise(
 def split_priced(problem: Problem, placement: Placement, time_limit_s: float = 10.0, below_s: float = inf) -> Split:
     """Split the load so that the cost model's seconds are least; never dearer than `split_exact`, which is returned on a tie.
 
-    After `time_limit_s` the best split so far is the answer. Where no split costs less than `below_s`, any split may be.
+    After `time_limit_s` the best split so far is the answer. Where no split costs less than `below_s`, counting what a group of
+    rows costs for every copy, any split may be the answer: one that leaves a copy empty and is below by less than that is missed.
     """
     exact = split_exact(problem.load, placement, problem.topology)
     exact_cost = cost(problem, placement, exact)

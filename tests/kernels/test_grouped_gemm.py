@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.kernels import (
     FFNWeights,
@@ -232,3 +233,34 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         grouped_gemm_dgrad(torch.randn(4, 2), weights, [4])
     with pytest.raises(ValueError, match="must be >= 0"):
         grouped_gemm_wgrad(torch.randn(4, 2), torch.randn(4, 3), [5, -1], weights)
+    given = torch.randn(4, 2), torch.randn(4, 3), weights, [2, 2], [torch.zeros(2, 3), torch.zeros(2, 3)]
+    with pytest.raises(ValueError, match="2 group sizes but 3 marks of what to overwrite"):
+        grouped_gemm_backward(*given, overwrite=[True, False, True])
+    rows, ffn = torch.randn(4, 3), FFNWeights([torch.randn(4, 3)] * 2, [torch.randn(3, 2)] * 2)
+    with pytest.raises(ValueError, match="2 group sizes but 1 marks of what to overwrite"):
+        grouped_ffn_backward(rows, rows, torch.randn(4, 4), torch.ones(4), ffn, ffn, [2, 2], overwrite=[True])
+
+
+@pytest.mark.parametrize("stride", [2**31, 2**32 + 3])
+def test_strides_that_blas_cannot_take_are_read_right(stride: int) -> None:
+    """A single row may have any: BLAS would read half of the number."""
+    x_NI, weight = torch.randn(1, 8).as_strided((1, 8), (stride, 1)), torch.randn(5, 8)
+    torch.testing.assert_close(grouped_gemm(x_NI, [weight], [1]), x_NI @ weight.T)
+
+
+def test_tensors_without_memory_have_no_address() -> None:
+    with FakeTensorMode():
+        x_NI, weight = torch.randn(4, 8), torch.randn(5, 8)
+        y_NO = grouped_gemm(x_NI, [weight], [4])
+        assert y_NO.shape == (4, 5)
+        assert grouped_gemm_backward(y_NO, x_NI, [weight], [4], [torch.zeros(5, 8)]).shape == (4, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_rows_may_take_their_place(dtype: torch.dtype) -> None:
+    dy_NO, x_NI, weight = torch.randn(6, 5, dtype=dtype), torch.randn(6, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
+    grad, expected = torch.zeros_like(weight), dy_NO.T @ x_NI
+    dx_NI = grouped_gemm_backward(dy_NO, x_NI, [weight], [6], [grad], out=x_NI)
+    assert dx_NI is x_NI
+    torch.testing.assert_close(x_NI, dy_NO @ weight)
+    torch.testing.assert_close(grad, expected)

@@ -84,3 +84,13 @@ def test_gradients_agree_with_finite_differences() -> None:
 
     # fp32 weight gradients bound the precision.
     assert torch.autograd.gradcheck(layer, (inputs[0], row_weights_N, *inputs[1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_without_groups_real_and_fake_agree() -> None:
+    rows, none = (torch.empty(0, 2), torch.empty(0, 3)), ([], [])
+    for tensor, fake in zip(
+        library.grouped_gemm_backward(*rows, *none),
+        library.grouped_gemm_backward(*(row.to("meta") for row in rows), *none),
+        strict=True,
+    ):
+        assert tensor.shape == fake.shape

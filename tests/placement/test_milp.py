@@ -212,6 +212,32 @@ def test_ctrl_c_ends_the_engine_with_what_it_knows():
     assert 0 <= answer.bound_s <= model.seconds
 
 
+@pytest.mark.parametrize("place", ["pricing", "search", "model"])
+def test_ctrl_c_ends_a_solve_with_the_best_so_far(place):
+    problem, heard = zipf_problem(8, 64, 1.0, slots=2), []
+
+    def interrupted(*args, **options):
+        heard.append(args)
+        raise KeyboardInterrupt
+
+    def searched(*args, search=milp.search, wait=highspy.Highs.wait, **options):
+        patch.setattr(highspy.Highs, "wait", lambda *waited: wait(*waited) if heard else interrupted())
+        return search(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "pricing":
+            patch.setattr(milp, "search", searched)
+        elif place == "search":
+            patch.setattr(milp, "search", interrupted)
+        else:
+            patch.setattr(milp_model, "Model", interrupted)
+            patch.setattr(milp.chains, "are_few", lambda problem: False)
+        found = milp.solve(problem, move_owners=False, time_limit_s=30.0)
+    assert len(heard) == 1
+    assert found.seconds < 15
+    assert found.bound.total_s <= found.cost.total_s <= get_solver("static")(problem).cost.total_s
+
+
 def test_constraints_are_named():
     from moesaic.placement.milp_model import Model
 
