@@ -178,7 +178,7 @@ class Products:
 
 
 def product_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Forward, input gradient and weight gradient of the gate_up product, each alone and all in turn."""
+    """Forward, input gradient and weight gradient of the gate_up product, each alone; and the forward with both gradients."""
     products = Products(shape, dtype, device)
     is_held = device == "cuda" and shape.name.startswith(("mixtral", "deepseek")) and min(shape.group_sizes) >= 512
     for op, kinds in (
