@@ -5,8 +5,8 @@
 A small transformer of attention and MoE layers trains three times side by side, on the same weights and tokens: as usual, with
 token rows in one part, and with `RuntimeConfig.overlap` off, which waits for whatever is launched right after its launch. Every
 rank holds copies of another node's experts, so the bytes are the same in every step. They take turns, step by step; what counts
-is the wait of the rank that waited longest. Token rows hide under shared experts (`--shared-ffn`), and a part of them under the
-experts of the other part.
+is the wait of the rank that waited longest. Token rows hide under shared experts (`--shared-ffn`), under experts that are
+computed for a rank's own tokens alone, as the copies here are, and a part of them under the experts of the other part.
 """
 
 from __future__ import annotations
