@@ -97,6 +97,9 @@ def grouped_gemm_backward(
     dx_NI = _new_rows(dy_NO, weights, group_sizes, 1) if out is None else out
     if _multiply_compiled(BACKWARD, (dy_NO, x_NI, dx_NI), (weights, grads), group_sizes, alpha, overwrite):
         return dx_NI
+    # Before anything is written.
+    check_groups(dy_NO.shape[0], weights, group_sizes)
+    _check_operands(dy_NO, weights, dx_NI)
     grouped_gemm_wgrad(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
     return grouped_gemm_dgrad(dy_NO, weights, group_sizes, out=dx_NI)
 

@@ -19,11 +19,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import balance, chains, quota, static
+from . import balance, chains, joint, quota, static
 from .bounds import link_bound, range_bound_s, room_within
 from .content import check_seconds
 from .cost import Bound, Solution, prices_of, seconds_of, solution
-from .milp_search import Candidate, SearchOn, best_heuristic, best_owner_heuristic, candidate_of, search, search_owners
+from .milp_search import (
+    Candidate,
+    SearchOn,
+    best_heuristic,
+    best_joint,
+    best_owner_heuristic,
+    candidate_of,
+    search,
+    search_owners,
+)
 from .topology import Topology
 from .values import ExpertLoad, LayerShape, Placement, Problem
 
@@ -32,6 +41,8 @@ if TYPE_CHECKING:
 
 # Ranges of copies to prove one by one. Programs of more (expert, rank) pairs take so long to write down that one must do.
 _MOST_RANGES, _MOST_STATES_OF_RANGES = 4, 4096
+# Of the limit; and (expert, rank) pairs through which the joint form searches whole in a second.
+_JOINT_SHARE, _JOINT_STATES_PER_S = 0.1, 4096
 _ROUGH_GAPS = (9.9e-3, 5e-3, 2.5e-3)
 _FIND_GAP = 1e-3
 # The engine's tolerances are about 1e-6 of the objective; a bound must not lean on them.
@@ -266,6 +277,7 @@ def _warm_up() -> None:
     placement = quota.solve(problem).placement
     improve(problem, placement, move_owners=True, proposals=1)
     search_owners(problem, placement.expert_to_owner_E, 1)
+    joint.solve_joint([problem], effort=1e-3)
     find(problem, 0, 0)
     candidate_of(problem, Placement(np.array([0, 1]), np.ones((2, 2), dtype=np.bool_)))
 
@@ -292,6 +304,10 @@ def solve(
     clock = _Clock(perf_counter(), time_limit_s)
     bound = link_bound(problem, owners_may_move=move_owners)
     best = best_heuristic(problem, clock.after(_HEURISTICS_SHARE))
+    if move_owners:
+        states = problem.num_experts * problem.num_ranks
+        joint_effort = min(1.0, _JOINT_SHARE * time_limit_s * _JOINT_STATES_PER_S / states)
+        best = best_joint(problem, best, joint_effort, clock.after(_HEURISTICS_SHARE))
     # Where one move alone costs too much, what is left is far easier.
     move_owners = move_owners and any(_moves_may_pay(problem, best.cost.total_s, copies) for copies in _copy_ranges(problem))
     if move_owners:

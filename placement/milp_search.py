@@ -17,7 +17,7 @@ from typing import Self
 
 import numpy as np
 
-from . import balance, eplb, flexmoe, hecate, laer, permutation, quota, static
+from . import balance, eplb, flexmoe, hecate, joint, laer, permutation, quota, static
 from .cost import Cost, cost, prices_of
 from .split import Split, split_exact
 from .values import Placement, Problem
@@ -95,6 +95,12 @@ def best_owner_heuristic(problem: Problem, best: Candidate, end: float = inf) ->
             moved = dataclasses.replace(problem, expert_to_owner_E=placed.expert_to_owner_E)
             placements += [placed, quota.solve(moved).placement]
     return cheapest(problem, ((_exact_s(problem, placement), placement) for placement in placements), end, best)
+
+
+def best_joint(problem: Problem, best: Candidate, effort: float, end: float = inf) -> Candidate:
+    """Return the cheaper of `best` and of what `joint` chooses for the layer by itself, whether or not that moves owners."""
+    placement = joint.solve_joint([problem], effort=effort).layers[0].placement
+    return cheapest(problem, [(_exact_s(problem, placement), placement)], end, best)
 
 
 def search_owners(

@@ -113,6 +113,21 @@ def test_never_worse_than_the_heuristics(problem):
             assert answer.cost.total_s <= other.cost.total_s, name
 
 
+def test_a_layer_that_the_joint_form_places_better_than_other_heuristics():
+    """By less than the gap at which the search ends."""
+    problem = Problem(
+        ExpertLoad(np.array([[0, 5, 1, 5, 4], [0, 4, 2, 1, 3], [2, 2, 4, 0, 5]])),
+        np.array([1, 1, 2, 2, 0]),
+        Topology.preset("h100", 3),
+        LayerShape(num_experts=5, top_k=1, dim=16, ffn_dim=16, bytes_per_element=4, gradient_bytes_per_element=4),
+        slots=1,
+        overlap_s=1e-5,
+        move_horizon_steps=100,
+    )
+    answer, by_joint = milp.solve(problem, time_limit_s=0.5), get_solver("joint")(problem)
+    assert answer.cost.total_s <= by_joint.cost.total_s
+
+
 def test_owners_move_only_when_it_pays():
     """Two hot experts on one rank: exchanging one pays when written off over many steps, and not within one step."""
     load = ExpertLoad(np.array([[900, 900, 1, 1], [900, 900, 1, 1]]))
