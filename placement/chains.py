@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MOST_STATES = 1 << 20
 # A ring's rows are guessed to this many.
 _RING_ROWS = 8
-# Of one call, and of what is left of the time; and how many calls may have more before the search is given up.
+# Walks of one call at most, and for each second that is left; and after how many calls that cannot tell the search is given up.
 _MOST_WALKS, _WALKS_PER_S, _MOST_UNKNOWN = 3_000_000, 2_000_000, 3
 
 

@@ -48,6 +48,7 @@ class Assignments:
     ids_A: Tensor  # assignment t * K + k
     tokens_A: Tensor  # its token t
     destinations_A: Tensor  # the rank that computes it
+    sends_ER: np.ndarray  # rows of each expert to each rank
     counts_R: tuple[int, ...]  # for each rank
 
     @classmethod
@@ -68,7 +69,7 @@ class Assignments:
             ids_A = order.by_destination(ids_A, sends_ER)
         counts_R = tuple(int(n) for n in sends_ER.sum(axis=0))
         destinations_A = torch.repeat_interleave(on_device(counts_R, device), output_size=ids_A.numel())
-        return cls(ids_A, ids_A // topk_ids_TK.shape[1], destinations_A, counts_R)
+        return cls(ids_A, ids_A // topk_ids_TK.shape[1], destinations_A, sends_ER, counts_R)
 
 
 def build_handle(
@@ -96,7 +97,7 @@ def build_handle(
 
     # Phase 1: which assignment goes where, and the rows that makes.
     assigned = Assignments.of(topk_ids_TK, split, rank, order)
-    sent_RH = _by_part(split.sends(rank).T, part_RE, num_parts)
+    sent_RH = _by_part(assigned.sends_ER.T, part_RE, num_parts)
     rows = _SentRows.of(assigned, sent_RH, num_tokens, rank)
 
     # Phase 2: tell each destination, for its assignments in order, the row (from 0 for this pair of ranks) and the weight.

@@ -30,7 +30,7 @@ from ..placement import Split
 
 _NUM_PHASES = 4
 _FIRST_AT_HOME, _FIRST_PART, _SECOND_PART, _LAST_AT_HOME = range(_NUM_PHASES)
-# With fewer rows at home, one in so many, they would hide less than two more runs cost.
+# Below one row in so many at home there is next to nothing to hide under, while two more runs cost their launches.
 _AT_HOME_OF = 32
 
 
