@@ -35,7 +35,7 @@ class Flow:
     """A collective in progress that the host drives: launched by the constructor, finished by `wait`.
 
     Messages between two ranks are matched in the order in which both post them. A flow that has still messages to post when its
-    launch returns is therefore finished before the next one on its transport begins; `traffic.unfinished` holds it until then.
+    launch returns is therefore taken in before the next one on its transport begins; `traffic.unfinished` holds it until then.
     """
 
     def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
@@ -44,7 +44,7 @@ class Flow:
         self._receives = deque(m for m in mine if m.dst == transport.rank)
         self._missing = Counter((m.item, m.chunk) for m in self._receives)
         self._arriving: deque[tuple[Message, Pending]] = deque()
-        self._sending: list[Pending] = []
+        self._sending: deque[Pending] = deque()
         self._sends: dict[int, deque[Message]] = {}  # by destination: their order matters between the same two ranks only
         for m in mine:
             if m.src == transport.rank:
@@ -55,19 +55,24 @@ class Flow:
             transport.traffic.unfinished = self
 
     def wait(self, *, until_sent: bool = True) -> None:
-        """Carry on to the end; see `Pending.wait`."""
+        """Carry on to the end; see `Pending.wait`. Each message has the transport's limit to itself."""
+        self.take_in()
+        while self._sending:
+            self._sending[0].wait()
+            self._sending.popleft()
+
+    def take_in(self) -> None:
+        """See `Unfinished.take_in`."""
         while self._arriving:
-            message, pending = self._arriving.popleft()
+            message, pending = self._arriving[0]
             pending.wait()
+            self._arriving.popleft()
             self._side.arrived(message)
             self._missing[message.item, message.chunk] -= 1
             self._post_sends()
             self._post_receives()
         assert not self._receives and not self._sends, "messages that wait for nothing were not posted"
         self._transport.traffic.finished(self)
-        sending, self._sending = self._sending, []
-        for pending in sending:
-            pending.wait()
 
     def _post_receives(self) -> None:
         while self._receives:
@@ -106,6 +111,10 @@ class RoundFlow:
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Carry on to the end; see `Pending.wait`."""
+        self.take_in()
+
+    def take_in(self) -> None:
+        """See `Unfinished.take_in`."""
         while self._current is not None:
             messages, pending = self._current
             pending.wait()
@@ -133,12 +142,12 @@ class RoundFlow:
 def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str, in_rounds: bool) -> Pending:
     """Launch this rank's part of a schedule, on the transport's communication thread where it has one.
 
-    A flow that is not posted to its end is finished first, also by ranks that take no part in this schedule: those that do
+    A flow that is not posted to its end is taken in first, also by ranks that take no part in this schedule: those that do
     wait here for what such a rank has still to pass on, and would wait for ever if it went on to wait for them elsewhere.
     """
     thread, unfinished = transport.thread, transport.traffic.unfinished
     if (thread is None or in_rounds) and unfinished is not None:
-        unfinished.wait()
+        unfinished.take_in()
     if not schedule.involves(transport.rank):
         return Done()
 

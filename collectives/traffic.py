@@ -10,8 +10,11 @@ import numpy as np
 class Unfinished(Protocol):
     """A collective that somebody else may have to finish."""
 
-    def wait(self) -> object:
-        """Return when the collective is complete."""
+    def take_in(self) -> None:
+        """Wait for all that comes, and pass on all that others wait for.
+
+        Not for others to take what was sent: they may be waiting for this rank elsewhere.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Traffic:
     `waited_s` is host time since the transport was made: on CUDA, where waits are left to the stream, next to nothing. `spans`
     collects every collective while it is a list.
 
-    `unfinished` is the collective on this transport, if any, that the next of its kind finishes first. Either it has messages
+    `unfinished` is the collective on this transport, if any, that the next of its kind takes in first. Either it has messages
     still to post, and messages between two ranks are matched in the order in which they are posted; or other work runs before
     its wait, which never comes if that work fails.
     """

@@ -57,7 +57,7 @@ class RoundTrip:
         with runtime.stage(self._stages[0], this, is_complete=False):
             left, transport.traffic.unfinished = transport.traffic.unfinished, None
             if left is not None:
-                left.wait()
+                left.take_in()
             if weights_TK is not None and this.handle is None:
                 this.handle = runtime.describe(weights_TK, this)
             assert this.handle is not None
@@ -109,13 +109,13 @@ class RoundTrip:
         while len(self._home) < handle.num_parts:
             self._launch_home()
         with self._runtime.stage(self._stages[1], self._pass):
-            self.wait()
+            self.take_in()
             buffers, self._out, self._home, self._results, self._buffers = self._buffers, [], [], None, None
             assert buffers is not None
             return handle.add_up(buffers)
 
-    def wait(self) -> None:
-        """Take in all that is on its way, in the order of the launches; see `Traffic.unfinished`."""
+    def take_in(self) -> None:
+        """Wait for all that is on its way, in the order of the launches; see `Traffic.unfinished`."""
         for rows in self._all():
             rows.wait()
         self._note_end()

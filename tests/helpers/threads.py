@@ -35,11 +35,21 @@ class ThreadWorld:
             arrived = self.changed.wait_for(lambda: key in self.mail or self.failure is not None, LIMIT_S)
             if key not in self.mail:
                 raise RuntimeError(f"another rank failed: {self.failure!r}" if arrived else f"nobody sent {key}")
+            self.changed.notify_all()
             return self.mail.pop(key)
+
+    def until_taken(self, key: tuple[Any, ...]) -> None:
+        with self.changed:
+            done = self.changed.wait_for(lambda: key not in self.mail or self.failure is not None, LIMIT_S)
+            if key in self.mail:
+                raise RuntimeError(f"another rank failed: {self.failure!r}" if done else f"nobody took {key}")
 
 
 class ThreadTransport(RowsAsMessages):
-    """One rank's end. Receive buffers are poisoned until the wait, so that reading too early shows."""
+    """One rank's end. As in shared memory, whoever receives takes a message at its own wait, and not before.
+
+    Receive buffers are poisoned until then, so that reading too early shows.
+    """
 
     name = "threads"
 
@@ -64,13 +74,15 @@ class ThreadTransport(RowsAsMessages):
             if buffer.tensor.numel():
                 buffer.tensor.fill_(torch.nan if buffer.tensor.is_floating_point() else -1)
                 expected.append((self._key(buffer.peer, self.rank), buffer.tensor))
+        sent = []
         for buffer in sends:
             assert buffer.peer != self.rank
             assert buffer.tensor.is_contiguous()
             if buffer.tensor.numel():
                 self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
-                self.world.post(self._key(self.rank, buffer.peer), buffer.tensor)
-        return _Expected(self.world, expected)
+                sent.append(self._key(self.rank, buffer.peer))
+                self.world.post(sent[-1], buffer.tensor)
+        return _Messages(self.world, expected, sent)
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         peers = [peer for peer in range(self.world_size) if peer != self.rank]
@@ -80,9 +92,9 @@ class ThreadTransport(RowsAsMessages):
         return torch.stack([gathered[r] for r in range(self.world_size)])
 
 
-class _Expected:
-    def __init__(self, world: ThreadWorld, expected: list[tuple[tuple[Any, ...], Tensor]]):
-        self._world, self._expected = world, expected
+class _Messages:
+    def __init__(self, world: ThreadWorld, expected: list[tuple[tuple[Any, ...], Tensor]], sent: list[tuple[Any, ...]]):
+        self._world, self._expected, self._sent = world, expected, sent
 
     def wait(self, *, until_sent: bool = True) -> None:
         for key, tensor in self._expected:
@@ -91,6 +103,8 @@ class _Expected:
             assert arrived.dtype == tensor.dtype
             tensor.copy_(arrived)
         self._expected = []
+        for key in self._sent if until_sent else ():
+            self._world.until_taken(key)
 
 
 def run_threads(world_size: int, body: Callable[..., Any], *args: Any, topology: Topology | None = None) -> list[Any]:
