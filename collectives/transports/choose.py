@@ -101,7 +101,7 @@ def _shm(group: dist.ProcessGroup, members: Sequence[int], timeout_s: float) -> 
         values = _gather(group, value)
         return [values[member] for member in members]
 
-    return ShmTransport(members.index(dist.get_rank(group)), len(members), gather, timeout_s=timeout_s)
+    return ShmTransport(members.index(dist.get_rank(group)), len(members), gather, timeout_s=timeout_s, names_R=members)
 
 
 def _mpi_job(world_size: int) -> MpiJob:

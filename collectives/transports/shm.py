@@ -6,9 +6,12 @@ memory that peers map, so the receiver's copy is the only one. Any other tensor 
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +29,32 @@ _SPIN_NS = 200_000
 # Between two looks it keeps its core for so long: a peer that runs answers sooner than a yielded core comes back. Where there
 # are more ranks than cores, whom it waits for probably does not run.
 _PATIENCE_NS = 4_000
+# How long it sleeps while it has messages to post: the receivers that make room wake it only where they are what it waits for.
+_BACKLOG_NAP_S = 0.001
+
+
+class _Backlog(threading.local):
+    """Transports of a thread with messages that their receivers' rings have had no room for.
+
+    Every wait of the thread posts them, on whichever transport: it may be for a rank that first needs one of them.
+    """
+
+    def __init__(self) -> None:
+        self.transports: list[ShmTransport] = []
+
+    @property
+    def nap_s(self) -> float:
+        """The longest that this thread may sleep."""
+        return _BACKLOG_NAP_S if self.transports else math.inf
+
+    def is_posted(self) -> bool:
+        """Post what there is room for; returns whether that is all."""
+        if self.transports:
+            self.transports = [transport for transport in self.transports if not transport.post_queued()]
+        return not self.transports
+
+
+_backlog = _Backlog()
 
 
 class _Exchange:
@@ -59,8 +88,9 @@ class _Exchange:
         transport = self._transport
         if not transport.look(self, until_sent, _SPIN_NS):
             deadline_s = time.monotonic() + transport.timeout_s
-            if not transport.mailbox.sleep(lambda: transport.look(self, until_sent, 0), self._needed, deadline_s):
-                raise CollectiveError(self._describe())
+            mailbox = transport.mailbox
+            if not mailbox.sleep(lambda: transport.look(self, until_sent, 0), self._needed, deadline_s, _backlog.nap_s):
+                raise self.failed()
         self.received = ()
         if until_sent:
             transport.forget(self)
@@ -78,24 +108,22 @@ class _Exchange:
         was_taken, controls_R = mailbox.control.was_taken, mailbox.controls_R
         return [(row[0], row[4]) for row in sends if not was_taken(controls_R, mailbox.rank, row[0], row[1])]
 
-    def place(self) -> str:
-        """The operation, and where in training."""
-        return self._op + (f" at {self._where}" if self._where else "")
+    def error(self, text: str) -> CollectiveError:
+        """What went wrong with this exchange."""
+        return self._transport.error(self._op, self._where, text)
 
-    def _describe(self) -> str:
-        gone = self._transport.mailbox.gone()
+    def failed(self) -> CollectiveError:
+        """The error that says what is missing, and who is gone."""
+        transport = self._transport
         missing, unread = self._missing(), self._unread()
-        lost = gone & {peer for peer, _ in missing + unread}
-        if lost:
-            ending = f"rank {', '.join(map(str, sorted(lost)))} is gone"
-        else:
-            ending = f"did not complete within {self._transport.timeout_s:g} s"
+        lost = transport.mailbox.gone() & {peer for peer, _ in missing + unread}
+        ending = f"{transport.named(lost)} is gone" if lost else f"did not complete within {transport.timeout_s:g} s"
         expected = int(self.messages_M5[self.num_sends :, 3].sum())
         received = expected - sum(nbytes for _, nbytes in missing)
         text = f"received {received} of {expected} B"
-        text += "".join(f", missing {nbytes} B from rank {peer}" for peer, nbytes in missing)
-        text += "".join(f", {nbytes} B not read by rank {peer}" for peer, nbytes in unread)
-        return f"rank {self._transport.rank}: {self.place()}: {ending} ({text})"
+        text += "".join(f", missing {nbytes} B from {transport.named([peer])}" for peer, nbytes in missing)
+        text += "".join(f", {nbytes} B not read by {transport.named([peer])}" for peer, nbytes in unread)
+        return self.error(f"{ending} ({text})")
 
 
 class ShmTransport:
@@ -107,6 +135,7 @@ class ShmTransport:
         rank, world_size: this process among those that share.
         gather: returns every rank's value of its argument, in rank order (for example over a process group's store).
         timeout_s: seconds after which a wait fails. A peer whose process ends is noticed within a fraction of a second.
+        names_R: what errors call these ranks, where they are some of a larger group.
 
     Raises:
         ValueError: some rank is on another node (host, container, network namespace or user).
@@ -114,21 +143,34 @@ class ShmTransport:
 
     name = "shm"
 
-    def __init__(self, rank: int, world_size: int, gather: Callable[[object], Sequence[object]], *, timeout_s: float):
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        gather: Callable[[object], Sequence[object]],
+        *,
+        timeout_s: float,
+        names_R: Sequence[int] | None = None,
+    ):
         self.rank = rank
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.traffic = Traffic(world_size)
         self.thread: CommunicationThread | None = None
         self.mailbox = Mailbox(rank, world_size)
+        self._names_R = names_R or range(world_size)
         self.mailbox.connect(_addresses_on_one_node(gather, self.mailbox.address))
         self._arena = Arena(self.mailbox.publish)
         self._counts_3R = np.zeros((3, world_size), np.int64)  # messages to each rank, posted to it, expected from it
         self._queued: list[_Exchange] = []  # with messages that their receiver's ring has no room for yet
         self._in_flight: dict[_Exchange, None] = {}  # not known to have been read, in the order of their launch
         self._patience_ns = _PATIENCE_NS if world_size <= len(os.sched_getaffinity(0)) else 0
-        self._cache_bytes = cache_bytes()
         self._boards = 0
+        # Bound once: what a short exchange takes is mostly Python's.
+        mailbox, control = self.mailbox, self.mailbox.control
+        self._launch = partial(control.launch, mailbox.controls_R, rank, mailbox.own_G2, self._counts_3R)
+        self._advance = partial(control.advance, mailbox.controls_R, rank, mailbox.bases_RG, cache_bytes(), self._patience_ns)
+        self._all_taken = partial(control.all_taken, mailbox.controls_R, rank)
         # Peers find memory through this process: none may leave before all have connected.
         gather(None)
 
@@ -145,22 +187,21 @@ class ShmTransport:
             for tensor, peer in buffers:
                 nbytes = tensor.nbytes
                 if nbytes:
+                    assert tensor.is_contiguous(), "messages must be contiguous"
                     parts += (peer, tensor.data_ptr(), nbytes)
                     tensors.append(tensor)
         parts_M3 = np.array(parts, np.int64).reshape(-1, 3)
         exchange = self._launched(parts_M3, len(sent), 0, 0, 1, sent, received, op, where)
         if exchange is None:
-            for m, tensor in enumerate(sent):
-                if self._arena.place_of(tensor) is None:
-                    sent[m] = self._arena.empty(tensor.shape, tensor.dtype).copy_(tensor)
-                    parts_M3[m, 1] = sent[m].data_ptr()
+            self._stage(parts_M3, sent)
             exchange = self._launched(parts_M3, len(sent), 0, 0, 1, sent, received, op, where)
         assert exchange is not None
         return exchange
 
     def exchange_rows(self, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = "") -> Pending:
         """Describe the rows to their receivers; see `Transport.exchange_rows`."""
-        row_bytes, parts_M3, num_sends = outgoing.stride(0) * outgoing.itemsize, layout.parts_M3, len(layout.sent)
+        rows = outgoing if outgoing.shape[0] else incoming
+        row_bytes, parts_M3, num_sends = rows.nbytes // max(1, rows.shape[0]), layout.parts_M3, len(layout.sent)
         # The compiled loops know addresses only.
         assert outgoing.is_contiguous() and incoming.is_contiguous(), "rows must lie one after the other"
         assert layout.num_sent_rows * row_bytes <= outgoing.nbytes, "fewer rows than are sent"
@@ -189,48 +230,66 @@ class ShmTransport:
             return {peer for peer in range(self.world_size) if not control.shows(controls_R, peer, number)}
 
         def look(spin_ns: int = 0) -> bool:
+            if not _backlog.is_posted():
+                spin_ns = 0
             return bool(control.all_show(controls_R, number, spin_ns, self._patience_ns))
 
-        if not look(_SPIN_NS) and not mailbox.sleep(look, absent, time.monotonic() + self.timeout_s):
+        op = f"gather of {values.numel()} integers"
+        if not look(_SPIN_NS) and not mailbox.sleep(look, absent, time.monotonic() + self.timeout_s, _backlog.nap_s):
             ranks, gone = absent(), mailbox.gone()
             ending = "gone" if ranks & gone else f"absent after {self.timeout_s:g} s"
-            place = f" at {where}" if where else ""
-            names = ", ".join(map(str, sorted(ranks & gone or ranks)))
-            raise CollectiveError(f"rank {self.rank}: gather of {values.numel()} integers{place}: rank {names} is {ending}")
-        return mailbox.boards(number, values.numel())
+            raise self.error(op, where, f"{self.named(ranks & gone or ranks)} is {ending}")
+        boards = mailbox.boards(number)
+        for peer, board in enumerate(boards):
+            if board.numel() != values.numel():
+                shown = f"{self.named([peer])} shows {board.numel()}"
+                raise self.error(op, where, f"{shown}; the ranks are at different places of the program")
+        return torch.stack(boards)
 
     def look(self, exchange: _Exchange, until_taken: bool, spin_ns: int) -> bool:
         """Read messages as they appear and look for `spin_ns` whether all is done; see `shm_control.advance`."""
-        if self._queued and not self._post_queued():
+        if _backlog.transports and not _backlog.is_posted():
             spin_ns = 0
-        mailbox, messages_M5, num_sends = self.mailbox, exchange.messages_M5, exchange.num_sends
-        control, controls_R = mailbox.control, mailbox.controls_R
-        while True:
-            status = control.advance(
-                controls_R,
-                self.rank,
-                mailbox.bases_RG,
-                self._cache_bytes,
-                messages_M5,
-                num_sends,
-                until_taken,
-                spin_ns,
-                self._patience_ns,
-            )
-            if status != control.NEW_SEGMENT:
-                break
-            mailbox.map_segments()
+        messages_M5, num_sends, control = exchange.messages_M5, exchange.num_sends, self.mailbox.control
+        while (status := self._advance(messages_M5, num_sends, until_taken, spin_ns)) == control.NEW_SEGMENT:
+            if not self.mailbox.map_segments():
+                raise exchange.failed()
         if status == control.WRONG_SIZE:
-            peer, there, here = control.wrong_size(controls_R, self.rank, messages_M5[num_sends:])
-            raise CollectiveError(
-                f"rank {self.rank}: {exchange.place()}: rank {peer} sent {there} B where {here} B were expected; "
+            peer, there, here = control.wrong_size(self.mailbox.controls_R, self.rank, messages_M5[num_sends:])
+            raise exchange.error(
+                f"{self.named([peer])} sent {there} B where {here} B were expected; "
                 "the ranks are at different places of the program"
             )
-        return bool(status == control.DONE) and (until_taken or not self._queued or self._post_queued())
+        return bool(status == control.DONE) and (until_taken or exchange not in self._queued)
 
     def forget(self, exchange: _Exchange) -> None:
         """Let go of what an exchange sent: it has been read."""
         self._in_flight.pop(exchange, None)
+
+    def error(self, op: str, where: str, text: str) -> CollectiveError:
+        """What went wrong with an operation here."""
+        return CollectiveError(f"{self.named([self.rank])}: {op}{where and ' at ' + where}: {text}")
+
+    def named(self, ranks: Iterable[int]) -> str:
+        """These ranks of this transport, for errors."""
+        return "rank " + ", ".join(str(self._names_R[rank]) for rank in sorted(ranks))
+
+    def post_queued(self) -> bool:
+        """Describe what was sent to the peers whose rings have room; returns whether that is all of it."""
+        post, controls_R, counts_3R = self.mailbox.control.post, self.mailbox.controls_R, self._counts_3R
+        self._queued = [q for q in self._queued if not post(controls_R, self.rank, counts_3R, q.messages_M5, q.num_sends)]
+        return not self._queued
+
+    def _stage(self, parts_M3: np.ndarray, sent: list[Tensor]) -> None:
+        """Copy those of the tensors that are sent into memory that peers can read which are not in it, the same bytes once."""
+        control, own_G2, staged = self.mailbox.control, self.mailbox.own_G2, {}
+        for m, tensor in enumerate(sent):
+            _, address, nbytes = parts_M3[m].tolist()
+            if control.place(own_G2, address) < 0:
+                if (address, nbytes) not in staged:
+                    staged[address, nbytes] = self._arena.empty(tensor.shape, tensor.dtype).copy_(tensor)
+                sent[m] = staged[address, nbytes]
+                parts_M3[m, 1] = sent[m].data_ptr()
 
     def _launched(
         self,
@@ -245,26 +304,14 @@ class ShmTransport:
         where: str,
     ) -> _Exchange | None:
         """An exchange of parts (peer, first row, rows) at two addresses; None, and nothing done, if peers cannot read there."""
-        mailbox = self.mailbox
-        control, controls_R, rank = mailbox.control, mailbox.controls_R, self.rank
-        if self._in_flight:
-            for earlier in list(self._in_flight):
-                if control.all_taken(controls_R, rank, earlier.messages_M5, earlier.num_sends):
-                    del self._in_flight[earlier]
-        messages_M5 = np.empty((len(parts_M3), 5), np.int64)
-        status = control.launch(
-            controls_R,
-            rank,
-            mailbox.own_G2,
-            self._counts_3R,
-            self.traffic.counts_2R(op),
-            parts_M3,
-            num_sends,
-            outgoing,
-            incoming,
-            row_bytes,
-            messages_M5,
-        )
+        while self._in_flight:
+            earlier = next(iter(self._in_flight))
+            if not self._all_taken(earlier.messages_M5, earlier.num_sends):
+                break
+            del self._in_flight[earlier]
+        control, messages_M5 = self.mailbox.control, np.empty((len(parts_M3), 5), np.int64)
+        traffic_2R = self.traffic.counts_2R(op)
+        status = self._launch(traffic_2R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5)
         if status == control.UNREACHABLE:
             return None
         exchange = _Exchange(self, messages_M5, num_sends, sent, received, op, where)
@@ -272,13 +319,9 @@ class ShmTransport:
             self._in_flight[exchange] = None
             if status == control.NOT_YET:
                 self._queued.append(exchange)
+                if self not in _backlog.transports:
+                    _backlog.transports.append(self)
         return exchange
-
-    def _post_queued(self) -> bool:
-        """Describe what was sent to the peers whose rings have room; returns whether that is all of it."""
-        post, controls_R, counts_3R = self.mailbox.control.post, self.mailbox.controls_R, self._counts_3R
-        self._queued = [q for q in self._queued if not post(controls_R, self.rank, counts_3R, q.messages_M5, q.num_sends)]
-        return not self._queued
 
 
 def _addresses_on_one_node(gather: Callable[[object], Sequence[object]], address: Address) -> list[Address]:

@@ -34,7 +34,8 @@ _INCOMING = 72  # bytes of the exchange that this rank reads, or will next
 _NUM_SEGMENTS = 128
 _SEGMENTS = _NUM_SEGMENTS + 8  # [MAX_SEGMENTS] file descriptor, bytes
 _BOARD_NUMBERS = _SEGMENTS + 16 * MAX_SEGMENTS  # [2]
-_BOARDS = _BOARD_NUMBERS + 16  # [2, MAX_INTS]
+_BOARD_SIZES = _BOARD_NUMBERS + 16  # [2] integers shown
+_BOARDS = _BOARD_SIZES + 16  # [2, MAX_INTS]
 _RINGS = -(-(_BOARDS + 16 * MAX_INTS) // 64) * 64  # [R, RING] posted messages: number + 1, segment, offset, bytes
 _POSTED_BYTES = 32
 
@@ -61,6 +62,7 @@ class Control:
         self.is_waiting = words[_IS_WAITING // 8 :][:1]
         self.num_segments = words[_NUM_SEGMENTS // 8 :][:1]
         self.segments = words[_SEGMENTS // 8 :][: 2 * MAX_SEGMENTS]
+        self.board_sizes = words[_BOARD_SIZES // 8 :][:2]
         self.boards = torch.frombuffer(words[_BOARDS // 8 :][: 2 * MAX_INTS], dtype=torch.int64).view(2, MAX_INTS)
         self.doorbell = ctypes.c_void_p(segment.address)
 
@@ -199,8 +201,8 @@ def _announce(controls_R, rank, num_bytes):
     _store(controls_R[rank] + _INCOMING, num_bytes)
 
 
-@njit(cache=True, nogil=True)
-def _place(own_G2, address):
+@njit("int64(int64[:, ::1], int64)", cache=True, nogil=True)
+def place(own_G2, address):
     """The number of this rank's segment in which an address lies; -1 if it lies in none."""
     for g in range(own_G2.shape[0]):
         if own_G2[g, 0] <= address < own_G2[g, 0] + own_G2[g, 1]:
@@ -222,14 +224,14 @@ def launch(controls_R, rank, own_G2, counts_3R, traffic_2R, parts_M3, num_sends,
     or UNREACHABLE, and nothing is done, where what is sent lies in no segment of this rank.
     """
     for m in range(num_sends):
-        if _place(own_G2, outgoing + parts_M3[m, 1] * row_bytes) < 0:
+        if place(own_G2, outgoing + parts_M3[m, 1] * row_bytes) < 0:
             return UNREACHABLE
     _announce(controls_R, rank, parts_M3[num_sends:, 2].sum() * row_bytes)
     for m in range(parts_M3.shape[0]):
         peer, start, nbytes = parts_M3[m, 0], parts_M3[m, 1] * row_bytes, parts_M3[m, 2] * row_bytes
         messages_M5[m, PEER] = peer
         if m < num_sends:
-            segment = _place(own_G2, outgoing + start)
+            segment = place(own_G2, outgoing + start)
             messages_M5[m, NUMBER] = counts_3R[SENT, peer]
             messages_M5[m, SEGMENT], messages_M5[m, OFFSET] = segment, outgoing + start - own_G2[segment, 0]
             messages_M5[m, SENT_BYTES] = nbytes
@@ -318,8 +320,8 @@ def _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, un
     return status
 
 
-@_called_from_python("int64(int64[::1], int64, int64[:, ::1], int64, int64[:, ::1], int64, boolean, int64, int64)")
-def advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken, spin_ns, patience_ns):
+@_called_from_python("int64(int64[::1], int64, int64[:, ::1], int64, int64, int64[:, ::1], int64, boolean, int64)")
+def advance(controls_R, rank, bases_RG, cache_bytes, patience_ns, messages_M5, num_sends, until_taken, spin_ns):
     """Read every message as it appears, then see whether those sent were taken; give up `spin_ns` after the first look.
 
     Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know;

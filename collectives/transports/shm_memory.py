@@ -10,11 +10,9 @@ import math
 import mmap
 import os
 import weakref
-from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,18 +57,21 @@ def _map(here: int, fd: int, nbytes: int) -> Segment:
     return Segment(fd, memory, torch.frombuffer(memory, dtype=torch.uint8).data_ptr())
 
 
-class Place(NamedTuple):
-    """Where bytes lie in an arena: its segment by number, and the offset in it."""
+def close_at_end(owner: object, fds: Sequence[int]) -> None:
+    """Close files, also those that join the list, once nobody has their owner any more. A process closes all as it ends."""
 
-    segment: int
-    offset: int
+    def close() -> None:
+        for fd in fds:
+            os.close(fd)
+
+    weakref.finalize(owner, close).atexit = False
 
 
 class Arena:
     """Tensors of this process that its peers can read where they lie.
 
     Blocks come in few sizes and are kept for the next tensor of their size: fresh pages cost far more than copies. The
-    memory goes back to the system with the process.
+    memory goes back to the system when the arena and its tensors, here and at the peers, are no more.
 
     Args:
         publish: called with every new segment before a tensor lies in it.
@@ -79,7 +80,8 @@ class Arena:
     def __init__(self, publish: Callable[[Segment], None]):
         self._publish = publish
         self._segments: list[Segment] = []
-        self._by_address: list[tuple[int, int]] = []  # (address, number), ascending
+        self._fds: list[int] = []
+        close_at_end(self, self._fds)
         self._used = 0  # bytes of the newest segment that blocks were cut from
         self._free: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
 
@@ -105,22 +107,13 @@ class Arena:
         weakref.finalize(block, free.append, (number, offset)).atexit = False
         return tensor
 
-    def place_of(self, tensor: Tensor) -> Place | None:
-        """Where a tensor lies, or None if it is not in this arena."""
-        address = tensor.data_ptr()
-        index = bisect_right(self._by_address, (address, len(self._segments))) - 1
-        if index < 0:
-            return None
-        start, number = self._by_address[index]
-        return Place(number, address - start) if address - start < self._segments[number].nbytes else None
-
     def _cut(self, size: int) -> tuple[int, int]:
         if not self._segments or self._used + size > self._segments[-1].nbytes:
             # Doubling keeps the number of segments, and so of open files and mappings, small.
             segment = create_segment(max(_FIRST_SEGMENT_BYTES, size, self.nbytes))
             self._publish(segment)
             self._segments.append(segment)
-            self._by_address = sorted((s.address, number) for number, s in enumerate(self._segments))
+            self._fds.append(segment.fd)
             self._used = 0
         offset, self._used = self._used, self._used + size
         return len(self._segments) - 1, offset

@@ -32,11 +32,13 @@ def forking() -> ForkServerContext:
 class RankPool:
     """`world_size` processes in one process group that run top-level functions of test modules together.
 
-    `prepare(rank)`, which must pickle, is the first thing that each of them does.
+    `prepare(rank)`, which must pickle, is the first thing that each of them does. With `may_end` a rank whose process ends
+    gives None.
     """
 
-    def __init__(self, world_size: int, prepare: Callable[[int], None] | None = None):
+    def __init__(self, world_size: int, prepare: Callable[[int], None] | None = None, *, may_end: bool = False):
         self.world_size = world_size
+        self._may_end = may_end
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
@@ -61,7 +63,12 @@ class RankPool:
             if not pipe.poll(LIMIT_S):
                 self.stop()
                 raise TimeoutError(f"rank {rank} of {self.world_size} did not answer within {LIMIT_S:g} s")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                if not self._may_end:
+                    raise
+                answers.append((True, None))
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
             raise AssertionError("\n".join(failures))

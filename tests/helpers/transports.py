@@ -3,12 +3,23 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from moesaic.collectives import Buffer, RowLayout, RowPart, Transport, all_to_all_rows
+from moesaic.collectives import Buffer, RowLayout, RowPart, Transport, all_to_all_rows, make_transports
+from moesaic.collectives.transports.shm import ShmTransport
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int16, torch.uint8, torch.bool)
 LARGE = 1 << 20
+
+
+def shm(timeout_s: float = 60.0) -> ShmTransport:
+    """Shared memory between all ranks. Collective."""
+    group = dist.group.WORLD
+    assert group is not None
+    (transport,) = make_transports("shm", group, num_transports=1, timeout_s=timeout_s)
+    assert isinstance(transport, ShmTransport)
+    return transport
 
 
 def message(src: int, dst: int, index: int, size: int, dtype: torch.dtype) -> Tensor:
