@@ -251,6 +251,22 @@ def test_calibration_changes_no_result(case: Case, use_checkpoint: bool) -> None
     check(case, order="interleaved", use_checkpoint=use_checkpoint, calibrate="always", reuse_copies=use_checkpoint)
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    case=cases(min_world_size=3, max_world_size=6),
+    schedule=st.sampled_from(SCHEDULES),
+    calibrate=st.sampled_from(("always", "auto")),
+    materialize=st.sampled_from(("keep", "rematerialize")),
+    order=st.sampled_from(("each", "interleaved")),
+    use_checkpoint=st.booleans(),
+    overlap=st.booleans(),
+)
+def test_options_together(case: Case, schedule: str, order: str, use_checkpoint: bool, **options: Any) -> None:
+    """Relays pass copies on while ranks calibrate, prefetch, gather again and recompute: nobody waits for ever."""
+    case = replace(case, placement="random", hot_expert=True, num_layers=3)
+    check(case, order, use_checkpoint, schedule=schedule, **options)
+
+
 def calibrated_traffic(group: RankGroup, case: Case, calibrate: str) -> dict[str, int]:
     """Bytes that one training step of one layer sends between all ranks, by operation, and the copies it made."""
     (layer,) = case.layers()
