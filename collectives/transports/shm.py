@@ -33,25 +33,28 @@ _PATIENCE_NS = 4_000
 _BACKLOG_NAP_S = 0.001
 
 
-class _Backlog(threading.local):
-    """Transports of a thread with messages that their receivers' rings have had no room for.
+class _Backlog:
+    """Transports with messages that their receivers' rings have had no room for, and the thread that sends on each.
 
-    Every wait of the thread posts them, on whichever transport: it may be for a rank that first needs one of them.
+    Every wait of that thread posts them, on whichever transport: it may be for a rank that first needs one of them.
     """
 
     def __init__(self) -> None:
-        self.transports: list[ShmTransport] = []
+        self.threads: dict[ShmTransport, int] = {}
 
     @property
     def nap_s(self) -> float:
         """The longest that this thread may sleep."""
-        return _BACKLOG_NAP_S if self.transports else math.inf
+        return _BACKLOG_NAP_S if threading.get_ident() in self.threads.values() else math.inf
 
     def is_posted(self) -> bool:
-        """Post what there is room for; returns whether that is all."""
-        if self.transports:
-            self.transports = [transport for transport in self.transports if not transport.post_queued()]
-        return not self.transports
+        """Post what there is room for; returns whether that is all of this thread's."""
+        here = threading.get_ident()
+        mine = [transport for transport, thread in list(self.threads.items()) if thread == here]
+        for transport in mine:
+            if transport.post_queued():
+                del self.threads[transport]
+        return here not in self.threads.values()
 
 
 _backlog = _Backlog()
@@ -200,12 +203,14 @@ class ShmTransport:
 
     def exchange_rows(self, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = "") -> Pending:
         """Describe the rows to their receivers; see `Transport.exchange_rows`."""
-        rows = outgoing if outgoing.shape[0] else incoming
-        row_bytes, parts_M3, num_sends = rows.nbytes // max(1, rows.shape[0]), layout.parts_M3, len(layout.sent)
+        parts_M3, num_sends, num_rows = layout.parts_M3, len(layout.sent), outgoing.shape[0]
+        outgoing_bytes, incoming_bytes = outgoing.nbytes, incoming.nbytes
+        # Strides do not say: that of a single row may be anything.
+        row_bytes = outgoing_bytes // num_rows if num_rows else incoming_bytes // max(1, incoming.shape[0])
         # The compiled loops know addresses only.
         assert outgoing.is_contiguous() and incoming.is_contiguous(), "rows must lie one after the other"
-        assert layout.num_sent_rows * row_bytes <= outgoing.nbytes, "fewer rows than are sent"
-        assert layout.num_received_rows * row_bytes <= incoming.nbytes, "fewer rows than are received"
+        assert layout.num_sent_rows * row_bytes <= outgoing_bytes, "fewer rows than are sent"
+        assert layout.num_received_rows * row_bytes <= incoming_bytes, "fewer rows than are received"
         there, into, received = outgoing.data_ptr(), incoming.data_ptr(), (incoming,)
         exchange = self._launched(parts_M3, num_sends, there, into, row_bytes, (outgoing,), received, op, where)
         if exchange is None:
@@ -248,7 +253,7 @@ class ShmTransport:
 
     def look(self, exchange: _Exchange, until_taken: bool, spin_ns: int) -> bool:
         """Read messages as they appear and look for `spin_ns` whether all is done; see `shm_control.advance`."""
-        if _backlog.transports and not _backlog.is_posted():
+        if _backlog.threads and not _backlog.is_posted():
             spin_ns = 0
         messages_M5, num_sends, control = exchange.messages_M5, exchange.num_sends, self.mailbox.control
         while (status := self._advance(messages_M5, num_sends, until_taken, spin_ns)) == control.NEW_SEGMENT:
@@ -319,8 +324,7 @@ class ShmTransport:
             self._in_flight[exchange] = None
             if status == control.NOT_YET:
                 self._queued.append(exchange)
-                if self not in _backlog.transports:
-                    _backlog.transports.append(self)
+                _backlog.threads[self] = threading.get_ident()
         return exchange
 
 
