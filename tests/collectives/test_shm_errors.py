@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moesaic.collectives import Buffer, CollectiveError
-from moesaic.collectives.transports.shm import ShmTransport
+from moesaic.collectives import Buffer, CollectiveError, make_transports
 from tests.helpers.ranks import RankPool, run_ranks
 from tests.helpers.transports import shm
 
@@ -84,15 +83,14 @@ def test_ranks_that_gather_other_integers_are_told() -> None:
     ]
 
 
-def be_some_of_a_larger_group(rank: int) -> list[str]:
-    def gather(value: object) -> list[object]:
-        values: list[object] = [None, None]
-        dist.all_gather_object(values, value)
-        return values
-
-    transport, texts = ShmTransport(rank, 2, gather, timeout_s=0.3, names_R=[4, 7]), []
-    if rank == 1:
-        for sends, recvs in (([], [Buffer(torch.empty(6), 0)]), ([Buffer(torch.empty(5), 0)], [])):
+def wait_inside_a_node(rank: int) -> list[str]:
+    """Ranks 2 and 3 share a node, and rank 2 is silent."""
+    group, texts = dist.group.WORLD, []
+    assert group is not None
+    with mock.patch("moesaic.collectives.transports.choose.nodes_of_group", return_value=[0, 0, 1, 1]):
+        (transport,) = make_transports("hierarchical", group, num_transports=1, timeout_s=0.3)
+    if rank == 3:
+        for sends, recvs in (([], [Buffer(torch.empty(6), 2)]), ([Buffer(torch.empty(5), 2)], [])):
             with pytest.raises(CollectiveError) as failed:
                 transport.exchange(sends, recvs, op="dispatch").wait()
             texts.append(str(failed.value))
@@ -103,11 +101,11 @@ def be_some_of_a_larger_group(rank: int) -> list[str]:
     return texts
 
 
-def test_errors_name_the_ranks_of_the_larger_group() -> None:
-    assert run_ranks(2, be_some_of_a_larger_group)[1] == [
-        "rank 7: dispatch: did not complete within 0.3 s (received 0 of 24 B, missing 24 B from rank 4)",
-        "rank 7: dispatch: did not complete within 0.3 s (received 0 of 0 B, 20 B not read by rank 4)",
-        "rank 7: gather of 1 integers: rank 4 is absent after 0.3 s",
+def test_errors_inside_a_node_name_the_ranks_of_the_group() -> None:
+    assert run_ranks(4, wait_inside_a_node)[3] == [
+        "rank 3: dispatch: did not complete within 0.3 s (received 0 of 24 B, missing 24 B from rank 2)",
+        "rank 3: dispatch: did not complete within 0.3 s (received 0 of 0 B, 20 B not read by rank 2)",
+        "rank 3: gather of 1 integers: rank 2 is absent after 0.3 s",
     ]
 
 
