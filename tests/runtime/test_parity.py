@@ -263,7 +263,7 @@ def test_calibration_changes_no_result(case: Case, use_checkpoint: bool) -> None
 )
 def test_options_together(case: Case, schedule: str, order: str, use_checkpoint: bool, **options: Any) -> None:
     """Relays pass copies on while ranks calibrate, prefetch, gather again and recompute: nobody waits for ever."""
-    case = replace(case, placement="random", hot_expert=True, num_layers=3)
+    case = replace(case, placement="random", hot_expert=True, num_layers=2)
     check(case, order, use_checkpoint, schedule=schedule, **options)
 
 
