@@ -1,7 +1,9 @@
 """The transport over torch.distributed: Gloo for CPU tensors, NCCL for CUDA tensors."""
 
+from __future__ import annotations
+
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -11,41 +13,58 @@ from torch import Tensor
 from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
+from .parts import Part, parts_of, progress
+
+# The shortest wait that has a limit: torch counts whole milliseconds, and takes 0 for none.
+_AT_ONCE_S = 0.001
 
 
-@dataclass(frozen=True, slots=True)
-class _Messages:
-    """What errors say of an exchange."""
+class _Exchange:
+    """Works under way and what each of them moves: one message on Gloo, all messages of the exchange on NCCL."""
 
-    what: str  # rank, operation and place
-    parts: str  # peers and bytes
-
-    def failed(self, error: RuntimeError, timeout: timedelta) -> CollectiveError:
-        """The error of torch with what it does not know."""
-        said = str(error).splitlines()[0]
-        ending = f"did not complete within {timeout.total_seconds():g} s" if "imed out" in said else "failed"
-        return CollectiveError(f"{self.what} {ending} ({self.parts}): {said}")
-
-
-class _Works:
-    """Outstanding torch.distributed works of one exchange."""
-
-    def __init__(self, works: list[dist.Work], timeout: timedelta, messages: _Messages):
-        self._works = works
-        self._timeout = timeout
-        self._messages = messages
+    def __init__(self, transport: C10dTransport, works: list[tuple[dist.Work, list[Part]]], what: str):
+        self._transport = transport
+        self._left = works
+        self._parts = [part for _, parts in works for part in parts]
+        self._what = what
+        self._error: CollectiveError | None = None
 
     def wait(self, *, until_sent: bool = True) -> None:
-        works, self._works = self._works, []
+        if self._error is not None:
+            raise self._error
+        deadline_s = time.monotonic() + self._transport.timeout_s
+        while self._left:
+            work, _ = self._left[0]
+            try:
+                self._transport.wait_for(work, deadline_s - time.monotonic())
+            except RuntimeError as error:
+                self._error = self._failed(error)
+                raise self._error from error
+            except BaseException:
+                # Interrupted, perhaps after the message had come, and Gloo would wait for another one in its place.
+                if work.is_completed():
+                    del self._left[0]
+                raise
+            del self._left[0]
+
+    def _failed(self, error: RuntimeError) -> CollectiveError:
+        """The error of the first work that is left. Others may have arrived meanwhile: who is silent must not hide among them."""
+        self._left[1:] = [(work, parts) for work, parts in self._left[1:] if not self._has_arrived(work)]
+        return self._transport.failed(self._what, self._parts, [part for _, parts in self._left for part in parts], error)
+
+    def _has_arrived(self, work: dist.Work) -> bool:
         try:
-            for work in works:
-                work.wait(self._timeout)
-        except RuntimeError as error:
-            raise self._messages.failed(error, self._timeout) from error
+            self._transport.wait_for(work, 0)  # Gloo's `is_completed` knows only of messages that were waited for
+        except RuntimeError:
+            return False
+        return True
 
 
 class C10dTransport(RowsAsMessages):
     """Point-to-point messages of a torch.distributed process group.
+
+    Both sides must expect what the other sends: torch tells nobody how many bytes came. Gloo leaves the end of a buffer as it was
+    after a shorter message, and ends the process at a longer one; NCCL defines neither.
 
     Args:
         group: the process group; ranks below are ranks in it. Give each transport a group of its own, so that
@@ -59,10 +78,10 @@ class C10dTransport(RowsAsMessages):
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self.timeout_s = timeout_s
         self.traffic = Traffic(self.world_size)
-        self._timeout = timedelta(seconds=timeout_s)
-        self._coalesce = dist.get_backend(group) == "nccl"
-        self.thread = None if self._coalesce else CommunicationThread()
+        self._is_nccl = dist.get_backend(group) == "nccl"
+        self.thread = None if self._is_nccl else CommunicationThread()
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An ordinary tensor."""
@@ -74,39 +93,46 @@ class C10dTransport(RowsAsMessages):
         recvs = [buffer for buffer in recvs if buffer.tensor.numel()]
         for buffer in sends:
             self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
-        messages = self._describe(sends, recvs, op, where)
+        what, parts = f"{op}{where and ' at ' + where}", parts_of(sends, recvs)
         try:
-            works = self._launch(sends, recvs)
+            if self._is_nccl:
+                works = [(work, parts) for work in self._launch_group(sends, recvs)]
+            else:
+                works = [(work, [part]) for work, part in zip(self._launch_each(sends, recvs), parts, strict=True)]
         except RuntimeError as error:
-            raise messages.failed(error, self._timeout) from error
-        return _Works(works, self._timeout, messages)
+            raise self.failed(what, parts, parts, error) from error
+        return _Exchange(self, works, what)
 
-    def _launch(self, sends: Sequence[Buffer], recvs: Sequence[Buffer]) -> list[dist.Work]:
-        if self._coalesce:
-            # NCCL deadlocks unless the messages of one exchange are one group call.
-            ops = [dist.P2POp(dist.irecv, b.tensor, group=self.group, group_peer=b.peer) for b in recvs]
-            ops += [dist.P2POp(dist.isend, b.tensor, group=self.group, group_peer=b.peer) for b in sends]
-            return dist.batch_isend_irecv(ops) if ops else []
+    def _launch_group(self, sends: Sequence[Buffer], recvs: Sequence[Buffer]) -> list[dist.Work]:
+        """NCCL deadlocks unless the messages of one exchange are one group call."""
+        ops = [dist.P2POp(dist.irecv, b.tensor, group=self.group, group_peer=b.peer) for b in recvs]
+        ops += [dist.P2POp(dist.isend, b.tensor, group=self.group, group_peer=b.peer) for b in sends]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+    def _launch_each(self, sends: Sequence[Buffer], recvs: Sequence[Buffer]) -> list[dist.Work]:
         works = [_launched(dist.irecv(b.tensor, group=self.group, group_src=b.peer)) for b in recvs]
         return works + [_launched(dist.isend(b.tensor, group=self.group, group_dst=b.peer)) for b in sends]
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Gather int64 [n] from every rank: [R, n]."""
         gathered = torch.empty(self.world_size, values.numel(), dtype=torch.int64, device=values.device)
-        what = f"rank {self.rank}: gather of {values.numel()} integers{where and ' at ' + where}"
-        messages = _Messages(what, f"{values.nbytes} B from each of {self.world_size} ranks")
         try:
             work = _launched(dist.all_gather(list(gathered.unbind()), values, group=self.group, async_op=True))
+            self.wait_for(work, self.timeout_s)
         except RuntimeError as error:
-            raise messages.failed(error, self._timeout) from error
-        _Works([work], self._timeout, messages).wait()
+            what, parts = f"gather of {values.numel()} integers{where and ' at ' + where}", [Part(gathered.nbytes, None, True)]
+            raise self.failed(what, parts, parts, error) from error
         return gathered
 
-    def _describe(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], op: str, where: str) -> _Messages:
-        to = ", ".join(f"{b.tensor.nbytes} B to rank {b.peer}" for b in sends)
-        of = ", ".join(f"{b.tensor.nbytes} B from rank {b.peer}" for b in recvs)
-        place = f" at {where}" if where else ""
-        return _Messages(f"rank {self.rank}: {op}{place}", f"sending {to or 'nothing'}; expecting {of or 'nothing'}")
+    def wait_for(self, work: dist.Work, limit_s: float) -> None:
+        """Wait for a work of this group; raises torch's `RuntimeError`."""
+        work.wait(timedelta(seconds=max(limit_s, _AT_ONCE_S)))
+
+    def failed(self, what: str, parts: Sequence[Part], missing: Sequence[Part], error: RuntimeError) -> CollectiveError:
+        """The error of torch with what it does not know."""
+        said = str(error).splitlines()[0]
+        ending = f"did not complete within {self.timeout_s:g} s" if "imed out" in said else "failed"
+        return CollectiveError(f"rank {self.rank}: {what} {ending} ({progress(parts, missing)}): {said}")
 
 
 def _launched(work: dist.Work | None) -> dist.Work:

@@ -1,0 +1,94 @@
+"""The transport over torch.distributed where something goes wrong: what its errors say, and what is left of an exchange."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesaic.collectives import Buffer, C10dTransport, CollectiveError, make_transports
+from tests.helpers.ranks import run_ranks
+
+
+def c10d(timeout_s: float) -> C10dTransport:
+    group = dist.group.WORLD
+    assert group is not None
+    (transport,) = make_transports("c10d", group, num_transports=1, timeout_s=timeout_s)
+    assert isinstance(transport, C10dTransport)
+    return transport
+
+
+def failure(action: Callable[[], object]) -> str:
+    with pytest.raises(CollectiveError) as failed:
+        action()
+    return str(failed.value)
+
+
+def wait_for_a_silent_peer(rank: int, peers: list[int]) -> list[str]:
+    """Rank 0 waits for all, of whom rank 2 is silent; then once more."""
+    transport = c10d(1.0)
+    if rank == 1:
+        transport.exchange([Buffer(torch.ones(6), 0)], [], op="dispatch").wait()
+    messages = []
+    if rank == 0:
+        recvs = [Buffer(torch.zeros(6 if peer == 1 else 4), peer) for peer in peers]
+        pending = transport.exchange([], recvs, op="dispatch", where="step 3, blocks.0.moe")
+        messages = [failure(pending.wait) for _ in range(2)]
+    dist.barrier()
+    return messages
+
+
+@pytest.mark.parametrize("peers", [[1, 2], [2, 1]])
+def test_a_silent_peer_is_named(peers: list[int]) -> None:
+    """Invariant 10: rank, operation, place, limit, the bytes that came and those that did not; the same when asked again."""
+    for message in run_ranks(3, wait_for_a_silent_peer, peers)[0]:
+        assert message.startswith(
+            "rank 0: dispatch at step 3, blocks.0.moe did not complete within 1 s "
+            "(received 24 of 40 B, 16 B from rank 2 are missing): "
+        )
+        assert "\n" not in message
+
+
+def receive_drop_by_drop(rank: int) -> str:
+    """Each message comes within the limit, all of them do not."""
+    transport = c10d(1.0)
+    if rank == 0:
+        return failure(transport.exchange([], [Buffer(torch.zeros(1), 1) for _ in range(6)], op="dispatch").wait)
+    with suppress(CollectiveError):  # the receiver has gone
+        for _ in range(6):
+            time.sleep(0.4)
+            transport.exchange([Buffer(torch.ones(1), 0)], [], op="dispatch").wait()
+    return ""
+
+
+def test_the_limit_is_that_of_the_wait_not_of_each_message() -> None:
+    assert "did not complete within 1 s" in run_ranks(2, receive_drop_by_drop)[0]
+
+
+def wait_again_after_an_interrupt(rank: int, has_arrived: bool) -> list[float]:
+    transport = c10d(30.0)
+    received = [torch.zeros(1), torch.zeros(1)]
+    if rank == 1:
+        transport.exchange([Buffer(torch.ones(1), 0), Buffer(torch.ones(1), 0)], [], op="dispatch").wait()
+        return []
+
+    def interrupted(work: dist.Work, limit_s: float) -> None:
+        """Python raises when torch has returned."""
+        if has_arrived:
+            C10dTransport.wait_for(transport, work, limit_s)
+        raise KeyboardInterrupt
+
+    pending = transport.exchange([], [Buffer(tensor, 1) for tensor in received], op="dispatch")
+    with mock.patch.object(transport, "wait_for", interrupted), pytest.raises(KeyboardInterrupt):
+        pending.wait()
+    pending.wait()
+    return torch.cat(received).tolist()
+
+
+@pytest.mark.parametrize("has_arrived", [False, True])
+def test_an_interrupted_wait_can_be_taken_up_again(has_arrived: bool) -> None:
+    """Every message is waited for, and none twice, which Gloo would never answer."""
+    assert run_ranks(2, wait_again_after_an_interrupt, has_arrived)[0] == [1.0, 1.0]
