@@ -92,7 +92,8 @@ class Pending(Protocol):
         """Return when every message has arrived (on CUDA: when the current stream may use the buffers).
 
         And when what was sent may be overwritten; without `until_sent` perhaps earlier, for tensors that are only dropped.
-        Raises `CollectiveError` when the time limit passes or a peer is gone.
+        Raises `CollectiveError` when the time limit passes or a peer is gone. On CUDA the host does not wait: there the library
+        below has the limit.
         """
 
 

@@ -63,12 +63,15 @@ class _Exchange:
 class C10dTransport(RowsAsMessages):
     """Point-to-point messages of a torch.distributed process group.
 
+    On Gloo a wait ends with `CollectiveError` after `timeout_s`. On NCCL the current stream waits and the host goes on; there the
+    watchdog of the group has the limit, and ends the process with a line that names the rank and the number of the work.
+
     Both sides must expect what the other sends: torch tells nobody how many bytes came. Gloo leaves the end of a buffer as it was
     after a shorter message, and ends the process at a longer one; NCCL defines neither.
 
     Args:
-        group: the process group; ranks below are ranks in it. Give each transport a group of its own, so that
-            experts in flight and tokens in flight are matched apart.
+        group: the process group, made with the timeout `timeout_s`; ranks below are ranks in it. Give each transport a group of
+            its own, so that experts in flight and tokens in flight are matched apart.
         timeout_s: seconds after which a wait fails.
     """
 
@@ -126,7 +129,10 @@ class C10dTransport(RowsAsMessages):
 
     def wait_for(self, work: dist.Work, limit_s: float) -> None:
         """Wait for a work of this group; raises torch's `RuntimeError`."""
-        work.wait(timedelta(seconds=max(limit_s, _AT_ONCE_S)))
+        if self._is_nccl:
+            work.wait()  # with a limit, the host would wait too
+        else:
+            work.wait(timedelta(seconds=max(limit_s, _AT_ONCE_S)))
 
     def failed(self, what: str, parts: Sequence[Part], missing: Sequence[Part], error: RuntimeError) -> CollectiveError:
         """The error of torch with what it does not know."""

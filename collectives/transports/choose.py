@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch.distributed as dist
@@ -77,19 +78,23 @@ def make_transports(name: str, group: dist.ProcessGroup, *, num_transports: int,
         return [job.transport(rank, world_size, timeout_s=timeout_s) for _ in times]
     ranks = dist.get_process_group_ranks(group)
     if name == "c10d":
-        return [C10dTransport(_new_group(ranks), timeout_s=timeout_s) for _ in times]
+        return [C10dTransport(_new_group(ranks, timeout_s), timeout_s=timeout_s) for _ in times]
     node_of_R = nodes_of_group(group)
     members = [r for r in range(world_size) if node_of_R[r] == node_of_R[rank]]
     made: list[Transport] = []
     for _ in times:
         inside = _shm(group, members, timeout_s)
-        made.append(HierarchicalTransport(inside, C10dTransport(_new_group(ranks), timeout_s=timeout_s), node_of_R))
+        made.append(HierarchicalTransport(inside, C10dTransport(_new_group(ranks, timeout_s), timeout_s=timeout_s), node_of_R))
     return made
 
 
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """A process group of these ranks. The others take no part: they may be making theirs."""
-    group = dist.new_group(ranks, use_local_synchronization=len(ranks) < dist.get_world_size())
+def _new_group(ranks: list[int], timeout_s: float) -> dist.ProcessGroup:
+    """A process group of these ranks. The others take no part: they may be making theirs.
+
+    Its own limit is what ends a collective that nobody waits for any more, without which a process cannot end.
+    """
+    is_part = len(ranks) < dist.get_world_size()
+    group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=is_part)
     assert group is not None
     return group
 

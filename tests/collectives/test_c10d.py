@@ -1,5 +1,6 @@
 """The transport over torch.distributed where something goes wrong: what its errors say, and what is left of an exchange."""
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,11 +14,13 @@ from moesaic.collectives import Buffer, C10dTransport, CollectiveError, make_tra
 from tests.helpers.ranks import run_ranks
 
 
-def c10d(timeout_s: float) -> C10dTransport:
+def c10d(timeout_s: float, *, group_s: float = 30.0) -> C10dTransport:
+    """A transport, and how long its ranks have to come together."""
     group = dist.group.WORLD
     assert group is not None
-    (transport,) = make_transports("c10d", group, num_transports=1, timeout_s=timeout_s)
+    (transport,) = make_transports("c10d", group, num_transports=1, timeout_s=group_s)
     assert isinstance(transport, C10dTransport)
+    transport.timeout_s = timeout_s
     return transport
 
 
@@ -92,3 +95,37 @@ def wait_again_after_an_interrupt(rank: int, has_arrived: bool) -> list[float]:
 def test_an_interrupted_wait_can_be_taken_up_again(has_arrived: bool) -> None:
     """Every message is waited for, and none twice, which Gloo would never answer."""
     assert run_ranks(2, wait_again_after_an_interrupt, has_arrived)[0] == [1.0, 1.0]
+
+
+def leave_a_gather(rank: int) -> str:
+    """Rank 1 comes only when rank 0 has put the group away; the group's threads are joined there, as at the end of a process."""
+    dist.barrier()
+    transport, message = c10d(1.0, group_s=2.0), ""
+    if rank == 0:
+        message = failure(lambda: transport.all_gather_ints(torch.tensor([1, 2]), where="step 4"))
+        dist.destroy_process_group(transport.group)
+        del transport
+        gc.collect()
+    dist.barrier()
+    return message
+
+
+def test_a_gather_that_failed_does_not_keep_the_process() -> None:
+    assert run_ranks(2, leave_a_gather)[0].startswith(
+        "rank 0: gather of 2 integers at step 4 did not complete within 1 s "
+        "(received 0 of 32 B, 32 B from all ranks are missing): "
+    )
+
+
+def test_on_nccl_the_host_does_not_wait() -> None:
+    """A work of NCCL that is waited for with a limit blocks the host; without one, the current stream."""
+    work = mock.Mock(spec=dist.Work)
+    with (
+        mock.patch.multiple(dist, get_backend=lambda _: "nccl", get_rank=lambda _: 0, get_world_size=lambda _: 2),
+        mock.patch.multiple(dist, P2POp=mock.DEFAULT, batch_isend_irecv=lambda _: [work], all_gather=lambda *_, **__: work),
+    ):
+        transport = C10dTransport(mock.Mock(), timeout_s=1.0)
+        assert transport.thread is None
+        transport.exchange([Buffer(torch.ones(1), 1)], [Buffer(torch.ones(1), 1)], op="dispatch").wait()
+        transport.all_gather_ints(torch.tensor([1]))
+    assert work.wait.call_args_list == [mock.call(), mock.call()]
