@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
+from .parts import Part, progress
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,8 +40,8 @@ _LAST_WORDS_S = 2.0
 class MpiJob:
     """This process's part of an MPI job. Collective: every rank makes one, before any transport.
 
-    At the end of the process MPI is left in order; after an exception or a failed wait, where leaving would hang, the whole job
-    is ended with status 1 instead, stopped ranks included.
+    At the end of the process MPI is left in order; after an exception, or a wait that did not succeed, where leaving would hang,
+    the whole job is ended with status 1 instead, stopped ranks included.
 
     Raises:
         ValueError: mpi4py is not installed, or finds no MPI library.
@@ -57,7 +57,8 @@ class MpiJob:
         except (ImportError, RuntimeError) as error:
             raise ValueError(f"the transport mpi needs mpi4py and an MPI library ({error}): pip install 'moesaic[mpi]'") from None
         self.mpi = MPI
-        self.has_failed = False
+        self.unfinished: set[_Requests] = set()
+        """Waited for, and not complete: MPI may still write into their buffers."""
         atexit.register(self._leave)
         self.mpi.COMM_WORLD.Barrier()
         _unlink_segments()
@@ -94,7 +95,7 @@ class MpiJob:
         if self.mpi.Is_finalized():
             return
         # Python keeps the exception that ended the program; other ranks may not have seen it.
-        if self.has_failed or hasattr(sys, "last_value"):
+        if self.unfinished or hasattr(sys, "last_value"):
             sys.stdout.flush()
             sys.stderr.flush()
             time.sleep(_LAST_WORDS_S)
@@ -102,53 +103,52 @@ class MpiJob:
         self.mpi.Finalize()
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one MPI request moves."""
-
-    num_bytes: int
-    peer: str
-    """from rank 3, to rank 3, or between all ranks."""
-    is_incoming: bool
-
-
 class _Requests:
     """MPI requests under way, and what each of them moves."""
 
-    def __init__(self, transport: MpiTransport, requests: list[MPI.Request], parts: list[_Part], what: str):
-        self._transport = transport
+    def __init__(self, job: MpiJob, requests: list[MPI.Request], parts: list[Part], what: str, timeout_s: float):
+        self._job = job
         self._requests = requests
         self._parts = parts
         self._what = what
+        self._timeout_s = timeout_s
+        self._error: CollectiveError | None = None
 
     def wait(self, *, until_sent: bool = True) -> None:
-        job, requests = self._transport.job, self._requests
+        if self._error is not None:
+            raise self._error
+        mpi = self._job.mpi
+        statuses: list[MPI.Status] = []
+        self._job.unfinished.add(self)
         start_s = time.monotonic()
         try:
-            while not job.mpi.Request.Testall(requests):
+            while not mpi.Request.Testall(self._requests, statuses):
                 waited_s = time.monotonic() - start_s
-                if waited_s > self._transport.timeout_s:
-                    raise CollectiveError(self._describe())
+                if waited_s > self._timeout_s:
+                    so_far = progress(self._parts, self._missing())
+                    raise self._failed(f"did not complete within {self._timeout_s:g} s ({so_far})")
                 if waited_s < _YIELD_S:
                     os.sched_yield()
                 else:
                     time.sleep(_SLEEP_S)
-        except job.mpi.Exception as error:
-            self._transport.abandon(self)
-            raise CollectiveError(f"rank {self._transport.rank}: {self._what}: MPI says {error}") from error
-        except CollectiveError:
-            self._transport.abandon(self)
-            raise
-        self._requests = []
+        except mpi.Exception as error:
+            cut = [part for part, s in zip(self._parts, statuses, strict=False) if s.Get_error() == mpi.ERR_TRUNCATE]
+            raise self._failed(", ".join([f"failed: MPI says {error}", *(f"more than {part}" for part in cut)])) from error
+        for part, status in zip(self._parts, statuses, strict=True):
+            # Of collectives, and of what was sent, MPI tells no size.
+            if part.is_incoming and status.Get_source() == part.peer and status.Get_count(mpi.BYTE) != part.num_bytes:
+                raise self._failed(
+                    f"failed: {status.Get_count(mpi.BYTE)} B instead of {part}; the ranks are at different places of the program"
+                )
+        self._job.unfinished.discard(self)
+        self._requests, self._parts = [], []
 
-    def _describe(self) -> str:
-        done = [request.Test() for request in self._requests]
-        missing = [part for part, is_done in zip(self._parts, done, strict=True) if not is_done]
-        expected = sum(part.num_bytes for part in self._parts if part.is_incoming)
-        received = expected - sum(part.num_bytes for part in missing if part.is_incoming)
-        lines = [f"received {received} of {expected} B", *(f"{part.num_bytes} B {part.peer} are missing" for part in missing)]
-        limit_s = self._transport.timeout_s
-        return f"rank {self._transport.rank}: {self._what} did not complete within {limit_s:g} s ({', '.join(lines)})"
+    def _missing(self) -> list[Part]:
+        return [part for part, request in zip(self._parts, self._requests, strict=True) if not request.Test()]
+
+    def _failed(self, ending: str) -> CollectiveError:
+        self._error = CollectiveError(f"{self._what} {ending}")
+        return self._error
 
 
 class MpiTransport(RowsAsMessages):
@@ -164,7 +164,6 @@ class MpiTransport(RowsAsMessages):
         self.traffic = Traffic(self.world_size)
         self.thread: CommunicationThread | None = None  # MPI may not be callable from several
         self._communicator = communicator
-        self._abandoned: list[_Requests] = []
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An ordinary tensor."""
@@ -177,27 +176,24 @@ class MpiTransport(RowsAsMessages):
         for buffer in recvs:
             for piece in _pieces(buffer.tensor):
                 requests.append(self._communicator.Irecv(piece, buffer.peer))
-                parts.append(_Part(piece.nbytes, f"from rank {buffer.peer}", True))
+                parts.append(Part(piece.nbytes, buffer.peer, True))
         for buffer in sends:
             if buffer.tensor.numel():
                 self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
             for piece in _pieces(buffer.tensor):
                 requests.append(self._communicator.Isend(piece, buffer.peer))
-                parts.append(_Part(piece.nbytes, f"to rank {buffer.peer}", False))
-        return _Requests(self, requests, parts, f"{op}{where and ' at ' + where}")
+                parts.append(Part(piece.nbytes, buffer.peer, False))
+        return self._requests(requests, parts, op, where)
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Gather int64 [n] from every rank: [R, n]."""
         gathered = torch.empty(self.world_size, values.numel(), dtype=torch.int64)
         request = self._communicator.Iallgather(values.contiguous().numpy(), gathered.numpy())
-        what = f"gather of {values.numel()} integers{where and ' at ' + where}"
-        _Requests(self, [request], [_Part(gathered.nbytes, "from all ranks", True)], what).wait()
+        self._requests([request], [Part(gathered.nbytes, None, True)], f"gather of {values.numel()} integers", where).wait()
         return gathered
 
-    def abandon(self, requests: _Requests) -> None:
-        """Keep the buffers of a failed exchange, into which MPI may still write, and end the job with the process."""
-        self._abandoned.append(requests)
-        self.job.has_failed = True
+    def _requests(self, requests: list[MPI.Request], parts: list[Part], op: str, where: str) -> _Requests:
+        return _Requests(self.job, requests, parts, f"rank {self.rank}: {op}{where and ' at ' + where}", self.timeout_s)
 
 
 def _pieces(tensor: Tensor) -> list[np.ndarray]:

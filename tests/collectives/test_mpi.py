@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from moesaic.collectives import Buffer, CollectiveError
 from moesaic.collectives.transports.choose import make_transports
+from moesaic.collectives.transports.mpi import MpiTransport
 from tests.helpers.mpi import MpiPool, mpi_environment, mpirun
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transports import check_transport
@@ -48,26 +50,59 @@ def test_four_ranks(pool: MpiPool) -> None:
     pool.run(use_two_transports)
 
 
-def wait_for_a_silent_peer(rank: int) -> str:
-    (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=0.3)
-    received = torch.zeros(6)
+def wait_again_after_an_interrupt(rank: int) -> list[float]:
+    """Rank 0 is interrupted while it waits for rank 1, which sends afterwards."""
+    (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=60)
+    assert isinstance(transport, MpiTransport)
+    received = torch.zeros(3)
+    pending = transport.exchange([], [Buffer(received, 1)] if rank == 0 else [], op="dispatch")
+    if rank == 0:
+        with patch("os.sched_yield", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            pending.wait()
+        assert transport.job.unfinished == {pending}
+    dist.barrier()
     if rank == 1:
-        transport.exchange([Buffer(torch.ones(6), 0)], [], op="dispatch").wait()
-    if rank != 0:
-        return ""
-    recvs = [Buffer(received, 1), Buffer(torch.zeros(4), 2)]
-    pending = transport.exchange([], recvs, op="dispatch", where="step 3, blocks.0.moe")
-    with pytest.raises(CollectiveError) as failed:
-        pending.wait()
-    return str(failed.value)
+        transport.exchange([Buffer(torch.ones(3), 0)], [], op="dispatch").wait()
+    pending.wait()
+    assert not transport.job.unfinished
+    return received.tolist()
 
 
-def test_a_silent_peer_is_named(pool: MpiPool) -> None:
-    """Rank, operation, place, limit, the bytes that came and those that did not, and from whom."""
-    assert pool.run(wait_for_a_silent_peer)[0] == (
-        "rank 0: dispatch at step 3, blocks.0.moe did not complete within 0.3 s "
-        "(received 24 of 40 B, 16 B from rank 2 are missing)"
-    )
+def test_an_interrupted_wait_can_be_taken_up_again(pool: MpiPool) -> None:
+    """Until it has been, MPI may write into its buffers, and must not be left in order."""
+    assert pool.run(wait_again_after_an_interrupt)[0] == [1.0] * 3
+
+
+def wait_in_vain(rank: int, timeout_s: float, sizes: list[int]) -> list[str]:
+    """Rank 0 waits twice for 24 B from rank 1 and 16 B from rank 2, which send tensors of other sizes."""
+    (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=timeout_s)
+    if rank in (1, 2):
+        transport.exchange([Buffer(torch.ones(sizes[rank - 1]), 0)], [], op="dispatch").wait()
+    dist.barrier()
+    messages = []
+    if rank == 0:
+        recvs = [Buffer(torch.zeros(6), 1), Buffer(torch.zeros(4), 2)]
+        pending = transport.exchange([], recvs, op="dispatch", where="step 3, blocks.0.moe")
+        for _ in range(2):
+            with pytest.raises(CollectiveError) as failed:
+                pending.wait()
+            messages.append(str(failed.value))
+    return messages
+
+
+@pytest.mark.parametrize(
+    "timeout_s, sizes, ending",
+    [
+        (0.3, [6, 0], "did not complete within 0.3 s (received 24 of 40 B, 16 B from rank 2 are missing)"),
+        (60, [6, 3], "failed: 12 B instead of 16 B from rank 2; the ranks are at different places of the program"),
+        (60, [6, 5], "failed: MPI says MPI_ERR_IN_STATUS: error code in status, more than 16 B from rank 2"),
+    ],
+    ids=["silent", "less", "more"],
+)
+def test_errors_name_who_is_to_blame(pool: MpiPool, timeout_s: float, sizes: list[int], ending: str) -> None:
+    """And rank, operation, place, limit, bytes that came and those that did not; at once when asked again."""
+    messages = pool.run(wait_in_vain, timeout_s, sizes)[0]
+    assert messages == [f"rank 0: dispatch at step 3, blocks.0.moe {ending}"] * 2
 
 
 def ask_for_mpi(rank: int) -> str:
