@@ -125,7 +125,7 @@ def _open_over_mpi(place: Place, limit: timedelta) -> dist.Store:
     host = "127.0.0.1" if place.local_world_size == place.world_size else socket.gethostname()
     # The others learn the port, which is any free one, only below.
     store = _served_by_first(place, host, 0, limit) if place.rank == 0 else None
-    host, port = job.broadcast((host, store.port if store else 0))
+    host, port = job.broadcast((host, store.port if store else 0), timeout_s=limit.total_seconds())
     return store or _served_by_first(place, host, port, limit)
 
 

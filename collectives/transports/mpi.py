@@ -38,7 +38,7 @@ _LAST_WORDS_S = 2.0
 
 
 class MpiJob:
-    """This process's part of an MPI job. Collective: every rank makes one, before any transport.
+    """This process's part of an MPI job. The first one starts MPI, which waits for all ranks that its launcher has started.
 
     At the end of the process MPI is left in order; after an exception, or a wait that did not succeed, where leaving would hang,
     the whole job is ended with status 1 instead, stopped ranks included.
@@ -60,16 +60,15 @@ class MpiJob:
         self.unfinished: set[_Requests] = set()
         """Waited for, and not complete: MPI may still write into their buffers."""
         atexit.register(self._leave)
-        self.mpi.COMM_WORLD.Barrier()
-        _unlink_segments()
 
     @property
     def world_size(self) -> int:
         """Ranks that the MPI launcher started."""
         return self.mpi.COMM_WORLD.Get_size()
 
-    def broadcast(self, value: T) -> T:
-        """Rank 0's value, on every rank. Collective."""
+    def broadcast(self, value: T, *, timeout_s: float) -> T:
+        """Rank 0's value, on every rank. Collective; `CollectiveError` where a rank does not come."""
+        self._meet("broadcast", self.mpi.COMM_WORLD.Get_rank(), timeout_s)
         return self.mpi.COMM_WORLD.bcast(value)
 
     def transport(self, rank: int, world_size: int, *, timeout_s: float) -> MpiTransport:
@@ -77,8 +76,10 @@ class MpiJob:
 
         Raises:
             ValueError: the launcher started another number of ranks.
+            CollectiveError: a rank does not come.
         """
         self.check_world_size(world_size)
+        self._meet("making a transport", rank, timeout_s)
         communicator = self.mpi.COMM_WORLD.Split(0, rank)
         assert isinstance(communicator, self.mpi.Intracomm)
         return MpiTransport(self, communicator, timeout_s=timeout_s)
@@ -90,6 +91,13 @@ class MpiJob:
                 f"MPI knows {self.world_size} rank(s), the process group has {world_size}: start all ranks with one mpirun -n "
                 f"{world_size}, or choose another transport"
             )
+
+    def _meet(self, what: str, rank: int, timeout_s: float) -> None:
+        """Return when every rank is here: what they do next, MPI has only without a limit."""
+        here = np.zeros(self.world_size, np.uint8)
+        request = self.mpi.COMM_WORLD.Iallgather(here[:1].copy(), here)
+        _Requests(self, [request], [Part(here.nbytes, None, True)], f"rank {rank}: {what}", timeout_s).wait()
+        _unlink_segments()
 
     def _leave(self) -> None:
         if self.mpi.Is_finalized():

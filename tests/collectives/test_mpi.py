@@ -50,6 +50,20 @@ def test_four_ranks(pool: MpiPool) -> None:
     pool.run(use_two_transports)
 
 
+def refuse_for_all(rank: int) -> str:
+    """Rank 1 cannot import mpi4py, and answers nothing but the agreement. MPI runs already."""
+    make_transports("mpi", group(), num_transports=1, timeout_s=60)
+    without = {"mpi4py": None} if rank == 1 else {}
+    with patch.dict(sys.modules, without), pytest.raises(ValueError, match="needs mpi4py") as failed:
+        make_transports("mpi", group(), num_transports=1, timeout_s=60)
+    return str(failed.value)
+
+
+def test_a_rank_without_mpi4py_keeps_nobody_waiting(pool: MpiPool) -> None:
+    """The same line on every rank."""
+    assert len(set(pool.run(refuse_for_all))) == 1
+
+
 def wait_again_after_an_interrupt(rank: int) -> list[float]:
     """Rank 0 is interrupted while it waits for rank 1, which sends afterwards."""
     (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=60)
@@ -75,7 +89,9 @@ def test_an_interrupted_wait_can_be_taken_up_again(pool: MpiPool) -> None:
 
 def wait_in_vain(rank: int, timeout_s: float, sizes: list[int]) -> list[str]:
     """Rank 0 waits twice for 24 B from rank 1 and 16 B from rank 2, which send tensors of other sizes."""
-    (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=timeout_s)
+    (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=60)
+    assert isinstance(transport, MpiTransport)
+    transport.timeout_s = timeout_s
     if rank in (1, 2):
         transport.exchange([Buffer(torch.ones(sizes[rank - 1]), 0)], [], op="dispatch").wait()
     dist.barrier()
@@ -120,31 +136,35 @@ def test_without_mpirun_it_is_refused() -> None:
 
 
 FAILING = """
-import sys, torch
+import os, signal, sys, torch
 from moesaic.collectives import Buffer
 from moesaic.collectives.transports.mpi import MpiJob
 job = MpiJob()
 rank = job.mpi.COMM_WORLD.rank
-transport = job.transport(rank, 3, timeout_s=2)
 if rank == 1:
-    {fate}
+    {early}
+transport = job.transport(rank, 3, timeout_s={making_s})
+transport.timeout_s = 2
+if rank == 1:
+    {late}
 transport.exchange([], [Buffer(torch.zeros(4), 1)], op="combine", where="step 5").wait()
 """
 
 
 @pytest.mark.parametrize(
-    "fate, message",
+    "early, making_s, late, message",
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "rank 0: combine at step 5 did not complete within 2 s"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", 2, "pass", "rank 0: making a transport did not complete within 2 s"),
+        ("pass", 60, "os.kill(os.getpid(), signal.SIGSTOP)", "rank 0: combine at step 5 did not complete within 2 s"),
+        ("pass", 60, "os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
     ],
-    ids=["is stopped", "is killed"],
+    ids=["is stopped early", "is stopped", "is killed"],
 )
-def test_a_failed_rank_ends_the_job(fate: str, message: str, tmp_path: Path) -> None:
+def test_a_failed_rank_ends_the_job(early: str, making_s: int, late: str, message: str, tmp_path: Path) -> None:
     """Not zero, somebody says why, and neither a rank nor shared memory is left."""
     before = set(os.listdir("/dev/shm"))
     script = tmp_path / "job.py"
-    script.write_text(FAILING.format(fate=fate), encoding="utf-8")
+    script.write_text(FAILING.format(early=early, making_s=making_s, late=late), encoding="utf-8")
     done = subprocess.run(
         [*mpirun(3), sys.executable, str(script)], env=mpi_environment(), capture_output=True, text=True, timeout=100, check=False
     )
