@@ -134,7 +134,7 @@ class Schedule:
     def rounds(self) -> list[list[Message]]:
         """All messages in groups, one after the other; what a message waits for is in an earlier group.
 
-        No rank receives more in a group than `limit` allows beside a sum in progress.
+        No rank receives more in a group than `limit` allows beside a sum in progress, which a single buffer need not hold.
         """
         rounds: list[list[Message]] = []
         by_round: dict[int, list[Message]] = defaultdict(list)

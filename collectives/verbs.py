@@ -67,7 +67,8 @@ def sparse_reduce_scatter(
         schedule: the transposed gather schedule, limited to the staging there is; the same on every rank.
         contributions: this rank's addends for items it holds copies of. They are consumed: partial sums are made in them.
         totals: the owned items that are added to.
-        staging: items to receive into, `schedule.most_received(rank)` of them or more, in the dtype of contributions.
+        staging: items to receive into, `schedule.most_received(rank)` of them or more, in the dtype of contributions. Sums that
+            need another dtype, or find one item only, are made in memory of their own, as large as a chunk.
         wire: the dtype in which contributions travel when it is narrower than theirs; direct schedules only. Sums stay as above.
     """
     assert schedule.is_reduce
@@ -157,7 +158,8 @@ class _ReduceSide:
     def _begin_sum(self, place: tuple[int, tuple[int, int]], parts: list[Tensor]) -> None:
         like = self._staging[0][0]
         dtype = torch.promote_types(like.dtype, torch.float32)
-        if all(part.dtype == dtype for part in parts):
+        # What is added to a sum lands in the same elements of another staging item; where there is no other, the sum gives way.
+        if len(self._staging) > 1 and all(part.dtype == dtype for part in parts):
             self._sum, self._sum_place = parts, place
             return
         num_elements = place[1][1] - place[1][0]

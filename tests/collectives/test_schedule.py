@@ -113,14 +113,14 @@ def test_each_rank_sees_its_messages_in_the_common_order(placement: Placement, n
 
 
 @settings(max_examples=60, deadline=None)
-@given(placement=placements(max_ranks=9), name=st.sampled_from(NAMES), limit=st.integers(2, 4))
+@given(placement=placements(max_ranks=9), name=st.sampled_from(NAMES), limit=st.integers(1, 4))
 def test_groups_keep_the_messages_their_order_and_the_limit(placement: Placement, name: str, limit: int) -> None:
-    """No rank receives more in a group than there is room for beside a sum in progress."""
+    """No rank receives more in a group than there is room for beside a sum in progress, which a single buffer need not hold."""
     reduce = schedule_of(name, placement, 2).transpose().limit_receives(limit)
     groups = reduce.rounds()
     for rank in range(placement.num_ranks):
         assert reduce.most_received(rank) <= limit
-        assert all(sum(m.dst == rank for m in group) < limit for group in groups)
+        assert all(sum(m.dst == rank for m in group) <= max(limit - 1, 1) for group in groups)
         received = [m for m in reduce.messages() if m.dst == rank]
         assert [m for group in groups for m in group if m.dst == rank] == received
     assert sorted(m for group in groups for m in group) == reduce.messages()

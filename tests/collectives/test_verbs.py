@@ -72,14 +72,19 @@ def gather(transport: Transport, placement: Placement, dtype: torch.dtype, sched
 
 
 def reduce(
-    transport: Transport, placement: Placement, dtype: torch.dtype, schedule: Schedule, wire: torch.dtype | None = None
+    transport: Transport,
+    placement: Placement,
+    dtype: torch.dtype,
+    schedule: Schedule,
+    wire: torch.dtype | None = None,
+    limit: int = 2,
 ) -> dict[int, Item]:
-    """This rank's totals, with poisoned staging for two items."""
-    schedule = schedule.transpose().limit_receives(2)
+    """This rank's totals, with poisoned staging for `limit` items."""
+    schedule = schedule.transpose().limit_receives(limit)
     totals = owned_by(transport.rank, placement, items(placement, dtype))
     addends = contributions(placement, transport.rank, dtype)
     staging = [poisoned(items(placement, dtype)[0]) for _ in range(schedule.most_received(transport.rank))]
-    assert len(staging) <= 2
+    assert len(staging) <= limit
     sparse_reduce_scatter(schedule, transport, addends, totals, staging, op="reduce", wire=wire).wait()
     return totals
 
@@ -144,15 +149,17 @@ def in_rounds(wanted: bool) -> Iterator[None]:
     name=st.sampled_from(NAMES),
     pieces=st.sampled_from([1, 2, 5, 40]),
     rounds=st.booleans(),
+    limit=st.integers(1, 3),
 )
 def test_sparse_verbs_equal_their_references(
-    placement: Placement, dtype: torch.dtype, name: str, pieces: int, rounds: bool
+    placement: Placement, dtype: torch.dtype, name: str, pieces: int, rounds: bool, limit: int
 ) -> None:
     """Bitwise: the order of the sum is part of the meaning. 40 pieces of 22 elements leave some empty."""
     schedule = schedule_of(name, placement, pieces)
 
     def body(group: RankGroup) -> Any:
-        return gather(group.experts, placement, dtype, schedule), reduce(group.tokens, placement, dtype, schedule)
+        copies = gather(group.experts, placement, dtype, schedule)
+        return copies, reduce(group.tokens, placement, dtype, schedule, limit=limit)
 
     with in_rounds(rounds):
         results = run_threads(placement.num_ranks, body)
