@@ -14,7 +14,7 @@ from torch import Tensor
 from .schedule import chunk_bounds
 from .transport import Buffer, Transport
 
-# Bytes of a tensor that are on their way at once, and that a rank receives into.
+# Bytes that a rank receives into and sums in.
 _PIECE_BYTES = 32 << 20
 
 
@@ -23,12 +23,14 @@ def average(
 ) -> None:
     """Replace `tensors`, contiguous and alike on all ranks, by their mean over the ranks. Collective.
 
-    Sums run in rank order, in fp32 (fp64 for fp64), and are rounded once; memory beside the tensors is at most `piece_bytes`.
+    Sums run in rank order, in fp32 (fp64 for fp64), and are rounded once. The buffers for it take at most `piece_bytes`, rounded
+    up to R elements; a transport that sends from memory of its own (shm) keeps as much again, at most, of what it sends.
     """
     if transport.world_size == 1:
         return
     for tensor in tensors:
-        for piece in tensor.view(-1).split(max(1, piece_bytes // tensor.element_size())):
+        # Of the R parts of a piece a rank receives R - 1, and sums one in the dtype of sums, which is no narrower.
+        for piece in tensor.view(-1).split(max(1, piece_bytes // _sum_dtype(tensor).itemsize)):
             _average_piece(transport, piece, op, where)
 
 
@@ -44,7 +46,7 @@ def _average_piece(transport: Transport, piece: Tensor, op: str, where: str) -> 
     transport.exchange(sends, [Buffer(arriving[r], r) for r in peers], op=op, where=where).wait()
 
     # Phase 2: their mean.
-    total = torch.zeros_like(mine, dtype=torch.promote_types(mine.dtype, torch.float32))
+    total = torch.zeros_like(mine, dtype=_sum_dtype(mine))
     for r in range(world_size):
         total += arriving.get(r, mine)
     mine.copy_(total.div_(world_size))
@@ -52,3 +54,7 @@ def _average_piece(transport: Transport, piece: Tensor, op: str, where: str) -> 
     # Phase 3: to everybody.
     sends = [Buffer(mine, r) for r in peers]
     transport.exchange(sends, [Buffer(parts_R[r], r) for r in peers], op=op, where=where).wait()
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

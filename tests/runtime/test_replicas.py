@@ -1,6 +1,8 @@
 """A two-dimensional mesh: experts shared inside groups, gradients averaged over the groups."""
 
+import weakref
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moesaic import Handle, RuntimeConfig, shard_experts
-from moesaic.collectives import average
+from moesaic.collectives import average, make_transports
 from moesaic.collectives.reference import average_reference
+from moesaic.collectives.transports.shm import ShmTransport
 from moesaic.runtime.group import RankGroup
 from tests.helpers.compare import assert_all_close, assert_bitwise
 from tests.helpers.model import NUM_EXPERTS, Model, cross_entropy, global_batch, make_model, rank_slice
@@ -49,6 +54,62 @@ def test_average_is_the_mean_in_rank_order(
     for tensors, _ in results:
         assert all(torch.equal(actual, mean) for actual, mean in zip(tensors, expected, strict=True))
     assert sum(sent for _, sent in results) == 2 * (world_size - 1) * sum(t.nbytes for t in expected)
+
+
+class Living:
+    """The most bytes of these tensors that lived at once."""
+
+    def __init__(self) -> None:
+        self.num_bytes = self.peak_bytes = 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        self._count(tensor.untyped_storage().nbytes())
+        weakref.finalize(tensor.untyped_storage(), self._count, -tensor.untyped_storage().nbytes())
+        return tensor
+
+    def _count(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
+
+
+class MadeHere(TorchDispatchMode):
+    """Adds the tensors that operations make, other than views, to `living`."""
+
+    def __init__(self, living: Living):
+        super().__init__()
+        self._living = living
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self._living.add(tensor)
+        return result
+
+
+def average_over_shm(rank: int, tensors_R: list[Tensor], piece_bytes: int) -> tuple[Tensor, int, int]:
+    group = dist.group.WORLD
+    assert group is not None
+    (transport,) = make_transports("shm", group, num_transports=1, timeout_s=60)
+    assert isinstance(transport, ShmTransport)
+    tensor, made, staged = tensors_R[rank].clone(), Living(), Living()
+    stage = transport._arena.empty
+    with MadeHere(made), patch.object(transport._arena, "empty", lambda *shape: staged.add(stage(*shape))):
+        average(transport, [tensor], op="replicate", piece_bytes=piece_bytes)
+    return tensor, made.peak_bytes, staged.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_average_keeps_to_its_memory(dtype: torch.dtype, world_size: int) -> None:
+    """Over shared memory, which copies what is sent: the buffers of one piece, however many there are."""
+    piece_bytes = 3 << 10
+    tensors_R = [torch.randn(5 << 9).to(dtype) for _ in range(world_size)]
+    for tensor, made, staged in run_ranks(world_size, average_over_shm, tensors_R, piece_bytes):
+        assert torch.equal(tensor, average_reference(tensors_R))
+        assert 0 < made <= piece_bytes
+        assert 0 < staged <= piece_bytes
 
 
 def wrapped(use_checkpoint: bool = False, **options: Any) -> tuple[Model, Handle]:
