@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 from .layer import MoELayer
 
-WEIGHTS = ("gate_up", "down")
-
 
 def state_of(model: nn.Module, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """This rank's part of the state: the dense part, and the experts it owns."""
     experts = expert_parameters(layers)
     state: dict[str, Any] = {}
-    for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
+    for name, tensor in (*model.named_parameters(), *_other_tensors(model)):
         if id(tensor) not in experts:
             state[f"model.{name}"] = tensor.detach()
     for key, row, parameter in _expert_rows(layers):
@@ -110,9 +108,13 @@ def _expert_rows(layers: Mapping[str, MoELayer]) -> Iterator[tuple[str, int, nn.
                 yield f"{name}.experts.{expert}.{weight}", row, getattr(runtime.bank, weight)
 
 
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _other_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What the state dict holds besides the parameters under their first names: buffers, and second names of shared parameters.
+
+    The tensors themselves, not detached, so that those of experts are known under every name.
+    """
     parameters = {name for name, _ in model.named_parameters()}
-    return [(name, value) for name, value in model.state_dict().items() if name not in parameters]
+    return [(name, value) for name, value in model.state_dict(keep_vars=True).items() if name not in parameters]
 
 
 def _has_rows(value: Any, parameter: nn.Parameter, field: str) -> bool:
