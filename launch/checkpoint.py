@@ -94,7 +94,7 @@ def save_checkpoint(parent: Path, handle: Handle, optimizer: torch.optim.Optimiz
 
 def load_checkpoint(folder: Path, handle: Handle, optimizer: torch.optim.Optimizer) -> None:
     """Load model and optimizer state in place. Collective; `read_progress` must have accepted the folder."""
-    handle.prepare_optimizer(optimizer)
+    handle.prepare_optimizer(optimizer, dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     state = handle.state_dict(optimizer)
     dcp.load(state, checkpoint_id=folder)
     handle.load_state_dict(state, optimizer)

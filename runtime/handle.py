@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -281,9 +281,13 @@ class Handle:
         """
         return self.load_family_state_dict(SafetensorsFolder(Path(folder)))
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Create the state of an optimizer that has not stepped yet, so that it can be loaded in place."""
-        prepare_optimizer(optimizer)
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, saved: Iterable[str] | None = None) -> None:
+        """Create the state of an optimizer that has not stepped yet, so that it can be loaded in place.
+
+        `saved` are the names in the state to be loaded; of a checkpoint in `folder`, which `torch.distributed.checkpoint` wrote:
+        `FileSystemReader(folder).read_metadata().state_dict_metadata`. Parameters without state there get none here either.
+        """
+        prepare_optimizer(optimizer, self.model, self.layers, saved)
 
     def _reshard(self) -> None:
         """Give the root its shards back: FSDP2 leaves its parameters whole after a forward that had no backward."""

@@ -6,13 +6,16 @@
     optimizer.<layer>.experts.<expert>.<weight>.<key>         of one expert: the rows of its bank's state
 
 Any world size and owner map can load what any other saved, through torch.distributed.checkpoint. Values are live: views
-of the parameters and of the optimizer's tensors, so that a checkpoint is loaded in place. Hyper-parameters (learning
-rates, betas) are the optimizer's construction, not its state.
+of the parameters and of the optimizer's tensors, so that a checkpoint is loaded in place. Parameters of which the optimizer
+keeps nothing yet, as they never got a gradient, have no optimizer state. Hyper-parameters (learning rates, betas) are the
+optimizer's construction, not its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -53,14 +56,23 @@ def load_state(
 
     Raises ValueError if something this rank needs is missing or has another shape; nothing is changed then.
     """
-    if optimizer is not None:
-        prepare_optimizer(optimizer)
-    wanted = state_of(model, layers, optimizer)
+    with _state_undone_after_error(optimizer):
+        if optimizer is not None:
+            prepare_optimizer(optimizer, model, layers, state)
+        wanted = state_of(model, layers, optimizer)
+        _check_fits(state, wanted)
+    for key, target in wanted.items():
+        if isinstance(target, Tensor) and target is not state[key]:
+            target.copy_(state[key])
+
+
+def _check_fits(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     missing = sorted(key for key in wanted if key not in state)
     if missing:
+        fresh = ", into an optimizer that has not stepped" if missing[0].startswith("optimizer.") else ""
         raise ValueError(
             f"the state lacks {len(missing)} of {len(wanted)} entries, the first is {missing[0]!r}; "
-            "load a state that was saved from this model"
+            f"load a state that was saved from this model{fresh}"
         )
     for key, target in wanted.items():
         if isinstance(target, Tensor) and target.shape != state[key].shape:
@@ -68,29 +80,66 @@ def load_state(
                 f"{key!r} has shape {tuple(state[key].shape)} in the state and {tuple(target.shape)} in the model; "
                 "load into the model it was saved from"
             )
-    for key, target in wanted.items():
-        if isinstance(target, Tensor) and target is not state[key]:
-            target.copy_(state[key])
 
 
-def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer that never stepped create its state: one step with zero gradients and a learning rate of zero."""
+def prepare_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    layers: Mapping[str, MoELayer],
+    saved: Iterable[str] | None = None,
+) -> None:
+    """Make an optimizer create the state that it lacks: one step with zero gradients and a learning rate of zero.
+
+    Of `saved`, the names in a state that is to be loaded, it learns which parameters had none when it was saved: they get none.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if all(p in optimizer.state for p in parameters):
+    names = [name for name in saved or () if name.startswith("optimizer.")]
+    # Without a name either the optimizer keeps no state, or what it makes here is missed when the state is loaded.
+    wanted = _parameters_of(names, model, layers) if names else set(parameters)
+    new = {p for p in parameters if p in wanted and not optimizer.state.get(p)}
+    if not new:
         return
-    if any(p in optimizer.state for p in parameters):
-        raise ValueError("the optimizer has state for some parameters only; load into one that has stepped all or none")
     grads = [p.grad for p in parameters]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for p, grad in zip(parameters, grads, strict=True):
-        p.grad = grad
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p in new else None
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        with _state_undone_after_error(optimizer):
+            optimizer.step()
+    finally:
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad
+
+
+def _parameters_of(names: Iterable[str], model: nn.Module, layers: Mapping[str, MoELayer]) -> set[nn.Parameter]:
+    """The parameters that these entries belong to. One expert, wherever it lives, speaks for its bank: ranks must not differ."""
+    prefixes = {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
+    found = {parameter for name, parameter in model.named_parameters() if f"optimizer.{name}" in prefixes}
+    for name, layer in layers.items():
+        bank = layer.runtime.bank
+        for weight in bank.weight_names:
+            experts = (f"optimizer.{name}.experts.{expert}.{weight}" for expert in range(layer.num_experts))
+            # A bank without rows has no entries of its own.
+            if not bank.rows or any(expert in prefixes for expert in experts):
+                found.add(getattr(bank, weight))
+    return found
+
+
+@contextmanager
+def _state_undone_after_error(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Parameters that get state in the block lose it again if the block raises."""
+    state: dict[Any, Any] = {} if optimizer is None else optimizer.state
+    before = {parameter for parameter, fields in state.items() if fields}
+    try:
+        yield
+    except BaseException:
+        for parameter in state.keys() - before:
+            del state[parameter]
+        raise
 
 
 def expert_parameters(layers: Mapping[str, MoELayer]) -> set[int]:

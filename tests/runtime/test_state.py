@@ -1,5 +1,8 @@
 """State under logical names through torch.distributed.checkpoint: models and optimizers that are out of the ordinary."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -14,12 +17,13 @@ from tests.runtime.test_shard import whole
 NUM_EXPERTS = 3
 
 
-class TwoNames(nn.Module):
-    """One MoE layer that is called twice, and known under two names."""
+class Unusual(nn.Module):
+    """One MoE layer that is called twice and known under two names, and a part that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(8, 8)
+        self.unused = nn.Linear(3, 3)
         self.first = MoELayer(8, 4, NUM_EXPERTS, 2)
         self.second = self.first
 
@@ -27,33 +31,81 @@ class TwoNames(nn.Module):
         return self.second(self.first(self.dense(x)))
 
 
-def wrapped() -> tuple[nn.Module, Handle]:
-    model = TwoNames()
+def wrapped() -> tuple[nn.Module, Handle, torch.optim.Optimizer]:
+    model = Unusual()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return model, shard_experts(model, mesh=mesh, config=RuntimeConfig(policy="static", slots=0, timeout_s=60))
+    handle = shard_experts(model, mesh=mesh, config=RuntimeConfig(policy="static", slots=0, timeout_s=60))
+    return model, handle, torch.optim.AdamW(handle.parameter_groups(), lr=0.1)
+
+
+def train(model: nn.Module, handle: Handle, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    for _ in range(num_steps):
+        model(torch.randn(6, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.step()
+
+
+def copy_of(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: whole(value).clone() for key, value in state.items()}
 
 
 def through_a_checkpoint(rank: int, folder: str) -> list[str]:
-    """Save, ruin every weight, load: everything is as it was. Returns the names."""
-    model, handle = wrapped()
-    saved = {key: whole(value).clone() for key, value in handle.state_dict().items()}
-    dcp.save(handle.state_dict(), checkpoint_id=folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
-    state = handle.state_dict()
-    dcp.load(state, checkpoint_id=folder)
-    handle.load_state_dict(state)
-    assert_bitwise({key: whole(value) for key, value in handle.state_dict().items()}, saved)
+    """Save after two steps, go on, load into a fresh model and into the old one: all is as it was. Returns the names."""
+    trained = wrapped()
+    train(*trained, 2)
+    saved = copy_of(trained[1].state_dict(trained[2]))
+    dcp.save(trained[1].state_dict(trained[2]), checkpoint_id=folder)
+    train(*trained, 1)
+    for _, handle, optimizer in (wrapped(), trained):
+        handle.prepare_optimizer(optimizer, dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        state = handle.state_dict(optimizer)
+        dcp.load(state, checkpoint_id=folder)
+        handle.load_state_dict(state, optimizer)
+        assert_bitwise(copy_of(handle.state_dict(optimizer)), saved)
     return sorted(saved)
 
 
-def test_experts_are_saved_under_logical_names_alone(tmp_path: object) -> None:
-    """The bank is a submodule of its first layer, which `state_dict` shows under every name that the layer has."""
+def test_a_checkpoint_brings_everything_back_under_logical_names(tmp_path: object) -> None:
+    """Of experts, though `state_dict` shows the bank under every name of its layer; of what never got a gradient no state."""
     names = run_ranks(2, through_a_checkpoint, str(tmp_path))
-    experts = [{name for name in part if ".experts." in name} for part in names]
+    experts = [{name for name in part if name.startswith("model.") and ".experts." in name} for part in names]
     assert experts[0] | experts[1] == {
         f"model.first.experts.{e}.{weight}" for e in range(NUM_EXPERTS) for weight in ("gate_up", "down")
     }
     assert not experts[0] & experts[1]
-    assert not any(".bank." in name for part in names for name in part)
+    for part in names:
+        assert not any(".bank." in name for name in part)
+        assert [name for name in part if ".unused." in name] == ["model.unused.bias", "model.unused.weight"]
+        assert "optimizer.dense.weight.exp_avg" in part
+
+
+class OutOfMemory(torch.optim.AdamW):
+    """Has room for the state of one group of parameters."""
+
+    def step(self, closure: Any = None) -> None:
+        groups = self.param_groups
+        self.param_groups = groups[:1]
+        super().step()
+        self.param_groups = groups
+        raise MemoryError("no room for the experts' state")
+
+
+def refused(rank: int) -> None:
+    """What is not loaded leaves weights, gradients, learning rates and optimizer state as they were."""
+    _, handle, optimizer = wrapped()
+    weights = copy_of(handle.state_dict())
+    with pytest.raises(ValueError, match=r"lacks \d+ of \d+ entries, .* into an optimizer that has not stepped"):
+        handle.load_state_dict({key: torch.zeros_like(value) for key, value in handle.state_dict().items()}, optimizer)
+    assert not optimizer.state
+    optimizer = OutOfMemory(handle.parameter_groups(), lr=0.1)
+    with pytest.raises(MemoryError):
+        handle.prepare_optimizer(optimizer)
+    assert not optimizer.state
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+    assert_bitwise(copy_of(handle.state_dict()), weights)
+
+
+def test_what_is_refused_changes_nothing() -> None:
+    run_ranks(2, refused)
