@@ -21,6 +21,7 @@ from torch import Tensor
 from ..collectives import Buffer, Transport
 from ..placement import Move, OwnerMap
 from .bank import Bank
+from .state import has_rows
 
 # Rows of one tensor that a rank has on their way at once.
 _ROWS_IN_FLIGHT = 4
@@ -89,25 +90,19 @@ def row_tensors(bank: Bank, optimizer: torch.optim.Optimizer | None) -> list[Ten
     """Everything that has one row per expert of the bank: weights, gradients, and the optimizer's state.
 
     Raises:
-        ValueError: a piece of optimizer state that is neither one number nor has the bank's rows, so that no row of it can move;
+        ValueError: a piece of optimizer state that is neither one number nor has the bank's rows, see `state.has_rows`;
             an optimizer without the bank's parameters, or one whose update of an expert depends on which others lie beside it.
     """
     if optimizer is not None and bank.is_trainable:
         _check_holds(bank, optimizer)
     tensors: list[Tensor] = []
-    for name, parameter in bank.named_parameters():
+    for parameter in bank.parameters():
         tensors.append(parameter.detach())
         if parameter.grad is not None:
             tensors.append(parameter.grad)
         for field, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
-            if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1 != parameter.shape[0]:
-                continue
-            if value.shape[0] != parameter.shape[0]:
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {field!r} of {name} as {tuple(value.shape)}, without the bank's "
-                    f"{parameter.shape[0]} rows: such state cannot follow an expert; use another optimizer, or do not re-home"
-                )
-            tensors.append(value)
+            if isinstance(value, Tensor) and has_rows(value, parameter, field):
+                tensors.append(value)
     return tensors
 
 

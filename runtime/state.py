@@ -6,15 +6,16 @@
     optimizer.<layer>.experts.<expert>.<weight>.<key>         of one expert: the rows of its bank's state
 
 Any world size and owner map can load what any other saved, through torch.distributed.checkpoint. Values are live: views
-of the parameters and of the optimizer's tensors, so that a checkpoint is loaded in place. Parameters of which the optimizer
-keeps nothing yet, as they never got a gradient, have no optimizer state. Hyper-parameters (learning rates, betas) are the
-optimizer's construction, not its state.
+of the parameters and of the optimizer's tensors, so that a checkpoint is loaded in place; what the optimizer keeps as plain
+Python values is put back by `load_state`. Parameters of which it keeps nothing yet, as they never got a gradient, have no
+optimizer state. Hyper-parameters (learning rates, betas) are the optimizer's construction, not its state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -35,14 +36,7 @@ def state_of(model: nn.Module, layers: Mapping[str, MoELayer], optimizer: torch.
         state[f"model.{key}"] = parameter.detach()[row]
     if optimizer is None:
         return state
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in experts:
-            for field, value in optimizer.state.get(parameter, {}).items():
-                state[f"optimizer.{name}.{field}"] = value
-    for key, row, parameter in _expert_rows(layers):
-        for field, value in optimizer.state.get(parameter, {}).items():
-            state[f"optimizer.{key}.{field}"] = value[row] if _has_rows(value, parameter, field) else value
-    return state
+    return state | {entry.key: entry.value for entry in _optimizer_entries(model, layers, optimizer)}
 
 
 @torch.no_grad()
@@ -64,6 +58,9 @@ def load_state(
     for key, target in wanted.items():
         if isinstance(target, Tensor) and target is not state[key]:
             target.copy_(state[key])
+    for entry in () if optimizer is None else _optimizer_entries(model, layers, optimizer):
+        if not isinstance(entry.value, Tensor):
+            entry.fields[entry.field] = state[entry.key]
 
 
 def _check_fits(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -75,11 +72,13 @@ def _check_fits(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
             f"load a state that was saved from this model{fresh}"
         )
     for key, target in wanted.items():
-        if isinstance(target, Tensor) and target.shape != state[key].shape:
-            raise ValueError(
-                f"{key!r} has shape {tuple(state[key].shape)} in the state and {tuple(target.shape)} in the model; "
-                "load into the model it was saved from"
-            )
+        here, there = _kind_of(target), _kind_of(state[key])
+        if here != there:
+            raise ValueError(f"{key!r} is {there} in the state and {here} in the model; load into the model it was saved from")
+
+
+def _kind_of(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "a plain value"
 
 
 def prepare_optimizer(
@@ -166,13 +165,40 @@ def _other_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in model.state_dict(keep_vars=True).items() if name not in parameters]
 
 
-def _has_rows(value: Any, parameter: nn.Parameter, field: str) -> bool:
-    """Whether a piece of optimizer state has the bank's leading dimension, or is one number for the whole parameter."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
+@dataclass(frozen=True)
+class _Entry:
+    """A piece of optimizer state under its logical name, and where the optimizer keeps it."""
+
+    key: str
+    value: Any
+    fields: dict[str, Any]  # the parameter's state
+    field: str
+
+
+def _optimizer_entries(model: nn.Module, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer) -> Iterator[_Entry]:
+    experts = expert_parameters(layers)
+    dense = [(name, None, parameter) for name, parameter in model.named_parameters() if id(parameter) not in experts]
+    for name, row, parameter in (*dense, *_expert_rows(layers)):
+        fields = optimizer.state.get(parameter, {})
+        for field, value in fields.items():
+            if row is not None and isinstance(value, Tensor):
+                # Banks of other world sizes have other numbers of rows: one number has the same shape beside all of them.
+                value = value[row] if has_rows(value, parameter, field) else value.reshape(())
+            yield _Entry(f"optimizer.{name}.{field}", value, fields, field)
+
+
+def has_rows(value: Tensor, parameter: nn.Parameter, field: str) -> bool:
+    """Whether a piece of optimizer state has a row for each of the bank's experts, or is one number for them all.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    num_rows, shape = parameter.shape[0], tuple(value.shape)
+    if value.ndim == 0 or value.numel() == 1 != num_rows:
         return False
-    if value.shape[0] != parameter.shape[0]:
+    if value.shape[0] != num_rows:
         raise ValueError(
-            f"optimizer state {field!r} has {value.shape[0]} rows for a bank of {parameter.shape[0]} experts; "
-            "use an optimizer whose state keeps the leading dimension"
+            f"optimizer state {field!r} of shape {shape}, for a bank of {num_rows} experts, cannot follow an expert; "
+            "use an optimizer whose state keeps the bank's leading dimension"
         )
     return True

@@ -197,7 +197,7 @@ def test_state_that_cannot_follow_is_refused() -> None:
     bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 4, 1), 0)
     optimizer = Odd(bank.parameters(), lr=0.1)
     optimizer.step()
-    with pytest.raises(ValueError, match=r"Odd keeps 'history' of gate_up as \(3,\), without the bank's 4 rows"):
+    with pytest.raises(ValueError, match=r"'history' of shape \(3,\), for a bank of 4 experts, cannot follow an expert; use an"):
         row_tensors(bank, optimizer)
 
 
@@ -220,7 +220,9 @@ def test_state_that_belongs_to_no_expert_is_not_saved() -> None:
     layer = MoELayer(2, 3, 4, 1)
     optimizer = Odd(layer.parameters(), lr=0.1)
     optimizer.step()
-    with pytest.raises(ValueError, match=r"'history' has 3 rows for a bank of 4 experts; use an optimizer whose") as refused:
+    with pytest.raises(
+        ValueError, match=r"'history' of shape \(3,\), for a bank of 4 experts, cannot follow an expert; use an"
+    ) as refused:
         state_of(layer, {"": layer}, optimizer)
     assert "\n" not in str(refused.value)
 

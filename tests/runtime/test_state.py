@@ -31,11 +31,29 @@ class Unusual(nn.Module):
         return self.second(self.first(self.dense(x)))
 
 
-def wrapped() -> tuple[nn.Module, Handle, torch.optim.Optimizer]:
+class Averaging(torch.optim.Optimizer):
+    """Keeps a Python number, a tensor with one number, and a tensor with the parameter's shape."""
+
+    def __init__(self, groups: Any, lr: float):
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state.setdefault("mean", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
+                    state.setdefault("decay", torch.ones(1)).mul_(0.9)
+                    state["num_steps"] = state.get("num_steps", 0) + 1
+                    parameter.sub_(group["lr"] * state["mean"])
+
+
+def wrapped(make: Any = torch.optim.AdamW) -> tuple[nn.Module, Handle, torch.optim.Optimizer]:
     model = Unusual()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     handle = shard_experts(model, mesh=mesh, config=RuntimeConfig(policy="static", slots=0, timeout_s=60))
-    return model, handle, torch.optim.AdamW(handle.parameter_groups(), lr=0.1)
+    return model, handle, make(handle.parameter_groups(), lr=0.1)
 
 
 def train(model: nn.Module, handle: Handle, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
@@ -47,17 +65,17 @@ def train(model: nn.Module, handle: Handle, optimizer: torch.optim.Optimizer, nu
 
 
 def copy_of(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: whole(value).clone() for key, value in state.items()}
+    return {key: whole(torch.as_tensor(value)).clone() for key, value in state.items()}
 
 
-def through_a_checkpoint(rank: int, folder: str) -> list[str]:
+def through_a_checkpoint(rank: int, folder: str, make: Any) -> list[str]:
     """Save after two steps, go on, load into a fresh model and into the old one: all is as it was. Returns the names."""
-    trained = wrapped()
+    trained = wrapped(make)
     train(*trained, 2)
     saved = copy_of(trained[1].state_dict(trained[2]))
     dcp.save(trained[1].state_dict(trained[2]), checkpoint_id=folder)
     train(*trained, 1)
-    for _, handle, optimizer in (wrapped(), trained):
+    for _, handle, optimizer in (wrapped(make), trained):
         handle.prepare_optimizer(optimizer, dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
         state = handle.state_dict(optimizer)
         dcp.load(state, checkpoint_id=folder)
@@ -66,9 +84,10 @@ def through_a_checkpoint(rank: int, folder: str) -> list[str]:
     return sorted(saved)
 
 
-def test_a_checkpoint_brings_everything_back_under_logical_names(tmp_path: object) -> None:
+@pytest.mark.parametrize("make, field", [(torch.optim.AdamW, "exp_avg"), (Averaging, "num_steps")])
+def test_a_checkpoint_brings_everything_back_under_logical_names(tmp_path: object, make: Any, field: str) -> None:
     """Of experts, though `state_dict` shows the bank under every name of its layer; of what never got a gradient no state."""
-    names = run_ranks(2, through_a_checkpoint, str(tmp_path))
+    names = run_ranks(2, through_a_checkpoint, str(tmp_path), make)
     experts = [{name for name in part if name.startswith("model.") and ".experts." in name} for part in names]
     assert experts[0] | experts[1] == {
         f"model.first.experts.{e}.{weight}" for e in range(NUM_EXPERTS) for weight in ("gate_up", "down")
@@ -77,7 +96,7 @@ def test_a_checkpoint_brings_everything_back_under_logical_names(tmp_path: objec
     for part in names:
         assert not any(".bank." in name for name in part)
         assert [name for name in part if ".unused." in name] == ["model.unused.bias", "model.unused.weight"]
-        assert "optimizer.dense.weight.exp_avg" in part
+        assert f"optimizer.dense.weight.{field}" in part
 
 
 class OutOfMemory(torch.optim.AdamW):
