@@ -1,9 +1,10 @@
 """The private names of torch that the runtime stands on, all of them here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 outside_graphs = torch._disable_dynamo
 """Decorates what `torch.compile` leaves as it is. Unlike `torch.compiler.disable` it imports the compiler when called."""
@@ -33,3 +34,11 @@ def default_store() -> dist.Store:
     """The key-value store over which the default process group met."""
     store: dist.Store = dist.distributed_c10d._get_default_store()
     return store
+
+
+def leave_out_of_ddp(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Have `DistributedDataParallel(model)` neither broadcast these parameters of the model nor average their gradients."""
+    ids = {id(parameter) for parameter in parameters}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
+    before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*before, *names])

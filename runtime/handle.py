@@ -64,9 +64,16 @@ class Handle:
         FSDP2's dense parameters are DTensors and the banks' are not; `foreach` and `fused` optimizers, the default on CUDA,
         cannot take both in one group.
         """
-        experts = [p for bank in self.banks for p in bank.parameters()]
+        experts = self.expert_parameters()
         ids = {id(p) for p in experts}
         return [{"params": [p for p in self.model.parameters() if id(p) not in ids]}, {"params": experts}]
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """The banks' parameters: the experts that this rank owns.
+
+        With `RuntimeConfig(shard_dense=False)` every `fully_shard` needs `ignored_params=set(handle.expert_parameters())`.
+        """
+        return [p for bank in self.banks for p in bank.parameters()]
 
     def aux_loss(self) -> Tensor:
         """The router losses of the last forward, summed over layers: add it to your loss. Coefficients are applied."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
+from ._compat import leave_out_of_ddp, outside_graphs
 from .adapters import adopt_moe_layers
 from .adapters.meta import allocate_meta
 from .bank import Bank, SlotPool
@@ -90,6 +92,8 @@ def shard_experts(
         _shard_dense(model, mesh, layers, banks, config)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             allocate_meta(model, _device_of(mesh))
+    else:
+        _leave_dense(model, banks)
     return Handle(model, layers, banks, group, config, clock)
 
 
@@ -236,3 +240,19 @@ def _shard_dense(
     for block in blocks.values():
         fully_shard(block, mesh=mesh, ignored_params=ignored, mp_policy=precision)
     fully_shard(model, mesh=mesh, ignored_params=ignored, mp_policy=precision)
+
+
+def _leave_dense(model: nn.Module, banks: Sequence[Bank]) -> None:
+    """Keep the experts out of what the user wraps the dense part in: DDP, and `fully_shard`, which replaces parameters."""
+    owned = [(bank, name, parameter) for bank in banks for name, parameter in bank.named_parameters()]
+    leave_out_of_ddp(model, [parameter for _, _, parameter in owned])
+
+    @outside_graphs
+    def check_banks(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if any(getattr(bank, name, None) is not parameter for bank, name, parameter in owned):
+            raise ValueError(
+                f"the experts of {type(model).__name__} were sharded once more, after shard_experts; "
+                "give every fully_shard ignored_params=set(handle.expert_parameters())"
+            )
+
+    model.register_forward_pre_hook(check_banks)

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
 from moesaic.collectives import SCHEDULES
@@ -120,6 +122,36 @@ def test_gradients_and_norm_equal_one_process(world_size: int, solver: str, num_
         assert_all_close(grads, expected[0])
         assert norm.item() == pytest.approx(expected[1].item(), rel=1e-5)
         assert_all_close(clipped, expected[2])
+
+
+def backward_with_the_dense_part_wrapped(rank: int, how: str) -> dict[str, Tensor]:
+    """Gradients of the second step, with the dense part left to `how`; a `fully_shard` that takes the experts too is refused."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = make_model()
+    config = RuntimeConfig(policy="static", slots=NUM_EXPERTS, shard_dense=False, timeout_s=60)
+    handle = shard_experts(model, mesh=mesh, config=config, solver=everywhere)
+    ids, targets = (rank_slice(t, rank, 2) for t in global_batch(0))
+    if how == "fully_shard, all":
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(
+            ValueError, match=r"experts of \w*Model were sharded once more, .* give every fully_shard ignored_params"
+        ):
+            model(ids)
+        return {}
+    if how == "fully_shard":
+        fully_shard(model, mesh=mesh, ignored_params=set(handle.expert_parameters()))
+    wrapper = DistributedDataParallel(model) if how == "DDP" else model
+    for _ in range(2):
+        model.zero_grad()
+        (cross_entropy(wrapper(ids), targets) + handle.aux_loss()).backward()
+    return whole_gradients(model, handle)
+
+
+@pytest.mark.parametrize("how", ["fully_shard", "fully_shard, all", "DDP"])
+def test_the_dense_part_may_be_left_to_others(how: str) -> None:
+    expected, _, _ = backward_on_one(1)
+    for grads in run_ranks(2, backward_with_the_dense_part_wrapped, how):
+        assert_all_close(grads, {} if how == "fully_shard, all" else expected)
 
 
 def train_on_ranks(rank: int, solver: str, optimizer_name: str, num_steps: int) -> list[float]:
