@@ -24,7 +24,7 @@ from .layer import MoELayer
 from .layer_runtime import LayerRuntime
 from .metrics import exposed_metrics, step_metrics
 from .profile import profiled
-from .rehome import migrate, row_tensors
+from .rehome import migrate, rounds_of, row_tensors
 from .rehomer import Decision, Rehomer
 from .stages import StageClock
 from .state import load_state, prepare_optimizer, state_of
@@ -122,13 +122,18 @@ class Handle:
         Replicas, on a two-dimensional mesh, must get the same maps.
 
         Raises:
-            ValueError: a rank would own another number of experts than now, or some optimizer state has no rows to move.
+            ValueError: not one map for each bank, a rank would own another number of experts than now, or some optimizer state
+                has no rows to move. Nothing has moved then.
         """
+        if len(owners) != len(self.banks):
+            raise ValueError(f"{len(owners)} owner maps for {len(self.banks)} banks; give one for each, as handle.placement does")
         for bank, wanted in zip(self.banks, owners, strict=True):
-            tensors = row_tensors(bank, optimizer)
+            rounds_of(bank.owners, wanted)
+        tensors = [row_tensors(bank, optimizer) for bank in self.banks]
+        for bank, wanted, rows in zip(self.banks, owners, tensors, strict=True):
             for runtime in self._runtimes_of(bank):
                 runtime.drop_prefetched()
-            migrate(bank, tensors, wanted, self.group.experts, where=f"re-homing after step {self._step}")
+            migrate(bank, rows, wanted, self.group.experts, where=f"re-homing after step {self._step}")
             for runtime in self._runtimes_of(bank):
                 runtime.follow_bank()
 

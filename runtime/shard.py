@@ -60,7 +60,7 @@ def shard_experts(
 
     Raises:
         ValueError: no MoE block; a mesh of more than two dimensions, of two without names, or that leaves out ranks; a model that
-            is already sharded.
+            is already sharded; a configuration or placements that cannot be. No expert has moved then.
     """
     config = config or RuntimeConfig()
     if mesh.ndim > 2:
@@ -84,9 +84,16 @@ def shard_experts(
     )
     clock = StageClock()
     owners = None if placements is None else _owners_of(placements, layers, group)
-    banks = share_experts(layers, group, config=config, solver=solver, clock=clock, owners=owners, device=_device_of(mesh))
-    for layer, placement in zip(layers.values(), placements or (), strict=False):
-        layer.runtime.planner.hold(placement)
+    banks = share_experts(
+        layers,
+        group,
+        config=config,
+        solver=solver,
+        clock=clock,
+        owners=owners,
+        placements=placements or (),
+        device=_device_of(mesh),
+    )
     prefetch_in_order(model, list(layers.values()))
     if config.shard_dense:
         _shard_dense(model, mesh, layers, banks, config)
@@ -116,12 +123,17 @@ def share_experts(
     solver: Solver,
     clock: StageClock,
     owners: OwnerMap | None = None,
+    placements: Sequence[Placement] = (),
     device: torch.device | None = None,
 ) -> list[Bank]:
     """Move the experts of unsharded layers into banks, one bank for each shape of expert; the layers run on them after.
 
     A bank becomes a submodule, `bank`, of the first of its layers, where `model.parameters()` finds it.
-    `owners` replaces the contiguous owner map; it needs layers of one shape. Experts on the meta device get memory on `device`.
+    `owners` replaces the contiguous owner map; it needs layers of one shape. `placements`, of every layer with these owners, are
+    held for good. Experts on the meta device get memory on `device`.
+
+    Raises:
+        ValueError: what was asked for cannot be; the layers are as they were then.
     """
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, layer in layers.items():
@@ -133,8 +145,9 @@ def share_experts(
     places = {name: place for place, name in enumerate(layers)}
     sizes = [_size_of(layers[names[0]], group, config, tuple(places[name] for name in names)) for names in alike.values()]
     slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.overlap)
-    return [
-        _share_alike(
+    # Phase 1: whatever may be refused, while the layers still have their experts
+    shared = [
+        _runtimes_of_alike(
             {name: layers[name] for name in names},
             group,
             config=replace(config, slots=slots.slots),
@@ -148,6 +161,25 @@ def share_experts(
         )
         for names, size in zip(alike.values(), sizes, strict=True)
     ]
+    runtimes = {name: runtime for alike_runtimes in shared for name, runtime in alike_runtimes.items()}
+    for name, placement in zip(layers, placements, strict=False):
+        runtimes[name].planner.hold(placement)
+
+    # Phase 2: experts move
+    for name, runtime in runtimes.items():
+        _move_experts(layers[name], runtime)
+    return [next(iter(alike_runtimes.values())).bank for alike_runtimes in shared]
+
+
+def _move_experts(layer: MoELayer, runtime: LayerRuntime) -> None:
+    """Copy the experts owned here into the bank and let go of the others; the layer runs on the bank after."""
+    whole, bank, index = layer.experts, runtime.bank, runtime.layer
+    assert whole is not None
+    if index == 0:
+        layer.add_module("bank", bank)
+    if not whole.gate_up.is_meta:
+        bank.load_rows({(index, e): whole.weights(0, e) for e in runtime.owned_experts})
+    layer.experts, layer.runtime = None, runtime
 
 
 def _size_of(layer: MoELayer, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
@@ -157,7 +189,7 @@ def _size_of(layer: MoELayer, group: RankGroup, config: RuntimeConfig, places: t
     return BankSize(copy_bytes, expert_bytes, group.world_size, places)
 
 
-def _share_alike(
+def _runtimes_of_alike(
     layers: Mapping[str, MoELayer],
     group: RankGroup,
     *,
@@ -169,7 +201,8 @@ def _share_alike(
     device: torch.device | None,
     slots: SlotPlan,
     size: BankSize,
-) -> Bank:
+) -> dict[str, LayerRuntime]:
+    """What layers with experts of one shape will run on, by their names: a bank that they share, which holds nothing yet."""
     first = next(iter(layers.values())).experts
     assert first is not None
     num_experts = first.owners.num_experts
@@ -188,16 +221,9 @@ def _share_alike(
         replicas=group.replicas,
     )
     bank.requires_grad_(first.is_trainable)
-    next(iter(layers.values())).add_module("bank", bank)
     pool, rematerializer = SlotPool(first.shape, group.experts, slots.peak_bytes([size])), Rematerializer()
-    for index, (name, layer) in enumerate(layers.items()):
-        whole = layer.experts
-        assert whole is not None
-        owned = [e for e in range(num_experts) if owners.expert_to_owner_LE[index, e] == group.rank]
-        if not whole.gate_up.is_meta:
-            bank.load_rows({(index, e): whole.weights(0, e) for e in owned})
-        layer.experts = None
-        layer.runtime = LayerRuntime(
+    return {
+        name: LayerRuntime(
             name,
             bank,
             index,
@@ -212,7 +238,8 @@ def _share_alike(
             keeps_copies=slots.keeps(size.layers[index]),
             capacity=layer.capacity,
         )
-    return bank
+        for index, (name, layer) in enumerate(layers.items())
+    }
 
 
 def _device_of(mesh: DeviceMesh) -> torch.device:

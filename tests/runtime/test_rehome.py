@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology
+from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver
 from moesaic.placement.propose import Question, propose, saved_s
 from moesaic.runtime import rehomer
 from moesaic.runtime.bank import Bank, ExpertShape
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.rehome import migrate, rounds_of, row_tensors
+from moesaic.runtime.shard import share_experts
+from moesaic.runtime.stages import StageClock
 from moesaic.runtime.state import state_of
 from tests.helpers.model import cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
@@ -181,6 +183,28 @@ def test_a_curve_with_owners_that_move_every_step_is_the_curve_without(optimizer
 def test_a_curve_with_copies_that_change_agrees(world_size: int) -> None:
     plain, moved = (run_ranks(world_size, train, "adamw", "random", rehomes, 30)[0] for rehomes in (False, True))
     torch.testing.assert_close(torch.tensor(moved), torch.tensor(plain), rtol=1e-5, atol=0)
+
+
+def rehome_two_banks(group: RankGroup) -> None:
+    layers = {str(ffn_dim): MoELayer(4, ffn_dim, 4, 2) for ffn_dim in (6, 8)}
+    config, clock = RuntimeConfig(policy="static", slots=0), StageClock()
+    banks = share_experts(layers, group, config=config, solver=get_solver("static"), clock=clock)
+    handle = Handle(nn.ModuleList(layers.values()), layers, banks, group, config, clock)
+    before = handle.placement
+    other, unfit = OwnerMap(np.array([[1, 1, 0, 0]]), 2), OwnerMap(np.array([[0, 0, 0, 1]]), 2)
+    with pytest.raises(ValueError, match="rank 0 owns 2 experts and would own 3"):
+        handle.rehome([other, unfit])
+    with pytest.raises(ValueError, match="1 owner maps for 2 banks; give one for each"):
+        handle.rehome([other])
+    with pytest.raises(ValueError, match="SGD does not hold the experts' gate_up"):
+        handle.rehome([other, other], torch.optim.SGD(banks[0].parameters()))
+    assert handle.placement == before
+    handle.rehome([other, other])
+    assert handle.placement == [other, other]
+
+
+def test_a_refused_re_homing_moves_no_bank() -> None:
+    run_threads(2, rehome_two_banks)
 
 
 class Odd(torch.optim.SGD):

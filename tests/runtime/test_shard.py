@@ -1,5 +1,6 @@
 """`shard_experts` on real processes: gradients, global norm, loss curves over world sizes, determinism, state."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
 from moesaic.collectives import SCHEDULES
-from moesaic.placement import Placement, Problem
+from moesaic.placement import OwnerMap, Placement, Problem
+from moesaic.runtime.group import RankGroup
+from moesaic.runtime.shard import share_experts
+from moesaic.runtime.stages import StageClock
 from tests.helpers.compare import assert_all_close
 from tests.helpers.model import (
     NUM_EXPERTS,
@@ -26,6 +30,7 @@ from tests.helpers.model import (
     rank_slice,
 )
 from tests.helpers.ranks import run_ranks
+from tests.helpers.threads import run_threads
 
 
 def everywhere(problem: Problem) -> Any:
@@ -358,6 +363,24 @@ def test_wrong_use_is_one_line_on_every_rank(what: str) -> None:
     assert messages[0] == messages[1]
     assert "\n" not in messages[0]
     assert ("register_adapter" in messages[0]) == (what == "no moe")
+
+
+def share_after_refusals(group: RankGroup) -> None:
+    layer, owners = MoELayer(8, 6, 4, 2), OwnerMap.contiguous(1, 4, 2)
+    placement = Placement.everywhere(owners.expert_to_owner_LE[0], 2)
+    share = partial(share_experts, {"moe": layer}, group, solver=everywhere, clock=StageClock())
+    with pytest.raises(ValueError, match="puts 2 copies on rank 0, which has 1 slots"):
+        share(config=RuntimeConfig(slots=1), owners=owners, placements=[placement])
+    with pytest.raises(ValueError, match="row_parts is 2, but"):
+        share(config=RuntimeConfig(row_parts=2, token_route="by_node"))
+    assert layer.experts is not None
+    assert dict(layer.named_parameters()).keys() == {"router.weight", "experts.gate_up", "experts.down"}
+    share(config=RuntimeConfig(slots=2), owners=owners, placements=[placement])
+    assert layer.runtime.planner.place().placement == placement
+
+
+def test_a_refused_call_moves_nothing_and_the_corrected_one_works() -> None:
+    run_threads(2, share_after_refusals)
 
 
 def test_backward_twice_is_refused() -> None:
