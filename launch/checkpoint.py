@@ -1,21 +1,27 @@
 """Checkpoints by torch.distributed.checkpoint: experts under logical names, so any world size loads what any other wrote.
 
-A checkpoint is written into `step-N.partial` and renamed to `step-N` when every rank is done: a folder without the suffix
-is whole. Beside the tensors lies progress.json, plain text, which says how far the run was and what it ran on.
+A checkpoint is written into `step-N.partial` and renamed to `step-N` when every rank's files are on disk: a folder without the
+suffix is whole, after a power cut too. Beside the tensors lies progress.json, plain text, which says how far the run was and
+what it ran on.
 """
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import TypeAdapter, ValidationError
 
+from ..placement.files import replace_text
 from ..runtime import Handle
 from .config import Config
 from .data import Text
+from .process import Process, agreed
 
 SCHEMA = 1
 
@@ -31,7 +37,7 @@ class Progress:
     seed: int
     seq_len: int
     text_digest: str
-    model: dict[str, int | float | bool]
+    model: dict[str, int | float | bool | str]
     """The [model] section."""
     schema: int = SCHEMA
 
@@ -53,10 +59,7 @@ def read_progress(folder: Path, config: Config, text: Text) -> Progress:
     path = folder / "progress.json"
     if not path.is_file():
         raise ValueError(f"checkpoint.resume {str(folder)!r} is no checkpoint: give a folder runs/NAME/checkpoints/step-N")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {record.get('schema')}, this version reads {SCHEMA}")
-    progress = Progress(**record)
+    progress = _parse(path)
     wanted = progress_of(config, text, step=progress.step, position=progress.position)
     for key, value in wanted.model.items():
         if progress.model.get(key) != value:
@@ -76,31 +79,87 @@ def read_progress(folder: Path, config: Config, text: Text) -> Progress:
     return progress
 
 
-def save_checkpoint(parent: Path, handle: Handle, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write `parent`/step-N and return it. Collective."""
+def _parse(path: Path) -> Progress:
+    try:
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: resume from a checkpoint of this version")
+    try:
+        return TypeAdapter(Progress).validate_json(text, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def _damaged(path: Path, problem: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({problem}): resume from another checkpoint")
+
+
+def save_checkpoint(process: Process, parent: Path, handle: Handle, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    """Write `parent`/step-N and return it. Collective. Raises `ValueError`, the same on every rank, if it cannot be written."""
     folder = parent / f"step-{progress.step:06d}"
     partial = folder.with_name(f"{folder.name}.partial")
-    is_first = dist.get_rank() == 0
-    if is_first and partial.exists():
+    if process.is_first and partial.exists():
         shutil.rmtree(partial)
-    dcp.save(handle.state_dict(optimizer), checkpoint_id=partial)
+    with _as_value_error(f"cannot write the checkpoint {partial}"):
+        dcp.save(handle.state_dict(optimizer), checkpoint_id=partial)
     # dcp.save returns on rank 0 after every rank's files and the index are on disk.
-    if is_first:
-        (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder)
-    dist.barrier()
+    agreed(process, lambda: _finish(partial, folder, progress) if process.is_first else None)
     return folder
 
 
-def load_checkpoint(folder: Path, handle: Handle, optimizer: torch.optim.Optimizer) -> None:
-    """Load model and optimizer state in place. Collective; `read_progress` must have accepted the folder."""
-    handle.prepare_optimizer(optimizer, dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+def _finish(partial: Path, folder: Path, progress: Progress) -> None:
+    """Give a checkpoint its name once all that it holds is on disk, its folder's entries included."""
+    replace_text(partial / "progress.json", json.dumps(asdict(progress), indent=2) + "\n")
+    _sync(partial)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(process: Process, folder: Path, handle: Handle, optimizer: torch.optim.Optimizer) -> None:
+    """Load model and optimizer state in place. Collective; `read_progress` must have accepted the folder.
+
+    Raises `ValueError`, the same on every rank, if it cannot be read.
+    """
+    handle.prepare_optimizer(optimizer, agreed(process, lambda: _names_in(folder)))
     state = handle.state_dict(optimizer)
-    dcp.load(state, checkpoint_id=folder)
+    with _as_value_error(f"cannot load the checkpoint {folder}"):
+        dcp.load(state, checkpoint_id=folder)
     handle.load_state_dict(state, optimizer)
 
 
-def _architecture(config: Config) -> dict[str, int | float | bool]:
+def _names_in(folder: Path) -> list[str]:
+    """The names in a checkpoint."""
+    try:
+        return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    except Exception as error:  # whatever a damaged pickle raises
+        raise _damaged(folder / ".metadata", repr(error)) from None
+
+
+@contextmanager
+def _as_value_error(what: str) -> Iterator[None]:
+    """torch's CheckpointException, which is no `Exception`, becomes a line with the problem of the first rank that had one."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank = min(error.failures)
+        problem = error.failures[rank][0]
+        raise ValueError(f"{what}: rank {rank}: {type(problem).__name__}: {problem}") from error
+
+
+def _architecture(config: Config) -> dict[str, int | float | bool | str]:
     """The [model] section without what may change between runs of one model."""
     values = asdict(config.model)
     del values["activation_checkpoint"]

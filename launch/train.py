@@ -64,7 +64,7 @@ def train(config: Config) -> int:
         trace = _replayed_trace(process, config)
         trainer = Trainer(config, process, mesh, text, progress, plan, trace)
         if resume:
-            load_checkpoint(resume, trainer.handle, trainer.optimizer)
+            load_checkpoint(process, resume, trainer.handle, trainer.optimizer)
         folder = Path(
             from_first(process, agreed(process, lambda: str(create_run_folder(config.run)) if process.is_first else ""))
         )
@@ -295,7 +295,7 @@ class Trainer:
     def save(self, records: Records) -> None:
         """Write a checkpoint into the run folder. Collective."""
         progress = progress_of(self.config, self.text, step=self.step, position=self.data.position)
-        folder = save_checkpoint(records.folder / "checkpoints", self.handle, self.optimizer, progress)
+        folder = save_checkpoint(self.process, records.folder / "checkpoints", self.handle, self.optimizer, progress)
         records.say(f"checkpoint {folder}")
 
 

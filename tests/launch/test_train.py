@@ -156,11 +156,19 @@ def test_wrong_input_alone(
     assert not torch.distributed.is_initialized()
 
 
-def test_a_checkpoint_of_another_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another model, text or seed, or a finished run: one line that names the difference."""
+def test_a_checkpoint_of_another_run_or_a_damaged_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another model, text or seed, or a finished run: one line that names the difference; or the file that is damaged."""
     train_tiny(1, ["train.steps=2", "checkpoint.every=2"], folder)
     resume = f"checkpoint.resume={folder}/runs/demo/checkpoints/step-000002"
     (folder / "other.txt").write_text("another text " * 100)
+
+    def check_refused(values: list[str], message: str) -> None:
+        options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
+        assert run_command(command, set_options([*options, "train.steps=4", resume, *values])) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert message in captured.err
+
     for values, message in (
         (["model.ffn_dim=24"], "the checkpoint has model.ffn_dim = 16, this run 24"),
         (["run.seed=9"], "run.seed: 1, this run 9"),
@@ -168,11 +176,23 @@ def test_a_checkpoint_of_another_run(folder: Path, capsys: pytest.CaptureFixture
         ([f"data.path={folder}/other.txt"], "the text (data.path)"),
         (["train.steps=2"], "the checkpoint is at step 2 of train.steps 2"),
     ):
-        options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
-        assert run_command(command, set_options([*options, "train.steps=4", resume, *values])) == 2
-        captured = capsys.readouterr()
-        assert captured.err.count("\n") == 1
-        assert message in captured.err
+        check_refused(values, message)
+    checkpoint = folder / "runs" / "demo" / "checkpoints" / "step-000002"
+    weights = next(path for path in checkpoint.iterdir() if path.suffix == ".distcp")
+    whole = (checkpoint / "progress.json").read_text()
+    for path, content, message in (
+        (checkpoint / "progress.json", "", "progress.json is damaged (Expecting value: line 1"),
+        (checkpoint / "progress.json", whole[:-9], "progress.json is damaged ("),
+        (checkpoint / "progress.json", "[1]", "progress.json has schema None, this version reads 1"),
+        (checkpoint / "progress.json", '{"schema": 1}', "progress.json is damaged (step: Field required): resume from"),
+        (checkpoint / "progress.json", whole.replace(": 2,", ": null,", 1), "progress.json is damaged (step: Input should be a"),
+        (checkpoint / ".metadata", "", ".metadata is damaged (EOFError"),
+        (weights, "", f"cannot load the checkpoint {checkpoint}: rank 0: "),
+    ):
+        before = path.read_bytes()
+        path.write_text(content)
+        check_refused([], message)
+        path.write_bytes(before)
     assert [path.name for path in (folder / "runs").iterdir()] == ["demo"]
 
 
