@@ -166,7 +166,7 @@ class Bank(nn.Module):
             return masters
         row, versions = self.row_of(layer, expert), tuple(version_of(parameter) for parameter in self.parameters())
         if not self._casts:
-            self._casts = {n: self._transport.empty(p.shape, self.compute_like) for n, p in self.named_parameters()}
+            self._casts = {n: _lasting(self._transport, p.shape, self.compute_like) for n, p in self.named_parameters()}
         cast = ExpertTensors(**{name: self._casts[name][row] for name in self.weight_names})
         if self._cast_from.get(row) != versions:
             for narrow, master in zip(cast.tensors(), masters.tensors(), strict=True):
@@ -277,7 +277,7 @@ class SlotPool:
         for i, buffer in enumerate(self._free):
             if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
                 return self._free.pop(i)
-        buffer = ExpertTensors(**{n: self._transport.empty(size, like) for n, size in self._shape.tensor_sizes().items()})
+        buffer = ExpertTensors(**{n: _lasting(self._transport, size, like) for n, size in self._shape.tensor_sizes().items()})
         self._alive.add(buffer)
         self.peak_slots = max(self.peak_slots, len(self._alive))
         self.peak_bytes = max(self.peak_bytes, sum(tensor.nbytes for slot in self._alive for tensor in slot.tensors()))
@@ -294,3 +294,9 @@ class SlotPool:
             self._num_sharers[buffer] -= 1
         else:
             self._free.append(buffer)
+
+
+def _lasting(transport: Transport, size: Sequence[int], like: Tensor) -> Tensor:
+    """Memory that outlives the forward that asks for it: one in inference mode must not forbid training to write to it."""
+    with torch.inference_mode(False):
+        return transport.empty(size, like)

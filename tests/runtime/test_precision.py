@@ -93,9 +93,9 @@ def test_a_row_is_cast_once_until_its_masters_change(change: Callable[[Bank], No
     assert_cast()
 
 
-def wrapped(solver: str, compute_dtype: str, **options: Any) -> tuple[Model, Handle]:
-    model = make_model(**options)
-    config = RuntimeConfig(policy="static", slots=NUM_EXPERTS, timeout_s=60, compute_dtype=compute_dtype)  # type: ignore[arg-type]
+def wrapped(solver: str, compute_dtype: Any, router: RouterConfig | None = None, **options: Any) -> tuple[Model, Handle]:
+    model = make_model(router=router)
+    config = RuntimeConfig(policy="static", slots=NUM_EXPERTS, timeout_s=60, compute_dtype=compute_dtype, **options)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return model, shard_experts(model, mesh=mesh, config=config, solver=SOLVERS[solver])
 
@@ -173,6 +173,22 @@ def test_a_run_in_bf16_follows_the_run_in_fp32_and_repeats_its_bits() -> None:
     assert first[-1] < 0.9 * first[0]
     assert first == pytest.approx(fp32, rel=0.02)
     assert first != fp32
+
+
+def losses_after_evaluation(rank: int, without_grad: Any) -> list[list[float]]:
+    """Of two steps, by compute dtype, where the first forward of all, which makes casts and slots, ran in `without_grad`."""
+    losses = []
+    for compute_dtype in ("bf16", "as_is"):
+        model, handle = wrapped("everywhere", compute_dtype, shard_dense=False, transport="c10d")
+        with without_grad():
+            model.eval()(global_batch(1)[0])
+        optimizer = torch.optim.SGD(handle.parameter_groups(), lr=0.1)
+        losses.append(losses_on_ranks(rank, model.train(), handle, optimizer, 2))
+    return losses
+
+
+def test_what_inference_mode_allocates_serves_training() -> None:
+    assert run_ranks(2, losses_after_evaluation, torch.inference_mode) == run_ranks(2, losses_after_evaluation, torch.no_grad)
 
 
 def losses_of_families(rank: int, compute_dtype: str) -> list[tuple[float, float]]:
