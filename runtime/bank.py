@@ -118,12 +118,12 @@ class Bank(nn.Module):
             self.register_parameter(name, nn.Parameter(self._transport.empty((num_rows, *size), like)))
         self.compute_dtype = compute_dtype or self.gate_up.dtype
         self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, where it is another
-        self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the versions of the masters that it was cast from
+        self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the version of the masters that it was cast from
         self.generation = 0
         """Counts what changed the weights as far as all ranks know of it; see `weights_changed`."""
         # Fused optimizers write without raising a tensor's version.
         this = ref(self)
-        hook = register_optimizer_step_post_hook(lambda *_: bank.weights_changed() if (bank := this()) else None)
+        hook = register_optimizer_step_post_hook(lambda optimizer, *_: bank._note_step(optimizer) if (bank := this()) else None)
         finalize(self, hook.remove)
 
     @property
@@ -164,23 +164,33 @@ class Bank(nn.Module):
         masters = self.weights(layer, expert)
         if self.compute_dtype == self.gate_up.dtype:
             return masters
-        row, versions = self.row_of(layer, expert), tuple(version_of(parameter) for parameter in self.parameters())
+        row = self.row_of(layer, expert)
         if not self._casts:
             self._casts = {n: _lasting(self._transport, p.shape, self.compute_like) for n, p in self.named_parameters()}
         cast = ExpertTensors(**{name: self._casts[name][row] for name in self.weight_names})
-        if self._cast_from.get(row) != versions:
+        if self._cast_from.get(row) != self.version:
             for narrow, master in zip(cast.tensors(), masters.tensors(), strict=True):
                 narrow.copy_(master)
-            self._cast_from[row] = versions
+            self._cast_from[row] = self.version
         return cast
 
     def weights_changed(self) -> None:
         """Have every row cast anew when it is next asked for, and copies gathered anew. All ranks at the same point.
 
-        Called after steps of any optimizer, by `Handle.step`, and where weights are loaded or experts move.
+        Called after steps of optimizers that hold these weights, by `Handle.step`, and where weights are loaded or experts move.
         """
-        self._cast_from.clear()
         self.generation += 1
+
+    def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer has stepped. One of other weights may do so on this rank alone, and at any time."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in held for p in self.parameters()):
+            self.weights_changed()
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another once weights have changed: as far as all ranks know, which is the first number, or in place on this rank."""
+        return self.generation, *(version_of(parameter) for parameter in self.parameters())
 
     @property
     def compute_like(self) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from ..collectives import Schedule
 from ..placement import Placement, added_copies
-from ._compat import version_of
 from .bank import Bank, ExpertTensors, SlotPool
 from .layer_pass import LayerPass
 from .planning import LayerPlanner
@@ -31,7 +30,7 @@ class CarriedCopies:
         self._placement: Placement | None = None
         self._slots: dict[int, ExpertTensors] = {}
         self._generation = -1
-        self._versions: tuple[int, ...] = ()
+        self._version: tuple[int, ...] = ()
 
     def lend(self, layer_pass: LayerPass) -> Schedule:
         """Give a new pass the copies that it wants and that are here; return the gather of those that are not.
@@ -42,7 +41,7 @@ class CarriedCopies:
         plan = layer_pass.plan
         if self._generation != self._bank.generation:
             self.drop()
-        elif self._versions != self._versions_now():
+        elif self._version != self._bank.version:
             raise RuntimeError(
                 f"{layer_pass.where}: experts' weights were changed in place between micro-batches, whose copies are reused; "
                 "call handle.step() on every rank afterwards, or set runtime.reuse_copies=False"
@@ -61,13 +60,10 @@ class CarriedCopies:
         shared = {expert: self._pool.share(slot) for expert, slot in layer_pass.copies.items()}
         self.drop()
         self._placement, self._slots = layer_pass.plan.placement, shared
-        self._generation, self._versions = self._bank.generation, self._versions_now()
+        self._generation, self._version = self._bank.generation, self._bank.version
 
     def drop(self) -> None:
         """Carry nothing on."""
         for slot in self._slots.values():
             self._pool.release(slot)
         self._placement, self._slots = None, {}
-
-    def _versions_now(self) -> tuple[int, ...]:
-        return tuple(version_of(parameter) for parameter in self._bank.parameters())

@@ -24,7 +24,6 @@ from ..kernels import (
     grouped_ffn,
     grouped_ffn_backward,
 )
-from ._compat import version_of
 from .layer_pass import LayerPass
 from .materialize import gradient_targets, materialized_weights, wait_for_copies
 from .token_rows import Crossing, new_link
@@ -99,10 +98,10 @@ def _check_backward(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
             f"{layer_pass.where}: backward ran a second time through one forward, whose expert copies are released; "
             "run the forward again"
         )
-    if layer_pass.weights_version != version_of(runtime.bank.gate_up):
+    if layer_pass.weights_version != runtime.bank.version:
         raise RuntimeError(
             f"{layer_pass.where}: the experts' weights changed between this forward and its backward; "
-            "call backward before optimizer.step() and before weights are loaded"
+            "call backward before optimizer.step(), before handle.step() and before weights are loaded"
         )
 
 

@@ -85,6 +85,8 @@ class Handle:
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Close a training step, after `optimizer.step()`: metrics are taken, and what was sent ahead is dropped.
 
+        The backward of every forward must have run: weights count as changed from here on.
+
         With `RuntimeConfig.rehome_every` experts may change their owner here; `optimizer`, whose state goes along, must be given.
         """
         if self._rehomers and optimizer is None:

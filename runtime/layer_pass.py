@@ -31,7 +31,7 @@ class LayerPass:
     where: str  # step and layer, for errors and profiles
     plan: Plan
     is_training: bool = True
-    weights_version: int = 0  # of the bank when the copies were gathered
+    weights_version: tuple[int, ...] = ()  # of the bank when the copies were gathered
     copies: dict[int, ExpertTensors] = field(default_factory=dict)  # this rank's slots by expert; empty once released
     holds_copies: bool = False  # here or on their way; the same on every rank, also on one whose plan has none
     gather: Pending | None = None

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..placement import ExpertLoad, LayerShape, Solver, Topology
-from ._compat import version_of
 from .bank import Bank, SlotPool
 from .capacity import Capacity
 from .carried import CarriedCopies
@@ -252,7 +251,7 @@ class LayerRuntime:
         with self.clock.stage("plan", self.name), self.counters.planning():
             plan = self.planner.place()
             where = f"step {self.step}, {self.name}, plan {plan.number}"
-            layer_pass = LayerPass(where, plan, is_training, weights_version=version_of(self.bank.gate_up))
+            layer_pass = LayerPass(where, plan, is_training, weights_version=self.bank.version)
         with self.stage("materialize", layer_pass):
             begin_materialize(self, layer_pass)
             if not self.overlap:

@@ -35,6 +35,7 @@ def train(rank: int, reuse_copies: bool) -> tuple[list[torch.Tensor], list[tuple
     config = RuntimeConfig(slots=CASE.slots, calibrate="never", reuse_copies=reuse_copies)
     (bank,) = share_experts({"0": layer}, group, config=config, solver=CASE.solver(), clock=StageClock(), owners=CASE.owners())
     optimizer = torch.optim.SGD(bank.parameters(), lr=0.1)
+    unrelated = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     outputs, sent, traffic = [], [], group.experts.traffic
     for batch in range(MICRO_BATCHES * STEPS):
         before = traffic.total_bytes().get("gather", 0)
@@ -47,6 +48,8 @@ def train(rank: int, reuse_copies: bool) -> tuple[list[torch.Tensor], list[tuple
         with torch.no_grad():
             layer.eval()(CASE.tokens(rank, batch))  # an evaluation in between
         layer.train()
+        if rank == 0:
+            unrelated.step()  # of no experts, and on this rank alone
         if batch % MICRO_BATCHES == MICRO_BATCHES - 1:
             optimizer.step()
             optimizer.zero_grad()

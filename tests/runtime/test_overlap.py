@@ -3,6 +3,7 @@
 import json
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, RuntimeConfig, shard_experts
 from moesaic.collectives import Pending, Span
+from moesaic.runtime.bank import Bank
 from moesaic.runtime.profile import communication_events
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
@@ -202,14 +204,23 @@ def test_what_travels_under_the_attention_backward(materialize: str) -> None:
         assert seen["left"] == (False, 0)
 
 
-def test_backward_after_the_weights_changed_is_refused() -> None:
+CHANGES: dict[str, Callable[[Bank], Any]] = {
+    "sgd": lambda bank: torch.optim.SGD(bank.parameters(), lr=0.1).step(),
+    "adamw fused": lambda bank: torch.optim.AdamW(bank.parameters(), lr=0.1, fused=True).step(),
+    "in place": lambda bank: bank.down.detach().mul_(0.5),
+    "re-homing elsewhere": lambda bank: bank.adopt(bank.owners, bank.rows),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_backward_after_the_weights_changed_is_refused(change: Callable[[Bank], Any]) -> None:
     """The owners' rows, and copies gathered anew, would no longer be the weights of the forward."""
     layer = make_model().blocks[0].moe
     assert layer.experts is not None
     loss = layer(torch.randn(3, 16)).square().sum()
     for parameter in layer.experts.parameters():
         parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(layer.experts.parameters(), lr=0.1).step()
+    change(layer.experts)
     with pytest.raises(RuntimeError, match="weights changed between this forward and its backward") as refused:
         loss.backward()
     assert "\n" not in str(refused.value)
