@@ -46,7 +46,7 @@ class Router(nn.Module, ABC):
 class ScoringRouter(Router):
     """Scores from logits, the K best experts per token. Scores, softmax and weights are fp32 whatever the model's dtype.
 
-    Subclasses say where the logits come from.
+    Subclasses say where the logits come from, fp32 under `torch.autocast` too.
 
     Args:
         num_experts: E.
@@ -167,7 +167,8 @@ class TopKRouter(ScoringRouter):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """See `ScoringRouter.logits`."""
-        return F.linear(x_TD.float(), self.weight.float())
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.float(), self.weight.float())
 
 
 def balanced_ids(num_tokens: int, num_experts: int, top_k: int, *, seed: int = 0) -> Tensor:

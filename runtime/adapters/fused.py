@@ -21,6 +21,8 @@ from ..router import ScoringRouter
 class GateRouter(ScoringRouter):
     """Takes the logits of a family's own gate, which stays in the model: its parameters, its buffers, and hooks on it.
 
+    It computes as in transformers, under `torch.autocast` mostly in bf16; what comes out is cast to fp32.
+
     transformers collects router logits for its auxiliary loss by a hook on the gate. Balancing losses are the model's own
     affair, so `config` should carry none.
 

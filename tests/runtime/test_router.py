@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic import RouterConfig
+from moesaic import MoELayer, RouterConfig
+from moesaic.kernels import Clamp
 from moesaic.placement import ExpertLoad
 from moesaic.runtime.router import TopKRouter, balanced_ids
+from tests.helpers.compare import assert_bitwise
 
 D, E, K = 6, 5, 2
 
@@ -78,6 +80,26 @@ def test_logits_are_fp32_for_a_half_precision_model() -> None:
     routing = router(torch.randn(3, D).bfloat16())
     assert routing.logits_TE is not None
     assert routing.logits_TE.dtype == routing.weights_TK.dtype == torch.float32
+
+
+@pytest.mark.parametrize("clamp", [None, Clamp(alpha=1.7, limit=7.0)], ids=["swiglu", "clamped"])
+def test_a_layer_computes_under_autocast_what_it_does_without(clamp: Clamp | None) -> None:
+    """Bit for bit: fp32 logits choose the same experts, which compute in their own dtype. Gradients and losses too."""
+    torch.manual_seed(0)
+    layer = MoELayer(D, 4, E, K, router=RouterConfig(aux_loss_coef=0.1, z_loss_coef=0.1), clamp=clamp)
+    x_TD = torch.randn(64, D, requires_grad=True)
+
+    def run(is_autocast: bool) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            y_TD, aux_loss = layer(x_TD), layer.aux_loss
+        assert aux_loss is not None
+        inputs = {"x": x_TD, **dict(layer.named_parameters())}
+        for tensor in inputs.values():
+            tensor.grad = None
+        (y_TD.square().sum() + aux_loss).backward()
+        return {"y": y_TD.detach(), "aux": aux_loss.detach()} | {name: tensor.grad for name, tensor in inputs.items()}
+
+    assert_bitwise(run(True), run(False))
 
 
 @settings(deadline=None)
