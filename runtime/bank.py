@@ -10,9 +10,10 @@ what FSDP2 calls `param_dtype`, but a row is cast once a step, and not for every
 Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert ffn dim.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
 import torch
@@ -80,7 +81,8 @@ class Bank(nn.Module):
         owners: the owner map over the bank's layers; counts per rank may differ, zero included.
         rank: this rank.
         device, dtype: of the master weights.
-        compute_dtype: of the rows as they are computed with and copied; the master weights' by default.
+        compute_dtype: of the rows as they are computed with and copied; whatever the master weights have by default. Once it is
+            given, the master weights keep their dtype as well, since memory and copies are planned by both.
         transport: what the weights will travel on; it knows the memory to keep them in.
         replicas: the ranks that own the same experts in other groups, over which gradients are averaged; none by default.
     """
@@ -116,7 +118,7 @@ class Bank(nn.Module):
         like = torch.empty(0, device=device, dtype=dtype)
         for name, size in shape.tensor_sizes().items():
             self.register_parameter(name, nn.Parameter(self._transport.empty((num_rows, *size), like)))
-        self.compute_dtype = compute_dtype or self.gate_up.dtype
+        self._fixed_compute_dtype = compute_dtype
         self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, where it is another
         self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the version of the masters that it was cast from
         self.generation = 0
@@ -125,6 +127,22 @@ class Bank(nn.Module):
         this = ref(self)
         hook = register_optimizer_step_post_hook(lambda optimizer, *_: bank._note_step(optimizer) if (bank := this()) else None)
         finalize(self, hook.remove)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `Module.to` and its like end in."""
+        dtype = self.gate_up.dtype
+        wanted = fn(self.gate_up.new_empty(0)).dtype
+        if self._fixed_compute_dtype is not None and wanted != dtype:
+            raise ValueError(
+                f"experts that ranks share are {dtype} and cannot become {wanted}; convert the model before shard_experts, "
+                "or set runtime.compute_dtype"
+            )
+        return super()._apply(fn, recurse)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that experts are computed with and copied in."""
+        return self._fixed_compute_dtype or self.gate_up.dtype
 
     @property
     def weight_names(self) -> tuple[str, ...]:

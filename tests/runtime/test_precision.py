@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.func import functional_call
 
-from moesaic import Handle, RouterConfig, RuntimeConfig, shard_experts
-from moesaic.placement import OwnerMap
+from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
+from moesaic.placement import OwnerMap, get_solver
 from moesaic.runtime.bank import Bank, ExpertShape, ExpertTensors
-from moesaic.runtime.group import RankGroup
+from moesaic.runtime.group import RankGroup, single_rank_group
 from moesaic.runtime.rehome import migrate, row_tensors
+from moesaic.runtime.shard import share_experts
+from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case, cases
 from tests.helpers.compare import assert_all_close
 from tests.helpers.families import FAMILIES, batch_ids, forward, make_family_model
@@ -91,6 +93,25 @@ def test_a_row_is_cast_once_until_its_masters_change(change: Callable[[Bank], No
     bank.gate_up.data.mul_(2.0)  # unseen, until a step is closed
     bank.weights_changed()
     assert_cast()
+
+
+def test_a_layer_computes_in_the_dtype_that_it_is_converted_to() -> None:
+    """In fp64 to the last digits, with one expert a token, whose gate weight is 1; in bf16 without casts beside the masters."""
+    torch.manual_seed(0)
+    layer, x = MoELayer(16, 24, 5, 1), torch.randn(6, 16, dtype=torch.float64)
+    expected = DenseMoE(layer).double()(x)
+    assert_all_close({"y": layer.double()(x)}, {"y": expected}, rtol=1e-14)
+    assert layer.bfloat16()(x.bfloat16()).dtype == layer.runtime.bank.compute_dtype == torch.bfloat16
+    assert layer.runtime.bank.cast_bytes == 0
+
+
+def test_experts_that_ranks_share_keep_their_dtype() -> None:
+    layer = MoELayer(16, 24, 5, 2)
+    share_experts({"0": layer}, single_rank_group(), config=RuntimeConfig(), solver=get_solver("static"), clock=StageClock())
+    with pytest.raises(ValueError, match=r"float32 and cannot become torch.bfloat16; .* before shard_experts") as refused:
+        layer.to(torch.bfloat16)
+    assert "\n" not in str(refused.value)
+    assert layer.float().to("cpu").bank.gate_up.dtype == torch.float32
 
 
 def wrapped(solver: str, compute_dtype: Any, router: RouterConfig | None = None, **options: Any) -> tuple[Model, Handle]:
