@@ -95,8 +95,15 @@ class MoELayer(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to every token of `x` [..., D]; the result has its dtype."""
+        """Apply the layer to every token of `x` [..., D]; the result has its dtype.
+
+        Raises:
+            ValueError: `x` has another width.
+        """
         runtime = self.runtime
+        if x.shape[-1:] != (self.dim,):
+            name, shape = runtime.name, tuple(x.shape)
+            raise ValueError(f"{name} takes tokens of width {self.dim}, but x is {shape}; project x, or build the layer for it")
         x_TD = x.reshape(-1, self.dim)
         this = runtime.begin(is_training=self.training)
         x_TD, token = runtime.enter(x_TD, this)

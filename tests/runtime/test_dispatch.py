@@ -198,6 +198,14 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     assert layer.experts.gate_up.grad is not None
 
 
+@pytest.mark.parametrize("shape", [(4, 16), (8, 4), ()])
+def test_another_width_is_refused(shape: tuple[int, ...]) -> None:
+    """Also where the elements would make up whole tokens."""
+    with pytest.raises(ValueError, match=r"layer takes tokens of width 8, but x is \(.*\); project x, or build") as refused:
+        MoELayer(8, 12, 3, 2)(torch.randn(shape))
+    assert "\n" not in str(refused.value)
+
+
 def test_policies_are_found_by_name() -> None:
     with pytest.raises(ValueError, match="did you mean 'quota'"):
         get_solver("quotta")
