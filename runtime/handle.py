@@ -114,7 +114,8 @@ class Handle:
             here = [load for layer, load in zip(self.layers.values(), kept, strict=True) if layer.runtime.bank is rehomer.bank]
             rehomer.step(self._step, np.stack(here), optimizer)
         if self._rehomers:
-            self._metrics["moved_experts"] = float(sum(d.num_moved for d in self.rehomings() if d.step == self._step))
+            latest = [rehomer.decisions[-1] for rehomer in self._rehomers if rehomer.decisions]
+            self._metrics["moved_experts"] = float(sum(d.num_moved for d in latest if d.step == self._step))
         for transport in (self.group.tokens, self.group.experts, self.group.replicas):
             transport.traffic.reset()
 

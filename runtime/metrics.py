@@ -36,9 +36,11 @@ class LayerCounters:
         self.kept_RE: np.ndarray | None = None  # without what was dropped
         self.plan_s = 0.0
         self.solve_s = 0.0
-        self._imbalance: list[float] = []
-        self._imbalance_static: list[float] = []
-        self._prediction_errors: list[float] = []
+        # Sums, not lists: a layer that is trained without a handle never closes a step.
+        self._imbalance = 0.0
+        self._imbalance_static = 0.0
+        self._prediction_error = 0.0
+        self._num_predicted = 0
 
     @contextmanager
     def planning(self) -> Iterator[None]:
@@ -69,19 +71,21 @@ class LayerCounters:
         self.gather_busiest_bytes += plan.gather_account.bound.busiest_bytes
         self.gather_bound_bytes += plan.gather_account.bound.rank_bytes
         self.gather_cross_node_bytes += plan.gather_account.bytes.cross_node
-        self._prediction_errors += [] if prediction_error is None else [prediction_error]
+        if prediction_error is not None:
+            self._prediction_error += prediction_error
+            self._num_predicted += 1
         self.load_RE = load.load_RE if self.load_RE is None else self.load_RE + load.load_RE
         self.kept_RE = kept.load_RE if self.kept_RE is None else self.kept_RE + kept.load_RE
-        self._imbalance.append(max_over_mean(plan.split.rows_RE.sum(axis=1)))
-        self._imbalance_static.append(max_over_mean(owned_rows_R))
+        self._imbalance += max_over_mean(plan.split.rows_RE.sum(axis=1))
+        self._imbalance_static += max_over_mean(owned_rows_R)
 
     def summary(self) -> dict[str, float]:
         """Means over the step's forwards, the step's seconds; see `step_metrics` for the keys."""
         assert self.load_RE is not None and self.kept_RE is not None and self.num_forwards
-        errors = {"prediction_error": float(np.mean(self._prediction_errors))} if self._prediction_errors else {}
+        errors = {"prediction_error": self._prediction_error / self._num_predicted} if self._num_predicted else {}
         return {
-            "max_over_mean": float(np.mean(self._imbalance)),
-            "max_over_mean_static": float(np.mean(self._imbalance_static)),
+            "max_over_mean": self._imbalance / self.num_forwards,
+            "max_over_mean_static": self._imbalance_static / self.num_forwards,
             "expert_max_over_mean": max_over_mean(self.load_RE.sum(axis=0)),
             "copies_per_layer": self.num_copies / self.num_forwards,
             "copies_calibrated": self.num_added / self.num_forwards,
