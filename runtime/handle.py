@@ -76,10 +76,10 @@ class Handle:
         return [p for bank in self.banks for p in bank.parameters()]
 
     def aux_loss(self) -> Tensor:
-        """The router losses of the last forward, summed over layers: add it to your loss. Coefficients are applied."""
+        """The router losses of the last forward, summed over the layers it ran: add it to your loss. Coefficients are applied."""
         losses = [layer.aux_loss for layer in self.layers.values() if layer.aux_loss is not None]
         if not losses:
-            raise RuntimeError("aux_loss() before any forward; call the model first")
+            raise RuntimeError("aux_loss() before any forward of a MoE layer; call the model first")
         return torch.stack(losses).sum()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ._compat import outside_graphs
 from .layer import MoELayer
 from .layer_pass import is_recomputing
 
@@ -21,20 +22,25 @@ from .layer_pass import is_recomputing
 def prefetch_in_order(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     """Hook `model` and its MoE layers, given in the order in which forward meets them.
 
-    A layer that runs without having been prefetched launches its own gather, so another order is slower but not wrong.
+    A layer that runs without having been prefetched launches its own gather, so another order is slower but not wrong. A compiled
+    model leaves the hooks as they are.
     """
 
+    @outside_graphs
     def before_model(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if is_recomputing():
             return
-        # A forward that broke off, or skipped a layer, may have left gathers of weights that have changed since.
+        # A forward that broke off, or skipped a layer, may have left gathers of weights that have changed since. Router losses of
+        # the one before keep its graph, and would be taken for this one's where a layer is skipped.
         for layer in layers:
             layer.runtime.drop_prefetched()
+            layer.aux_loss = None
         layers[0].runtime.prefetch(is_training=layers[0].training)
 
     model.register_forward_pre_hook(before_model)
     for layer, following in pairwise(layers):
 
+        @outside_graphs
         def after_layer(
             module: nn.Module, inputs: tuple[Any, ...], output: Any, *, layer: MoELayer = layer, following: MoELayer = following
         ) -> None:

@@ -27,7 +27,8 @@ class Recorder:
 
 
 def backward_on_ranks(rank: int, when: str) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """Gradients of two micro-batches, and the graphs that were compiled; `when` is before or after sharding, or never."""
+    """Gradients of two micro-batches, and the graphs that were compiled: of the blocks before or after sharding, of the whole
+    model after it, or never."""
     torch._dynamo.reset()
     world_size, recorder = dist.get_world_size(), Recorder()
     model = make_model()
@@ -39,6 +40,8 @@ def backward_on_ranks(rank: int, when: str) -> tuple[dict[str, Tensor], list[lis
     if when == "after":
         for block in model.blocks:
             block.compile(backend=recorder)
+    if when == "whole":
+        model.compile(backend=recorder)
     for batch in range(2):
         ids, targets = (rank_slice(t, rank, world_size) for t in global_batch(batch))
         (cross_entropy(model(ids), targets) + handle.aux_loss()).backward()
@@ -56,3 +59,7 @@ def test_compiled_blocks_break_at_the_layer_alone_and_compute_what_eager_does() 
             assert all(any(name in op for op in before) for name in ("linear", "tanh", "rms_norm"))
             assert len(behind) == 1
             assert "add" in behind[0]
+    # As a whole, with the hooks that launch gathers outside its graphs.
+    for (grads, graphs), eager in zip(run_ranks(2, backward_on_ranks, "whole"), expected, strict=True):
+        assert_bitwise(grads, eager)
+        assert graphs

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,20 @@ def reentrant(rank: int) -> str:
 def test_reentrant_checkpointing_is_refused() -> None:
     """Its forward leaves no graph to repeat; the error names the cure."""
     assert "\n" not in reentrant(0)
+
+
+def skip_a_layer(rank: int) -> tuple[bool, list[bool]]:
+    """The second forward skips the second block. Whether passes of the first are alive as it begins, and who has a loss after."""
+    model, handle = wrapped()
+    (cross_entropy(model(batch(0)[0]), batch(0)[1]) + handle.aux_loss()).backward()
+    passes = [weakref.ref(layer.runtime.latest_pass) for layer in handle.layers.values()]
+    alive: list[bool] = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: alive.append(any(this() is not None for this in passes)))
+    model.blocks[1].forward = torch.clone  # type: ignore[method-assign]
+    (cross_entropy(model(batch(1)[0]), batch(1)[1]) + handle.aux_loss()).backward()
+    return any(alive), [layer.aux_loss is not None for layer in handle.layers.values()]
+
+
+def test_router_losses_are_those_of_the_last_forward_alone() -> None:
+    """A layer that it skips has none; and nothing keeps the graph of the forward before."""
+    assert run_ranks(2, skip_a_layer) == [(False, [True, False])] * 2
