@@ -1,6 +1,9 @@
 """The private names of torch that the runtime stands on, all of them here."""
 
+import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,38 @@ def version_of(tensor: torch.Tensor) -> int:
 def call_after_backward(callback: Callable[[], None]) -> None:
     """Have `callback` called when the backward pass that runs on this thread now is complete."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+@dataclass(frozen=True)
+class RunningCheckpoint:
+    """An activation checkpoint (of the kind that is not reentrant) whose function runs on this thread now."""
+
+    frame: Any
+    """One object from the checkpoint's forward to its last recomputation; it lives as long as the graph may ask for one."""
+    recomputation: Any
+    """What tells a recomputation from others of the checkpoint; None in its forward."""
+
+
+def running_checkpoints() -> list[RunningCheckpoint]:
+    """The activation checkpoints that this code runs under, innermost first.
+
+    Each has hooks on the stack of hooks for saved tensors while its function runs, among those of others. They hold its frame.
+    """
+    hooks = []
+    while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        hooks.append(pair)
+    for pair in reversed(hooks):
+        torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+    running = []
+    for pack, _ in hooks:
+        owner = getattr(pack, "__qualname__", "").partition(".")[0]
+        if owner in ("_checkpoint_hook", "_recomputation_hook"):
+            pack = inspect.unwrap(pack)
+            held = dict(zip(pack.__code__.co_freevars, (cell.cell_contents for cell in pack.__closure__), strict=True))
+            frame = held["frame"] if owner == "_checkpoint_hook" else held["target_frame_ref"]()
+            running.append(RunningCheckpoint(frame, held.get("gid")))
+    return running
 
 
 def default_store() -> dist.Store:

@@ -2,26 +2,27 @@
 
 The pass carries what both must agree on: the routing decision, the plan, where the tokens went, and the slots. Backward
 finds it on the autograd nodes of its own forward, so interleaved micro-batches cannot be confused, and a recomputation
-(non-reentrant activation checkpointing) finds the pass it repeats by walking back from the node that asked for it.
+(non-reentrant activation checkpointing) finds the passes it repeats with the checkpoint that it belongs to.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..collectives import Pending
 from ..placement import ExpertLoad
-from ._compat import current_backward_node
+from ._compat import current_backward_node, running_checkpoints
 from .bank import ExpertTensors
 from .planning import Plan
 
 if TYPE_CHECKING:
     from .dispatch_handle import DispatchHandle
+    from .layer_runtime import LayerRuntime
 
 
 @dataclass(eq=False)
@@ -56,32 +57,51 @@ class ReentrantCheckpointError(RuntimeError):
     """A forward ran inside a backward without a forward of its own to repeat."""
 
 
-def pass_being_recomputed(layer: object) -> LayerPass | None:
-    """The pass of `layer` that the running backward asks to recompute, or None in an ordinary forward.
+@dataclass
+class _CheckpointedPasses:
+    """The passes of one layer under one activation checkpoint, in the order of its calls, and how many were repeated."""
 
-    `layer` is the object that `mark_pass` was given. The search goes breadth first from the node whose saved tensors are
-    being unpacked, so it meets the layer's nearest forward.
+    passes: list[LayerPass] = field(default_factory=list)
+    num_repeated: Counter[Any] = field(default_factory=Counter)  # by recomputation
+
+
+def note_forward(layer: LayerRuntime, layer_pass: LayerPass) -> None:
+    """Have the activation checkpoints that this forward runs under know it, for `pass_being_recomputed`."""
+    for running in running_checkpoints():
+        _checkpointed(running.frame, layer).passes.append(layer_pass)
+
+
+def pass_being_recomputed(layer: LayerRuntime) -> LayerPass | None:
+    """The pass of `layer` that the running recomputation repeats with this call, or None in an ordinary forward.
+
+    A recomputation makes the same calls as its checkpoint's forward, checkpoints within it included: the n-th call of the layer
+    here repeats the n-th one there. It need not make all of them.
     """
-    start = current_backward_node()
-    if start is None:
-        return None
-    queue = deque([start])
-    seen = {start}
-    while queue:
-        node = queue.popleft()
-        mark = getattr(node, "moesaic_mark", None)
-        if mark is not None and mark[0] is layer:
-            found: LayerPass = mark[1]
-            found.is_replay = True
-            return found
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                queue.append(following)
-    raise ReentrantCheckpointError(
-        "a MoE layer ran forward inside a backward pass that holds no forward of it: "
-        "call torch.utils.checkpoint with use_reentrant=False"
-    )
+    recomputed = next((running for running in running_checkpoints() if running.recomputation is not None), None)
+    if recomputed is None:
+        if current_backward_node() is None:
+            return None
+        raise ReentrantCheckpointError(
+            f"{layer.name} ran forward inside a backward pass, but not as an activation checkpoint's recomputation: "
+            "call torch.utils.checkpoint with use_reentrant=False"
+        )
+    known = _checkpointed(recomputed.frame, layer)
+    index = known.num_repeated[recomputed.recomputation]
+    if index == len(known.passes):
+        raise RuntimeError(
+            f"{layer.name} was called {index} times under an activation checkpoint, but more often when it was recomputed; "
+            "the checkpointed function must do the same both times"
+        )
+    known.num_repeated[recomputed.recomputation] += 1
+    found = known.passes[index]
+    found.is_replay = True
+    return found
+
+
+def _checkpointed(frame: Any, layer: LayerRuntime) -> _CheckpointedPasses:
+    """Kept with the frame itself, so that passes live no longer than the graph that may have them recomputed."""
+    by_layer: dict[LayerRuntime, _CheckpointedPasses] = frame.__dict__.setdefault("moesaic_passes", {})
+    return by_layer.setdefault(layer, _CheckpointedPasses())
 
 
 def is_recomputing() -> bool:

@@ -22,7 +22,7 @@ from .dispatch_by_node import build_node_handle
 from .dispatch_handle import DispatchHandle
 from .experts import experts
 from .group import RankGroup
-from .layer_pass import LayerPass, pass_being_recomputed
+from .layer_pass import LayerPass, note_forward, pass_being_recomputed
 from .materialize import begin_calibrated, begin_materialize, enter, materialize, release_copies, wait_for_copies
 from .metrics import LayerCounters
 from .planning import LayerPlanner
@@ -155,6 +155,7 @@ class LayerRuntime:
         layer_pass, self._prefetched = self._prefetched or self._launch(is_training), None
         self._under_way = layer_pass
         self._latest = ref(layer_pass)
+        note_forward(self, layer_pass)
         return layer_pass
 
     @property

@@ -136,7 +136,7 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTa
 
 
 class _Enter(torch.autograd.Function):
-    """The identity at a layer's door: marks the graph with the pass. The last of the layer's backward, it launches the reduce.
+    """The identity at a layer's door. The last of the layer's backward, it launches the reduce.
 
     Not earlier: on the way back through dispatch the next layer waits for token rows, and nobody yet for gradients.
     What travels then, the layer's reduce and the copies of the layer that is next, does so under the work between the two.
@@ -144,12 +144,12 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, anchor: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
-        ctx.moesaic_mark = (runtime, layer_pass)
+        ctx.runtime, ctx.layer_pass = runtime, layer_pass
         return x_TD.view_as(x_TD), anchor.view_as(anchor)
 
     @staticmethod
     def backward(ctx: Any, dx_TD: Tensor, d_anchor: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        runtime, layer_pass = ctx.moesaic_mark
+        runtime, layer_pass = ctx.runtime, ctx.layer_pass
         with runtime.stage("reduce", layer_pass):
             begin_reduce(runtime, layer_pass)
         runtime.reduces.add(runtime, layer_pass)

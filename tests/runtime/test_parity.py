@@ -1,5 +1,6 @@
 """Invariant 1: on any ranks, with any copies, the layers compute what the dense reference computes on one process."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -39,9 +40,29 @@ def reference(case: Case, rounds: bool = False, dtype: torch.dtype = torch.float
             results[f"y {rank} {batch}"] = y.detach()
             assert x.grad is not None
             results[f"dx {rank} {batch}"] = x.grad * case.world_size
+    return results | reference_gradients(layers)
+
+
+def reference_gradients(layers: list[DenseMoE]) -> dict[str, Tensor]:
+    named = {f"d {i}.{name}": parameter for i, layer in enumerate(layers) for name, parameter in layer.named_parameters()}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+
+
+def gradients(layers: Iterable[MoELayer]) -> dict[str, Tensor]:
+    """The same names of sharded layers: what this rank has, the experts that it owns and all the rest."""
+    results: dict[str, Tensor] = {}
     for i, layer in enumerate(layers):
+        runtime = layer.runtime
         for name, parameter in layer.named_parameters():
-            results[f"d {i}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if name.startswith(("router.", "shared.")):
+                name = name.replace("router.weight", "router")
+                results[f"d {i}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for e in runtime.owned_experts if runtime.bank.gate_up.grad is not None else ():
+            grads = runtime.bank.grads(i, e)
+            results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
+            results[f"d {i}.down.{e}"] = grads.down.clone()
+            if grads.down_bias is not None:
+                results[f"d {i}.biases.{e}"] = torch.cat([grads.gate_up_bias, grads.down_bias])
     return results
 
 
@@ -99,18 +120,7 @@ def train_on_ranks(
             backward(*waiting.pop())
     for item in waiting:
         backward(*item)
-    for i, layer in layers.items():
-        runtime = layer.runtime
-        for name, parameter in layer.named_parameters():
-            if name.startswith(("router.", "shared.")):
-                name = name.replace("router.weight", "router")
-                results[f"d {i}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for e in () if is_frozen else runtime.owned_experts:
-            grads = runtime.bank.grads(i, e)
-            results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
-            results[f"d {i}.down.{e}"] = grads.down.clone()
-            if grads.down_bias is not None:
-                results[f"d {i}.biases.{e}"] = torch.cat([grads.gate_up_bias, grads.down_bias])
+    results |= gradients(layers.values())
     if is_frozen:
         assert all(parameter.grad is None for parameter in layers[0].runtime.bank.parameters())
         results[f"reduce {group.rank}"] = torch.tensor(group.experts.traffic.total_bytes().get("reduce", 0))

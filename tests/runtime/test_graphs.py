@@ -1,0 +1,174 @@
+"""Whatever graph the layers are part of: parity where they are called several times, beside other branches, and recomputed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moesaic import MoELayer, RuntimeConfig
+from moesaic.runtime.group import RankGroup
+from moesaic.runtime.overlap import prefetch_in_order
+from moesaic.runtime.shard import share_experts
+from moesaic.runtime.stages import StageClock
+from tests.helpers.cases import Case
+from tests.helpers.compare import assert_all_close, assert_bitwise
+from tests.helpers.reference import DenseMoE
+from tests.helpers.threads import run_threads
+from tests.runtime.test_parity import gradients, merged, rank_loss, reference_gradients
+
+# Calls a function of tensors, as it is or under an activation checkpoint.
+Region = Callable[..., Any]
+
+
+def plain(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    return function(*inputs)
+
+
+def checkpointed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+class Program(nn.Module):
+    """A way to call two layers; whatever they are, and however regions are called, it computes the same."""
+
+    def __init__(self, layers: list[Any], region: Region):
+        super().__init__()
+        self.layers, self.region = nn.ModuleList(layers), region
+
+    def twice(self, x: Tensor) -> Tensor:
+        first, last = self.layers[0], self.layers[-1]
+        x = x.sin() + 0.3 * first(x)
+        x = x.sin() + 0.3 * last(1.5 * x)
+        return x.sin() + 0.3 * first(0.5 * x)
+
+
+class SeveralCalls(Program):
+    """Two regions in a row that call a layer twice each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.region(self.twice, self.region(self.twice, x))
+
+
+class Siamese(Program):
+    """Two calls side by side in one region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layers[0]
+        a, b = self.region(lambda x, z: (layer(x), layer(z)), x, x.cos())
+        return a.tanh() * b + self.layers[-1](x)
+
+
+class Branches(Program):
+    """Branches beside the layer, made before and after it: the first to be asked for in backward does not lead to the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            return x.exp().tanh() + self.layers[0](x) + self.layers[-1](2 * x) + (2 * x).tanh().exp()
+
+        return self.region(block, self.region(block, x).tanh())
+
+
+class Nested(Program):
+    """Regions within a region, and a call without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                fixed = self.layers[0](x.sin())
+            x = x.sin() + 0.3 * self.layers[0](x + fixed)
+            x = x + self.region(self.twice, x)
+            return x + self.region(self.twice, self.layers[-1](x).sin())
+
+        return self.region(block, x)
+
+
+def run_program(
+    group: RankGroup, case: Case, program: type[Program], region: Region, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    layers = case.layers()
+    share_experts(
+        {str(i): layer for i, layer in enumerate(layers)},
+        group,
+        config=RuntimeConfig(slots=case.slots, **options),
+        solver=case.solver(),
+        clock=StageClock(),
+        owners=case.owners(),
+    )
+    model = program(layers, region).train()
+    prefetch_in_order(model, layers)
+    results = {}
+    for batch in range(2):
+        x = case.tokens(group.rank, batch).requires_grad_()
+        y = model(x)
+        rank_loss(y).backward()
+        assert x.grad is not None
+        results |= {f"y {group.rank} {batch}": y.detach(), f"dx {group.rank} {batch}": x.grad}
+    for layer in layers:
+        layer.runtime.drop_prefetched()  # `Handle.step` does, for a layer that was to be called once more
+    return results | gradients(layers)
+
+
+def reference(case: Case, program: type[Program]) -> dict[str, Tensor]:
+    layers = [DenseMoE(layer).double() for layer in case.layers()]
+    model, results = program(layers, plain), {}
+    for batch in range(2):
+        for rank in range(case.world_size):
+            x = case.tokens(rank, batch).double().requires_grad_()
+            y = model(x)
+            (rank_loss(y) / case.world_size).backward()
+            assert x.grad is not None
+            results |= {f"y {rank} {batch}": y.detach(), f"dx {rank} {batch}": x.grad * case.world_size}
+    return results | reference_gradients(layers)
+
+
+def on_ranks(case: Case, program: type[Program], region: Region, **options: Any) -> dict[str, Tensor]:
+    return merged(case, run_threads(case.world_size, run_program, case, program, region, options, topology=case.topology()))
+
+
+SMALL = Case(
+    world_size=3,
+    num_experts=5,
+    top_k=2,
+    num_layers=2,
+    tokens_R=(5, 0, 6),
+    placement="random",
+    hot_expert=False,
+    any_owner=True,
+    normalize=True,
+    seed=3,
+)
+
+
+@pytest.mark.parametrize(
+    "program,case,options",
+    [
+        (SeveralCalls, SMALL, {}),
+        (Siamese, SMALL, {"reuse_copies": True}),
+        (Branches, replace(SMALL, placement="quota", hot_expert=True), {"row_parts": 2, "calibrate": "always"}),
+        (Nested, replace(SMALL, has_shared=True), {"materialize": "rematerialize"}),
+    ],
+)
+def test_checkpointed_calls_repeat_their_own_forward(program: type[Program], case: Case, options: dict[str, Any]) -> None:
+    """Each call of a layer under a checkpoint has its routing and its plan back, wherever it stands: nothing changes by a bit."""
+    expected = on_ranks(case, program, plain, **options)
+    assert_all_close(expected, reference(case, program))
+    assert_bitwise(on_ranks(case, program, checkpointed, **options), expected)
+
+
+def test_a_recomputation_that_does_something_else_is_refused() -> None:
+    layer = MoELayer(8, 8, 2, 1)
+    forwards = [layer]
+
+    def changing(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = [forward(x) for forward in forwards[1:]]
+        forwards.append(layer)
+        return layer(x) + len(seen)
+
+    loss = checkpointed(changing, torch.randn(3, 8, requires_grad=True)).sum()
+    with pytest.raises(RuntimeError, match=r"^layer was called 1 times .*; the checkpointed function must do the same"):
+        loss.backward()
