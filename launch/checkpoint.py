@@ -114,6 +114,13 @@ def save_checkpoint(process: Process, parent: Path, handle: Handle, optimizer: t
 
 def _finish(partial: Path, folder: Path, progress: Progress) -> None:
     """Give a checkpoint its name once all that it holds is on disk, its folder's entries included."""
+    files = {entry.relative_path for entry in dcp.FileSystemReader(partial).read_metadata().storage_data.values()}
+    missing = sorted(file for file in files if not (partial / file).is_file())
+    if missing:
+        raise ValueError(
+            f"{partial} has {len(files) - len(missing)} of the checkpoint's {len(files)} files, {missing[0]} is not among them: "
+            "set run.folder to a folder that all machines share"
+        )
     replace_text(partial / "progress.json", json.dumps(asdict(progress), indent=2) + "\n")
     _sync(partial)
     partial.rename(folder)

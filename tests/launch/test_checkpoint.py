@@ -2,9 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import RuntimeConfig, shard_experts
@@ -14,6 +18,13 @@ from tests.helpers.ranks import run_ranks
 from tests.launch.test_records import process_of
 
 PROGRESS = Progress(step=3, position=36, seed=1, seq_len=16, text_digest="", model={})
+
+
+def save_without_one_file(state: dict[str, Any], *, checkpoint_id: Path) -> None:
+    """As if rank 1 had written into a folder of its own."""
+    dcp_save(state, checkpoint_id=checkpoint_id)
+    (checkpoint_id / "__1_0.distcp").unlink(missing_ok=True)
+    dist.barrier()
 
 
 def save(rank: int, folder: str) -> tuple[list[str], list[str]]:
@@ -31,6 +42,12 @@ def save(rank: int, folder: str) -> tuple[list[str], list[str]]:
         with pytest.raises(ValueError, match="step-000003") as refused:
             save_checkpoint(process_of(rank), place, handle, optimizer, PROGRESS)
         problems.append(str(refused.value))
+    with (
+        mock.patch("moesaic.launch.checkpoint.dcp.save", save_without_one_file),
+        pytest.raises(ValueError, match="share") as refused,
+    ):
+        save_checkpoint(process_of(rank), parent / "not shared", handle, optimizer, PROGRESS)
+    problems.append(str(refused.value))
     return done, problems
 
 
@@ -49,3 +66,7 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path: Path) -> None:
     assert "Directory not empty" in problems[0]
     assert problems[1].startswith("cannot write the checkpoint ")
     assert "Not a directory" in problems[1]
+    assert (
+        "step-000003.partial has 1 of the checkpoint's 2 files, __1_0.distcp is not among them: set run.folder to" in problems[2]
+    )
+    assert not (tmp_path / "not shared" / "step-000003").exists()
