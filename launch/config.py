@@ -44,6 +44,8 @@ class RunConfig:
     """What a line of metrics.jsonl holds: numbers of the step, or those of every MoE layer besides."""
     tensorboard: bool = False
     """Write the same numbers for TensorBoard, into the run folder's tensorboard/ (needs moesaic[report])."""
+    trace_every: CountOrZero = 1
+    """trace.npz gets the routing loads of each so many steps (0: none); 4 B per layer, rank and expert, packed at the end."""
     profile_steps: CountOrZero = 0
     """Of so many steps, the run's last, every rank writes profile-rank-N.json into the run's folder, for ui.perfetto.dev."""
 

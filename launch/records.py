@@ -4,7 +4,7 @@
 runs/NAME/config.toml       the resolved configuration
 runs/NAME/metrics.jsonl     one JSON object per step; run.metrics=detailed adds one per MoE layer inside
 runs/NAME/tensorboard/      the same for TensorBoard, with run.tensorboard
-runs/NAME/trace.npz         routing loads of every step, for `moesaic place` and `moesaic trace`
+runs/NAME/trace.npz         routing loads of every step, or of each run.trace_every steps, for `moesaic place` and `moesaic trace`
 runs/NAME/summary.json      the numbers of the printed summary
 runs/NAME/checkpoints/      step-N folders
 runs/NAME/profile-rank-N.json  a profile of the last steps, with run.profile_steps
@@ -12,10 +12,11 @@ runs/NAME/profile-rank-N.json  a profile of the last steps, with run.profile_ste
 """
 
 import json
+import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,26 @@ from ..runtime.rehomer import Decision
 from .config import Config, RunConfig
 from .process import Process
 from .tensorboard import TensorBoard
+
+
+@contextmanager
+def _to_readers() -> Iterator[None]:
+    """Print in here: readers of the output who are gone, such as `head`, stop no run. What they would get is dropped."""
+    try:
+        yield
+    except BrokenPipeError:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except BrokenPipeError:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def show(text: str) -> None:
+    """Print lines about the run."""
+    with _to_readers():
+        print(text, flush=True)
 
 
 def create_run_folder(config: RunConfig) -> Path:
@@ -135,6 +156,7 @@ class Records:
         self._trace: TraceWriter | None = None
         self._tensorboard: TensorBoard | None = None
         self._is_detailed = config.run.metrics == "detailed"
+        self._trace_every = config.run.trace_every
         self._bar: tqdm | None = None
         if not process.is_first:
             return
@@ -160,7 +182,8 @@ class Records:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._closing.close()
+        with _to_readers():
+            self._closing.close()
 
     def add(
         self,
@@ -188,9 +211,11 @@ class Records:
         for decision in decisions:
             self.say(f"step {record.step}: {decision.reason}")
         self._rows.append(row)
-        self._trace.append(loads_LRE)
+        if self._trace_every and record.step % self._trace_every == 0:
+            self._trace.append(loads_LRE)
         self._bar.set_postfix(self._postfix(row), refresh=False)
-        self._bar.update()
+        with _to_readers():
+            self._bar.update()
 
     def add_validation(self, step: int, val_loss: float) -> None:
         """Take in the evaluation before the first step."""
@@ -201,7 +226,9 @@ class Records:
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            with _to_readers():
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def _postfix(self, row: Mapping[str, float]) -> dict[str, str]:
         return {

@@ -40,7 +40,7 @@ from .process import (
     reuse_memory,
     set_threads,
 )
-from .records import Records, StepRecord, create_run_folder, trace_meta
+from .records import Records, StepRecord, create_run_folder, show, trace_meta
 from .replay import Replay, open_replay
 from .tensorboard import require_tensorboard
 
@@ -65,17 +65,16 @@ def train(config: Config) -> int:
         trainer = Trainer(config, process, mesh, text, progress, plan, trace)
         if resume:
             load_checkpoint(process, resume, trainer.handle, trainer.optimizer)
-        folder = Path(
-            from_first(process, agreed(process, lambda: str(create_run_folder(config.run)) if process.is_first else ""))
-        )
+        made = agreed(process, lambda: str(create_run_folder(config.run).absolute()) if process.is_first else "")
+        folder = Path(from_first(process, made))
         if process.is_first:
-            click.echo(_describe(config, process, text, trainer, folder))
+            show(_describe(config, process, text, trainer, folder))
         with Records(folder, config, process, first_step=trainer.step) as records:
             signum = trainer.run(records)
         summary = records.summary()
         if summary is not None:
             stopped = f"stopped by {signal.Signals(signum).name} after step {trainer.step}\n" if signum else ""
-            click.echo(f"{stopped}{summary}")
+            show(f"{stopped}{summary}")
     return 128 + signum if signum else 0
 
 
@@ -125,6 +124,10 @@ def _describe(config: Config, process: Process, text: Text, trainer: "Trainer", 
         f"top-{config.model.top_k}; text: {text.num_documents} file(s), {text.num_bytes / 1e6:.1f} MB; "
         f"{f'plan {config.placement.file}' if config.placement.file else f'policy {config.runtime.policy}'}; files in {folder}"
     )
+
+
+class DivergenceError(ValueError):
+    """The training diverged. The same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,9 @@ class Trainer:
         """Errors of the body become one that says where this rank was and, of communication, what became of the others."""
         try:
             yield
-        except (ValueError, RuntimeError) as error:
+        except DivergenceError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
             # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
             place = self.process.rank, self.step, self.handle.last_stage()
             raise RuntimeError(diagnosis(error, *place, self.peers)) from error
@@ -213,7 +218,8 @@ class Trainer:
             self._replay.begin_step()
         lr = self._set_learning_rate()
         losses = self._forward_backward()
-        grad_norm = self.handle.clip_grad_norm_(config.optim.clip_norm or math.inf)
+        grad_norm = float(self.handle.clip_grad_norm_(config.optim.clip_norm or math.inf))
+        self._check_finite("the gradient norm", grad_norm, "not taken")
 
         # Phase 2: update
         self.optimizer.step()
@@ -233,7 +239,7 @@ class Trainer:
             step=self.step,
             loss=totals.loss,
             aux_loss=totals.aux_loss,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             lr=lr,
             seconds=seconds,
             tokens_per_s=self.tokens_per_step / seconds,
@@ -290,7 +296,17 @@ class Trainer:
         total = torch.stack([self._cross_entropy(batch) for batch in self.val_batches]).double().sum()
         dist.all_reduce(total)
         self.model.train()
-        return float(total) / (len(self.val_batches) * self.process.world_size)
+        val_loss = float(total) / (len(self.val_batches) * self.process.world_size)
+        self._check_finite("the validation loss", val_loss, "not saved")
+        return val_loss
+
+    def _check_finite(self, what: str, value: float, step_was: str) -> None:
+        """Raise `DivergenceError` unless a value that is the same on all ranks is finite: no step makes it so again."""
+        if not math.isfinite(value):
+            raise DivergenceError(
+                f"{what} is {value} after {self.step} steps: the run diverged, and this state is {step_was}; "
+                "resume from an earlier checkpoint (checkpoint.resume) with a lower optim.lr or optim.clip_norm"
+            )
 
     def save(self, records: Records) -> None:
         """Write a checkpoint into the run folder. Collective."""

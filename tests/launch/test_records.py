@@ -1,6 +1,8 @@
 """The run folder: nobody's files are overwritten, and what is written can be read back."""
 
 import json
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from moesaic.launch.config import Config, LaunchConfig, ModelConfig, RunConfig, load_config
 from moesaic.launch.process import Process
-from moesaic.launch.records import Records, StepRecord, create_run_folder
+from moesaic.launch.records import Records, StepRecord, create_run_folder, show
 from moesaic.launch.tensorboard import require_tensorboard
 from moesaic.placement import Trace
 from moesaic.runtime.rehomer import Decision
@@ -70,6 +72,32 @@ def test_runs_that_start_together_get_different_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: create_run_folder(config), range(16)))
     assert len(set(folders)) == 16
+
+
+@pytest.mark.parametrize(("trace_every", "steps"), [(2, [2, 4]), (0, [])])
+def test_traces_of_some_steps(tmp_path: Path, trace_every: int, steps: list[int]) -> None:
+    config = tiny_config(tmp_path)
+    config = replace(config, run=replace(config.run, trace_every=trace_every))
+    with Records(tmp_path, config, process_of(0), first_step=0) as records:
+        records.add_validation(0, 5.5)
+        for step in range(1, 6):
+            loads_LRE = np.array([[[2 + step, 2, 0], [1, 1 + step, 2]]] * 2)
+            records.add(record_of(step), METRICS, loads_LRE, val_loss=None)
+    assert not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "trace.npz").exists() == bool(steps)
+    if steps:
+        assert [int(loads_LRE[0, 0, 0]) - 2 for loads_LRE in Trace(tmp_path / "trace.npz").steps()] == steps
+
+
+def test_readers_that_leave_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `moesaic train | head -1`: what nobody reads is dropped."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for _ in range(3):
+            show("a line")
+        assert os.readlink(f"/proc/self/fd/{stdout.fileno()}") == os.devnull
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:

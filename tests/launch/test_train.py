@@ -134,6 +134,11 @@ def test_a_text_that_one_rank_cannot_see(folder: Path) -> None:
         (["checkpoint.resume=/nowhere"], {}, "checkpoint.resume '/nowhere' is no checkpoint"),
         (["run.folder=/proc/nowhere"], {}, "/proc/nowhere"),
         (["train.replay=/nowhere.npz"], {}, "train.replay"),
+        (
+            ["optim.lr=1e30", "optim.warmup_steps=0", "train.steps=6"],
+            {},
+            "the gradient norm is nan after 1 steps: the run diverged, and this state is not taken; resume from an earlier",
+        ),
     ],
 )
 def test_wrong_input_alone(
