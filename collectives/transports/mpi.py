@@ -60,6 +60,8 @@ class MpiJob:
         self.unfinished: set[_Requests] = set()
         """Waited for, and not complete: MPI may still write into their buffers."""
         atexit.register(self._leave)
+        if self.world_size == 1:  # a process without a launcher, which would clean up behind it
+            _unlink_segments()
 
     @property
     def world_size(self) -> int:

@@ -128,11 +128,13 @@ def ask_for_mpi(rank: int) -> str:
 
 
 def test_without_mpirun_it_is_refused() -> None:
-    """The same line on every rank."""
+    """The same line on every rank; and no shared memory stays behind when they are killed."""
     mpirun(2)
+    before = set(os.listdir("/dev/shm"))
     lines = run_ranks(2, ask_for_mpi)
     assert lines[0] == lines[1]
     assert "MPI knows 1 rank(s), the process group has 2: start all ranks with one mpirun -n 2" in lines[0]
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sm_segment")]
 
 
 FAILING = """
