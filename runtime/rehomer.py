@@ -2,9 +2,10 @@
 
 Every `rehome_every` steps the loads observed since the last question go to a process of its own (`placement.propose`). No step
 waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
-follows what it finds. So ranks agree on the step of a move, and a run whose solver is in time repeats. An answer may be ten times
-`rehome_every` steps old, since what it is worth is judged by the load observed in between: a move must save more predicted
-seconds until the next question than it is expected to take.
+follows what it finds. So ranks agree on the step of a move. An answer may be ten times `rehome_every` steps old, since what it is
+worth is judged by the load observed in between: a move must save more predicted seconds until the next question than it is
+expected to take. How long moves take is measured: of two equal runs one may move where the other does not, which changes no loss
+beyond rounding.
 
 Shape letters: L layers, R ranks, E experts.
 """
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +37,10 @@ from .rehome import bytes_per_row, bytes_to_move, migrate, row_tensors
 
 logger = logging.getLogger("moesaic.rehome")
 
+# The best of so many moves says how fast moves are: one that met a stall does not.
+_RATES_KEPT = 3
+# What was measured counts for less with every proposal that comes to nothing, so that it is measured again some day.
+_RATE_REGAINED = 1.1
 # A solver may be late: its answer is looked for this often between two questions, and given up after this many times that time.
 _CHECKS_PER_INTERVAL = 10
 _MOST_INTERVALS = 10
@@ -66,6 +72,7 @@ class _Solver:
         """Have a question answered. The one before must have been, or given up."""
         if self._process.poll() is not None:
             self._start()
+        self._answer = ""
         self._thread = threading.Thread(target=self._converse, args=(self._process, question), daemon=True)
         self._thread.start()
 
@@ -98,6 +105,35 @@ class _Solver:
             self._errors.seek(0)
             last = self._errors.read().decode(errors="replace").strip().splitlines()
             self._answer = f"the solver ended with {status}: {last[-1] if last else 'it said nothing'}"
+        except Exception as error:  # unpickling raises whatever the bytes make it
+            process.kill()
+            self._answer = f"the solver's answer cannot be read: {error!r}"
+
+
+class MoveRate:
+    """How many bytes per second a rank sends when experts move: the best of the last few moves; at first, what the topology says.
+
+    Example: where the topology says 1 GB/s, and the only move so far made 0.1, proposals are priced at 0.1 GB/s, then at 0.11,
+    then at 0.121, until one is taken, or at 1.
+    """
+
+    def __init__(self, nominal_bytes_per_s: float):
+        self._nominal = nominal_bytes_per_s
+        self._measured: deque[float] = deque(maxlen=_RATES_KEPT)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate to expect."""
+        return max(self._measured, default=self._nominal)
+
+    def measure(self, bytes_per_s: float) -> None:
+        """Learn from a move."""
+        self._measured.append(bytes_per_s)
+
+    def refuse(self) -> None:
+        """A proposal came to nothing: raise what was measured, as far as the topology's rate."""
+        for place, rate in enumerate(self._measured):
+            self._measured[place] = max(rate, min(rate * _RATE_REGAINED, self._nominal))
 
 
 class Rehomer:
@@ -118,7 +154,7 @@ class Rehomer:
         self._loads: np.ndarray | None = None  # int64 [L, R, E], since the last question
         self._num_steps = 0
         self._asked_at = -1
-        self._bytes_per_s = group.topology.device_bytes_per_s
+        self._rate = MoveRate(group.topology.device_bytes_per_s)
         self.decisions: list[Decision] = []
 
     def step(self, step: int, loads_LRE: np.ndarray, optimizer: torch.optim.Optimizer | None) -> None:
@@ -132,7 +168,7 @@ class Rehomer:
         if step % every == 0 and self._asked_at < 0:
             tensors = row_tensors(self.bank, optimizer)  # state that cannot move is refused before anything is solved
             if self._solver is not None:
-                move_s = bytes_per_row(tensors) / self._bytes_per_s
+                move_s = bytes_per_row(tensors) / self._rate.bytes_per_s
                 self._solver.ask(Question(self._problems(), self._config.policy, self._config.rehome_effort, move_s / every))
             self._loads, self._num_steps, self._asked_at = None, 0, step
 
@@ -165,7 +201,7 @@ class Rehomer:
             start_s = time.perf_counter()
             self._move(wanted, tensors)
             move_s = time.perf_counter() - start_s
-            self._bytes_per_s = bytes_to_move(current, wanted, bytes_per_row(tensors)) / move_s
+            self._rate.measure(bytes_to_move(current, wanted, bytes_per_row(tensors)) / move_s)
             decision = Decision(step, num_moved, decision.saved_s, move_s, decision.reason)
         self.decisions.append(decision)
         if self._group.is_first:
@@ -179,12 +215,13 @@ class Rehomer:
         horizon = self._config.rehome_every
         num_moves = len(current.moves_to(answer))
         total_saved_s = saved_s(self._problems(), answer, self._config.policy) * horizon
-        move_s = bytes_to_move(current, answer, row_bytes) / self._bytes_per_s
+        move_s = bytes_to_move(current, answer, row_bytes) / self._rate.bytes_per_s
         numbers = (
             f"{num_moves} experts would save {total_saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to move, "
             f"by the load of the {self._num_steps} steps since the solver was asked"
         )
         if num_moves == 0 or total_saved_s <= move_s:
+            self._rate.refuse()
             return current, Decision(step, 0, total_saved_s, move_s, f"owners stay: {numbers}")
         return answer, Decision(step, num_moves, total_saved_s, move_s, f"owners move: {numbers}")
 

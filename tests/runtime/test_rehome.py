@@ -325,6 +325,39 @@ def test_a_late_answer_is_taken_and_one_that_never_comes_is_given_up() -> None:
     assert reasons == ["owners stay: the solver had no answer 40 steps after it was asked, and 40 are allowed"]
 
 
+def refusals_after_a_stall(group: RankGroup) -> int:
+    """How often the same proposal is refused after the only move so far, which took 20 s."""
+    layer = MoELayer(4, 6, 4, 2)
+    config = RuntimeConfig(policy="static", slots=0, rehome_every=50)
+    (bank,) = share_experts({"moe": layer}, group, config=config, solver=get_solver("static"), clock=StageClock())
+    rehoming = rehomer.Rehomer(bank, [layer.runtime], group, config)
+    rehoming._loads, rehoming._num_steps = np.ones((1, 2, 4), np.int64), 1
+    proposal, row_bytes = OwnerMap(np.array([[1, 1, 0, 0]]), 2), 1000
+    assert rehoming._decide(1, proposal, row_bytes)[1].num_moved
+    rehoming._rate.measure(2 * row_bytes / 20)
+    return next(n for n in range(1000) if rehoming._decide(n, proposal, row_bytes)[1].num_moved)
+
+
+def test_one_slow_move_does_not_end_re_homing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proposal that saves half a second is refused until the 20 s have faded: 1.1 ** 39 > 40."""
+    monkeypatch.setattr(rehomer, "_Solver", lambda: Proposer(0))
+    monkeypatch.setattr(rehomer, "saved_s", lambda problems, owners, policy: 0.01)
+    assert run_threads(2, refusals_after_a_stall) == [39, 39]
+    rate = rehomer.MoveRate(100.0)
+    for measured, expected in ((80.0, 80.0), (1.0, 80.0), (90.0, 90.0), (2.0, 90.0), (3.0, 90.0), (4.0, 4.0), (120.0, 120.0)):
+        rate.measure(measured)
+        assert rate.bytes_per_s == expected
+    for _ in range(100):
+        rate.refuse()
+    assert rate.bytes_per_s == 120.0  # never lowered
+    for _ in range(2):
+        rate.measure(1.0)
+    rate.measure(1.0)
+    for _ in range(100):
+        rate.refuse()
+    assert rate.bytes_per_s == 100.0  # and never above the topology's
+
+
 def train_with_the_solver(rank: int) -> list[str]:
     """Seven steps with the real solver; rank 0 waits for it, which only a test may."""
     config = RuntimeConfig(slots=1, rehome_every=4, rehome_effort=0.05, timeout_s=60)
@@ -402,6 +435,18 @@ def test_the_solver_works_in_a_process_of_its_own() -> None:
     assert str(reason).startswith("the solver ended with 1: ValueError: need at least one array to stack")
     solver.ask(question())
     assert answer_of(solver) == propose(question())
+
+
+def test_an_answer_that_cannot_be_read_is_not_the_one_before() -> None:
+    solver = rehomer._Solver()
+    solver.ask(question())
+    assert isinstance(answer_of(solver), OwnerMap)
+    solver._process.kill()
+    nonsense = "import sys; sys.stdout.write('cnowhere\\nbar\\n.'); sys.stdout.flush(); sys.stdin.read()"
+    solver._process = subprocess.Popen([sys.executable, "-c", nonsense], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    solver.ask(question())
+    assert answer_of(solver) == "the solver's answer cannot be read: ModuleNotFoundError(\"No module named 'nowhere'\")"
+    assert solver._process.wait() < 0
 
 
 def test_the_solver_needs_no_torch() -> None:
