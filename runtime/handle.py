@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -215,24 +216,26 @@ class Handle:
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; return the norm before, the same everywhere.
 
-        Like `torch.nn.utils.clip_grad_norm_` on the unsharded model: expert gradients, which exist once, and shards of dense
-        ones are summed over ranks; parameters that every rank holds whole, and replicas, count once.
+        Like `torch.nn.utils.clip_grad_norm_` on the unsharded model, however the dense part is sharded: each rank counts what it
+        holds divided by the number of ranks that hold the same.
         """
         expert_parameters = {id(p) for bank in self.banks for p in bank.parameters()}
         grads: list[Tensor] = []
+        num_ranks = self.group.world_size * self.group.replicas.world_size
         square = torch.zeros((), dtype=torch.float64, device=self._device)
         for parameter in self.model.parameters():
             grad = parameter.grad
             if grad is None:
                 continue
-            is_shared_out = isinstance(grad, DTensor) or id(parameter) in expert_parameters
+            num_shards = self.group.world_size if id(parameter) in expert_parameters else _num_shards(grad)
             local = grad.to_local() if isinstance(grad, DTensor) else grad
             grads.append(local)
-            if is_shared_out or self.group.rank == 0:
-                square += torch.linalg.vector_norm(local, dtype=torch.float32).double().square()
-        # Summed in rank order on every rank: bitwise the same everywhere.
-        squares_R = self.group.tokens.all_gather_ints(square.view(1).view(torch.int64), where="clip_grad_norm_")
-        norm = squares_R.view(torch.float64).sum().sqrt()
+            square += torch.linalg.vector_norm(local, dtype=torch.float32).double().square() * (num_shards / num_ranks)
+        # Summed in rank order on every rank, and over replicas: bitwise the same everywhere.
+        for ranks in (self.group.tokens, self.group.replicas):
+            squares_R = ranks.all_gather_ints(square.view(1).view(torch.int64), where="clip_grad_norm_")
+            square = squares_R.view(torch.float64).sum()
+        norm = square.sqrt()
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(f"the gradient norm is {norm.item()}; look for the overflow, or pass error_if_nonfinite=False")
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
@@ -330,3 +333,11 @@ class Handle:
 
 def _has_run(layer: MoELayer) -> bool:
     return layer.runtime.counters.num_forwards > 0
+
+
+def _num_shards(grad: Tensor) -> int:
+    """How many parts a dense gradient is in; further ranks hold the same parts again."""
+    if not isinstance(grad, DTensor):
+        return 1
+    sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import average, make_transports
 from moesaic.collectives.reference import average_reference
 from moesaic.collectives.transports.shm import ShmTransport
@@ -166,6 +166,34 @@ def test_gradients_and_norm_equal_one_process(num_batches: int, use_checkpoint: 
     # Half of each rank's gradients to its replica, half of the means back; two layers of all experts on each pair.
     num_averages = 1 if only_last else num_batches
     assert sum(sent for *_, sent in results) == num_averages * 2 * (2 * NUM_EXPERTS * 3 * 16 * 24 * 4)
+
+
+def clip_placed_by_hand(rank: int) -> list[tuple[float, float]]:
+    """The global norm, and a part's largest element after clipping to half of it: dense gradients of ones, one for each way to
+    place them, and experts', on one group of all ranks and on two."""
+    line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", MESH, mesh_dim_names=("replicate", "shard"))
+    placed = [(line, [Replicate()]), (line, [Shard(0)]), (grid, [Replicate(), Shard(0)]), (grid, [Shard(0), Replicate()])]
+    placed += [(grid["shard"], [Shard(0)]), (grid["shard"], [Replicate()])]
+    results = []
+    for mesh in (line, grid):
+        model = nn.Sequential(MoELayer(16, 24, 4, 2), nn.Linear(8, 8, bias=False))
+        handle = shard_experts(model, mesh=mesh, config=RuntimeConfig(shard_dense=False, timeout_s=60))
+        whole = [distribute_tensor(torch.ones(8, 8), *place) for place in placed]
+        model.extend(nn.ParameterList([tensor]) for tensor in whole)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        norm = handle.clip_grad_norm_(8.0)
+        results.append((norm.item(), model[2][0].grad.to_local().max().item() * norm.item()))
+    return results
+
+
+def test_every_placement_of_dense_gradients_counts_once() -> None:
+    """Sharded and replicated over all ranks, over groups, inside them, and whole."""
+    num_ones = 4 * 3 * 16 * 24 + 4 * 16 + 7 * 8 * 8
+    expected = [(num_ones**0.5, 8.0)] * 2
+    results = run_ranks(4, clip_placed_by_hand)
+    assert all(result == results[0] for result in results)
+    assert [pytest.approx(pair) for pair in expected] == results[0]
 
 
 def train_on_mesh(rank: int, folder: str) -> list[float]:
