@@ -135,9 +135,8 @@ class ScoringRouter(Router):
         loss = logits_TE.new_zeros(())
         is_global = config.aux_loss_scope == "global_batch"
         counts_E = load.totals_E if is_global else load.load_RE[rank]
-        num_assignments = int(counts_E.sum())
-        if num_assignments == 0:
-            return loss + 0.0 * logits_TE.sum()
+        # Also without any: what is saved for backward, and with it where a recomputation ends, is the same on every rank.
+        num_assignments = max(int(counts_E.sum()), 1)
         num_tokens = num_assignments / self.top_k / (load.num_ranks if is_global else 1)
         if config.aux_loss_coef:
             frequency_E = on_device((counts_E / num_assignments).astype(np.float32), logits_TE.device)
