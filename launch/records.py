@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ..collectives import SCHEDULES
 from ..placement import TraceMeta, TraceWriter
+from ..placement.files import replace_text
 from ..runtime.rehomer import Decision
 from .config import Config, RunConfig
 from .process import Process
@@ -160,7 +161,7 @@ class Records:
         self._bar: tqdm | None = None
         if not process.is_first:
             return
-        (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        replace_text(folder / "config.toml", config.to_toml())
         self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed on exit)
         self._closing.enter_context(self._metrics)
         self._trace = self._closing.enter_context(TraceWriter(folder / "trace.npz", trace_meta(config, process.world_size)))
@@ -263,7 +264,7 @@ class Records:
             seconds=sum(row["seconds"] for row in self._rows),
             folder=str(self.folder),
         )
-        (self.folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        replace_text(self.folder / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
         return summary
 
 

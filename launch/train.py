@@ -69,7 +69,7 @@ def train(config: Config) -> int:
         folder = Path(from_first(process, made))
         if process.is_first:
             show(_describe(config, process, text, trainer, folder))
-        with Records(folder, config, process, first_step=trainer.step) as records:
+        with agreed(process, lambda: Records(folder, config, process, first_step=trainer.step)) as records:
             signum = trainer.run(records)
         summary = records.summary()
         if summary is not None:

@@ -1,5 +1,6 @@
 """The training program as it runs: real processes, a tiny model on a small text."""
 
+import errno
 import json
 import signal
 import time
@@ -159,6 +160,18 @@ def test_wrong_input_alone(
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert not torch.distributed.is_initialized()
+
+
+def test_a_disk_that_is_full_at_the_start(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr("moesaic.launch.records.TraceWriter", fail)
+    options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
+    assert run_command(command, set_options(options)) == 2
+    assert capsys.readouterr().err == "moesaic: [Errno 28] No space left on device: 'metrics.jsonl'\n"
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
