@@ -23,6 +23,11 @@ def current_backward_id() -> int:
     return torch._C._current_graph_task_id()
 
 
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs on this thread now leaves its graph to another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """How often the tensor was written to in place, but for writes through `.data` and by fused optimizers."""
     return tensor._version

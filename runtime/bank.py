@@ -234,6 +234,9 @@ class Bank(nn.Module):
             for parameter in self.parameters():
                 parameter.grad = torch.empty_like(parameter)
             self._empty_layers = set(range(self.owners.num_layers))
+        for parameter in self.parameters():
+            if parameter.grad is None:  # dropped alone; the others hold something
+                parameter.grad = torch.zeros_like(parameter)
         is_empty = layer in self._empty_layers
         self._empty_layers.discard(layer)
         return is_empty

@@ -93,11 +93,6 @@ class _Experts(torch.autograd.Function):
 
 def _check_backward(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     """Refuse a backward that would compute with other weights than its forward."""
-    if layer_pass.is_finished:
-        raise RuntimeError(
-            f"{layer_pass.where}: backward ran a second time through one forward, whose expert copies are released; "
-            "run the forward again"
-        )
     if layer_pass.weights_version != runtime.bank.version:
         raise RuntimeError(
             f"{layer_pass.where}: the experts' weights changed between this forward and its backward; "

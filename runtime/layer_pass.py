@@ -45,7 +45,7 @@ class LayerPass:
     load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
     handle: DispatchHandle | None = None
     is_replay: bool = False
-    is_finished: bool = False
+    backward_id: int = -1  # the last backward pass that computed the experts' gradients
     after_backward: Callable[[], None] | None = None  # launches what the layer that is next in backward needs
 
     def op(self, name: str) -> str:

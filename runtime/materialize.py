@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..collectives import Pending, Schedule, sparse_all_gather, sparse_reduce_scatter
 from ..kernels import FFNWeights
+from ._compat import current_backward_id, keeps_graph
 from .bank import group_weights
 from .layer_pass import LayerPass
 
@@ -122,6 +123,7 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTa
     None when the experts are frozen.
     """
     bank = runtime.bank
+    layer_pass.backward_id = current_backward_id()
     if not bank.is_trainable:
         return None
     is_empty = bank.begin_grads(runtime.layer)
@@ -140,6 +142,9 @@ class _Enter(torch.autograd.Function):
 
     Not earlier: on the way back through dispatch the next layer waits for token rows, and nobody yet for gradients.
     What travels then, the layer's reduce and the copies of the layer that is next, does so under the work between the two.
+
+    A backward may come from the router alone, as that of its loss does. It leaves the copies to another
+    that may follow, if the graph stays for one; which ranks agree on, as they do on what the backward reached.
     """
 
     @staticmethod
@@ -150,10 +155,12 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx_TD: Tensor, d_anchor: Tensor) -> tuple[Tensor, Tensor, None, None]:
         runtime, layer_pass = ctx.runtime, ctx.layer_pass
-        with runtime.stage("reduce", layer_pass):
-            begin_reduce(runtime, layer_pass)
-        runtime.reduces.add(runtime, layer_pass)
-        layer_pass.is_finished = True
+        if layer_pass.backward_id == current_backward_id():
+            with runtime.stage("reduce", layer_pass):
+                begin_reduce(runtime, layer_pass)
+            runtime.reduces.add(runtime, layer_pass)
+        elif not keeps_graph():
+            release_copies(runtime, layer_pass)
         if layer_pass.after_backward is not None:
             layer_pass.after_backward()
         return dx_TD, d_anchor, None, None

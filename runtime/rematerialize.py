@@ -1,6 +1,7 @@
 """Re-materialize: copies that were released after forward are gathered again for backward, from slots that layers share.
 
-They come from the weights that forward gathered them from, by the same schedule (Hecate-RM, arXiv 2502.02581).
+They come from the weights that forward gathered them from, by the same schedule (Hecate-RM, arXiv 2502.02581). So do those that
+a backward has released, where another one follows through the same forward.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Rematerializer:
         """
         if self._held is not None and self._held[1] is not layer_pass:
             self._release()
-        if layer_pass.holds_copies or layer_pass.is_finished:
+        if layer_pass.holds_copies:
             return
         self._held = runtime, layer_pass
         # For every one, since a backward pass that breaks off never calls back.

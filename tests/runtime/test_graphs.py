@@ -86,10 +86,42 @@ class Nested(Program):
         return self.region(block, x)
 
 
+class Stack(Program):
+    """Residual layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + self.region(layer, x).sin()
+        return x
+
+
+# What one backward of the sum of two losses does, another way: the loss of the outputs, that of the routers, the inputs.
+Backward = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def of_the_sum(loss: Tensor, router_loss: Tensor, x: Tensor) -> None:
+    (loss + router_loss).backward()
+
+
+def routers_first(loss: Tensor, router_loss: Tensor, x: Tensor) -> None:
+    router_loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def routers_last(loss: Tensor, router_loss: Tensor, x: Tensor) -> None:
+    loss.backward(retain_graph=True)
+    router_loss.backward()
+
+
+def halves(loss: Tensor, router_loss: Tensor, x: Tensor) -> None:
+    (0.5 * (loss + router_loss)).backward(retain_graph=True)
+    (0.5 * (loss + router_loss)).backward()
+
+
 def run_program(
-    group: RankGroup, case: Case, program: type[Program], region: Region, options: dict[str, Any]
+    group: RankGroup, case: Case, program: type[Program], region: Region, backward: Backward, options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    layers = case.layers()
+    layers = with_router_loss(case.layers())
     share_experts(
         {str(i): layer for i, layer in enumerate(layers)},
         group,
@@ -104,29 +136,52 @@ def run_program(
     for batch in range(2):
         x = case.tokens(group.rank, batch).requires_grad_()
         y = model(x)
-        rank_loss(y).backward()
+        backward(rank_loss(y), torch.stack([layer.aux_loss for layer in layers]).sum(), x)
         assert x.grad is not None
         results |= {f"y {group.rank} {batch}": y.detach(), f"dx {group.rank} {batch}": x.grad}
     for layer in layers:
         layer.runtime.drop_prefetched()  # `Handle.step` does, for a layer that was to be called once more
+        layer.aux_loss = None
+        if layer.runtime.carried is not None:
+            layer.runtime.carried.drop()
+    del y
+    pool = layers[0].runtime.pool
+    assert len(pool._free) == len(pool._alive), "slots that never came back"
     return results | gradients(layers)
+
+
+def with_router_loss(layers: list[MoELayer]) -> list[MoELayer]:
+    for layer in layers:
+        layer.router.config = replace(layer.router.config, z_loss_coef=0.1, aux_loss_scope="micro_batch")
+    return layers
 
 
 def reference(case: Case, program: type[Program]) -> dict[str, Tensor]:
     layers = [DenseMoE(layer).double() for layer in case.layers()]
+    router_losses: dict[nn.Module, Tensor] = {}
+
+    def keep_router_loss(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        logits_TE = inputs[0] @ layer.router.T
+        router_losses[layer] = 0.1 * logits_TE.logsumexp(dim=-1).square().sum() / max(len(logits_TE), 1)
+
+    for layer in layers:
+        layer.register_forward_hook(keep_router_loss)
     model, results = program(layers, plain), {}
     for batch in range(2):
         for rank in range(case.world_size):
             x = case.tokens(rank, batch).double().requires_grad_()
             y = model(x)
-            (rank_loss(y) / case.world_size).backward()
+            ((rank_loss(y) + torch.stack(list(router_losses.values())).sum()) / case.world_size).backward()
             assert x.grad is not None
             results |= {f"y {rank} {batch}": y.detach(), f"dx {rank} {batch}": x.grad * case.world_size}
     return results | reference_gradients(layers)
 
 
-def on_ranks(case: Case, program: type[Program], region: Region, **options: Any) -> dict[str, Tensor]:
-    return merged(case, run_threads(case.world_size, run_program, case, program, region, options, topology=case.topology()))
+def on_ranks(
+    case: Case, program: type[Program], region: Region, backward: Backward = of_the_sum, **options: Any
+) -> dict[str, Tensor]:
+    args = case, program, region, backward, options
+    return merged(case, run_threads(case.world_size, run_program, *args, topology=case.topology()))
 
 
 SMALL = Case(
@@ -172,3 +227,30 @@ def test_a_recomputation_that_does_something_else_is_refused() -> None:
     loss = checkpointed(changing, torch.randn(3, 8, requires_grad=True)).sum()
     with pytest.raises(RuntimeError, match=r"^layer was called 1 times .*; the checkpointed function must do the same"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    "backward,region,options",
+    [
+        (of_the_sum, plain, {}),
+        (routers_first, plain, {}),
+        (routers_last, plain, {"reuse_copies": True}),
+        (routers_last, checkpointed, {}),
+        (halves, plain, {"materialize": "rematerialize", "row_parts": 2}),
+    ],
+)
+def test_several_backwards_through_one_forward(backward: Backward, region: Region, options: dict[str, Any]) -> None:
+    """Each reaches what it reaches, adds to gradients if it is to, and leaves the next one what it needs."""
+    assert_all_close(on_ranks(SMALL, Stack, region, backward, **options), reference(SMALL, Stack))
+
+
+def test_a_gradient_that_was_dropped_alone_starts_anew() -> None:
+    """That of one of the experts' parameters; the other one keeps what it holds."""
+    layer, x = MoELayer(8, 8, 2, 1), torch.randn(3, 8)
+    bank = layer.runtime.bank
+    layer(x).sum().backward()
+    once = {name: parameter.grad.clone() for name, parameter in bank.named_parameters() if parameter.grad is not None}
+    bank.down.grad = None
+    layer(x).sum().backward()
+    assert bank.gate_up.grad is not None and bank.down.grad is not None
+    assert_all_close({"gate_up": bank.gate_up.grad, "down": bank.down.grad}, once | {"gate_up": 2 * once["gate_up"]})
