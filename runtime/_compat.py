@@ -23,6 +23,11 @@ def current_backward_id() -> int:
     return torch._C._current_graph_task_id()
 
 
+def will_run(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that runs on this thread now reaches `node`, and is to run it."""
+    return torch._C._will_engine_execute_node(node)
+
+
 def keeps_graph() -> bool:
     """Whether the backward pass that runs on this thread now leaves its graph to another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()

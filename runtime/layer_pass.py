@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ..collectives import Pending
 from ..placement import ExpertLoad
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class LayerPass:
-    """The state of one forward. Holds no tensor that requires grad, so that no reference cycle keeps a graph alive."""
+    """The state of one forward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
 
     where: str  # step and layer, for errors and profiles
     plan: Plan
@@ -45,6 +46,7 @@ class LayerPass:
     load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
     handle: DispatchHandle | None = None
     is_replay: bool = False
+    anchor: Node | None = None  # of the graph: runs in those backward passes that add to `.grad`
     backward_id: int = -1  # the last backward pass that computed the experts' gradients
     after_backward: Callable[[], None] | None = None  # launches what the layer that is next in backward needs
 

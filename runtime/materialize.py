@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ..collectives import Pending, Schedule, sparse_all_gather, sparse_reduce_scatter
 from ..kernels import FFNWeights
-from ._compat import current_backward_id, keeps_graph
+from ._compat import current_backward_id, keeps_graph, will_run
 from .bank import group_weights
 from .layer_pass import LayerPass
 
@@ -120,9 +121,12 @@ class GradientTargets:
 def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTargets | None:
     """Owned experts: their rows of the bank's gradient. Copies: borrowed buffers, which the reduce sends to the owners.
 
-    None when the experts are frozen.
+    None when the experts are frozen, and in a backward that adds to no `.grad`: `torch.autograd.grad`, or one with `inputs`.
     """
     bank = runtime.bank
+    assert layer_pass.anchor is not None
+    if not will_run(layer_pass.anchor):
+        return None
     layer_pass.backward_id = current_backward_id()
     if not bank.is_trainable:
         return None
@@ -143,7 +147,7 @@ class _Enter(torch.autograd.Function):
     Not earlier: on the way back through dispatch the next layer waits for token rows, and nobody yet for gradients.
     What travels then, the layer's reduce and the copies of the layer that is next, does so under the work between the two.
 
-    A backward may come from the router alone, as that of its loss does. It leaves the copies to another
+    A backward may come from the router alone, as that of its loss does, or add to no gradients. It leaves the copies to another
     that may follow, if the graph stays for one; which ranks agree on, as they do on what the backward reached.
     """
 
@@ -187,6 +191,8 @@ def enter(x_TD: Tensor, runtime: LayerRuntime, layer_pass: LayerPass) -> tuple[T
     layer requires grad or no token arrived: all ranks must enter every collective.
     """
     anchor = torch.zeros((), device=x_TD.device, requires_grad=torch.is_grad_enabled())
+    if anchor.requires_grad and layer_pass.anchor is None:  # not that of a recomputation, whose graph no backward runs through
+        layer_pass.anchor = get_gradient_edge(anchor).node
     return _Enter.apply(x_TD, anchor, runtime, layer_pass)
 
 

@@ -161,6 +161,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None]:
         crossing = ctx.crossing
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{crossing.layer_pass.where}: backward ran with create_graph=True, but experts have no second derivatives; "
+                "leave create_graph out, or keep the layer out of what is differentiated twice"
+            )
         crossing.runtime.rematerialize(crossing.layer_pass)
         crossing.grads.set_out(dy_TD.contiguous())
         crossing.grads.arrived(0)

@@ -15,7 +15,7 @@ from moesaic.runtime.overlap import prefetch_in_order
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case
-from tests.helpers.compare import assert_all_close, assert_bitwise
+from tests.helpers.compare import assert_all_close, assert_bitwise, assert_close
 from tests.helpers.reference import DenseMoE
 from tests.helpers.threads import run_threads
 from tests.runtime.test_parity import gradients, merged, rank_loss, reference_gradients
@@ -116,6 +116,17 @@ def routers_last(loss: Tensor, router_loss: Tensor, x: Tensor) -> None:
 def halves(loss: Tensor, router_loss: Tensor, x: Tensor) -> None:
     (0.5 * (loss + router_loss)).backward(retain_graph=True)
     (0.5 * (loss + router_loss)).backward()
+
+
+def asked_before(loss: Tensor, router_loss: Tensor, x: Tensor) -> None:
+    """Gradients that are asked for go to whoever asked, and to no `.grad`."""
+    (dx,) = torch.autograd.grad(loss + router_loss, x, retain_graph=True)
+    torch.autograd.grad(router_loss, x, retain_graph=True)
+    loss.backward(inputs=[x], retain_graph=True)
+    x.grad = None
+    (loss + router_loss).backward()
+    assert x.grad is not None
+    assert_close("dx that was asked for", dx, x.grad, rtol=0.0)
 
 
 def run_program(
@@ -237,6 +248,8 @@ def test_a_recomputation_that_does_something_else_is_refused() -> None:
         (routers_last, plain, {"reuse_copies": True}),
         (routers_last, checkpointed, {}),
         (halves, plain, {"materialize": "rematerialize", "row_parts": 2}),
+        (asked_before, plain, {}),
+        (asked_before, checkpointed, {"materialize": "rematerialize"}),
     ],
 )
 def test_several_backwards_through_one_forward(backward: Backward, region: Region, options: dict[str, Any]) -> None:
@@ -254,3 +267,10 @@ def test_a_gradient_that_was_dropped_alone_starts_anew() -> None:
     layer(x).sum().backward()
     assert bank.gate_up.grad is not None and bank.down.grad is not None
     assert_all_close({"gate_up": bank.gate_up.grad, "down": bank.down.grad}, once | {"gate_up": 2 * once["gate_up"]})
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Also where the first is taken of a sum, so that no gradient that comes in leads anywhere."""
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"^step 0, layer, plan 0: .*create_graph=True, but experts have no second"):
+        torch.autograd.grad(MoELayer(8, 8, 2, 1)(x).sum(), x, create_graph=True)
