@@ -8,7 +8,7 @@ finds it on the autograd nodes of its own forward, so interleaved micro-batches 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class LayerPass:
     added_gather: Pending | None = None  # of the copies that calibration added
     copy_grads: dict[int, ExpertTensors] = field(default_factory=dict)
     reduce: Pending | None = None
+    totals: dict[int, Sequence[Tensor]] = field(default_factory=dict)  # where the reduce adds the sums of owned experts
     staging: list[ExpertTensors] = field(default_factory=list)  # where the reduce receives others' gradients
     topk_ids_TK: Tensor | None = None
     load: ExpertLoad | None = None

@@ -134,7 +134,8 @@ class LayerRuntime:
         return self._prefetched
 
     def drop_prefetched(self) -> None:
-        """Take back copies whose forward never came, or broke off, before weights change."""
+        """Take back copies whose forward never came, or broke off, before weights change; likewise reduces whose backward did."""
+        self.reduces.finish()
         for left in (self._prefetched, self._under_way):
             if left is not None:
                 with self.stage("materialize", left):

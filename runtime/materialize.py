@@ -65,11 +65,12 @@ def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     if bank.is_trainable:
         schedule = layer_pass.plan.reduce
         layer_pass.staging = [runtime.pool.acquire(bank.gate_up.data) for _ in range(schedule.most_received(bank.rank))]
+        layer_pass.totals = {e: bank.grads(runtime.layer, e).tensors() for e in runtime.owned_experts}
         layer_pass.reduce = sparse_reduce_scatter(
             schedule,
             runtime.group.experts,
             {e: slot.tensors() for e, slot in layer_pass.copy_grads.items()},
-            {e: bank.grads(runtime.layer, e).tensors() for e in runtime.owned_experts},
+            layer_pass.totals,
             [slot.tensors() for slot in layer_pass.staging],
             op=layer_pass.op("reduce"),
             where=layer_pass.where,
@@ -84,7 +85,15 @@ def finish_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
         layer_pass.reduce = None
     for slot in (*layer_pass.copy_grads.values(), *layer_pass.staging):
         runtime.pool.release(slot)
-    layer_pass.copy_grads, layer_pass.staging = {}, []
+    layer_pass.copy_grads, layer_pass.staging, layer_pass.totals = {}, [], {}
+
+
+def discard_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
+    """Have what a reduce has not added yet go nowhere. It is still to be waited for: other ranks may need this one for theirs."""
+    if layer_pass.reduce is not None:
+        scratch = runtime.pool.acquire(runtime.bank.gate_up.data)
+        layer_pass.staging.append(scratch)
+        layer_pass.totals |= dict.fromkeys(layer_pass.totals, scratch.tensors())  # in place: the reduce reads it as sums complete
 
 
 def release_copies(runtime: LayerRuntime, layer_pass: LayerPass) -> None:

@@ -4,6 +4,9 @@ That is when the layer before it begins the backward of its experts, so that a r
 for the last one when the backward pass is complete, so that `.grad` is. All ranks wait at the same point of the program: a rank
 that waits may need another to pass sums on. At most one layer's reduce is in flight, which `memory.peak_slot_bytes` has room for,
 and no layer adds to gradient rows that a reduce of its own still adds to.
+
+A backward pass that breaks off is not waited for, and its gradients are nobody's: they may be set to zero before all sums are in.
+Its reduces add nothing from then on, and are finished with the next ones, or before the next forward.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ._compat import call_after_backward
+from ._compat import call_after_backward, current_backward_id
 from .layer_pass import LayerPass
-from .materialize import finish_reduce
+from .materialize import discard_reduce, finish_reduce
 
 if TYPE_CHECKING:
     from .layer_runtime import LayerRuntime
@@ -43,11 +46,39 @@ class PendingReduces:
         which must find its gradients complete.
         """
         self.finish()
-        call_after_backward(self.finish)
+        call_after_backward(_EndOfBackward(self))
 
-    def finish(self) -> None:
-        """Wait until the owners' gradient rows hold everything that was launched."""
+    def finish(self, backward_id: int | None = None) -> None:
+        """Wait for every reduce under way. Then the owners' gradient rows hold all that backward pass `backward_id` has launched.
+
+        That is the one that runs now, by default; outside of any, none.
+        """
+        backward_id = current_backward_id() if backward_id is None else backward_id
         while self._passes:
             runtime, layer_pass = self._passes.popleft()
             with runtime.stage("reduce", layer_pass):
+                if layer_pass.backward_id != backward_id:
+                    discard_reduce(runtime, layer_pass)
                 finish_reduce(runtime, layer_pass)
+
+    def discard(self, backward_id: int) -> None:
+        """Have the reduces of a backward pass that is over add nothing more. Waits for nobody."""
+        for runtime, layer_pass in list(self._passes):
+            if layer_pass.backward_id == backward_id:
+                discard_reduce(runtime, layer_pass)
+
+
+class _EndOfBackward:
+    """Called when its backward pass is complete. One that breaks off drops it uncalled, before anybody sees the exception.
+
+    That early, since a communication thread may add sums at any time, also to gradients that were set to zero meanwhile.
+    """
+
+    def __init__(self, reduces: PendingReduces):
+        self._reduces, self._backward_id = reduces, current_backward_id()
+
+    def __call__(self) -> None:
+        self._reduces.finish(self._backward_id)
+
+    def __del__(self) -> None:
+        self._reduces.discard(self._backward_id)

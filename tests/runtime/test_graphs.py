@@ -1,5 +1,6 @@
 """Whatever graph the layers are part of: parity where they are called several times, beside other branches, and recomputed."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesaic import MoELayer, RuntimeConfig
+from moesaic.collectives import Pending
+from moesaic.collectives.progress import CommunicationThread
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.overlap import prefetch_in_order
 from moesaic.runtime.shard import share_experts
@@ -274,3 +277,74 @@ def test_second_derivatives_are_refused() -> None:
     x = torch.randn(3, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"^step 0, layer, plan 0: .*create_graph=True, but experts have no second"):
         torch.autograd.grad(MoELayer(8, 8, 2, 1)(x).sum(), x, create_graph=True)
+
+
+class BreakOff(torch.autograd.Function):
+    """The identity, whose backward fails."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> None:
+        raise MemoryError("out of memory")
+
+
+class Late:
+    """Messages that arrive once an event has happened, as over a slow link."""
+
+    def __init__(self, pending: Pending, event: threading.Event):
+        self._pending, self._event = pending, event
+
+    def wait(self, *, until_sent: bool = True) -> None:
+        assert self._event.wait(20)
+        self._pending.wait(until_sent=until_sent)
+
+
+def broken_off(group: RankGroup, case: Case, has_thread: bool, breaks: bool) -> dict[str, Tensor]:
+    """Gradients of a step, after one that broke off between two layers or after none, whose gradients were set to zero."""
+    if has_thread:
+        group.experts.thread = CommunicationThread()
+    layers = case.layers()
+    config = RuntimeConfig(slots=case.slots)
+    named = {str(i): layer for i, layer in enumerate(layers)}
+    share_experts(named, group, config=config, solver=case.solver(), clock=StageClock(), owners=case.owners())
+    first, last = layers
+    rank_loss(last(first(case.tokens(group.rank)))).backward()
+    if breaks:
+        zeroed, exchange = threading.Event(), group.experts.exchange
+
+        def exchange_late(*args: Any, op: str, where: str) -> Pending:
+            pending = exchange(*args, op=op, where=where)
+            return Late(pending, zeroed) if op == "reduce" else pending
+
+        group.experts.exchange = exchange_late  # type: ignore[method-assign]
+        with pytest.raises(MemoryError):
+            (100 * rank_loss(last(BreakOff.apply(first(case.tokens(group.rank)))))).backward()
+        ((_, broken),) = first.runtime.reduces._passes
+        reduce = broken.reduce
+        assert reduce is not None
+        del broken
+    for parameter in (*first.runtime.bank.parameters(), *first.parameters(), *last.parameters()):
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    if breaks:
+        zeroed.set()
+        if has_thread:
+            reduce.wait()  # what the thread does by itself; without one, nothing is added before somebody waits
+        group.experts.exchange = exchange  # type: ignore[method-assign]
+    rank_loss(last(first(case.tokens(group.rank, 1)))).backward()
+    pool = first.runtime.pool
+    assert len(pool._free) == len(pool._alive), "slots that never came back"
+    return gradients(layers)
+
+
+@pytest.mark.parametrize("has_thread", [False, True])
+def test_a_backward_that_broke_off_adds_nothing_to_the_next(has_thread: bool) -> None:
+    """Nor to gradients that were set to zero in place while its reduce was under way, on the main thread or beside it."""
+    case = replace(SMALL, placement="everywhere")
+    after, expected = (
+        merged(case, run_threads(3, broken_off, case, has_thread, breaks, topology=case.topology())) for breaks in (True, False)
+    )
+    assert_bitwise(after, expected)
