@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..collectives.lifetime import end_with_parent
 from .config import LaunchConfig
-from .launcher import Place, find_place
+from .launcher import TORCHRUN, Place, find_place
 from .meeting import meet
 
 T = TypeVar("T")
@@ -53,6 +54,16 @@ def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
     place = find_place(env)
     device = _choose_device(config.device, place.local_rank, place.local_world_size)
     return Process(**vars(place), device=device)
+
+
+def stop_with_launcher(process: Process, env: Mapping[str, str]) -> None:
+    """Have this rank told to stop (SIGTERM) when its launcher ends, even by SIGKILL: nobody else is left to tell it.
+
+    RANK and WORLD_SIZE alone may come from a shell, which its background processes outlive.
+    """
+    by_hand = process.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in env
+    if process.launcher is not None and not by_hand:
+        end_with_parent(signum=signal.SIGTERM)
 
 
 def _choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -164,13 +175,15 @@ def reuse_memory(process: Process, config: LaunchConfig) -> bool:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM as a request to stop at the next step boundary, while the `with` block runs.
+    """A signal as a request to stop at the next step boundary, while the `with` block runs.
 
-    `signum` is the first signal received, or 0. A second one ends the process at once, even where the main thread waits
-    inside a collective: Python hands each signal's number to a pipe at once, and a thread of ours reads it.
+    Ctrl-C, a launcher's SIGTERM, a terminal that is lost (SIGHUP, unless it is ignored, as nohup asks), and the warning that
+    Slurm gives before a job's end (SIGUSR1). `signum` is the first signal received, or 0. A second one ends the process at
+    once, even where the main thread waits inside a collective: Python hands each signal's number to a pipe at once, and a
+    thread of ours reads it.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.signum = 0
@@ -179,7 +192,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
-        self._old_handlers = {number: signal.signal(number, _ignore) for number in self.signals}
+        handled = [n for n in self.signals if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._old_handlers = {number: signal.signal(number, _ignore) for number in handled}
         self._old_wakeup_fd = signal.set_wakeup_fd(self._write_fd)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()

@@ -39,6 +39,7 @@ from .process import (
     process_group,
     reuse_memory,
     set_threads,
+    stop_with_launcher,
 )
 from .records import Records, StepRecord, create_run_folder, show, trace_meta
 from .replay import Replay, open_replay
@@ -51,6 +52,7 @@ def train(config: Config) -> int:
     Raises `ValueError`, the same on every rank, for what the user can put right.
     """
     process = find_process(config.launch, os.environ)
+    stop_with_launcher(process, os.environ)
     config.check_world_size(process.world_size)
     set_threads(process, config.launch, os.environ)
     reuse_memory(process, config.launch)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from moesaic.collectives.lifetime import end_with_parent
@@ -98,6 +99,28 @@ def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
+def start_launcher(world_size: int, args: Sequence[str], folder: Path) -> BaseProcess:
+    """Start the training program on every rank, all of them children of one process, as torchrun has them."""
+    launcher = forking().Process(target=_launch, args=(world_size, list(args), folder), daemon=True)
+    launcher.start()
+    return launcher
+
+
+def _launch(world_size: int, args: list[str], folder: Path) -> None:
+    end_with_parent()
+    args += ["--set", f"launch.init_method=file://{folder}/meeting"]
+    for rank in range(world_size):
+        if os.fork() == 0:
+            environment = os.environ | _variables(rank, world_size) | {"TORCHELASTIC_RUN_ID": "none"}
+            _train(args, environment, folder, folder / f"stdout-{rank}", folder / f"stderr-{rank}")
+    os.wait()
+
+
+def _variables(rank: int, world_size: int) -> dict[str, str]:
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+    return ranks | {"OMP_NUM_THREADS": "1"}
+
+
 def start_ranks(
     world_size: int,
     args: Sequence[str],
@@ -123,11 +146,10 @@ def start_ranks(
                     assert time.monotonic() < now * 1e-9 + LIMIT_S, "nobody came to the meeting"
                     time.sleep(0.02)
                 time.sleep(start_s)
-        ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
         processes.append(
             Rank(
                 [*args, "--set", f"launch.init_method=file://{meeting}"],
-                os.environ | ranks | {"OMP_NUM_THREADS": "1"},
+                os.environ | _variables(rank, world_size),
                 rank_folders[rank] if rank_folders else folder,
                 folder / f"stdout-{now}-{rank}",
                 folder / f"stderr-{now}-{rank}",

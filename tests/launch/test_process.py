@@ -11,8 +11,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import moesaic.launch.process as module
 from moesaic.launch.config import LaunchConfig
-from moesaic.launch.process import Process, StopSignal, agreed, check_same, find_process, from_first, set_threads
+from moesaic.launch.process import (
+    Process,
+    StopSignal,
+    agreed,
+    check_same,
+    find_process,
+    from_first,
+    set_threads,
+    stop_with_launcher,
+)
 from tests.helpers.ranks import run_ranks
 
 CPU = LaunchConfig(device="cpu")
@@ -168,7 +178,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", StopSignal.signals)
 def test_a_signal_is_noted_and_the_old_handlers_come_back(signum: signal.Signals) -> None:
     before = [signal.getsignal(number) for number in StopSignal.signals]
     with StopSignal() as stop:
@@ -180,6 +190,38 @@ def test_a_signal_is_noted_and_the_old_handlers_come_back(signum: signal.Signals
         os.kill(os.getpid(), signum)
         time.sleep(0.1)
     assert [signal.getsignal(number) for number in StopSignal.signals] == before
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As nohup asks."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            _wait_until(lambda: stop.signum != 0)
+            assert stop.signum == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "env, ends",
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, False),
+        ({}, False),
+    ],
+    ids=["torchrun", "mpiexec", "by hand", "alone"],
+)
+def test_who_ends_with_the_process_that_started_it(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], ends: bool) -> None:
+    """A rank of a launcher; one of a shell's background processes goes on."""
+    signals: list[int] = []
+    monkeypatch.setattr(module, "end_with_parent", lambda *, signum: signals.append(signum))
+    stop_with_launcher(find_process(CPU, env), env)
+    assert signals == [signal.SIGTERM] * ends
 
 
 def test_a_second_signal_ends_a_rank_that_is_stuck() -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from moesaic.launch.config import OptimConfig, load_config
 from moesaic.launch.entry import run_command
 from moesaic.launch.train import build_optimizer, command, learning_rate
 from moesaic.placement import Trace
-from tests.launch.ranks import LIMIT_S, metrics_of, set_options, start_ranks, tiny_values, train_tiny, wait_for
+from tests.launch.ranks import LIMIT_S, metrics_of, set_options, start_launcher, start_ranks, tiny_values, train_tiny, wait_for
 
 
 @pytest.fixture
@@ -65,27 +66,48 @@ def test_a_run_from_start_to_end(folder: Path) -> None:
     assert resumed[0]["val_loss"] == pytest.approx(rows[4]["val_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("signum, told", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
-def test_a_signal_to_one_rank_ends_all_at_a_step(folder: Path, signum: signal.Signals, told: int) -> None:
-    """Every rank ends with 128 + the signal; metrics, trace and a last checkpoint are whole and agree."""
-    values = [*tiny_values(folder), "train.steps=1000000", "train.eval_every=0", "checkpoint.every=1000000"]
-    processes = start_ranks(2, set_options(values), folder)
-    metrics = folder / "runs" / "demo" / "metrics.jsonl"
+def wait_for_steps(run: Path, num_steps: int, is_alive: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + LIMIT_S
-    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < num_steps:
         assert time.monotonic() < deadline_s
-        assert all(process.poll() is None for process in processes)
+        assert is_alive()
         time.sleep(0.05)
+
+
+def check_stopped(run: Path, stdout: str, signum: signal.Signals) -> None:
+    """Metrics, trace and a last checkpoint are whole and agree."""
+    rows = metrics_of(run)
+    last = int(rows[-1]["step"])
+    assert f"stopped by {signum.name} after step {last}" in stdout
+    assert "val_loss" in rows[-1]
+    assert Trace(run / "trace.npz").num_steps == last
+    assert (run / "checkpoints" / f"step-{last:06d}" / "progress.json").exists()
+
+
+ENDLESS = ("train.steps=1000000", "train.eval_every=0", "checkpoint.every=1000000")
+
+
+@pytest.mark.parametrize("signum, told", [(signal.SIGINT, 1), (signal.SIGHUP, 0)])
+def test_a_signal_to_one_rank_ends_all_at_a_step(folder: Path, signum: signal.Signals, told: int) -> None:
+    """Every rank ends with 128 + the signal."""
+    processes = start_ranks(2, set_options([*tiny_values(folder), *ENDLESS]), folder)
+    wait_for_steps(folder / "runs" / "demo", 4, lambda: all(process.poll() is None for process in processes))
     processes[told].send_signal(signum)
     ended = wait_for(processes)
     assert [end.status for end in ended] == [128 + signum] * 2, ended
     assert [end.stderr for end in ended] == ["", ""]
-    rows = metrics_of(folder / "runs" / "demo")
-    last = int(rows[-1]["step"])
-    assert f"stopped by {signum.name} after step {last}" in ended[0].stdout
-    assert "val_loss" in rows[-1]
-    assert Trace(folder / "runs" / "demo" / "trace.npz").num_steps == last
-    assert (folder / "runs" / "demo" / "checkpoints" / f"step-{last:06d}" / "progress.json").exists()
+    check_stopped(folder / "runs" / "demo", ended[0].stdout, signum)
+
+
+def test_a_launcher_that_is_killed_ends_its_ranks_at_a_step(folder: Path) -> None:
+    launcher = start_launcher(2, set_options([*tiny_values(folder), *ENDLESS]), folder)
+    wait_for_steps(folder / "runs" / "demo", 4, launcher.is_alive)
+    launcher.kill()
+    deadline_s = time.monotonic() + LIMIT_S
+    while "stopped by" not in (folder / "stdout-0").read_text():
+        assert time.monotonic() < deadline_s, (folder / "stderr-0").read_text()
+        time.sleep(0.05)
+    check_stopped(folder / "runs" / "demo", (folder / "stdout-0").read_text(), signal.SIGTERM)
 
 
 def test_replicas_train_as_one_group(folder: Path) -> None:
