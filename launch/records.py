@@ -12,9 +12,11 @@ runs/NAME/profile-rank-N.json  a profile of the last steps, with run.profile_ste
 """
 
 import json
+import math
 import os
 import statistics
 import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -142,6 +144,58 @@ class Summary:
         return ", ".join(shares) if shares else "not at all"
 
 
+_MEANS = ("max_over_mean_static", "max_over_mean", "copies_per_layer", "bytes_sent", *(f"gathers_{name}" for name in SCHEDULES))
+
+
+class _Totals:
+    """What a summary needs of all steps, in 8 bytes a step: a run may have millions."""
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys((*_MEANS, "seconds"), 0.0)
+        self._tokens_per_s = array("d")  # of every step, for the median
+        self._last: Mapping[str, float] = {}
+        self._first_val_loss: float | None = None
+        self.last_val_loss = math.nan
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken in."""
+        return len(self._tokens_per_s)
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Take in one step."""
+        for key in self._sums:
+            self._sums[key] += row[key]
+        self._tokens_per_s.append(row["tokens_per_s"])
+        self._last = row
+
+    def add_validation(self, val_loss: float) -> None:
+        """Take in an evaluation."""
+        self._first_val_loss = val_loss if self._first_val_loss is None else self._first_val_loss
+        self.last_val_loss = val_loss
+
+    def summary(self, folder: Path) -> Summary:
+        """The run in `folder` so far, of one step or more after an evaluation."""
+        assert self.num_steps and self._first_val_loss is not None
+        mean = {key: self._sums[key] / self.num_steps for key in _MEANS}
+        return Summary(
+            steps=self.num_steps,
+            first_val_loss=self._first_val_loss,
+            last_val_loss=self.last_val_loss,
+            tokens_per_s=statistics.median(self._tokens_per_s),
+            max_over_mean_static=mean["max_over_mean_static"],
+            max_over_mean=mean["max_over_mean"],
+            copies_per_layer=mean["copies_per_layer"],
+            schedules={name: mean[f"gathers_{name}"] for name in SCHEDULES},
+            bytes_sent_per_step=mean["bytes_sent"],
+            expert_bytes=self._last["expert_bytes"],
+            slot_bytes_bound=self._last["slot_bytes_bound"],
+            slot_bytes_peak=self._last["slot_bytes_peak"],
+            seconds=self._sums["seconds"],
+            folder=str(folder),
+        )
+
+
 class Records:
     """Rank 0's record of a run, as a context manager: leaving it closes every file, after an error too.
 
@@ -150,8 +204,7 @@ class Records:
 
     def __init__(self, folder: Path, config: Config, process: Process, *, first_step: int) -> None:
         self.folder = folder
-        self._rows: list[dict[str, float]] = []
-        self._val_losses: list[float] = []
+        self._totals = _Totals()
         self._closing = ExitStack()
         self._metrics: TextIO | None = None
         self._trace: TraceWriter | None = None
@@ -202,7 +255,7 @@ class Records:
         row = asdict(record) | dict(metrics)
         if val_loss is not None:
             row["val_loss"] = val_loss
-            self._val_losses.append(val_loss)
+            self._totals.add_validation(val_loss)
         line: dict[str, Any] = row | ({"rehomings": [asdict(decision) for decision in decisions]} if decisions else {})
         if self._is_detailed:
             line["layers"] = [{"layer": name, **summary} for name, summary in layers.items()]
@@ -211,7 +264,7 @@ class Records:
             self._tensorboard.add(record.step, line)
         for decision in decisions:
             self.say(f"step {record.step}: {decision.reason}")
-        self._rows.append(row)
+        self._totals.add(row)
         if self._trace_every and record.step % self._trace_every == 0:
             self._trace.append(loads_LRE)
         self._bar.set_postfix(self._postfix(row), refresh=False)
@@ -222,7 +275,7 @@ class Records:
         """Take in the evaluation before the first step."""
         if self._metrics is not None:
             print(json.dumps({"step": step, "val_loss": val_loss}), file=self._metrics)
-            self._val_losses.append(val_loss)
+            self._totals.add_validation(val_loss)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
@@ -234,7 +287,7 @@ class Records:
     def _postfix(self, row: Mapping[str, float]) -> dict[str, str]:
         return {
             "loss": f"{row['loss']:.3f}",
-            "val": f"{self._val_losses[-1]:.3f}",
+            "val": f"{self._totals.last_val_loss:.3f}",
             "tok/s": f"{row['tokens_per_s']:,.0f}",
             "load": f"{row['max_over_mean']:.2f} (static {row['max_over_mean_static']:.2f})",
             "copies": f"{row['copies_per_layer']:.1f}",
@@ -242,28 +295,9 @@ class Records:
 
     def summary(self) -> Summary | None:
         """Write summary.json and return its content; None on other ranks and before the first step."""
-        if not self._rows:
+        if not self._totals.num_steps:
             return None
-
-        def mean(key: str) -> float:
-            return statistics.fmean(row[key] for row in self._rows)
-
-        summary = Summary(
-            steps=len(self._rows),
-            first_val_loss=self._val_losses[0],
-            last_val_loss=self._val_losses[-1],
-            tokens_per_s=statistics.median(row["tokens_per_s"] for row in self._rows),
-            max_over_mean_static=mean("max_over_mean_static"),
-            max_over_mean=mean("max_over_mean"),
-            copies_per_layer=mean("copies_per_layer"),
-            schedules={name: mean(f"gathers_{name}") for name in SCHEDULES},
-            bytes_sent_per_step=mean("bytes_sent"),
-            expert_bytes=self._rows[-1]["expert_bytes"],
-            slot_bytes_bound=self._rows[-1]["slot_bytes_bound"],
-            slot_bytes_peak=self._rows[-1]["slot_bytes_peak"],
-            seconds=sum(row["seconds"] for row in self._rows),
-            folder=str(self.folder),
-        )
+        summary = self._totals.summary(self.folder)
         replace_text(self.folder / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
         return summary
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -123,6 +124,23 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert "5.500 -> 2.500 nats per byte" in str(summary)
     assert "1.500 under static EP, 1.100 under FSSDP" in str(summary)
     assert "relay (75% of gathers), direct (25% of gathers)\n" in str(summary)
+
+
+def test_steps_are_not_kept(tmp_path: Path) -> None:
+    """Besides what the files hold, a step leaves a number for the median behind, not its row."""
+    with Records(tmp_path, tiny_config(tmp_path), process_of(0), first_step=0) as records:
+        records.add_validation(0, 5.5)
+
+        def add(steps: range) -> int:
+            for step in steps:
+                metrics = METRICS | {f"exposed_s/{layer}": step / 7 for layer in range(50)}
+                records.add(record_of(step), metrics, np.full((2, 2, 3), 2), val_loss=None)
+            return tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        grown = -add(range(20)) + add(range(20, 120))
+        tracemalloc.stop()
+    assert grown < 100 * 500  # such a row takes 3,000 bytes
 
 
 def test_an_error_loses_no_steps(tmp_path: Path) -> None:
