@@ -172,8 +172,10 @@ class _Enter(torch.autograd.Function):
             with runtime.stage("reduce", layer_pass):
                 begin_reduce(runtime, layer_pass)
             runtime.reduces.add(runtime, layer_pass)
-        elif not keeps_graph():
+        if not keeps_graph():
+            # No other backward comes. Whoever holds the loss, to print it later, holds the graph, and with it the pass.
             release_copies(runtime, layer_pass)
+            layer_pass.handle = None
         if layer_pass.after_backward is not None:
             layer_pass.after_backward()
         return dx_TD, d_anchor, None, None

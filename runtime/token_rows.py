@@ -166,6 +166,11 @@ class _Combine(torch.autograd.Function):
                 f"{crossing.layer_pass.where}: backward ran with create_graph=True, but experts have no second derivatives; "
                 "leave create_graph out, or keep the layer out of what is differentiated twice"
             )
+        if crossing.layer_pass.handle is None:
+            raise RuntimeError(
+                f"{crossing.layer_pass.where}: backward ran a second time through one forward; "
+                "give retain_graph=True to the first, or run the forward again"
+            )
         crossing.runtime.rematerialize(crossing.layer_pass)
         crossing.grads.set_out(dy_TD.contiguous())
         crossing.grads.arrived(0)

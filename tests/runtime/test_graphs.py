@@ -1,6 +1,7 @@
 """Whatever graph the layers are part of: parity where they are called several times, beside other branches, and recomputed."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -270,6 +271,21 @@ def test_a_gradient_that_was_dropped_alone_starts_anew() -> None:
     layer(x).sum().backward()
     assert bank.gate_up.grad is not None and bank.down.grad is not None
     assert_all_close({"gate_up": bank.gate_up.grad, "down": bank.down.grad}, once | {"gate_up": 2 * once["gate_up"]})
+
+
+def test_where_rows_went_is_kept_no_longer_than_backward_needs_it() -> None:
+    """Even while somebody holds losses; another backward, for which the graph was not kept, is refused."""
+    layers, x = [MoELayer(8, 6, 3, 2) for _ in range(2)], torch.randn(9, 8)
+    loss = layers[1](layers[0](x)).sum()
+    handles = [weakref.ref(layer.runtime.latest_pass.handle) for layer in layers]
+    loss.backward(retain_graph=True)
+    assert all(handle() is not None for handle in handles)
+    loss.backward()
+    assert all(handle() is None for handle in handles)
+    assert all(layer.aux_loss.requires_grad for layer in layers)
+    with pytest.raises(RuntimeError, match=r"layer, plan 0: backward ran a second time .*; give retain_graph=True") as refused:
+        loss.backward()
+    assert "\n" not in str(refused.value)
 
 
 def test_second_derivatives_are_refused() -> None:
