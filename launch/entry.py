@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,20 +13,24 @@ from .launcher import speaks_for_machine, speaks_for_run
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
 
+# How long a rank stays that leaves the line to another: torchrun ends all of its ranks, that one too, as soon as one has ended.
+_SILENT_S = 2.0
 
-class MachineError(ValueError):
-    """Wrong input that another machine of the same run may not see: the first rank of each machine prints it."""
+
+class RunError(ValueError):
+    """Wrong input that every rank of the run has raised: rank 0 prints it for all."""
 
 
 class RankError(ValueError):
-    """A line that the rank which raises it prints itself: the others cannot, or raise it as an ordinary `ValueError`."""
+    """A line that the rank which raises it prints itself: the others cannot, or raise it as a `RunError`."""
 
 
 def run_command(command: click.Command, args: Sequence[str] | None = None, name: str = "moesaic") -> int:
     """Run a click command and return the process's exit status.
 
-    The command returns its status (None is 0). A `ValueError` or a wrong use of the command line prints one line on
-    rank 0 and gives 2 on every rank; anything else is ours to fix and keeps its traceback (status 1).
+    The command returns its status (None is 0). A `ValueError` or a wrong use of the command line gives 2 and one line, which
+    the first rank of each machine prints, as others may not see what is wrong on theirs; anything else is ours to fix and
+    keeps its traceback (status 1).
     """
     # The names that torch 2.13 deprecates are the only ones torch 2.11 has; a user can do nothing about them.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
@@ -36,13 +41,13 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
     except click.ClickException as error:
         if not _asks_for_help(error):
             _report(error.format_message(), name)
-        elif speaks_for_run(os.environ):
+        elif speaks_for_machine(os.environ):
             error.show()
         return USAGE_STATUS
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED_STATUS
-    except MachineError as error:
-        _report(str(error), name, speaks_for_machine)
+    except RunError as error:
+        _report(str(error), name, speaks_for_run)
         return USAGE_STATUS
     except RankError as error:
         _report(str(error), name, lambda env: True)
@@ -58,7 +63,9 @@ def _asks_for_help(error: click.ClickException) -> bool:
     return type(error).__name__ == "NoArgsIsHelpError"
 
 
-def _report(message: str, name: str, speaks: Callable[[Mapping[str, str]], bool] = speaks_for_run) -> None:
+def _report(message: str, name: str, speaks: Callable[[Mapping[str, str]], bool] = speaks_for_machine) -> None:
     if speaks(os.environ):
         line = " ".join(message.split())
         print(f"{name}: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SILENT_S)

@@ -86,20 +86,16 @@ def launcher_of(env: Mapping[str, str]) -> Launcher | None:
 
 def speaks_for_machine(env: Mapping[str, str]) -> bool:
     """Whether this process is the first on its machine, as far as `env` says; one that cannot tell speaks."""
-    return all(env.get(launcher.local_rank, "0") == "0" for launcher in _present(env))
+    try:
+        launcher = find_place(env).launcher
+    except ValueError:
+        return True
+    return launcher is None or (env.get(launcher.local_rank) or "0") == "0"
 
 
 def speaks_for_run(env: Mapping[str, str]) -> bool:
-    """Whether this process is rank 0, as far as `env` says; one that cannot tell speaks."""
-    return all(env.get(launcher.rank, "0") == "0" for launcher in _present(env))
-
-
-def _present(env: Mapping[str, str]) -> list[Launcher]:
-    """The launcher that counts, as a list of at most one. Torchrun's counts here even where its variables are incomplete."""
-    if "RANK" in env or "LOCAL_RANK" in env:
-        return [TORCHRUN]
-    launcher = launcher_of(env)
-    return [launcher] if launcher else []
+    """Whether this process is rank 0. Raises `ValueError` where `env` does not say who it is."""
+    return find_place(env).rank == 0
 
 
 def first_host(nodelist: str) -> str:

@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import torch.distributed as dist
 
 from ..collectives.transports.mpi import MpiJob
-from .entry import RankError
+from .entry import RankError, RunError
 from .launcher import Place, first_host
 
 _CAME, _NUM_CAME, _RESULT = "moesaic/came", "moesaic/num_came", "moesaic/met"
@@ -49,7 +49,7 @@ def meet(place: Place, init_method: str, limit_s: float, env: Mapping[str, str])
             time.sleep(_LAST_WORDS_S)
         if place.rank == speaker and init_method.startswith("file:"):
             Path(urlparse(init_method).path).unlink(missing_ok=True)
-        raise (RankError if place.rank == speaker else ValueError)(line)
+        raise (RankError if place.rank == speaker else RunError)(line)
     return store
 
 

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..collectives.lifetime import end_with_parent
 from .config import LaunchConfig
+from .entry import RunError
 from .launcher import TORCHRUN, Place, find_place
 from .meeting import meet
 
@@ -84,6 +85,7 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
 
     Ranks have `launch.init_timeout_s` to come; `timeout_s` limits the group's collectives.
 
+    A `ValueError` of the body is one of all ranks, and becomes a `RunError`.
     After an unexpected exception the group is not destroyed: waiting for ranks that may be stuck would hide the error.
     """
     on_cuda = process.device.type == "cuda"
@@ -98,9 +100,9 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
         shape = (process.world_size,) if degree == 1 else (degree, process.world_size // degree)
         names = ("ranks",) if degree == 1 else ("replicate", "shard")
         yield init_device_mesh(process.device.type, shape, mesh_dim_names=names)
-    except ValueError:
+    except ValueError as error:
         dist.destroy_process_group()
-        raise
+        raise RunError(*error.args) from error
     # The rank that serves the key-value store must not leave while others still use it.
     dist.barrier()
     dist.destroy_process_group()

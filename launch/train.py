@@ -27,7 +27,7 @@ from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, s
 from .config import Config, OptimConfig, load_config
 from .data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
 from .diagnosis import Peers, diagnosis
-from .entry import MachineError, run_command
+from .entry import run_command
 from .model import VOCAB_SIZE, build_model
 from .process import (
     Process,
@@ -350,7 +350,7 @@ def command(path: str | None, assignments: tuple[str, ...]) -> int:
     try:
         config = load_config(path, assignments)
     except OSError as error:
-        raise MachineError(f"--config {path}: {error.strerror}") from None
+        raise ValueError(f"--config {path}: {error.strerror}") from None
     return train(config)
 
 

@@ -90,11 +90,12 @@ def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    from moesaic.launch.entry import run_command
+    from moesaic.launch import entry
     from moesaic.launch.train import command
 
+    entry._SILENT_S = 0.0  # no launcher ends the others here
     try:
-        sys.exit(run_command(command, args))
+        sys.exit(entry.run_command(command, args))
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 

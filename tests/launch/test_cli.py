@@ -9,7 +9,7 @@ import click
 import pytest
 
 from moesaic.launch.cli import COMMANDS, cli
-from moesaic.launch.entry import run_command
+from moesaic.launch.entry import RankError, RunError, run_command
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -74,18 +74,6 @@ def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[
     assert "\nCommands:\n" in shown
 
 
-def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 prints what every rank sees; a missing file is printed once per machine."""
-    monkeypatch.setenv("RANK", "4")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert run_command(cli, ["train", "--set", "model.dimm=3"]) == 2
-    assert capsys.readouterr().err == ""
-    assert "/nowhere" in error_of(capsys, "train", "--config", "/nowhere")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run_command(cli, ["train", "--config", "/nowhere"]) == 2
-    assert capsys.readouterr().err == ""
-
-
 def test_messages_are_one_line_and_statuses_pass_through(capsys: pytest.CaptureFixture[str]) -> None:
     @click.command()
     @click.argument("what")
@@ -102,6 +90,43 @@ def test_messages_are_one_line_and_statuses_pass_through(capsys: pytest.CaptureF
     assert run_command(command, ["interrupt"]) == 130
     with pytest.raises(ZeroDivisionError):
         run_command(click.command()(lambda: 1 // 0), [])
+
+
+@pytest.mark.parametrize(
+    "error, rank, local_rank, prints",
+    [
+        (ValueError, 4, 0, True),
+        (ValueError, 5, 1, False),
+        (RunError, 0, 0, True),
+        (RunError, 4, 0, False),
+        (RankError, 5, 1, True),
+        (click.UsageError, 4, 0, True),
+        (click.UsageError, 5, 1, False),
+        (ValueError, 8, 1, True),
+    ],
+)
+def test_which_of_8_ranks_prints_the_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+    rank: int,
+    local_rank: int,
+    prints: bool,
+) -> None:
+    """On two machines. One that leaves it to another stays a while: the end of any rank is the end of all under torchrun."""
+    variables = {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 4}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    waits_s: list[float] = []
+    monkeypatch.setattr("moesaic.launch.entry.time.sleep", waits_s.append)
+
+    @click.command()
+    def command() -> None:
+        raise error("wrong")
+
+    assert run_command(command, []) == 2
+    assert capsys.readouterr().err == "moesaic: wrong\n" * prints
+    assert bool(waits_s) is not prints
 
 
 def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

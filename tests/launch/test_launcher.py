@@ -52,13 +52,15 @@ def test_wrong_variables(env: dict[str, str], message: str) -> None:
 
 
 def test_who_speaks() -> None:
-    """Rank 0 for the run, each machine's first rank for its machine, whatever started them."""
+    """Rank 0 for the run, each machine's first rank for its machine, whatever started them; and who does not know its place."""
     assert speaks_for_run({})
     assert not speaks_for_run(OPEN_MPI)
     assert speaks_for_run(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
     assert not speaks_for_machine(SLURM | STEP)
     assert speaks_for_machine(SLURM | STEP | {"SLURM_LOCALID": "0"})
-    assert not speaks_for_run({"RANK": "2"})
+    assert speaks_for_machine({})
+    for wrong in ({"RANK": "2"}, OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "8"}, HYDRA | {"MPI_LOCALRANKID": "2"}):
+        assert speaks_for_machine(wrong)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import moesaic.launch.process as module
 from moesaic.launch.config import LaunchConfig
+from moesaic.launch.entry import RunError
 from moesaic.launch.process import (
     Process,
     StopSignal,
@@ -20,6 +22,7 @@ from moesaic.launch.process import (
     check_same,
     find_process,
     from_first,
+    process_group,
     set_threads,
     stop_with_launcher,
 )
@@ -100,6 +103,7 @@ def test_reused_memory_is_not_faulted_in_again() -> None:
     script = """
 import resource, sys, torch
 from moesaic.launch.config import LaunchConfig
+from moesaic.launch.entry import RunError
 from moesaic.launch.process import find_process, reuse_memory
 config = LaunchConfig(device="cpu", reuse_memory=sys.argv[1] == "on")
 done = reuse_memory(find_process(config, {}), config)
@@ -158,6 +162,13 @@ def test_a_difference_between_ranks_names_the_line() -> None:
     assert run_ranks(2, _same, ["a = 1\nb = 2", "a = 1\nb = 3"]) == [expected] * 2
     expected = "the configuration differs between ranks: b = 2 on rank 0, nothing on rank 1"
     assert run_ranks(2, _same, ["a = 1\nb = 2", "a = 1"]) == [expected] * 2
+
+
+def test_what_is_wrong_after_the_ranks_have_met_is_for_rank_0_to_say() -> None:
+    alone = find_process(CPU, {})
+    with pytest.raises(RunError, match="too few tokens"), process_group(alone, CPU, timeout_s=60.0):
+        raise ValueError("too few tokens")
+    assert not dist.is_initialized()
 
 
 def _first(rank: int) -> str:
