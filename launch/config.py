@@ -12,8 +12,9 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
+from urllib.parse import urlparse
 
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
@@ -21,9 +22,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ..placement import get_solver
 from ..runtime import RouterConfig, RuntimeConfig
 from ..runtime.capacity import Capacity
+from ..runtime.config import MAX_SECONDS
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+# More threads than any machine has cores are refused before they exhaust it.
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -38,7 +44,7 @@ class RunConfig:
     """Name of the run's folder inside `folder`; if it exists, the next free of name-2, name-3, ... is taken."""
     folder: str = "runs"
     """Folder that holds the run folders."""
-    seed: CountOrZero = 1
+    seed: Seed = 1
     """Seed of the model's initial weights and of the order of the training text."""
     metrics: Literal["brief", "detailed"] = "brief"
     """What a line of metrics.jsonl holds: numbers of the step, or those of every MoE layer besides."""
@@ -48,6 +54,13 @@ class RunConfig:
     """trace.npz gets the routing loads of each so many steps (0: none); 4 B per layer, rank and expert, packed at the end."""
     profile_steps: CountOrZero = 0
     """Of so many steps, the run's last, every rank writes profile-rank-N.json into the run's folder, for ui.perfetto.dev."""
+
+    def __post_init__(self) -> None:
+        if PurePosixPath(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name or not self.name:
+            raise ValueError(
+                f"run.name is {self.name!r}; give the name of a folder, without / and not beginning with a dot: "
+                "run.folder says where it goes"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +124,10 @@ class DataConfig:
     val_fraction: OpenShare = 0.05
     """Share of the text kept for validation, cut at a document's edge where there are several."""
 
+    def __post_init__(self) -> None:
+        if not PurePosixPath(self.pattern).parts:
+            raise ValueError(f"data.pattern is {self.pattern!r}, which no file matches; give a glob such as *.txt, or * for all")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -173,15 +190,24 @@ class LaunchConfig:
     gradients averaged over the groups. A run's trace and balance are those of the first group."""
     init_method: str = "env://"
     """How ranks meet: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
-    init_timeout_s: Positive = 300.0
+    init_timeout_s: Seconds = 300.0
     """Seconds that ranks may start apart: after these, those that came end with a line that names the others. Once all have come
     runtime.timeout_s limits every wait."""
-    num_threads: CountOrZero = 0
+    num_threads: Threads = 0
     """CPU threads per rank; 0: OMP_NUM_THREADS where the user set it, else cores / ranks on this machine."""
     reuse_memory: bool = True
     """Linux CPU: let malloc keep freed activations for the next step instead of returning their pages to the system."""
     progress: bool = True
     """Show a progress bar on rank 0."""
+
+    def __post_init__(self) -> None:
+        url = urlparse(self.init_method)
+        is_file = url.scheme == "file" and not url.netloc and url.path.startswith("/") and not url.path.endswith("/")
+        if self.init_method != "env://" and not is_file:
+            raise ValueError(
+                f"launch.init_method is {self.init_method!r}; "
+                "give env:// or file:///PATH, a new file on a disk that all ranks share"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +345,8 @@ def _check_value(key: str, hint: Any, entry: _Given) -> Any:
         return TypeAdapter(hint).validate_python(entry.value, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Input ")
+        if hint is str:
+            problem += f"; put it in quotes, as in --set '{key}=\"{entry.value}\"'"
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         nearest = _nearest(entry.value, choices) if choices and isinstance(entry.value, str) else ""
         raise ValueError(f"{key} = {entry.value!r} {problem}{nearest} (from {entry.source})") from None

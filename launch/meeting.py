@@ -102,6 +102,10 @@ def _open_store(place: Place, init_method: str, limit: timedelta, env: Mapping[s
         if not port.isdecimal() or int(port) > 65535:
             raise ValueError(f"MASTER_PORT is {port!r}; give a number up to 65535")
         return _served_by_first(place, env["MASTER_ADDR"], int(port), limit)
+    if init_method != "env://" and not (folder := Path(urlparse(init_method).path).parent).is_dir():
+        raise ValueError(
+            f"launch.init_method {init_method}: there is no folder {folder} on this machine; make it, or give another"
+        )
     if init_method != "env://" or "MASTER_ADDR" in env:
         store, _, _ = next(dist.rendezvous(init_method, place.rank, place.world_size, timeout=limit))
         return store

@@ -1,9 +1,13 @@
 """What a user chooses about routing and about the runtime. Frozen values that check themselves."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..collectives import SCHEDULES, TRANSPORTS
+
+# The longest wait, eleven days: below every library's limit, some of which count milliseconds in 32 bits.
+MAX_SECONDS = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,14 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         for name in ("aux_loss_coef", "z_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"router.{name} is {getattr(self, name)}; it must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"router.{name} is {getattr(self, name)}; it must be 0 or more, and finite")
         if not 1 <= self.groups_per_token <= self.num_groups:
             raise ValueError(
                 f"router.groups_per_token is {self.groups_per_token} of {self.num_groups} groups; it must be from 1 to num_groups"
             )
-        if self.weight_scale <= 0:
-            raise ValueError(f"router.weight_scale is {self.weight_scale}; it must be more than 0")
+        if not 0 < self.weight_scale < math.inf:
+            raise ValueError(f"router.weight_scale is {self.weight_scale}; it must be more than 0, and finite")
         choices = {
             "score": ("softmax", "sigmoid"),
             "group_score": ("max", "top2"),
@@ -122,12 +126,12 @@ class RuntimeConfig:
                 raise ValueError(f"runtime.{name} is 'auto', but runtime.slot_bytes is 0; state the bytes that slots may take")
         if self.rehome_every < 0:
             raise ValueError(f"runtime.rehome_every is {self.rehome_every}; it must be 0 (never) or a number of steps")
-        if self.rehome_effort <= 0:
-            raise ValueError(f"runtime.rehome_effort is {self.rehome_effort}; it must be more than 0")
-        if self.overlap_s < 0:
-            raise ValueError(f"runtime.overlap_s is {self.overlap_s}; it must be 0 or more seconds")
-        if self.timeout_s <= 0:
-            raise ValueError(f"runtime.timeout_s is {self.timeout_s}; it must be more than 0 seconds")
+        if not 0 < self.rehome_effort < math.inf:
+            raise ValueError(f"runtime.rehome_effort is {self.rehome_effort}; it must be more than 0, and finite")
+        if not 0 <= self.overlap_s < math.inf:
+            raise ValueError(f"runtime.overlap_s is {self.overlap_s}; it must be 0 or more seconds, and finite")
+        if not 0 < self.timeout_s <= MAX_SECONDS:
+            raise ValueError(f"runtime.timeout_s is {self.timeout_s}; it must be more than 0, at most {MAX_SECONDS:.0f} seconds")
         if self.schedule not in ("auto", *SCHEDULES):
             raise ValueError(f"runtime.schedule is {self.schedule!r}; choose 'auto' or one of {', '.join(SCHEDULES)}")
         if self.transport not in ("auto", *TRANSPORTS):

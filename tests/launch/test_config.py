@@ -87,6 +87,26 @@ def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str
         ("runtime.split=exactt", ["runtime.split = 'exactt'", "did you mean 'exact'?"]),
         ("runtime.policy=quotas", ["quotas", "did you mean 'quota'?"]),
         ("router.aux_loss_coef=-1.0", ["router.aux_loss_coef", "-1.0"]),
+        ("router.aux_loss_coef=nan", ["router.aux_loss_coef is nan", "0 or more, and finite"]),
+        ("router.z_loss_coef=inf", ["router.z_loss_coef is inf", "0 or more, and finite"]),
+        ("router.weight_scale=nan", ["router.weight_scale is nan", "more than 0, and finite"]),
+        ("runtime.rehome_effort=nan", ["runtime.rehome_effort is nan", "more than 0, and finite"]),
+        ("runtime.overlap_s=nan", ["runtime.overlap_s is nan", "0 or more seconds, and finite"]),
+        ("runtime.timeout_s=nan", ["runtime.timeout_s is nan", "at most 1000000 seconds"]),
+        ("runtime.timeout_s=1e30", ["runtime.timeout_s is 1e+30", "at most 1000000 seconds"]),
+        ("launch.init_timeout_s=inf", ["launch.init_timeout_s = inf", "less than or equal to 1000000"]),
+        ("launch.init_timeout_s=nan", ["launch.init_timeout_s = nan", "less than or equal to 1000000"]),
+        ("launch.num_threads=100000000", ["launch.num_threads = 100000000", "less than or equal to 1024"]),
+        ("launch.init_method=foo", ["launch.init_method is 'foo'", "give env:// or file:///PATH"]),
+        ("launch.init_method=file://tmp/x", ["launch.init_method is 'file://tmp/x'", "give env:// or file:///PATH"]),
+        ("launch.init_method=file:///", ["launch.init_method is 'file:///'", "give env:// or file:///PATH"]),
+        ("run.seed=18446744073709551616", ["run.seed = 18446744073709551616", "less than 18446744073709551616"]),
+        ("run.name=a/b", ["run.name is 'a/b'", "run.folder says where it goes"]),
+        ("run.name=.", ["run.name is '.'", "not beginning with a dot"]),
+        ("run.name=", ["run.name is ''", "the name of a folder"]),
+        ("run.name=2024", ["run.name = 2024", "put it in quotes, as in --set 'run.name=\"2024\"'"]),
+        ("data.pattern=", ["data.pattern is ''", "give a glob"]),
+        ("data.pattern=.", ["data.pattern is '.'", "give a glob"]),
     ],
 )
 def test_wrong_set_names_key_place_and_cure(assignment: str, parts: list[str]) -> None:
@@ -148,11 +168,14 @@ def test_replicas_must_divide_the_ranks() -> None:
 
 positive = st.floats(min_value=1e-12, max_value=1e12)
 share = st.floats(min_value=0, max_value=1)
+seconds = st.floats(min_value=1e-12, max_value=1e6)
+seed = st.integers(0, 2**64 - 1)
 count = st.integers(min_value=1, max_value=2**40)
 text = st.text(st.characters(codec="utf-8"), max_size=20)
+name = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), max_size=20).map("run".__add__)
 configs = st.builds(
     Config,
-    run=st.builds(RunConfig, name=text, folder=text, seed=st.integers(0, 2**40)),
+    run=st.builds(RunConfig, name=name, folder=text, seed=seed),
     model=st.builds(
         ModelConfig,
         dim=st.integers(1, 64).map(lambda n: 8 * n),
@@ -163,12 +186,12 @@ configs = st.builds(
         activation_checkpoint=st.booleans(),
     ),
     router=st.builds(RouterConfig, normalize_weights=st.booleans(), aux_loss_coef=share, z_loss_coef=share),
-    runtime=st.builds(RuntimeConfig, slots=st.integers(0, 64), timeout_s=positive, shard_dense=st.booleans()),
-    data=st.builds(DataConfig, path=text, pattern=text, cache_folder=text, seq_len=count),
+    runtime=st.builds(RuntimeConfig, slots=st.integers(0, 64), timeout_s=seconds, shard_dense=st.booleans()),
+    data=st.builds(DataConfig, path=text, pattern=text.map("*".__add__), cache_folder=text, seq_len=count),
     optim=st.builds(OptimConfig, lr=positive, min_lr_share=share, weight_decay=positive),
     train=st.builds(TrainConfig, steps=count, batch_size=count, eval_every=st.integers(0, 9)),
     checkpoint=st.builds(CheckpointConfig, every=st.integers(0, 9), resume=text),
-    launch=st.builds(LaunchConfig, init_method=text, num_threads=st.integers(0, 9)),
+    launch=st.builds(LaunchConfig, init_method=text.map(lambda end: f"file:///a{end}b"), num_threads=st.integers(0, 9)),
 )
 
 

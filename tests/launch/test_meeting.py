@@ -100,6 +100,11 @@ def test_a_port_that_cannot_be_served() -> None:
     assert str(error) == "MASTER_PORT is 'abc'; give a number up to 65535"
 
 
+def test_a_folder_that_is_not_there() -> None:
+    error = meet_in_threads([None, 0.0], 30.0, "file:///nowhere/meeting", {})[1]
+    assert str(error).startswith("launch.init_method file:///nowhere/meeting: there is no folder /nowhere on this machine; make")
+
+
 def test_nobody_serves_the_store() -> None:
     """Where rank 0 would have, the others cannot know who came; each says what it looked for."""
     error = meet_in_threads([None, 0.0], 0.5, *place_to_meet("address", Path()))[1]
