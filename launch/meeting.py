@@ -20,7 +20,7 @@ from ..collectives.transports.mpi import MpiJob
 from .entry import RankError, RunError
 from .launcher import Place, first_host
 
-_CAME, _NUM_CAME, _RESULT = "moesaic/came", "moesaic/num_came", "moesaic/met"
+_RUN, _CAME, _NUM_CAME, _RESULT = "moesaic/run", "moesaic/came", "moesaic/num_came", "moesaic/met"
 # Between two looks whether all have come: from the first to the second, doubling.
 _LOOK_S = (0.005, 0.2)
 # How long the store is kept, for the others to read what came of the roll-call.
@@ -37,7 +37,7 @@ def meet(place: Place, init_method: str, limit_s: float, env: Mapping[str, str])
         return dist.HashStore()
     try:
         store = _open_store(place, init_method, timedelta(seconds=limit_s), env)
-        problem = _call_roll(place, store, limit_s)
+        problem = _call_roll(place, store, limit_s, _run_of(place, env))
     except dist.DistError as error:
         raise RankError(
             f"rank {place.rank} of {place.world_size} lost, or did not find within {limit_s:g} s, the store in which the ranks "
@@ -53,13 +53,20 @@ def meet(place: Place, init_method: str, limit_s: float, env: Mapping[str, str])
     return store
 
 
-def _call_roll(place: Place, store: dist.Store, limit_s: float) -> tuple[int, str] | None:
-    """Sign in and wait for the others: None if all came, else the rank that is to print, and the line."""
+def _run_of(place: Place, env: Mapping[str, str]) -> str:
+    """What tells this run from others that may come to the same place; equal on all of its ranks."""
+    is_step = place.launcher is not None and place.launcher.name == "srun"
+    step = [env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")] if is_step else []
+    return " ".join([str(place.world_size), *step])
+
+
+def _call_roll(place: Place, store: dist.Store, limit_s: float, run: str) -> tuple[int, str] | None:
+    """Sign in and wait for the others of this run: None if all came, else the rank that is to print, and the line."""
     deadline_s, look_s = time.monotonic() + limit_s, _LOOK_S[0]
-    if store.check([f"{_CAME}/{place.rank}"]):
+    if store.compare_set(_RUN, "", run) != run.encode() or store.check([f"{_CAME}/{place.rank}"]):
         raise RankError(
-            f"rank {place.rank} of another run has come here before; give a new file in launch.init_method, or another "
-            "MASTER_PORT, or end the other run"
+            f"rank {place.rank} of {place.world_size}: another run has come here before; give a new file in launch.init_method, "
+            "or another MASTER_PORT, or end the other run"
         )
     store.set(f"{_CAME}/{place.rank}", "")
     if store.add(_NUM_CAME, 1) == place.world_size:

@@ -3,13 +3,15 @@
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 import torch.distributed as dist
 
 from moesaic.launch.entry import RankError
-from moesaic.launch.launcher import Place
+from moesaic.launch.launcher import LAUNCHERS, Place
 from moesaic.launch.meeting import meet, names
 from tests.launch.ranks import metrics_of, set_options, start_ranks, tiny_values, wait_for
 
@@ -84,7 +86,27 @@ def test_a_place_where_others_have_met(tmp_path: Path) -> None:
     met = meet_in_threads([0.0, 0.0], 30.0, *place)
     assert all(isinstance(store, dist.Store) for store in met.values())
     for rank, error in meet_in_threads([0.0, 0.0], 30.0, *place).items():
-        assert str(error).startswith(f"rank {rank} of another run has come here before; give a new file")
+        assert str(error).startswith(f"rank {rank} of 2: another run has come here before; give a new file")
+
+
+@pytest.mark.parametrize("rank, world_size, job", [(2, 3, "7"), (1, 2, "8")], ids=["larger", "another job"])
+def test_a_rank_of_another_run(rank: int, world_size: int, job: str, tmp_path: Path) -> None:
+    """It has no part in the roll-call, though its number is free there; those of the run meet all the same."""
+    init_method, _ = place_to_meet("file", tmp_path)
+    file = Path(urlparse(init_method).path)
+    srun = next(launcher for launcher in LAUNCHERS if launcher.name == "srun")
+
+    def come(rank: int, world_size: int, job: str) -> dist.Store:
+        return meet(Place(rank, world_size, 0, 1, srun), init_method, 30.0, {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0"})
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(come, 0, 2, "7")
+        while not file.exists() or b"came/0" not in file.read_bytes():
+            time.sleep(0.01)
+        with pytest.raises(RankError, match=f"^rank {rank} of {world_size}: another run has come here before"):
+            come(rank, world_size, job)
+        assert isinstance(come(1, 2, "7"), dist.Store)
+        assert isinstance(first.result(), dist.Store)
 
 
 def test_a_port_that_cannot_be_served() -> None:
@@ -102,7 +124,9 @@ def test_a_port_that_cannot_be_served() -> None:
 
 def test_a_folder_that_is_not_there() -> None:
     error = meet_in_threads([None, 0.0], 30.0, "file:///nowhere/meeting", {})[1]
-    assert str(error).startswith("launch.init_method file:///nowhere/meeting: there is no folder /nowhere on this machine; make")
+    assert str(error).startswith(
+        "launch.init_method file:///nowhere/meeting: there is no folder /nowhere on this machine; make it"
+    )
 
 
 def test_nobody_serves_the_store() -> None:
