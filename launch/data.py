@@ -119,17 +119,16 @@ def prepare_text(config: DataConfig) -> Text:
     key = hashlib.sha256(json.dumps([listing, config.val_fraction]).encode()).hexdigest()[:16]
     joined_path = cache_folder(config) / f"text-{key}.bin"
     record_path = joined_path.with_suffix(".json")
-    if not record_path.exists():
+    text = _find_joined(joined_path, record_path)
+    if text is None:
         try:
             joined_path.parent.mkdir(parents=True, exist_ok=True)
-            _join(documents, config.val_fraction, joined_path, record_path)
+            text = _join(documents, config.val_fraction, joined_path, record_path)
         except OSError as error:
             raise ValueError(
                 f"cannot join the text in {str(joined_path.parent)!r} ({error}): set data.cache_folder to a folder with "
                 f"{sum(stat.st_size for stat in stats) / 1e6:.1f} MB to spare"
             ) from None
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    text = Text(joined_path, **record)
     _check_length(text, config)
     return text
 
@@ -142,7 +141,16 @@ def cache_folder(config: DataConfig) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "moesaic"
 
 
-def _join(documents: list[Document], val_fraction: float, joined_path: Path, record_path: Path) -> None:
+def _find_joined(joined_path: Path, record_path: Path) -> Text | None:
+    """The text that lies there; None if it does not, or not whole: others clean caches, and disks fill up."""
+    try:
+        text = Text(joined_path, **json.loads(record_path.read_text(encoding="utf-8")))
+        return text if joined_path.stat().st_size == text.num_bytes else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _join(documents: list[Document], val_fraction: float, joined_path: Path, record_path: Path) -> Text:
     digest, sizes = hashlib.sha256(), []
     with tempfile.NamedTemporaryFile(dir=joined_path.parent, prefix=joined_path.stem, suffix=".tmp", delete=False) as file:
         try:
@@ -156,12 +164,14 @@ def _join(documents: list[Document], val_fraction: float, joined_path: Path, rec
             raise
     train_bytes = cut_point(sizes, val_fraction)
     digest.update(str(train_bytes).encode())
-    record = {"num_documents": len(sizes), "num_bytes": sum(sizes), "train_bytes": train_bytes, "digest": digest.hexdigest()}
+    text = Text(joined_path, len(sizes), sum(sizes), train_bytes, digest.hexdigest())
     os.replace(file.name, joined_path)
     # The record comes last: its presence says that the text is whole.
     partial = Path(f"{file.name}.json")
+    record = {name: value for name, value in vars(text).items() if name != "path"}
     partial.write_text(json.dumps(record), encoding="utf-8")
     os.replace(partial, record_path)
+    return text
 
 
 def _check_length(text: Text, config: DataConfig) -> None:

@@ -103,6 +103,24 @@ def test_changed_text_is_joined_anew(tmp_path: Path) -> None:
     assert (second.num_bytes, second.path == first.path, second.digest == first.digest) == (300, False, False)
 
 
+@pytest.mark.parametrize(
+    "suffix, content",
+    [(".bin", None), (".bin", b"cut"), (".json", None), (".json", b""), (".json", b"[1]"), (".json", b'{"a": 1}')],
+)
+def test_a_damaged_cache_is_joined_anew(tmp_path: Path, suffix: str, content: bytes | None) -> None:
+    """Either of its two files is gone, cut, or another program's."""
+    write_texts(tmp_path / "texts", [100, 100])
+    config = data_config(tmp_path, val_fraction=0.5)
+    first = prepare_text(config)
+    whole = first.path.read_bytes()
+    file = first.path.with_suffix(suffix)
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    assert prepare_text(config) == first
+    assert first.path.read_bytes() == whole
+
+
 def test_digest_is_content_not_place(tmp_path: Path) -> None:
     for place in "ab":
         write_texts(tmp_path / place, [100, 100])
