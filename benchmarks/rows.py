@@ -18,7 +18,15 @@ import click
 import numpy as np
 import torch
 
-JSON_OPTION = click.option("--json", "json_path", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+from ..placement.files import clear_errors, replace_text, writable
+
+JSON_OPTION = click.option(
+    "--json",
+    "json_path",
+    metavar="FILE",
+    help="Write the rows as JSON; - for standard output.",
+    callback=lambda context, option, path: writable(path),
+)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -69,10 +77,8 @@ def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
         return
     print(table(rows, columns))
     if json_path is not None:
-        path = Path(json_path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
+        with clear_errors():
+            replace_text(json_path, text + "\n")
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..collectives import choose_transport
+from ..placement.files import clear_errors, replace_text
 from .model_check import COLUMNS, Request, check_model
 from .output import JSON_OPTION, publish
 from .self_test import two_process_tests
@@ -120,8 +121,8 @@ def command(
         click.echo(json.dumps(report))
         return 0
     if json_path:
-        with open(json_path, "w", encoding="utf-8") as file:
-            json.dump(report, file)
+        with clear_errors():
+            replace_text(json_path, json.dumps(report))
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         click.echo(f"{'ok' if finding.works else '--'}  {finding.what:9}  {finding.name:{width}}  {finding.status}")

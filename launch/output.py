@@ -13,10 +13,14 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ..placement.files import replace_text
+from ..placement.files import clear_errors, replace_text, writable
 
 JSON_OPTION = click.option(
-    "--json", "json_path", metavar="FILE", help="Also write the rows as JSON; - for standard output alone."
+    "--json",
+    "json_path",
+    metavar="FILE",
+    help="Also write the rows as JSON; - for standard output alone.",
+    callback=lambda context, option, path: writable(path),
 )
 
 
@@ -64,13 +68,3 @@ def progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
             bar.update()
 
         yield advance
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
-    try:
-        yield
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        raise ValueError(f"cannot write or read{where}: {error.strerror or error}") from None

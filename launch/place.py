@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..placement import lab
-from ..placement.files import digest_of
+from ..placement.files import clear_errors, digest_of
 from ..placement.offline import solve_plan
 from ..placement.plans import SavedPlan, read_plan, read_topology
 from ..placement.predict import PREDICTORS
@@ -18,7 +18,7 @@ from ..placement.registry import SOLVERS, get_solver
 from ..placement.sources import LoadSource
 from ..placement.topology import Topology
 from ..placement.values import LayerShape
-from .output import JSON_OPTION, clear_errors, progress, publish
+from .output import JSON_OPTION, progress, publish
 from .picture import write_picture
 from .trace_options import Count, TraceOptions, trace_options
 

@@ -14,10 +14,10 @@ from typing import Any
 import click
 import numpy as np
 
-from ..placement.files import replace_text
+from ..placement.files import clear_errors, replace_text
 from ..placement.owners import OwnerMap
 from ..placement.sources import LoadSource, Sizes, open_source
-from .output import clear_errors, progress, table
+from .output import progress, table
 from .trace import INFO_COLUMNS, look_into
 from .trace_options import Count, TraceOptions, trace_options
 

@@ -10,12 +10,12 @@ import click
 import numpy as np
 
 from ..placement.backtest import backtest
-from ..placement.files import digest_of
+from ..placement.files import clear_errors, digest_of
 from ..placement.owners import OwnerMap
 from ..placement.sources import LoadSource, pair_counts_of
 from ..placement.synth import KINDS, SynthSpec, synthesize
 from ..placement.traces import TraceMeta, TraceWriter
-from .output import JSON_OPTION, clear_errors, progress, publish
+from .output import JSON_OPTION, progress, publish
 from .trace_options import Count, TraceOptions, trace_options
 
 INFO_COLUMNS = ("layer", "assignments", "expert_max_over_mean", "expert_min_over_mean", "rank_max_over_mean", "shift")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and one line where they cannot."""
 
 from __future__ import annotations
 
@@ -31,6 +31,29 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, atomically."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def writable(path: str | None) -> str | None:
+    """Return `path`, where a long work's rows will go, if a file can be made there; - stands for standard output.
+
+    Raises:
+        ValueError: it cannot, so that the work need not begin.
+    """
+    if path is not None and path != "-":
+        folder = Path(path).parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
+            raise ValueError(f"cannot write {path}: give a file in a folder that is there and that you may write to")
+    return path
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn what the file system refuses into one line, a `ValueError`."""
+    try:
+        yield
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise ValueError(f"cannot write or read{where}: {error.strerror or error}") from None
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:

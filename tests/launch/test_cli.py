@@ -60,6 +60,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "extra"], "unexpected extra argument"),
         (["train", "--set", "model.dimm=3"], "unknown key 'model.dimm' in --set model.dimm=3; did you mean 'model.dim'?"),
         (["train", "--config", "/nowhere/run.toml"], "--config /nowhere/run.toml: No such file or directory"),
+        (["doctor", "--json", "/nowhere/rows.json"], "cannot write /nowhere/rows.json: give a file in a folder that is there"),
+        (["bench", "placement", "--json", "/nowhere/rows.json"], "cannot write /nowhere/rows.json: give"),
+        (["place", "show", "plan.json", "--json", "/"], "cannot write /: give"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
