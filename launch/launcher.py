@@ -23,6 +23,8 @@ class Launcher:
 
 
 TORCHRUN = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# MPICH, Intel MPI and MVAPICH.
+HYDRA = Launcher("Hydra's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", is_mpi=True)
 LAUNCHERS = (
     TORCHRUN,
     Launcher(
@@ -33,8 +35,7 @@ LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
         is_mpi=True,
     ),
-    # MPICH, Intel MPI and MVAPICH.
-    Launcher("Hydra's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", is_mpi=True),
+    HYDRA,
     # A batch script has Slurm's rank too, but only srun starts one process per rank, in a numbered step.
     Launcher("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE", only_with="SLURM_STEP_ID"),
 )
@@ -79,9 +80,16 @@ def launcher_of(env: Mapping[str, str]) -> Launcher | None:
         raise ValueError("only one of RANK and WORLD_SIZE is set: start with torchrun, or set both or neither")
     for launcher in LAUNCHERS:
         needed = (launcher.rank, launcher.world_size, *([launcher.only_with] if launcher.only_with else []))
-        if all(name in env for name in needed):
+        if all(name in env for name in needed) and not (launcher is HYDRA and _is_by_srun(env)):
             return launcher
     return None
+
+
+def _is_by_srun(env: Mapping[str, str]) -> bool:
+    """Whether PMI's variables are srun's own (`--mpi=pmi2`), which says no local rank in them. Hydra, where it starts its own
+    processes by a step, counts others than the step does."""
+    pairs = (("PMI_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_NTASKS"))
+    return "SLURM_STEP_ID" in env and all(env.get(pmi) == env.get(slurm) for pmi, slurm in pairs)
 
 
 def speaks_for_machine(env: Mapping[str, str]) -> bool:

@@ -28,8 +28,22 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE
         (SLURM, (0, 1, 0, 1, None)),
         (TORCHRUN | OPEN_MPI | SLURM | STEP, (5, 6, 2, 3, "torchrun")),
         (OPEN_MPI | SLURM | STEP, (3, 8, 1, 2, "Open MPI's mpirun")),
+        (SLURM | STEP | {"PMI_RANK": "3", "PMI_SIZE": "8"}, (3, 8, 1, 2, "srun")),
+        (HYDRA | SLURM | STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (3, 8, 1, 2, "Hydra's mpiexec")),
     ],
-    ids=["alone", "open mpi", "hydra", "srun", "uneven", "unread", "batch script", "torchrun first", "mpirun in a job"],
+    ids=[
+        "alone",
+        "open mpi",
+        "hydra",
+        "srun",
+        "uneven",
+        "unread",
+        "batch script",
+        "torchrun first",
+        "mpirun in a job",
+        "srun with pmi2",
+        "hydra in a step",
+    ],
 )
 def test_place(env: dict[str, str], expected: tuple[int, int, int, int, str | None]) -> None:
     place = find_place(env)
