@@ -53,7 +53,7 @@ class Process(Place):
 def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
     """Read rank and world size from `env` and choose the device. Raises `ValueError` for variables or a device that cannot be."""
     place = find_place(env)
-    device = _choose_device(config.device, place.local_rank, place.local_world_size)
+    device = _choose_device(config.device, place, env)
     return Process(**vars(place), device=device)
 
 
@@ -67,16 +67,19 @@ def stop_with_launcher(process: Process, env: Mapping[str, str]) -> None:
         end_with_parent(signum=signal.SIGTERM)
 
 
-def _choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+def _choose_device(wanted: str, place: Place, env: Mapping[str, str]) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    num_devices = torch.cuda.device_count()
-    if local_world_size > num_devices:
+    num_devices, launcher = torch.cuda.device_count(), place.launcher
+    if place.local_world_size > num_devices:
+        cure = "start at most one rank per device"
+        if launcher is not None and launcher.local_rank not in env:
+            cure = f"where they are on several, set {launcher.local_rank} and {launcher.local_world_size}; otherwise {cure}"
         raise ValueError(
-            f"{local_world_size} rank(s) on this machine, {num_devices} CUDA device(s) that torch sees: "
-            f"start at most one rank per device, or give --set launch.device=cpu"
+            f"{place.local_world_size} rank(s) on this machine, {num_devices} CUDA device(s) that torch sees: "
+            f"{cure}, or give --set launch.device=cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", place.local_rank)
 
 
 @contextmanager

@@ -69,6 +69,8 @@ def test_wrong_environment(env: dict[str, str], message: str) -> None:
 def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"2 rank\(s\) on this machine, 1 CUDA device\(s\)"):
+        find_process(LaunchConfig(device="cuda"), {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="where they are on several, set LOCAL_RANK and LOCAL_WORLD_SIZE; otherwise start at"):
         find_process(LaunchConfig(device="cuda"), {"RANK": "0", "WORLD_SIZE": "2"})
     assert find_process(LaunchConfig(device="cuda"), {}).device == torch.device("cuda", 0)
 
