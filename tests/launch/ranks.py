@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,7 @@ def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests under nohup would have ignored
     os.chdir(cwd)
     from moesaic.launch import entry
     from moesaic.launch.train import command

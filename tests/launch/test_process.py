@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -191,6 +191,15 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def default_hangup() -> Iterator[None]:
+    """A hangup ends this process, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("signum", StopSignal.signals)
 def test_a_signal_is_noted_and_the_old_handlers_come_back(signum: signal.Signals) -> None:
     before = [signal.getsignal(number) for number in StopSignal.signals]
