@@ -25,6 +25,7 @@ def parts_of(sends: Sequence[Buffer], recvs: Sequence[Buffer]) -> list[Part]:
 
 
 def progress(parts: Collection[Part], missing: Collection[Part]) -> str:
-    """How far an exchange came. Example: "received 24 of 40 B, 16 B from rank 2 are missing"."""
+    """How far an exchange came. Example: "received 24 of 40 B, 16 B from rank 2 are missing, 8 B to rank 1 were not taken"."""
     expected, absent = (sum(part.num_bytes for part in some if part.is_incoming) for some in (parts, missing))
-    return ", ".join([f"received {expected - absent} of {expected} B", *(f"{part} are missing" for part in missing)])
+    lacking = (f"{part} {'are missing' if part.is_incoming else 'were not taken'}" for part in missing)
+    return ", ".join([f"received {expected - absent} of {expected} B", *lacking])

@@ -21,6 +21,7 @@ from ..progress import CommunicationThread
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending, RowLayout
 from .node import NodeIdentity, cache_bytes
+from .parts import Part, progress
 from .shm_mailbox import Address, Mailbox
 from .shm_memory import Arena
 
@@ -121,12 +122,9 @@ class _Exchange:
         missing, unread = self._missing(), self._unread()
         lost = transport.mailbox.gone() & {peer for peer, _ in missing + unread}
         ending = f"{transport.named(lost)} is gone" if lost else f"did not complete within {transport.timeout_s:g} s"
-        expected = int(self.messages_M5[self.num_sends :, 3].sum())
-        received = expected - sum(nbytes for _, nbytes in missing)
-        text = f"received {received} of {expected} B"
-        text += "".join(f", missing {nbytes} B from {transport.named([peer])}" for peer, nbytes in missing)
-        text += "".join(f", {nbytes} B not read by {transport.named([peer])}" for peer, nbytes in unread)
-        return self.error(f"{ending} ({text})")
+        expected = [(peer, nbytes) for peer, _, _, nbytes, _ in self.messages_M5[self.num_sends :].tolist()]
+        lacking = [*transport.parts(missing, is_incoming=True), *transport.parts(unread, is_incoming=False)]
+        return self.error(f"{ending} ({progress(transport.parts(expected, is_incoming=True), lacking)})")
 
 
 class ShmTransport:
@@ -274,6 +272,10 @@ class ShmTransport:
     def error(self, op: str, where: str, text: str) -> CollectiveError:
         """What went wrong with an operation here."""
         return CollectiveError(f"{self.named([self.rank])}: {op}{where and ' at ' + where}: {text}")
+
+    def parts(self, messages: Iterable[tuple[int, int]], *, is_incoming: bool) -> list[Part]:
+        """Messages (peer, bytes), for errors."""
+        return [Part(nbytes, self._names_R[peer], is_incoming) for peer, nbytes in messages]
 
     def named(self, ranks: Iterable[int]) -> str:
         """These ranks of this transport, for errors."""

@@ -25,7 +25,7 @@ def wait_for_nobody(rank: int) -> list[str]:
     if rank == 0:
         for sends, recvs in (([], [Buffer(torch.empty(6), 1)]), ([Buffer(torch.empty(5), 1)], [])):
             with pytest.raises(CollectiveError) as failed:
-                transport.exchange(sends, recvs, op="dispatch", where="step 3, blocks.0.moe").wait()
+                transport.exchange(sends, recvs, op="dispatch", where="step 3, moe").wait()
             texts.append(str(failed.value))
         with pytest.raises(CollectiveError) as failed:
             transport.all_gather_ints(torch.zeros(2, dtype=torch.int64), where="step 4")
@@ -36,8 +36,8 @@ def wait_for_nobody(rank: int) -> list[str]:
 
 def test_a_silent_peer_is_named() -> None:
     assert run_ranks(2, wait_for_nobody)[0] == [
-        "rank 0: dispatch at step 3, blocks.0.moe: did not complete within 0.3 s (received 0 of 24 B, missing 24 B from rank 1)",
-        "rank 0: dispatch at step 3, blocks.0.moe: did not complete within 0.3 s (received 0 of 0 B, 20 B not read by rank 1)",
+        "rank 0: dispatch at step 3, moe: did not complete within 0.3 s (received 0 of 24 B, 24 B from rank 1 are missing)",
+        "rank 0: dispatch at step 3, moe: did not complete within 0.3 s (received 0 of 0 B, 20 B to rank 1 were not taken)",
         "rank 0: gather of 2 integers at step 4: rank 1 is absent after 0.3 s",
     ]
 
@@ -103,8 +103,8 @@ def wait_inside_a_node(rank: int) -> list[str]:
 
 def test_errors_inside_a_node_name_the_ranks_of_the_group() -> None:
     assert run_ranks(4, wait_inside_a_node)[3] == [
-        "rank 3: dispatch: did not complete within 0.3 s (received 0 of 24 B, missing 24 B from rank 2)",
-        "rank 3: dispatch: did not complete within 0.3 s (received 0 of 0 B, 20 B not read by rank 2)",
+        "rank 3: dispatch: did not complete within 0.3 s (received 0 of 24 B, 24 B from rank 2 are missing)",
+        "rank 3: dispatch: did not complete within 0.3 s (received 0 of 0 B, 20 B to rank 2 were not taken)",
         "rank 3: gather of 1 integers: rank 2 is absent after 0.3 s",
     ]
 
@@ -177,7 +177,7 @@ def kill_a_peer(rank: int) -> tuple[str, set[str]] | None:
 def test_a_killed_rank_is_noticed_and_no_segment_outlives_the_last() -> None:
     _, found = run_while_ranks_end(2, kill_a_peer)
     text, segments = found
-    assert text == "rank 1: dispatch at step 7: rank 0 is gone (received 0 of 8 B, missing 8 B from rank 0)"
+    assert text == "rank 1: dispatch at step 7: rank 0 is gone (received 0 of 8 B, 8 B from rank 0 are missing)"
     assert len(segments) >= 4  # a control segment and a data segment each
     alive = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     assert not segments & {segment for pid in alive for segment in mapped_segments(pid)}
@@ -208,7 +208,7 @@ def end_after_sending(rank: int) -> str:
 
 def test_memory_of_a_rank_that_was_gone_before_anybody_mapped_it() -> None:
     assert run_while_ranks_end(2, end_after_sending)[1] == (
-        "rank 1: dispatch at step 1: rank 0 is gone (received 0 of 4000 B, missing 4000 B from rank 0)"
+        "rank 1: dispatch at step 1: rank 0 is gone (received 0 of 4000 B, 4000 B from rank 0 are missing)"
     )
 
 
@@ -234,6 +234,6 @@ def ring_until_noticed(rank: int) -> str:
 
 def test_a_rank_that_is_woken_all_the_time_notices_who_is_gone() -> None:
     assert run_while_ranks_end(3, ring_until_noticed)[1:] == [
-        "rank 1: dispatch: rank 0 is gone (received 0 of 8 B, missing 8 B from rank 0)",
+        "rank 1: dispatch: rank 0 is gone (received 0 of 8 B, 8 B from rank 0 are missing)",
         "noticed",
     ]
