@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from math import comb
 from pathlib import Path
@@ -18,7 +16,8 @@ import click
 import numpy as np
 import torch
 
-from ..placement.files import clear_errors, replace_text, writable
+from ..placement import rows as printed
+from ..placement.files import writable
 
 JSON_OPTION = click.option(
     "--json",
@@ -60,25 +59,9 @@ def commit_of_source() -> str:
 
 
 def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
-    """Print `columns` of the rows as a table, and write whole rows as JSON to `json_path`.
-
-    `-` stands for standard output, where nothing but the JSON goes then. A file is replaced only when it is complete.
-    """
-    document = {
-        "schema": f"moesaic.bench.{name}/1",
-        "command": " ".join(["moesaic", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "commit": commit_of_source(),
-        "rows": list(rows),
-    }
-    text = json.dumps(document, indent=1)
-    if json_path == "-":
-        print(text)
-        return
-    print(table(rows, columns))
-    if json_path is not None:
-        with clear_errors():
-            replace_text(json_path, text + "\n")
+    """See `placement.rows.publish`; with the machine and the commit."""
+    schema = f"moesaic.bench.{name}/1"
+    printed.publish(schema, rows, columns, json_path, machine=describe_machine(), commit=commit_of_source())
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -93,21 +76,6 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
         cut += 1
     first = max(cut - 1, 0)
     return ordered[first], ordered[n - 1 - first]
-
-
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Right-aligned text columns."""
-    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _processor() -> str:

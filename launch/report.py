@@ -16,8 +16,9 @@ import numpy as np
 
 from ..placement.files import clear_errors, replace_text
 from ..placement.owners import OwnerMap
+from ..placement.rows import table
 from ..placement.sources import LoadSource, Sizes, open_source
-from .output import progress, table
+from .output import progress
 from .trace import INFO_COLUMNS, look_into
 from .trace_options import Count, TraceOptions, trace_options
 
