@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         RouterConfig,
         Routing,
         RuntimeConfig,
+        ShardedExperts,
         register_adapter,
         shard_experts,
     )
@@ -25,6 +26,7 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "RuntimeConfig",
+    "ShardedExperts",
     "register_adapter",
     "shard_experts",
 ]

@@ -259,7 +259,7 @@ def _compare_step(handle: Handle, inputs: Inputs, reference: Reference) -> dict[
     rank, world_size = handle.group.rank, handle.group.world_size
     names = ("outputs", "gradients", "global norm", "aux loss", "counts", "choices")
     found = {name: Difference() for name in names}
-    with followed_choices(handle.layers, {name: parts[rank] for name, parts in reference.choices.items()}) as choices:
+    with followed_choices(handle, {name: parts[rank] for name, parts in reference.choices.items()}) as choices:
         outputs = outputs_of(handle.model, inputs)
         aux_loss = handle.aux_loss()
         (projection(outputs, rank) + aux_loss).backward()

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ..placement import ExpertLoad
 from ..runtime import Handle, MoELayer, Routing
 from ..runtime.adapters.weights import whole
+from ..runtime.layer import moe_layers
+from ..runtime.layer_pass import is_recomputing
 from ..runtime.router import ScoringRouter
-from ..runtime.state import expert_parameters
+from ..runtime.sharded_experts import ShardedExperts
 from .target import Inputs
 
 
@@ -78,10 +80,10 @@ def projection(outputs: Mapping[str, Tensor], part: int) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def watch_only(model: nn.Module, layers: Mapping[str, MoELayer]) -> None:
+def watch_only(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
     """Turn off what is random in training, such as dropout. MoE layers still train, so that they learn what load to expect."""
     model.eval()
-    for layer in layers.values():
+    for layer in (*layers.values(), *moe_layers(model).values()):
         layer.training = True
 
 
@@ -98,7 +100,7 @@ def observe_unwrapped(model: nn.Module, inputs: Inputs, num_parts: int) -> Refer
 
 def observe_on_one(handle: Handle, inputs: Inputs, num_parts: int, *, with_aux_loss: bool) -> Reference:
     """Everything, of a model that is sharded over one rank."""
-    with recorded_choices(handle.layers) as routings:
+    with recorded_choices(handle) as routings:
         outputs, starts = [], []
         for index in range(num_parts):
             starts.append({name: len(calls) for name, calls in routings.items()})
@@ -112,7 +114,7 @@ def observe_on_one(handle: Handle, inputs: Inputs, num_parts: int, *, with_aux_l
         for name, of_part in parts.items()
         if all(of_part)
     }
-    aux_loss = _aux_loss(handle.layers, parts, num_parts)
+    aux_loss = _aux_loss(moe_layers(handle.model), parts, num_parts)
     loss = torch.stack([projection(each, index) for index, each in enumerate(outputs)]).mean()
     (loss + aux_loss if with_aux_loss else loss).backward()
     found = Reference(
@@ -131,12 +133,10 @@ def observe_on_one(handle: Handle, inputs: Inputs, num_parts: int, *, with_aux_l
 def _aux_loss(layers: Mapping[str, MoELayer], parts: Mapping[str, list[list[Routing]]], num_parts: int) -> Tensor:
     """The mean over parts of the losses that the routers of so many ranks would have, each for its own part."""
     losses = [torch.zeros(())]
-    for name, of_part in parts.items():
-        if all(of_part):
-            # Of a layer that is called several times, the last call counts, as in `Handle.aux_loss`.
-            last, layer = [calls[-1] for calls in of_part], layers[name]
-            load = ExpertLoad(np.stack([routing.counts_E(layer.num_experts).cpu().numpy() for routing in last]))
-            losses += [layer.router.loss(routing, load, rank) / num_parts for rank, routing in enumerate(last)]
+    for name, layer in layers.items():
+        for calls in zip(*parts[name], strict=True):
+            load = ExpertLoad(np.stack([routing.counts_E(layer.num_experts).cpu().numpy() for routing in calls]))
+            losses += [layer.router.loss(routing, load, rank) / num_parts for rank, routing in enumerate(calls)]
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).sum()
 
 
@@ -146,31 +146,32 @@ def _detached(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def gradients_of(handle: Handle) -> Iterator[tuple[str, Tensor | None]]:
     """This rank's gradients by logical name: dense ones whole, which is collective, and those of experts that it owns."""
-    experts = expert_parameters(handle.layers)
     for name, parameter in handle.model.named_parameters():
-        if id(parameter) not in experts:
-            yield name, None if parameter.grad is None else whole(parameter.grad)
-    for name, layer in handle.layers.items():
-        bank, index = layer.runtime.bank, layer.runtime.layer
-        for e in layer.runtime.owned_experts:
-            for weight in bank.weight_names:
-                grad = getattr(bank, weight).grad
-                yield f"{name}.experts.{e}.{weight}", None if grad is None else grad[bank.row_of(index, e)]
+        yield name, None if parameter.grad is None else whole(parameter.grad)
 
 
 @contextmanager
-def recorded_choices(layers: Mapping[str, MoELayer]) -> Iterator[dict[str, list[Routing]]]:
-    """What the routers decide inside the block, by layer, call after call."""
-    routings: dict[str, list[Routing]] = {name: [] for name in layers}
+def recorded_choices(handle: Handle) -> Iterator[dict[str, list[Routing]]]:
+    """What the routers decide inside the block, by layer, call after call: what the experts are asked for."""
+    routings: dict[str, list[Routing]] = {name: [] for name in handle.layers}
 
-    def record(name: str) -> Any:
+    def by_router(name: str) -> Any:
         def after(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
             if len(args) == 1 or args[1] is None:  # not a recomputation
                 routings[name].append(routing)
 
         return after
 
-    hooks = [layer.router.register_forward_hook(record(name)) for name, layer in layers.items()]
+    def by_experts(name: str) -> Any:
+        def before(experts: nn.Module, args: tuple[Any, ...]) -> None:
+            if not is_recomputing():
+                routings[name].append(Routing(args[1].detach(), args[2].detach()))
+
+        return before
+
+    own = moe_layers(handle.model)
+    hooks = [layer.router.register_forward_hook(by_router(name)) for name, layer in own.items()]
+    hooks += [e.register_forward_pre_hook(by_experts(name)) for name, e in handle.layers.items() if name not in own]
     try:
         yield routings
     finally:
@@ -189,7 +190,7 @@ class Choices:
     worst_gap: float = 0.0
     """Between the scores of the expert that was chosen and of the reference's, as a share of the layer's largest score."""
 
-    def compare(self, name: str, routing: Routing, expected_TK: Tensor, router: nn.Module) -> bool:
+    def compare(self, name: str, routing: Routing, expected_TK: Tensor, router: nn.Module | None = None) -> bool:
         """Take in one call; whether the router chose what the reference did."""
         mine, theirs = routing.topk_ids_TK.sort(dim=1).values, expected_TK.sort(dim=1).values
         is_other_T = (mine != theirs).any(dim=1)
@@ -209,22 +210,35 @@ class Choices:
 
 
 @contextmanager
-def followed_choices(layers: Mapping[str, MoELayer], expected: Mapping[str, Sequence[Tensor]]) -> Iterator[Choices]:
-    """Inside the block routers choose what `expected` says, call after call; what they would have chosen is compared with it."""
+def followed_choices(handle: Handle, expected: Mapping[str, Sequence[Tensor]]) -> Iterator[Choices]:
+    """Inside the block choices are compared with `expected`, call after call, and moesaic's own routers choose what it says."""
     choices = Choices()
-    num_calls = dict.fromkeys(layers, 0)
+    num_calls = dict.fromkeys(handle.layers, 0)
 
-    def follow(name: str) -> Any:
+    def next_ids(name: str, routing: Routing) -> Tensor:
+        num_calls[name] += 1
+        return expected[name][num_calls[name] - 1].to(routing.topk_ids_TK.device)
+
+    def by_router(name: str) -> Any:
         def after(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> Routing:
             if len(args) > 1 and args[1] is not None:
                 return routing
-            ids_TK = expected[name][num_calls[name]].to(routing.topk_ids_TK.device)
-            num_calls[name] += 1
+            ids_TK = next_ids(name, routing)
             return routing if choices.compare(name, routing, ids_TK, router) else router.forward(args[0], ids_TK)
 
         return after
 
-    hooks = [layer.router.register_forward_hook(follow(name)) for name, layer in layers.items()]
+    def by_experts(name: str) -> Any:
+        def before(experts: nn.Module, args: tuple[Any, ...]) -> None:
+            if not is_recomputing():
+                routing = Routing(args[1].detach(), args[2].detach())
+                choices.compare(name, routing, next_ids(name, routing))
+
+        return before
+
+    own = moe_layers(handle.model)
+    hooks = [layer.router.register_forward_hook(by_router(name)) for name, layer in own.items()]
+    hooks += [e.register_forward_pre_hook(by_experts(name)) for name, e in handle.layers.items() if name not in own]
     try:
         yield choices
     finally:

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..placement import SavedPlan, Trace, read_plan
 from ..placement.files import digest_of
 from ..runtime import shard_experts
+from ..runtime.layer import moe_layers
 from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
 from .config import Config, OptimConfig, load_config
 from .data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
@@ -170,7 +171,7 @@ class Trainer:
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
         self.step = progress.step if progress else 0
-        layers = list(self.handle.layers.values())
+        layers = list(moe_layers(self.model).values())
         self._replay = None if trace is None else Replay(trace, layers, self.handle.group.rank, first_step=self.step)
         self._num_decisions = 0  # about owners, that are recorded
         self.data = TrainingData(

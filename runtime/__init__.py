@@ -17,6 +17,11 @@ layer_runtime.py  what one layer has of all this
 overlap.py        when gathers are launched
 group.py          the ranks, their transports, their machine
 family.py         how a family of models names what a layer holds
+sharded_experts.py  the experts of one layer as a module; an expert is a child with ordinary parameters
+expert.py         one expert: shape, tensors, module
+expert_grad.py    gradients of experts, and norms of them over all ranks
+slots.py          expert-sized buffers that layers share
+dense.py          FSDP2 on the dense rest
 adapters/         MoE blocks of other models, and their checkpoints
 shard.py          shard_experts
 handle.py         what the user's loop calls
@@ -32,6 +37,7 @@ from .handle import Handle
 from .layer import MoELayer
 from .router import Router, Routing
 from .shard import shard_experts
+from .sharded_experts import ShardedExperts
 
 __all__ = [
     "Adapter",
@@ -41,6 +47,7 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "RuntimeConfig",
+    "ShardedExperts",
     "register_adapter",
     "shard_experts",
 ]

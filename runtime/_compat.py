@@ -4,10 +4,13 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.utils._foreach_utils
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 outside_graphs = torch._disable_dynamo
 """Decorates what `torch.compile` leaves as it is. Unlike `torch.compiler.disable` it imports the compiler when called."""
@@ -81,9 +84,76 @@ def default_store() -> dist.Store:
     return store
 
 
-def leave_out_of_ddp(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Have `DistributedDataParallel(model)` neither broadcast these parameters of the model nor average their gradients."""
-    ids = {id(parameter) for parameter in parameters}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
+def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Have `DistributedDataParallel(model)` neither broadcast the parameters of these names nor average their gradients."""
     before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*before, *names])
+
+
+def when_a_module_is_added(callback: Callable[[nn.Module, nn.Module, nn.Module], None], *, lives_with: nn.Module) -> None:
+    """Have `callback(lives_with, holder, child)` called whenever a module gets a child, as long as `lives_with` exists."""
+    alive = ref(lives_with)
+
+    def called(holder: nn.Module, name: str, child: nn.Module | None) -> None:
+        model = alive()
+        if model is not None and child is not None:
+            callback(model, holder, child)
+
+    handle = nn.modules.module.register_module_module_registration_hook(called)
+    finalize(lives_with, handle.remove)
+
+
+def gradient_divide_factor(module: nn.Module) -> float | None:
+    """What `FSDPModule.set_gradient_divide_factor` has set, or None; also of a module that manages no parameter."""
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return next((group.gradient_divide_factor for group in groups if group is not None), None)
+
+
+def allow_in_foreach(kind: type[Tensor]) -> None:
+    """Have `torch.nn.utils.clip_grad_norm_` and its like take gradients of this class as it takes plain ones, in one call for all."""
+    kinds: list[type[Tensor]] = torch.utils._foreach_utils._foreach_supported_types
+    if kind not in kinds:
+        kinds.append(kind)
+
+
+def hooks_on(parameter: nn.Parameter) -> bool:
+    """Whether the parameter has hooks on its gradient (`register_hook`)."""
+    return bool(parameter._backward_hooks)
+
+
+def post_accumulate_hooks(parameter: nn.Parameter) -> tuple[Callable[[Tensor], None], ...]:
+    """The parameter's hooks that are called once its gradient was accumulated (`register_post_accumulate_grad_hook`)."""
+    hooks = parameter._post_accumulate_grad_hooks
+    return tuple(hooks.values()) if hooks else ()
+
+
+@dataclass(frozen=True)
+class FullStateDict:
+    """What is asked for: every tensor whole."""
+
+    on_rank_zero_only: bool
+    """In memory of the CPU of rank 0; else on all ranks."""
+
+
+def full_state_dict_requested() -> FullStateDict | None:
+    """What `torch.distributed.checkpoint.state_dict` wants whole, where it is what calls `Module.state_dict` or an optimizer's.
+
+    It gathers DTensors afterwards and takes plain tensors for whole; neither a module nor an optimizer is told. Its options are in
+    its frame.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name in ("_get_model_state_dict", "_get_optim_state_dict") and "info" in frame.f_locals:
+            info = frame.f_locals["info"]
+            return FullStateDict(on_rank_zero_only=info.cpu_offload) if info.full_state_dict else None
+        frame = frame.f_back
+    return None
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor consists of, in place: itself, or what a subclass (quantized optimizer state) wraps."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.detach()]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]

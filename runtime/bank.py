@@ -1,8 +1,10 @@
-"""The bank: every expert's master weights and gradient, kept once, on the rank that owns it.
+"""The bank: memory and gradients of the experts that this rank owns, each once, under the parameters that everybody else sees.
 
-A bank spans all MoE layers whose experts have one shape. Its parameters have one row per expert that this rank owns, in
-the row order of the owner map, so any optimizer sees ordinary parameters. Gradients are written into rows of `.grad`
-by the expert backward and by the sparse reduce; the parameters are never inputs of the autograd graph.
+A bank spans all MoE layers whose experts have one shape. Its storage has one row per expert that this rank owns; the parameters of
+an `Expert` are views of its row, so an optimizer, a state dict or a loop over parameters meets ordinary parameters, while kernels
+and collectives take rows by address. Parameters stay with their row: when experts migrate, the row's parameters get another
+expert's name, content and optimizer state. Parameters are never inputs of the autograd graph: the expert backward and the sparse
+reduce write gradients where `.grad` of each parameter points.
 
 Where experts compute in a narrower dtype than that of the master weights, the bank also keeps its rows in that dtype. This is
 what FSDP2 calls `param_dtype`, but a row is cast once a step, and not for every gather.
@@ -10,70 +12,24 @@ what FSDP2 calls `param_dtype`, but a row is cast once a step, and not for every
 Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert ffn dim.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Self
-from weakref import WeakKeyDictionary, WeakSet, finalize, ref
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..collectives import LocalTransport, Transport, average
-from ..kernels import Clamp, FFNWeights
 from ..placement import OwnerMap
-from ._compat import call_after_backward, current_backward_id, version_of
+from ._compat import call_after_backward, current_backward_id, hooks_on, post_accumulate_hooks, version_of
+from .expert import Expert, ExpertShape, ExpertTensors
+from .expert_grad import ExpertGrad, ExpertRanks
+from .slots import lasting
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertShape:
-    """The shape of one expert: gate_up [2F, D] (gate first, then up) and down [D, F].
-
-    With `clamp` it has biases besides, gate_up_bias [2F] and down_bias [D], and the activation of `kernels.clamped_ffn`.
-    """
-
-    dim: int
-    ffn_dim: int
-    clamp: Clamp | None = None
-
-    def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
-        """The size of each of an expert's tensors, in the order in which they travel."""
-        D, F = self.dim, self.ffn_dim
-        matrices: dict[str, tuple[int, ...]] = {"gate_up": (2 * F, D), "down": (D, F)}
-        return matrices if self.clamp is None else matrices | {"gate_up_bias": (2 * F,), "down_bias": (D,)}
-
-    @property
-    def num_elements(self) -> int:
-        """Weights of one expert."""
-        return sum(prod(size) for size in self.tensor_sizes().values())
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class ExpertTensors:
-    """Tensors in the shape of one expert: its weights, or its gradients. Views, never copies."""
-
-    gate_up: Tensor  # [2F, D]
-    down: Tensor  # [D, F]
-    gate_up_bias: Tensor | None = None  # [2F]
-    down_bias: Tensor | None = None  # [D]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All there are, in the order in which they travel."""
-        return tuple(t for t in (self.gate_up, self.down, self.gate_up_bias, self.down_bias) if t is not None)
-
-
-def group_weights(experts: Sequence[ExpertTensors]) -> FFNWeights:
-    """Experts as the kernels take them, one group each."""
-    return FFNWeights(
-        [e.gate_up for e in experts],
-        [e.down for e in experts],
-        [e.gate_up_bias for e in experts if e.gate_up_bias is not None],
-        [e.down_bias for e in experts if e.down_bias is not None],
-    )
-
-
-class Bank(nn.Module):
+class Bank:
     """The experts that rank `rank` owns under `owners`, all layers together.
 
     Args:
@@ -85,10 +41,11 @@ class Bank(nn.Module):
             given, the master weights keep their dtype as well, since memory and copies are planned by both.
         transport: what the weights will travel on; it knows the memory to keep them in.
         replicas: the ranks that own the same experts in other groups, over which gradients are averaged; none by default.
+        ranks: who owns experts of the model, over all its banks; the ranks of `transport`, with this bank alone, by default.
     """
 
-    gate_up: nn.Parameter
-    down: nn.Parameter
+    gate_up: Tensor  # [B, 2F, D]
+    down: Tensor  # [B, D, F]
 
     def __init__(
         self,
@@ -101,43 +58,72 @@ class Bank(nn.Module):
         compute_dtype: torch.dtype | None = None,
         transport: Transport | None = None,
         replicas: Transport | None = None,
+        ranks: ExpertRanks | None = None,
     ):
-        super().__init__()
         self.shape = shape
         self.owners = owners
         self.rank = rank
         self.rows = {pair: row for row, pair in enumerate(owners.rows_of(rank))}
         """The row of every (layer, expert) that this rank owns. Where an expert lies is nobody else's concern."""
+        self._owned_L = _by_layer(self.rows, owners.num_layers)
         num_rows = int(owners.num_rows_R[rank])
-        self._empty_layers: set[int] = set()  # whose gradient rows are allocated and hold nothing yet
+        self._grads: dict[int, ExpertTensors] = {}  # by row: the gradients as kernels write them
+        self._grad_objects: dict[int, dict[str, ExpertGrad]] = {}  # by row: the same memory as `.grad` has it
+        self._scratch: ExpertTensors | None = None  # takes the gradients of frozen weights
         self._backward_id = -1  # the last backward pass that wrote gradients
+        self._reached: set[int] = set()  # the layers that it wrote gradients of
         self._replicas = replicas or LocalTransport()
         self.averages_gradients = True
         """Whether a backward pass ends with gradients averaged over the replicas; see `Handle.set_requires_all_reduce`."""
         self._transport = transport or LocalTransport()
+        self._ranks = ranks or ExpertRanks(self._transport, tuple(owners.num_rows_R.tolist()))
         like = torch.empty(0, device=device, dtype=dtype)
         for name, size in shape.tensor_sizes().items():
-            self.register_parameter(name, nn.Parameter(self._transport.empty((num_rows, *size), like)))
+            setattr(self, name, self._transport.empty((num_rows, *size), like))
+        self.experts = [Expert({name: getattr(self, name)[row] for name in self.weight_names}) for row in range(num_rows)]
+        """By row: the module whose parameters are views of the row."""
         self._fixed_compute_dtype = compute_dtype
         self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, where it is another
         self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the version of the masters that it was cast from
         self.generation = 0
         """Counts what changed the weights as far as all ranks know of it; see `weights_changed`."""
+        self._retired: dict[int, ref[nn.Parameter]] = {}  # by id: parameters that these experts had before
         # Fused optimizers write without raising a tensor's version.
         this = ref(self)
-        hook = register_optimizer_step_post_hook(lambda optimizer, *_: bank._note_step(optimizer) if (bank := this()) else None)
-        finalize(self, hook.remove)
+        after = register_optimizer_step_post_hook(lambda optimizer, *_: bank._note_step(optimizer) if (bank := this()) else None)
+        before = register_optimizer_step_pre_hook(lambda optimizer, *_: bank._check_step(optimizer) if (bank := this()) else None)
+        finalize(self, after.remove)
+        finalize(self, before.remove)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `Module.to` and its like end in."""
-        dtype = self.gate_up.dtype
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of the experts owned here, row after row."""
+        for expert in self.experts:
+            yield from expert.parameters()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `Module.to` and its like do to each tensor, done to the rows and their gradients; parameters keep their identity.
+
+        Raises:
+            ValueError: `fn` changes the dtype of experts that ranks share.
+        """
         wanted = fn(self.gate_up.new_empty(0)).dtype
-        if self._fixed_compute_dtype is not None and wanted != dtype:
+        if self._fixed_compute_dtype is not None and wanted != self.gate_up.dtype:
             raise ValueError(
-                f"experts that ranks share are {dtype} and cannot become {wanted}; convert the model before shard_experts, "
-                "or set runtime.compute_dtype"
+                f"experts that ranks share are {self.gate_up.dtype} and cannot become {wanted}; convert the model before "
+                "shard_experts, or set runtime.compute_dtype"
             )
-        return super()._apply(fn, recurse)
+        changed = {name: new for name in self.weight_names if (new := fn(old := getattr(self, name))) is not old}
+        for name, storage in changed.items():
+            setattr(self, name, storage)
+            for row, expert in enumerate(self.experts):
+                parameter = expert.parameter(name)
+                grad, parameter.grad = parameter.grad, None
+                parameter.data = storage[row]
+                if grad is not None:
+                    parameter.grad = fn(grad.as_subclass(Tensor))
+        if changed:
+            self._casts, self._cast_from, self._scratch = {}, {}, None
+            self._grads, self._grad_objects = {}, {}
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -146,13 +132,14 @@ class Bank(nn.Module):
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """The names of the parameters, in the order in which an expert's tensors travel."""
+        """The names of an expert's weights, in the order in which they travel."""
         return tuple(self.shape.tensor_sizes())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every weight from the uniform distribution that `nn.Linear` uses, row by row in row order."""
-        for weights in self.parameters():
+        for name in self.weight_names:
+            weights = getattr(self, name)
             bound = weights.shape[-1] ** -0.5 if weights.ndim == 3 else 0.0  # biases start at zero
             weights.uniform_(-bound, bound)
 
@@ -160,17 +147,24 @@ class Bank(nn.Module):
         """The row of an expert that this rank owns."""
         return self.rows[layer, expert]
 
+    def module_of(self, layer: int, expert: int) -> Expert:
+        """The module that holds the parameters of an owned expert."""
+        return self.experts[self.row_of(layer, expert)]
+
+    def owned(self, layer: int) -> dict[int, int]:
+        """The experts of `layer` that this rank owns, ascending, and their rows."""
+        return self._owned_L[layer]
+
     def adopt(self, owners: OwnerMap, rows: dict[tuple[int, int], int]) -> None:
         """Go by another owner map, whose experts lie in the given rows; see `rehome.migrate`, which has moved them there."""
         assert set(rows) == set(owners.rows_of(self.rank)), "rows of other experts than those owned here"
         self.weights_changed()
-        self.owners, self.rows = owners, rows
+        self.owners, self.rows, self._owned_L = owners, rows, _by_layer(rows, owners.num_layers)
 
     def weights(self, layer: int, expert: int) -> ExpertTensors:
         """Master weights of an owned expert, in place."""
         row = self.row_of(layer, expert)
-        # Not `.data`: what is written here must be seen by `compute_weights`.
-        return ExpertTensors(**{name: getattr(self, name).detach()[row] for name in self.weight_names})
+        return ExpertTensors(**{name: getattr(self, name)[row] for name in self.weight_names})
 
     @torch.no_grad()
     def compute_weights(self, layer: int, expert: int) -> ExpertTensors:
@@ -184,12 +178,14 @@ class Bank(nn.Module):
             return masters
         row = self.row_of(layer, expert)
         if not self._casts:
-            self._casts = {n: _lasting(self._transport, p.shape, self.compute_like) for n, p in self.named_parameters()}
+            sizes = {name: getattr(self, name).shape for name in self.weight_names}
+            self._casts = {name: lasting(self._transport, size, self.compute_like) for name, size in sizes.items()}
         cast = ExpertTensors(**{name: self._casts[name][row] for name in self.weight_names})
-        if self._cast_from.get(row) != self.version:
+        version = self._version_of_rows((row,))
+        if self._cast_from.get(row) != version:
             for narrow, master in zip(cast.tensors(), masters.tensors(), strict=True):
                 narrow.copy_(master)
-            self._cast_from[row] = self.version
+            self._cast_from[row] = version
         return cast
 
     def weights_changed(self) -> None:
@@ -199,16 +195,56 @@ class Bank(nn.Module):
         """
         self.generation += 1
 
+    def retire(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note parameters that the experts had before: an optimizer that still holds one would train nothing, and is refused."""
+        self._retired |= {id(parameter): ref(parameter) for parameter in parameters}
+
+    def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        mine = {id(parameter) for parameter in self.parameters()}
+        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has stepped. One of other weights may do so on this rank alone, and at any time."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in held for p in self.parameters()):
+        if self._holds(optimizer):
             self.weights_changed()
 
-    @property
-    def version(self) -> tuple[int, ...]:
-        """Another once weights have changed: as far as all ranks know, which is the first number, or in place on this rank."""
-        return self.generation, *(version_of(parameter) for parameter in self.parameters())
+    def _check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that was built from parameters which the experts do not have any more."""
+        self._retired = {key: of for key, of in self._retired.items() if of() is not None}
+        if self._retired and any(id(p) in self._retired for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was built before shard_experts and holds parameters that experts do not have any more; "
+                "build it afterwards, from handle.parameter_groups()"
+            )
+
+    @torch.no_grad()
+    def claim(self, layer: int) -> None:
+        """Have the parameters of a layer's experts be views of their rows again, where somebody gave them other memory.
+
+        `vector_to_parameters` and assignments to `.data` do; `load_state_dict(assign=True)` also replaces the parameters.
+        """
+        for name in self.weight_names:
+            whole: Tensor = getattr(self, name)
+            first, step = whole.data_ptr(), whole.stride(0) * whole.element_size()
+            for row in self.owned(layer).values():
+                parameter = self.experts[row].parameter(name)
+                if parameter.data_ptr() != first + row * step:
+                    storage = whole[row]
+                    if parameter.shape != storage.shape or parameter.dtype != storage.dtype:
+                        raise ValueError(
+                            f"an expert's {name} was replaced by {tuple(parameter.shape)}, {parameter.dtype}, but is "
+                            f"{tuple(storage.shape)}, {storage.dtype}; assign a tensor of its shape and dtype"
+                        )
+                    storage.copy_(parameter)
+                    parameter.data = storage
+
+    def version(self, layer: int) -> tuple[int, ...]:
+        """Another once weights of a layer changed: as far as all ranks know, which is the first number, or in place on this rank."""
+        return self._version_of_rows(self.owned(layer).values())
+
+    def _version_of_rows(self, rows: Iterable[int]) -> tuple[int, ...]:
+        experts = self.experts
+        return self.generation, sum(version_of(p) for row in rows for p in experts[row]._parameters.values() if p is not None)
 
     @property
     def compute_like(self) -> Tensor:
@@ -217,43 +253,91 @@ class Bank(nn.Module):
 
     def grads(self, layer: int, expert: int) -> ExpertTensors:
         """Gradient of an owned expert, in place; see `begin_grads`."""
-        row = self.row_of(layer, expert)
-        return ExpertTensors(**{name: getattr(self, name).grad[row] for name in self.weight_names})
+        return self._grads[self.row_of(layer, expert)]
 
-    def begin_grads(self, layer: int) -> bool:
-        """Make room for gradients in the backward of `layer`; return whether its rows hold nothing yet.
+    def begin_grads(self, layer: int) -> dict[int, bool]:
+        """Make room for the gradients of a layer's owned experts in its backward; by expert, whether it holds nothing yet.
 
         `zero_grad` leaves parameters without a gradient. Filling a new one with zeros, only to add to them, would cost as
-        much memory traffic as the optimizer: the first backward of each layer overwrites its rows instead, and the rows of
-        layers that this backward pass never reaches become zeros when it is complete.
+        much memory traffic as the optimizer: the first backward of a layer overwrites instead. Gradients that somebody has put in
+        the place of ours are added to. Gradients of frozen weights go nowhere.
         """
         if self._backward_id != current_backward_id():
-            self._backward_id = current_backward_id()
+            self._backward_id, self._reached = current_backward_id(), set()
             call_after_backward(self._finish_backward)
-        if all(parameter.grad is None for parameter in self.parameters()):
-            for parameter in self.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            self._empty_layers = set(range(self.owners.num_layers))
-        for parameter in self.parameters():
-            if parameter.grad is None:  # dropped alone; the others hold something
-                parameter.grad = torch.zeros_like(parameter)
-        is_empty = layer in self._empty_layers
-        self._empty_layers.discard(layer)
+        self._reached.add(layer)
+        owned = self.owned(layer)
+        params = {name: {row: self.experts[row].parameter(name) for row in owned.values()} for name in self.weight_names}
+        mine = {
+            name: {row for row, p in of.items() if p.grad is not None and self._is_mine(row, name)} for name, of in params.items()
+        }
+        new = {
+            name: self._new_grads(name, [row for row, p in of.items() if p.requires_grad and row not in mine[name]])
+            for name, of in params.items()
+        }
+        is_empty = {}
+        for expert, row in owned.items():
+            is_empty[expert] = all(params[name][row].grad is None for name in params)
+            tensors: dict[str, Tensor] = {}
+            objects: dict[str, ExpertGrad] = {}
+            for name in self.weight_names:
+                parameter, grad = params[name][row], new[name].get(row)
+                if hooks_on(parameter):
+                    raise RuntimeError(
+                        f"a tensor hook (register_hook) is on {name} of expert {expert}, whose gradient is not made by autograd; "
+                        "use register_post_accumulate_grad_hook"
+                    )
+                if row in mine[name]:
+                    tensors[name], objects[name] = getattr(self._grads[row], name), self._grad_objects[row][name]
+                elif grad is None:
+                    tensors[name] = getattr(self._scratch_grads(), name)
+                else:
+                    if parameter.grad is not None:
+                        grad.copy_(parameter.grad)
+                    elif not is_empty[expert]:
+                        grad.zero_()
+                    tensors[name], objects[name] = grad, ExpertGrad.of(grad, self._ranks)
+                    parameter.grad = objects[name]
+            self._grads[row], self._grad_objects[row] = ExpertTensors(**tensors), objects
         return is_empty
 
+    def _is_mine(self, row: int, name: str) -> bool:
+        """Whether a gradient is still the one that was made here."""
+        return self._grad_objects.get(row, {}).get(name) is self.experts[row].parameter(name).grad
+
+    def _new_grads(self, name: str, rows: list[int]) -> dict[int, Tensor]:
+        """Memory for gradients of one weight, undefined, for each of the rows."""
+        storage: Tensor = getattr(self, name)
+        return dict(zip(rows, storage.new_empty(len(rows), *storage.shape[1:]).unbind(0), strict=True))
+
+    def _scratch_grads(self) -> ExpertTensors:
+        """Where gradients of frozen weights go."""
+        if self._scratch is None:
+            self._scratch = ExpertTensors(
+                **{name: getattr(self, name).new_zeros(size) for name, size in self.shape.tensor_sizes().items()}
+            )
+        return self._scratch
+
     def _finish_backward(self) -> None:
-        """Clear what was not reached, and average over the replicas.
+        """Average over the replicas what the backward pass wrote, and call the hooks of parameters whose gradient is complete.
 
         Gradients of earlier backward passes, which were averaged then, keep their value: the mean of equals is themselves.
         """
-        for (layer, _), row in self.rows.items():
-            for parameter in self.parameters():
-                if layer in self._empty_layers and parameter.grad is not None:
-                    parameter.grad[row].zero_()
-        self._empty_layers = set()
-        if self.averages_gradients:
-            grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            average(self._replicas, grads, op="replicate", where="the end of a backward pass")
+        reached = [list(self.owned(layer).values()) for layer in sorted(self._reached)]
+        if self.averages_gradients and self._replicas.world_size > 1:
+            grads = [
+                getattr(self._grads[row], name)
+                for rows in reached
+                for name in self.weight_names
+                for row in rows
+                if name in self._grad_objects[row]
+            ]
+            average(self._replicas, _joined(grads), op="replicate", where="the end of a backward pass")
+        for row in (row for rows in reached for row in rows):
+            for parameter in self.experts[row].parameters():
+                if parameter.grad is not None:
+                    for hook in post_accumulate_hooks(parameter):
+                        hook(parameter)
 
     @property
     def expert_bytes(self) -> int:
@@ -270,10 +354,20 @@ class Bank(nn.Module):
         """Bytes of the rows that are kept in the compute dtype beside the masters."""
         return sum(cast.nbytes for cast in self._casts.values())
 
-    @property
-    def is_trainable(self) -> bool:
-        """Whether the experts learn. All their weights do, or none."""
-        return self.gate_up.requires_grad
+    def is_trainable(self, layer: int) -> bool:
+        """Whether a weight of a layer's experts owned here learns."""
+        return any(p.requires_grad for row in self.owned(layer).values() for p in self.experts[row].parameters())
+
+    @torch.no_grad()
+    def take_over(self, experts: Sequence[Expert]) -> None:
+        """Make these modules, one for each row, those of the rows, with their content."""
+        assert len(experts) == len(self.experts)
+        self.experts = list(experts)
+        for row, expert in enumerate(experts):
+            for name in self.weight_names:
+                parameter, storage = expert.parameter(name), getattr(self, name)[row]
+                storage.copy_(parameter)
+                parameter.data = storage
 
     @torch.no_grad()
     def load_rows(self, experts: Mapping[tuple[int, int], ExpertTensors]) -> None:
@@ -283,51 +377,25 @@ class Bank(nn.Module):
                 target.copy_(tensor)
 
 
-class SlotPool:
-    """Expert-sized buffers that materializations borrow: copies of weights, and their gradients.
+def _by_layer(rows: Mapping[tuple[int, int], int], num_layers: int) -> list[dict[int, int]]:
+    """By layer: the experts owned here, ascending, and their rows."""
+    owned_L: list[dict[int, int]] = [{} for _ in range(num_layers)]
+    for (layer, expert), row in sorted(rows.items()):
+        owned_L[layer][expert] = row
+    return owned_L
 
-    A buffer comes back when its last use has been enqueued. One that is never given back, because its graph was dropped
-    without a backward, is simply freed: the pool holds only the free ones.
 
-    `peak_slots` is the largest number of buffers that ever existed at once, lent or free, `peak_bytes` the most memory they took,
-    and `predicted_bytes` the most that one forward and its backward may take; see `memory.peak_slot_bytes`.
-    """
-
-    def __init__(self, shape: ExpertShape, transport: Transport, predicted_bytes: int = 0):
-        self.predicted_bytes = predicted_bytes
-        self._shape = shape
-        self._transport = transport
-        self._free: list[ExpertTensors] = []
-        self._alive: WeakSet[ExpertTensors] = WeakSet()
-        self._num_sharers: WeakKeyDictionary[ExpertTensors, int] = WeakKeyDictionary()  # beside the first
-        self.peak_slots = 0
-        self.peak_bytes = 0
-
-    def acquire(self, like: Tensor) -> ExpertTensors:
-        """A buffer with undefined content on the device and with the dtype of `like`."""
-        for i, buffer in enumerate(self._free):
-            if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
-                return self._free.pop(i)
-        buffer = ExpertTensors(**{n: _lasting(self._transport, size, like) for n, size in self._shape.tensor_sizes().items()})
-        self._alive.add(buffer)
-        self.peak_slots = max(self.peak_slots, len(self._alive))
-        self.peak_bytes = max(self.peak_bytes, sum(tensor.nbytes for slot in self._alive for tensor in slot.tensors()))
-        return buffer
-
-    def share(self, buffer: ExpertTensors) -> ExpertTensors:
-        """Lend a lent buffer once more; it comes back when it was released as often."""
-        self._num_sharers[buffer] = self._num_sharers.get(buffer, 0) + 1
-        return buffer
-
-    def release(self, buffer: ExpertTensors) -> None:
-        """Give a buffer back."""
-        if self._num_sharers.get(buffer, 0):
-            self._num_sharers[buffer] -= 1
+def _joined(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Contiguous tensors, those that lie one after the other in one memory as one, flat."""
+    joined: list[Tensor] = []
+    for tensor in tensors:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.data_ptr() + last.nbytes == tensor.data_ptr()
+            and (last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr())
+        ):
+            joined[-1] = last.as_strided((last.numel() + tensor.numel(),), (1,), last.storage_offset())
         else:
-            self._free.append(buffer)
-
-
-def _lasting(transport: Transport, size: Sequence[int], like: Tensor) -> Tensor:
-    """Memory that outlives the forward that asks for it: one in inference mode must not forbid training to write to it."""
-    with torch.inference_mode(False):
-        return transport.empty(size, like)
+            joined.append(tensor.view(-1))
+    return joined

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from ..collectives import Schedule
 from ..placement import Placement, added_copies
-from .bank import Bank, ExpertTensors, SlotPool
+from .bank import Bank
+from .expert import ExpertTensors
 from .layer_pass import LayerPass
 from .planning import LayerPlanner
+from .slots import SlotPool
 
 
 class CarriedCopies:
@@ -22,11 +24,12 @@ class CarriedCopies:
     Args:
         bank: whose weights they are.
         pool: the slots they lie in.
+        layer: the layer's index in the bank.
         planner: makes the schedules of the gathers that are left.
     """
 
-    def __init__(self, bank: Bank, pool: SlotPool, planner: LayerPlanner):
-        self._bank, self._pool, self._planner = bank, pool, planner
+    def __init__(self, bank: Bank, layer: int, pool: SlotPool, planner: LayerPlanner):
+        self._bank, self._layer, self._pool, self._planner = bank, layer, pool, planner
         self._placement: Placement | None = None
         self._slots: dict[int, ExpertTensors] = {}
         self._generation = -1
@@ -41,7 +44,7 @@ class CarriedCopies:
         plan = layer_pass.plan
         if self._generation != self._bank.generation:
             self.drop()
-        elif self._version != self._bank.version:
+        elif self._version != self._bank.version(self._layer):
             raise RuntimeError(
                 f"{layer_pass.where}: experts' weights were changed in place between micro-batches, whose copies are reused; "
                 "call handle.step() on every rank afterwards, or set runtime.reuse_copies=False"
@@ -60,7 +63,7 @@ class CarriedCopies:
         shared = {expert: self._pool.share(slot) for expert, slot in layer_pass.copies.items()}
         self.drop()
         self._placement, self._slots = layer_pass.plan.placement, shared
-        self._generation, self._version = self._bank.generation, self._bank.version
+        self._generation, self._version = self._bank.generation, self._bank.version(self._layer)
 
     def drop(self) -> None:
         """Carry nothing on."""

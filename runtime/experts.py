@@ -83,7 +83,7 @@ class _Experts(torch.autograd.Function):
                         targets.tensors.of_groups(groups) if targets else None,
                         handle.group_sizes[groups],
                         # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
-                        alpha=1.0 / runtime.group.world_size,
+                        alpha=1.0 / runtime.gradient_divisor(),
                         overwrite=targets.overwrite[groups] if targets else None,
                         out=grads.of_rows(rows),
                     )
@@ -93,7 +93,7 @@ class _Experts(torch.autograd.Function):
 
 def _check_backward(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     """Refuse a backward that would compute with other weights than its forward."""
-    if layer_pass.weights_version != runtime.bank.version:
+    if layer_pass.weights_version != runtime.bank.version(runtime.layer):
         raise RuntimeError(
             f"{layer_pass.where}: the experts' weights changed between this forward and its backward; "
             "call backward before optimizer.step(), before handle.step() and before weights are loaded"

@@ -21,14 +21,14 @@ from .adapters.weights import checkpoint_tensors, load_weights, state_on_rank_ze
 from .bank import Bank
 from .config import RuntimeConfig
 from .group import RankGroup
-from .layer import MoELayer
-from .layer_runtime import LayerRuntime
+from .layer import moe_layers
 from .metrics import exposed_metrics, step_metrics
 from .profile import profiled
-from .rehome import migrate, rounds_of, row_tensors
+from .rehome import expert_states, migrate, rounds_of
 from .rehomer import Decision, Rehomer
+from .sharded_experts import ShardedExperts
 from .stages import StageClock
-from .state import load_state, prepare_optimizer, state_of
+from .state import expert_parameters, load_state, prepare_optimizer, state_of
 
 
 class Handle:
@@ -37,7 +37,7 @@ class Handle:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, MoELayer],
+        layers: Mapping[str, ShardedExperts],
         banks: Sequence[Bank],
         group: RankGroup,
         config: RuntimeConfig,
@@ -53,32 +53,47 @@ class Handle:
         self._metrics: dict[str, float] = {}
         self._layer_metrics: dict[str, dict[str, float]] = {}
         self._loads: list[np.ndarray] = []
+        self._moe_layers = moe_layers(model)
         self._rehomers = [
-            Rehomer(bank, self._runtimes_of(bank), group, config)
+            Rehomer(bank, self._layers_of(bank), group, config)
             for bank in self.banks
             if config.rehome_every and group.world_size > 1
         ]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter of the model, as an optimizer wants it: FSDP2's shards, and the experts that this rank owns.
+
+        After a forward that had no backward FSDP2 leaves some parameters whole; what `model.parameters()` gives then are copies
+        that never train.
+        """
+        self._reshard()
+        return list(self.model.parameters())
+
     def parameter_groups(self) -> list[dict[str, list[nn.Parameter]]]:
         """The model's parameters for an optimizer, dense ones and experts apart.
 
-        FSDP2's dense parameters are DTensors and the banks' are not; `foreach` and `fused` optimizers, the default on CUDA,
+        FSDP2's dense parameters are DTensors and the experts' are not; `foreach` and `fused` optimizers, the default on CUDA,
         cannot take both in one group.
         """
-        experts = self.expert_parameters()
-        ids = {id(p) for p in experts}
-        return [{"params": [p for p in self.model.parameters() if id(p) not in ids]}, {"params": experts}]
+        ids = expert_parameters(self.layers)
+        parameters = self.parameters()
+        return [{"params": [p for p in parameters if id(p) not in ids]}, {"params": [p for p in parameters if id(p) in ids]}]
 
     def expert_parameters(self) -> list[nn.Parameter]:
-        """The banks' parameters: the experts that this rank owns.
+        """The parameters of the experts that this rank owns.
 
         With `RuntimeConfig(shard_dense=False)` every `fully_shard` needs `ignored_params=set(handle.expert_parameters())`.
         """
-        return [p for bank in self.banks for p in bank.parameters()]
+        return [parameter for experts in self.layers.values() for parameter in experts.parameters()]
 
     def aux_loss(self) -> Tensor:
-        """The router losses of the last forward, summed over the layers it ran: add it to your loss. Coefficients are applied."""
-        losses = [layer.aux_loss for layer in self.layers.values() if layer.aux_loss is not None]
+        """The router losses of the last forward, summed over the layers it ran and their calls: add it to your loss.
+
+        Coefficients are applied. Blocks of transformers' models have their own losses, which the model's output holds.
+        """
+        if not self._moe_layers:
+            return torch.zeros((), device=self._device)
+        losses = [layer.aux_loss for layer in self._moe_layers.values() if layer.aux_loss is not None]
         if not losses:
             raise RuntimeError("aux_loss() before any forward of a MoE layer; call the model first")
         return torch.stack(losses).sum()
@@ -105,8 +120,9 @@ class Handle:
         ]
         kept = [load if c.kept_RE is None else c.kept_RE for load, c in zip(self._loads, counters, strict=True)]
         self._step += 1
+        for moe_layer in self._moe_layers.values():
+            moe_layer.aux_loss = None
         for layer in self.layers.values():
-            layer.aux_loss = None
             layer.runtime.counters.reset()
             layer.runtime.step = self._step
         for bank in self.banks:
@@ -133,13 +149,13 @@ class Handle:
             raise ValueError(f"{len(owners)} owner maps for {len(self.banks)} banks; give one for each, as handle.placement does")
         for bank, wanted in zip(self.banks, owners, strict=True):
             rounds_of(bank.owners, wanted)
-        tensors = [row_tensors(bank, optimizer) for bank in self.banks]
-        for bank, wanted, rows in zip(self.banks, owners, tensors, strict=True):
-            for runtime in self._runtimes_of(bank):
-                runtime.drop_prefetched()
-            migrate(bank, rows, wanted, self.group.experts, where=f"re-homing after step {self._step}")
-            for runtime in self._runtimes_of(bank):
-                runtime.follow_bank()
+            expert_states(bank, optimizer)
+        for bank, wanted in zip(self.banks, owners, strict=True):
+            for layer in self._layers_of(bank):
+                layer.runtime.drop_prefetched()
+            migrate(bank, optimizer, wanted, self.group.experts, where=f"re-homing after step {self._step}")
+            for layer in self._layers_of(bank):
+                layer.follow_bank()
 
     def last_stage(self) -> str:
         """The stage of a layer that this rank completed last, with step, layer and plan: for errors outside the layers."""
@@ -149,9 +165,9 @@ class Handle:
         """What came of every proposal to re-home experts so far, with its reason."""
         return [decision for rehomer in self._rehomers for decision in rehomer.decisions]
 
-    def _runtimes_of(self, bank: Bank) -> list[LayerRuntime]:
-        runtimes = [layer.runtime for layer in self.layers.values() if layer.runtime.bank is bank]
-        return sorted(runtimes, key=lambda runtime: runtime.layer)
+    def _layers_of(self, bank: Bank) -> list[ShardedExperts]:
+        layers = [layer for layer in self.layers.values() if layer.runtime.bank is bank]
+        return sorted(layers, key=lambda layer: layer.runtime.layer)
 
     def memory(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Bytes of expert state on this rank.
@@ -219,18 +235,19 @@ class Handle:
         Like `torch.nn.utils.clip_grad_norm_` on the unsharded model, however the dense part is sharded: each rank counts what it
         holds divided by the number of ranks that hold the same.
         """
-        expert_parameters = {id(p) for bank in self.banks for p in bank.parameters()}
+        experts = expert_parameters(self.layers)
         grads: list[Tensor] = []
         num_ranks = self.group.world_size * self.group.replicas.world_size
         square = torch.zeros((), dtype=torch.float64, device=self._device)
-        for parameter in self.model.parameters():
+        for parameter in self.parameters():
             grad = parameter.grad
             if grad is None:
                 continue
-            num_shards = self.group.world_size if id(parameter) in expert_parameters else _num_shards(grad)
-            local = grad.to_local() if isinstance(grad, DTensor) else grad
+            num_shards = self.group.world_size if id(parameter) in experts else _num_shards(grad)
+            local = grad.to_local() if isinstance(grad, DTensor) else grad.as_subclass(Tensor)
             grads.append(local)
-            square += torch.linalg.vector_norm(local, dtype=torch.float32).double().square() * (num_shards / num_ranks)
+            dtype = torch.promote_types(local.dtype, torch.float32)
+            square += torch.linalg.vector_norm(local, dtype=dtype).double().square() * (num_shards / num_ranks)
         # Summed in rank order on every rank, and over replicas: bitwise the same everywhere.
         for ranks in (self.group.tokens, self.group.replicas):
             squares_R = ranks.all_gather_ints(square.view(1).view(torch.int64), where="clip_grad_norm_")
@@ -246,14 +263,14 @@ class Handle:
     def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
         """Weights (and optimizer state) under logical names, as live tensors; see `state.state_of`."""
         self._reshard()
-        return state_of(self.model, self.layers, optimizer)
+        return state_of(self.model, optimizer)
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copy weights (and optimizer state) from a state that holds at least this rank's part; see `state.load_state`."""
         for layer in self.layers.values():
             layer.runtime.drop_prefetched()
         self._reshard()
-        load_state(state, self.model, self.layers, optimizer)
+        load_state(state, self.model, optimizer)
         for bank in self.banks:
             bank.weights_changed()
 
@@ -305,7 +322,8 @@ class Handle:
         `saved` are the names in the state to be loaded; of a checkpoint in `folder`, which `torch.distributed.checkpoint` wrote:
         `FileSystemReader(folder).read_metadata().state_dict_metadata`. Parameters without state there get none here either.
         """
-        prepare_optimizer(optimizer, self.model, self.layers, saved)
+        self._reshard()
+        prepare_optimizer(optimizer, self.model, saved)
 
     def _reshard(self) -> None:
         """Give the root its shards back: FSDP2 leaves its parameters whole after a forward that had no backward."""
@@ -331,7 +349,7 @@ class Handle:
         return self.banks[0].gate_up.device
 
 
-def _has_run(layer: MoELayer) -> bool:
+def _has_run(layer: ShardedExperts) -> bool:
     return layer.runtime.counters.num_forwards > 0
 
 

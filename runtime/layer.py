@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..collectives import LocalTransport
 from ..kernels import Clamp
-from ..placement import OwnerMap, get_solver
 from ._compat import outside_graphs
-from .bank import Bank, ExpertShape, SlotPool
 from .capacity import Capacity, DropPolicy
-from .config import RouterConfig, RuntimeConfig
+from .config import RouterConfig
+from .expert import ExpertShape
 from .family import Family
-from .group import single_rank_group
 from .layer_runtime import LayerRuntime
-from .reduces import PendingReduces
-from .rematerialize import Rematerializer
 from .router import Router, TopKRouter
-from .stages import StageClock
+from .sharded_experts import ShardedExperts
 
 
 class MoELayer(nn.Module):
     """An MoE feed-forward layer of SwiGLU experts, dropless by default: y = sum_k weight_k * expert_k(x) + shared(x).
 
-    It runs as built on one process. `shard_experts` moves its experts into a bank that the ranks share; the forward below is
-    the same then.
+    It runs as built on one process. `shard_experts` shares its experts among ranks; the forward below is the same then.
 
     Args:
         dim, ffn_dim: D and F; one expert is gate_up [2F, D] and down [D, F].
@@ -66,28 +61,29 @@ class MoELayer(nn.Module):
         self.router = router
         self.shared = shared
         self.capacity = Capacity(capacity_factor, drop_policy)
-        shape = ExpertShape(dim, ffn_dim, clamp)
-        self.experts: Bank | None = Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype)
-        self.experts.reset_parameters()
-        self.family = Family()
-        """How the layer's weights are called where the model comes from; an adapter sets it."""
-        self.aux_loss: Tensor | None = None
-        """The router's losses of the last forward, differentiable; `Handle.aux_loss` sums them over layers."""
-        config = RuntimeConfig(policy="static", slots=0)
-        self.runtime = LayerRuntime(
-            "layer",
-            self.experts,
-            0,
-            top_k,
-            group=single_rank_group(),
-            solver=get_solver(config.policy, keeps_owners=True),
-            config=config,
-            pool=SlotPool(shape, LocalTransport()),
-            clock=StageClock(),
-            reduces=PendingReduces(),
-            rematerializer=Rematerializer(),
-            capacity=self.capacity,
+        self.experts = ShardedExperts(
+            ExpertShape(dim, ffn_dim, clamp), num_experts, top_k, capacity=self.capacity, device=device, dtype=dtype
         )
+        self.experts.runtime.bank.reset_parameters()
+        self.aux_loss: Tensor | None = None
+        """The router's losses, differentiable: of the last call, or, in a model that `shard_experts` returned a handle for, of all
+        calls since the model's forward began. `Handle.aux_loss` sums them over layers."""
+        self.sums_aux_loss = False
+        """Whether the losses of several calls add up; somebody then sets `aux_loss` to None where a forward begins."""
+
+    @property
+    def family(self) -> Family:
+        """How the layer's weights are called where the model comes from; an adapter sets it."""
+        return self.experts.family
+
+    @family.setter
+    def family(self, family: Family) -> None:
+        self.experts.family = family
+
+    @property
+    def runtime(self) -> LayerRuntime:
+        """What the experts run on."""
+        return self.experts.runtime
 
     @outside_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,24 +101,33 @@ class MoELayer(nn.Module):
             name, shape = runtime.name, tuple(x.shape)
             raise ValueError(f"{name} takes tokens of width {self.dim}, but x is {shape}; project x, or build the layer for it")
         x_TD = x.reshape(-1, self.dim)
-        this = runtime.begin(is_training=self.training)
-        x_TD, token = runtime.enter(x_TD, this)
+        this = self.experts.begin()
         routing = runtime.route(self.router, x_TD, this)
-        load = runtime.measure(routing, this)
-        runtime.plan(load, this)
-        link, crossing = runtime.begin_dispatch(x_TD, routing, this)
-        # The shared experts need none of the rows that are on their way.
-        shared_TD = None if self.shared is None else self.shared(x_TD)
-        # After the first rows have arrived, so that the gather also travels under them; unless experts at home are first, which
-        # need their weights while rows travel.
-        crossing.rows.arrived(0)
-        token = runtime.materialize(token, this)
-        link = runtime.experts(link, token, crossing)
-        y_TD = runtime.combine(link, crossing).to(x.dtype)
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
+        y_TD = self.experts(
+            x_TD,
+            routing.topk_ids_TK,
+            routing.weights_TK,
+            counts_E=routing.load_E,
+            meanwhile=None if self.shared is None else partial(self.shared, x_TD),
+            layer_pass=this,
+        )
         # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.
-        aux_loss = runtime.router_loss(self.router, routing, load, this)
+        aux_loss = runtime.router_loss(self.router, routing, this)
         if not this.is_replay:
-            self.aux_loss = aux_loss
+            self._note_aux_loss(aux_loss)
         return y_TD.view_as(x)
+
+    def _note_aux_loss(self, loss: Tensor) -> None:
+        before = self.aux_loss
+        if before is not None and before.requires_grad and not loss.requires_grad:
+            return  # An evaluation between a training forward and its loss leaves that one's.
+        self.aux_loss = loss if before is None or not self.sums_aux_loss else before + loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: without the losses of the last forward, which hold its graph."""
+        return super().__getstate__() | {"aux_loss": None}
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The `MoELayer`s of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 from ..collectives import Pending
 from ..placement import ExpertLoad
 from ._compat import current_backward_node, running_checkpoints
-from .bank import ExpertTensors
+from .expert import ExpertTensors
 from .planning import Plan
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class LayerPass:
     staging: list[ExpertTensors] = field(default_factory=list)  # where the reduce receives others' gradients
     topk_ids_TK: Tensor | None = None
     load: ExpertLoad | None = None
+    is_trained: bool = True  # a weight of an expert of the layer learns, on some rank; the same on every rank
     load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
     handle: DispatchHandle | None = None
     is_replay: bool = False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..placement import ExpertLoad, LayerShape, Solver, Topology
-from .bank import Bank, SlotPool
+from .bank import Bank
 from .capacity import Capacity
 from .carried import CarriedCopies
 from .config import RuntimeConfig
@@ -29,6 +29,7 @@ from .planning import LayerPlanner
 from .reduces import PendingReduces
 from .rematerialize import Rematerializer
 from .router import Router, Routing
+from .slots import SlotPool
 from .stages import StageClock
 from .token_rows import Crossing, begin_dispatch, combine
 
@@ -96,7 +97,9 @@ class LayerRuntime:
         self.build_handle = _handle_builder(config, group.topology)
         """Describes where rows travel; see `dispatch.build_handle`."""
         self.planner = LayerPlanner(owners_E, group.topology, shape, self.counters.timed(solver), config)
-        self.carried = CarriedCopies(bank, pool, self.planner) if config.reuse_copies and keeps_copies else None
+        self.carried = CarriedCopies(bank, layer, pool, self.planner) if config.reuse_copies and keeps_copies else None
+        self.gradient_divisor: Callable[[], float] = lambda: group.world_size
+        """What this rank's gradients are divided by before all ranks' are added up; the mean of the ranks' losses by default."""
         self.step = 0
         self._prefetched: LayerPass | None = None
         self._under_way: LayerPass | None = None  # from `begin` to the end of `combine`
@@ -179,18 +182,18 @@ class LayerRuntime:
             layer_pass.topk_ids_TK = routing.topk_ids_TK
             return routing
 
-    def measure(self, routing: Routing, layer_pass: LayerPass) -> ExpertLoad:
-        """The exact load of the layer on all ranks, as the routers chose: int64 counts, gathered."""
+    def measure(self, counts_E: Tensor, layer_pass: LayerPass) -> ExpertLoad:
+        """The exact load of the layer on all ranks, from this rank's int64 counts, gathered."""
         if layer_pass.load is None:
             with self.stage("plan", layer_pass):
-                counts_E = routing.counts_E(self.num_experts)
                 load_RE = self._gathered(counts_E, layer_pass)
                 layer_pass.load = ExpertLoad(load_RE.cpu().numpy())
         return layer_pass.load
 
-    def router_loss(self, router: Router, routing: Routing, load: ExpertLoad, layer_pass: LayerPass) -> Tensor:
+    def router_loss(self, router: Router, routing: Routing, layer_pass: LayerPass) -> Tensor:
         """The router's losses on this rank. A global batch is that of all replicas, group after group."""
-        replicas, rank = self.group.replicas, self.group.rank
+        load, replicas, rank = layer_pass.load, self.group.replicas, self.group.rank
+        assert load is not None
         if replicas.world_size > 1:
             if layer_pass.load_of_all is None:
                 counts = torch.from_numpy(load.load_RE.flatten()).to(self.bank.gate_up.device)
@@ -230,10 +233,10 @@ class LayerRuntime:
         here, op = plan.experts_of(transport.rank), layer_pass.op("describe")
         return self.build_handle(kept_ids_TK, weights_TK, plan.split, here, transport, op, layer_pass.where)
 
-    def begin_dispatch(self, x_TD: Tensor, routing: Routing, layer_pass: LayerPass) -> tuple[Tensor, Crossing]:
+    def begin_dispatch(self, x_TD: Tensor, weights_TK: Tensor, layer_pass: LayerPass) -> tuple[Tensor, Crossing]:
         """Launch rows, in the compute dtype, to where they are computed; see `token_rows.begin_dispatch`."""
         crossing = Crossing(self, layer_pass)
-        return begin_dispatch(x_TD.to(self.bank.compute_dtype), routing.weights_TK, crossing), crossing
+        return begin_dispatch(x_TD.to(self.bank.compute_dtype), weights_TK, crossing), crossing
 
     def experts(self, link: Tensor, token: Tensor, crossing: Crossing) -> Tensor:
         """Run the local experts; see `experts.experts`."""
@@ -253,7 +256,8 @@ class LayerRuntime:
         with self.clock.stage("plan", self.name), self.counters.planning():
             plan = self.planner.place()
             where = f"step {self.step}, {self.name}, plan {plan.number}"
-            layer_pass = LayerPass(where, plan, is_training, weights_version=self.bank.version)
+            self.bank.claim(self.layer)
+            layer_pass = LayerPass(where, plan, is_training, weights_version=self.bank.version(self.layer))
         with self.stage("materialize", layer_pass):
             begin_materialize(self, layer_pass)
             if not self.overlap:

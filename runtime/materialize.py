@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..collectives import Pending, Schedule, sparse_all_gather, sparse_reduce_scatter
 from ..kernels import FFNWeights
 from ._compat import current_backward_id, keeps_graph, will_run
-from .bank import group_weights
+from .expert import group_weights
 from .layer_pass import LayerPass
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     """Launch the reduce of the copies' gradients. The weights in the slots are not needed any more."""
     bank = runtime.bank
     release_copies(runtime, layer_pass)
-    if bank.is_trainable:
+    if layer_pass.is_trained:
         schedule = layer_pass.plan.reduce
-        layer_pass.staging = [runtime.pool.acquire(bank.gate_up.data) for _ in range(schedule.most_received(bank.rank))]
+        layer_pass.staging = [runtime.pool.acquire(bank.gate_up) for _ in range(schedule.most_received(bank.rank))]
         layer_pass.totals = {e: bank.grads(runtime.layer, e).tensors() for e in runtime.owned_experts}
         layer_pass.reduce = sparse_reduce_scatter(
             schedule,
@@ -91,7 +91,7 @@ def finish_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
 def discard_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     """Have what a reduce has not added yet go nowhere. It is still to be waited for: other ranks may need this one for theirs."""
     if layer_pass.reduce is not None:
-        scratch = runtime.pool.acquire(runtime.bank.gate_up.data)
+        scratch = runtime.pool.acquire(runtime.bank.gate_up)
         layer_pass.staging.append(scratch)
         layer_pass.totals |= dict.fromkeys(layer_pass.totals, scratch.tensors())  # in place: the reduce reads it as sums complete
 
@@ -137,16 +137,16 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTa
     if not will_run(layer_pass.anchor):
         return None
     layer_pass.backward_id = current_backward_id()
-    if not bank.is_trainable:
+    if not layer_pass.is_trained:
         return None
     is_empty = bank.begin_grads(runtime.layer)
     assert layer_pass.handle is not None
     here = layer_pass.handle.experts
-    layer_pass.copy_grads = {e: runtime.pool.acquire(like=bank.gate_up.data) for e in here if e in layer_pass.copies}
+    layer_pass.copy_grads = {e: runtime.pool.acquire(like=bank.gate_up) for e in here if e in layer_pass.copies}
     targets = [layer_pass.copy_grads.get(e) or bank.grads(runtime.layer, e) for e in here]
     return GradientTargets(
         group_weights(targets),
-        tuple(is_empty or e in layer_pass.copies for e in here),
+        tuple(e in layer_pass.copies or is_empty[e] for e in here),
     )
 
 

@@ -12,15 +12,19 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from ._compat import outside_graphs
 from .layer import MoELayer
 from .layer_pass import is_recomputing
+from .sharded_experts import ShardedExperts
 
 
-def prefetch_in_order(model: nn.Module, layers: Sequence[MoELayer]) -> None:
-    """Hook `model` and its MoE layers, given in the order in which forward meets them.
+def prefetch_in_order(model: nn.Module, layers: Sequence[ShardedExperts], with_losses: Sequence[MoELayer]) -> None:
+    """Hook `model` and the experts of its MoE layers, given in the order in which forward meets them.
+
+    `with_losses`: the layers whose router losses are those of one forward.
 
     A layer that runs without having been prefetched launches its own gather, so another order is slower but not wrong. A compiled
     model leaves the hooks as they are.
@@ -34,7 +38,10 @@ def prefetch_in_order(model: nn.Module, layers: Sequence[MoELayer]) -> None:
         # the one before keep its graph, and would be taken for this one's where a layer is skipped.
         for layer in layers:
             layer.runtime.drop_prefetched()
-            layer.aux_loss = None
+        for losing in with_losses:
+            # An evaluation between a training forward and its loss leaves that one's.
+            if torch.is_grad_enabled() or losing.aux_loss is None or not losing.aux_loss.requires_grad:
+                losing.aux_loss = None
         layers[0].runtime.prefetch(is_training=layers[0].training)
 
     model.register_forward_pre_hook(before_model)
@@ -42,7 +49,12 @@ def prefetch_in_order(model: nn.Module, layers: Sequence[MoELayer]) -> None:
 
         @outside_graphs
         def after_layer(
-            module: nn.Module, inputs: tuple[Any, ...], output: Any, *, layer: MoELayer = layer, following: MoELayer = following
+            module: nn.Module,
+            inputs: tuple[Any, ...],
+            output: Any,
+            *,
+            layer: ShardedExperts = layer,
+            following: ShardedExperts = following,
         ) -> None:
             if is_recomputing():
                 return

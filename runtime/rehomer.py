@@ -32,8 +32,8 @@ from ..placement.propose import Question, propose, saved_s
 from .bank import Bank
 from .config import RuntimeConfig
 from .group import RankGroup
-from .layer_runtime import LayerRuntime
-from .rehome import bytes_per_row, bytes_to_move, migrate, row_tensors
+from .rehome import bytes_per_expert, bytes_to_move, expert_states, migrate
+from .sharded_experts import ShardedExperts
 
 logger = logging.getLogger("moesaic.rehome")
 
@@ -140,14 +140,14 @@ class Rehomer:
     """Re-homes the experts of one bank while training runs.
 
     Args:
-        bank, runtimes: the bank and its layers, in order.
+        bank, layers: the bank and its layers, in order.
         group: the ranks; rank 0 solves.
         config: `rehome_every`, `rehome_effort`, policy.
     """
 
-    def __init__(self, bank: Bank, runtimes: Sequence[LayerRuntime], group: RankGroup, config: RuntimeConfig):
+    def __init__(self, bank: Bank, layers: Sequence[ShardedExperts], group: RankGroup, config: RuntimeConfig):
         self.bank = bank
-        self._runtimes = list(runtimes)
+        self._layers = list(layers)
         self._group = group
         self._config = config
         self._solver = _Solver() if group.is_first else None
@@ -166,9 +166,9 @@ class Rehomer:
         if self._asked_at >= 0 and late_by >= 0 and late_by % max(1, every // _CHECKS_PER_INTERVAL) == 0:
             self._follow_answer(step, optimizer)
         if step % every == 0 and self._asked_at < 0:
-            tensors = row_tensors(self.bank, optimizer)  # state that cannot move is refused before anything is solved
+            states = expert_states(self.bank, optimizer)  # state that cannot move is refused before anything is solved
             if self._solver is not None:
-                move_s = bytes_per_row(tensors) / self._rate.bytes_per_s
+                move_s = bytes_per_expert(states) / self._rate.bytes_per_s
                 self._solver.ask(Question(self._problems(), self._config.policy, self._config.rehome_effort, move_s / every))
             self._loads, self._num_steps, self._asked_at = None, 0, step
 
@@ -177,19 +177,19 @@ class Rehomer:
         # The mean step, rounded up: an expert that was chosen at all stays one that is.
         mean_LRE = -(-self._loads // self._num_steps)
         return tuple(
-            runtime.planner.problem(ExpertLoad(load_RE)) for runtime, load_RE in zip(self._runtimes, mean_LRE, strict=True)
+            layer.runtime.planner.problem(ExpertLoad(load_RE)) for layer, load_RE in zip(self._layers, mean_LRE, strict=True)
         )
 
     def _follow_answer(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Rank 0 looks whether there is an answer, and what it is worth now; all go by what rank 0 says."""
-        current, tensors = self.bank.owners, row_tensors(self.bank, optimizer)
+        current, expert_bytes = self.bank.owners, bytes_per_expert(expert_states(self.bank, optimizer))
         decided: tuple[OwnerMap, Decision] | None = None
         if self._solver is not None:
             answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.rehome_every
             if answer is None and age >= most:
                 self._solver.give_up()
                 answer = f"the solver had no answer {age} steps after it was asked, and {most} are allowed"
-            decided = None if answer is None else self._decide(step, answer, bytes_per_row(tensors))
+            decided = None if answer is None else self._decide(step, answer, expert_bytes)
         (is_decided,) = self._from_first([decided is not None])
         if not is_decided:
             return
@@ -199,9 +199,11 @@ class Rehomer:
         num_moved, self._asked_at = len(current.moves_to(wanted)), -1
         if num_moved:
             start_s = time.perf_counter()
-            self._move(wanted, tensors)
+            self._move(wanted, optimizer)
             move_s = time.perf_counter() - start_s
-            self._rate.measure(bytes_to_move(current, wanted, bytes_per_row(tensors)) / move_s)
+            num_moved = len(current.moves_to(self.bank.owners))
+            if num_moved:
+                self._rate.measure(bytes_to_move(current, self.bank.owners, expert_bytes) / move_s)
             decision = Decision(step, num_moved, decision.saved_s, move_s, decision.reason)
         self.decisions.append(decision)
         if self._group.is_first:
@@ -231,7 +233,7 @@ class Rehomer:
         told = self._group.tokens.all_gather_ints(told, where="re-homing")[0].contiguous()
         return self._group.replicas.all_gather_ints(told, where="re-homing")[0].tolist()
 
-    def _move(self, wanted: OwnerMap, tensors: Sequence[torch.Tensor]) -> None:
-        migrate(self.bank, tensors, wanted, self._group.experts, where="re-homing")
-        for runtime in self._runtimes:
-            runtime.follow_bank()
+    def _move(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
+        migrate(self.bank, optimizer, wanted, self._group.experts, where="re-homing")
+        for layer in self._layers:
+            layer.follow_bank()

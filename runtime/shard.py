@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
-from ._compat import leave_out_of_ddp, outside_graphs
-from .adapters import adopt_moe_layers
+from .adapters import FoundLayer, find_layers, replace_modules
 from .adapters.meta import allocate_meta
-from .bank import Bank, SlotPool
+from .bank import Bank
 from .config import RuntimeConfig
+from .dense import dense_units, gradient_divisor, holders_of, leave_dense, shard_dense
+from .expert_grad import ExpertRanks
 from .group import RankGroup, group_of_process_group
 from .handle import Handle
-from .layer import MoELayer
+from .layer import MoELayer, moe_layers
 from .layer_runtime import LayerRuntime
-from .memory import BankSize, SlotPlan, plan_slots
+from .memory import BankSize, plan_slots
 from .overlap import prefetch_in_order
 from .reduces import PendingReduces
 from .rematerialize import Rematerializer
+from .sharded_experts import ExpertSource, ShardedExperts
+from .slots import SlotPool
 from .stages import StageClock
 
 
@@ -63,18 +65,13 @@ def shard_experts(
             is already sharded; a configuration or placements that cannot be. No expert has moved then.
     """
     config = config or RuntimeConfig()
-    if mesh.ndim > 2:
-        names = mesh.mesh_dim_names
-        raise ValueError(f"the mesh has {mesh.ndim} dimensions {names}; give one of one dimension, or of two: replicate, shard")
-    if mesh.ndim == 2 and mesh.mesh_dim_names is None:
-        raise ValueError("the mesh has 2 dimensions without names; give it mesh_dim_names=('replicate', 'shard')")
-    if mesh.size() != dist.get_world_size():
-        # Groups side by side would train apart: nothing averages expert gradients between them.
-        raise ValueError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; give a mesh over all ranks")
+    _check_mesh(mesh)
     solver = solver or get_solver(config.policy, keeps_owners=True)
-    layers = adopt_moe_layers(model)
-    if any(layer.experts is None for layer in layers.values()):
+    # Phase 1: whatever may be refused, while the model is as it was
+    found = find_layers(model)
+    if any(layer.experts.is_sharded for layer in found):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
+    units = dense_units(model, [layer.name for layer in found]) if config.shard_dense else []
     group = group_of_process_group(
         mesh.get_group(mesh.ndim - 1),
         timeout_s=config.timeout_s,
@@ -83,9 +80,9 @@ def shard_experts(
         replicas=mesh.get_group(0) if mesh.ndim == 2 else None,
     )
     clock = StageClock()
-    owners = None if placements is None else _owners_of(placements, layers, group)
-    banks = share_experts(
-        layers,
+    owners = None if placements is None else _owners_of(placements, found, group)
+    runtimes = build_runtimes(
+        found,
         group,
         config=config,
         solver=solver,
@@ -94,24 +91,45 @@ def shard_experts(
         placements=placements or (),
         device=_device_of(mesh),
     )
-    prefetch_in_order(model, list(layers.values()))
+    # Phase 2: experts move
+    replace_modules(model, found)
+    layers = share_layers(found, runtimes)
+    banks = list(dict.fromkeys(runtime.bank for runtime in runtimes.values()))
+    moe = list(moe_layers(model).values())
+    for layer in moe:
+        layer.sums_aux_loss = True
+    prefetch_in_order(model, list(layers.values()), moe)
+    for name, runtime in runtimes.items():
+        runtime.gradient_divisor = partial(gradient_divisor, holders_of(model, name), group.world_size, group.replicas.world_size)
     if config.shard_dense:
-        _shard_dense(model, mesh, layers, banks, config)
+        shard_dense(model, units, mesh, layers, config)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             allocate_meta(model, _device_of(mesh))
     else:
-        _leave_dense(model, banks)
+        leave_dense(model, layers)
     return Handle(model, layers, banks, group, config, clock)
 
 
-def _owners_of(placements: Sequence[Placement], layers: Mapping[str, MoELayer], group: RankGroup) -> OwnerMap:
+def _check_mesh(mesh: DeviceMesh) -> None:
+    if mesh.ndim > 2:
+        names = mesh.mesh_dim_names
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions {names}; give one of one dimension, or of two: replicate, shard")
+    if mesh.ndim == 2 and mesh.mesh_dim_names is None:
+        raise ValueError("the mesh has 2 dimensions without names; give it mesh_dim_names=('replicate', 'shard')")
+    if mesh.size() != dist.get_world_size():
+        # Groups side by side would train apart: nothing averages expert gradients between them.
+        raise ValueError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; give a mesh over all ranks")
+
+
+def _owners_of(placements: Sequence[Placement], found: Sequence[FoundLayer], group: RankGroup) -> OwnerMap:
     """The owner map of given placements; ValueError unless there is one of the right shape for every layer."""
-    if len(placements) != len(layers):
-        raise ValueError(f"{len(placements)} placements for {len(layers)} MoE layers; give one for each")
-    for placement, (name, layer) in zip(placements, layers.items(), strict=True):
-        wanted = (group.world_size, layer.num_experts)
+    if len(placements) != len(found):
+        raise ValueError(f"{len(placements)} placements for {len(found)} MoE layers; give one for each")
+    for placement, layer in zip(placements, found, strict=True):
+        wanted = (group.world_size, layer.source.num_experts)
         if placement.replicas_RE.shape != wanted:
-            raise ValueError(f"the placement of {name} is [R, E] = {placement.replicas_RE.shape}, the layer {wanted}; solve anew")
+            shape = placement.replicas_RE.shape
+            raise ValueError(f"the placement of {layer.name} is [R, E] = {shape}, the layer {wanted}; solve anew")
     return OwnerMap(np.stack([placement.expert_to_owner_E for placement in placements]), group.world_size)
 
 
@@ -126,120 +144,114 @@ def share_experts(
     placements: Sequence[Placement] = (),
     device: torch.device | None = None,
 ) -> list[Bank]:
-    """Move the experts of unsharded layers into banks, one bank for each shape of expert; the layers run on them after.
-
-    A bank becomes a submodule, `bank`, of the first of its layers, where `model.parameters()` finds it.
-    `owners` replaces the contiguous owner map; it needs layers of one shape. `placements`, of every layer with these owners, are
-    held for good. Experts on the meta device get memory on `device`.
+    """Share the experts of unsharded layers, without a model around them; see `build_runtimes`. Returns their banks.
 
     Raises:
         ValueError: what was asked for cannot be; the layers are as they were then.
     """
-    alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
-    for name, layer in layers.items():
-        assert layer.experts is not None
-        weights = layer.experts.gate_up
-        alike[(layer.experts.shape, layer.num_experts, weights.dtype, weights.device, weights.requires_grad)].append(name)
-    if owners is not None and len(alike) != 1:
-        raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
-    places = {name: place for place, name in enumerate(layers)}
-    sizes = [_size_of(layers[names[0]], group, config, tuple(places[name] for name in names)) for names in alike.values()]
-    slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.overlap)
-    # Phase 1: whatever may be refused, while the layers still have their experts
-    shared = [
-        _runtimes_of_alike(
-            {name: layers[name] for name in names},
-            group,
-            config=replace(config, slots=slots.slots),
-            solver=solver,
-            clock=clock,
-            reduces=reduces,
-            owners=owners,
-            device=device,
-            slots=slots,
-            size=size,
-        )
-        for names, size in zip(alike.values(), sizes, strict=True)
-    ]
-    runtimes = {name: runtime for alike_runtimes in shared for name, runtime in alike_runtimes.items()}
-    for name, placement in zip(layers, placements, strict=False):
-        runtimes[name].planner.hold(placement)
-
-    # Phase 2: experts move
-    for name, runtime in runtimes.items():
-        _move_experts(layers[name], runtime)
-    return [next(iter(alike_runtimes.values())).bank for alike_runtimes in shared]
+    found = [FoundLayer(name, layer.experts, layer.experts.source()) for name, layer in layers.items()]
+    runtimes = build_runtimes(
+        found, group, config=config, solver=solver, clock=clock, owners=owners, placements=placements, device=device
+    )
+    share_layers(found, runtimes)
+    return list(dict.fromkeys(runtime.bank for runtime in runtimes.values()))
 
 
-def _move_experts(layer: MoELayer, runtime: LayerRuntime) -> None:
-    """Copy the experts owned here into the bank and let go of the others; the layer runs on the bank after."""
-    whole, bank, index = layer.experts, runtime.bank, runtime.layer
-    assert whole is not None
-    if index == 0:
-        layer.add_module("bank", bank)
-    if not whole.gate_up.is_meta:
-        bank.load_rows({(index, e): whole.weights(0, e) for e in runtime.owned_experts})
-    layer.experts, layer.runtime = None, runtime
-
-
-def _size_of(layer: MoELayer, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
-    assert layer.experts is not None
-    expert_bytes = layer.experts.expert_bytes
-    copy_bytes = layer.experts.shape.num_elements * 2 if config.compute_dtype == "bf16" else expert_bytes
-    return BankSize(copy_bytes, expert_bytes, group.world_size, places)
-
-
-def _runtimes_of_alike(
-    layers: Mapping[str, MoELayer],
+def build_runtimes(
+    found: Sequence[FoundLayer],
     group: RankGroup,
     *,
     config: RuntimeConfig,
     solver: Solver,
     clock: StageClock,
-    reduces: PendingReduces,
-    owners: OwnerMap | None,
-    device: torch.device | None,
-    slots: SlotPlan,
-    size: BankSize,
+    owners: OwnerMap | None = None,
+    placements: Sequence[Placement] = (),
+    device: torch.device | None = None,
 ) -> dict[str, LayerRuntime]:
-    """What layers with experts of one shape will run on, by their names: a bank that they share, which holds nothing yet."""
-    first = next(iter(layers.values())).experts
-    assert first is not None
-    num_experts = first.owners.num_experts
-    owners = owners or OwnerMap.contiguous(len(layers), num_experts, group.world_size)
-    weights = first.gate_up
-    device = device if weights.is_meta else weights.device
-    compute_dtype = torch.bfloat16 if config.compute_dtype == "bf16" else weights.dtype
-    bank = Bank(
-        first.shape,
+    """What layers will run on, by name: banks, one for each shape of expert, which hold nothing yet. Layers are left alone.
+
+    `owners` replaces the contiguous owner map; it needs layers of one shape. `placements`, of every layer with these owners, are
+    held for good. Experts on the meta device get memory on `device`.
+
+    Raises:
+        ValueError: what was asked for cannot be.
+    """
+    alike: dict[tuple[object, ...], list[FoundLayer]] = defaultdict(list)
+    for layer in found:
+        source = layer.source
+        alike[(source.shape, source.num_experts, source.dtype, source.device)].append(layer)
+    if owners is not None and len(alike) != 1:
+        raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
+    places = {layer.name: place for place, layer in enumerate(found)}
+    sizes = [_size_of(of[0].source, group, config, tuple(places[layer.name] for layer in of)) for of in alike.values()]
+    slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.overlap)
+    owner_maps = [owners or OwnerMap.contiguous(len(of), of[0].source.num_experts, group.world_size) for of in alike.values()]
+    ranks = ExpertRanks(group.experts, tuple(np.sum([each.num_rows_R for each in owner_maps], axis=0).tolist()))
+    runtimes: dict[str, LayerRuntime] = {}
+    for of, size, owner_map in zip(alike.values(), sizes, owner_maps, strict=True):
+        bank = _bank_of(of[0].source, group, owner_map, config, ranks, device)
+        pool, rematerializer = SlotPool(bank.shape, group.experts, slots.peak_bytes([size])), Rematerializer()
+        for index, layer in enumerate(of):
+            runtimes[layer.name] = LayerRuntime(
+                layer.name,
+                bank,
+                index,
+                layer.experts.top_k,
+                group=group,
+                solver=solver,
+                config=replace(config, slots=slots.slots),
+                pool=pool,
+                clock=clock,
+                reduces=reduces,
+                rematerializer=rematerializer,
+                keeps_copies=slots.keeps(size.layers[index]),
+                capacity=layer.experts.capacity,
+            )
+    for layer, placement in zip(found, placements, strict=False):
+        runtimes[layer.name].planner.hold(placement)
+    return {layer.name: runtimes[layer.name] for layer in found}
+
+
+def share_layers(found: Sequence[FoundLayer], runtimes: Mapping[str, LayerRuntime]) -> dict[str, ShardedExperts]:
+    """Copy the experts owned here into the banks and let go of the others; the layers run on the banks after."""
+    for layer in found:
+        runtime, source = runtimes[layer.name], layer.source
+        bank, index = runtime.bank, runtime.layer
+        if source.device.type != "meta":
+            bank.load_rows({(index, e): source.weights(e) for e in runtime.owned_experts})
+        for e in runtime.owned_experts:
+            for weight in bank.weight_names:
+                bank.module_of(index, e).parameter(weight).requires_grad_(source.is_trainable(e, weight))
+        bank.retire(source.parameters)
+        layer.experts.share(runtime)
+    return {layer.name: layer.experts for layer in found}
+
+
+def _size_of(source: ExpertSource, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
+    copy_bytes = source.shape.num_elements * 2 if config.compute_dtype == "bf16" else source.expert_bytes
+    return BankSize(copy_bytes, source.expert_bytes, group.world_size, places)
+
+
+def _bank_of(
+    source: ExpertSource,
+    group: RankGroup,
+    owners: OwnerMap,
+    config: RuntimeConfig,
+    ranks: ExpertRanks,
+    device: torch.device | None,
+) -> Bank:
+    """A bank for experts of this kind, which holds nothing yet."""
+    return Bank(
+        source.shape,
         owners,
         group.rank,
-        device=device,
-        dtype=weights.dtype,
-        compute_dtype=compute_dtype,
+        device=device if source.device.type == "meta" else source.device,
+        dtype=source.dtype,
+        compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else source.dtype,
         transport=group.experts,
         replicas=group.replicas,
+        ranks=ranks,
     )
-    bank.requires_grad_(first.is_trainable)
-    pool, rematerializer = SlotPool(first.shape, group.experts, slots.peak_bytes([size])), Rematerializer()
-    return {
-        name: LayerRuntime(
-            name,
-            bank,
-            index,
-            layer.top_k,
-            group=group,
-            solver=solver,
-            config=config,
-            pool=pool,
-            clock=clock,
-            reduces=reduces,
-            rematerializer=rematerializer,
-            keeps_copies=slots.keeps(size.layers[index]),
-            capacity=layer.capacity,
-        )
-        for index, (name, layer) in enumerate(layers.items())
-    }
 
 
 def _device_of(mesh: DeviceMesh) -> torch.device:
@@ -247,39 +259,3 @@ def _device_of(mesh: DeviceMesh) -> torch.device:
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-
-
-def _shard_dense(
-    model: nn.Module, mesh: DeviceMesh, layers: Mapping[str, MoELayer], banks: Sequence[Bank], config: RuntimeConfig
-) -> None:
-    """FSDP2 on every element of a ModuleList that holds a MoE layer, then on the whole; banks stay as they are."""
-    precision = MixedPrecisionPolicy()
-    if config.compute_dtype == "bf16":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    ignored: set[nn.Parameter] = {parameter for bank in banks for parameter in bank.parameters()}
-    blocks: dict[str, nn.Module] = {}
-    for name in layers:
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            if isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
-                blocks[".".join(parts[:end])] = model.get_submodule(".".join(parts[:end]))
-                break
-    for block in blocks.values():
-        fully_shard(block, mesh=mesh, ignored_params=ignored, mp_policy=precision)
-    fully_shard(model, mesh=mesh, ignored_params=ignored, mp_policy=precision)
-
-
-def _leave_dense(model: nn.Module, banks: Sequence[Bank]) -> None:
-    """Keep the experts out of what the user wraps the dense part in: DDP, and `fully_shard`, which replaces parameters."""
-    owned = [(bank, name, parameter) for bank in banks for name, parameter in bank.named_parameters()]
-    leave_out_of_ddp(model, [parameter for _, _, parameter in owned])
-
-    @outside_graphs
-    def check_banks(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if any(getattr(bank, name, None) is not parameter for bank, name, parameter in owned):
-            raise ValueError(
-                f"the experts of {type(model).__name__} were sharded once more, after shard_experts; "
-                "give every fully_shard ignored_params=set(handle.expert_parameters())"
-            )
-
-    model.register_forward_pre_hook(check_banks)

@@ -2,11 +2,10 @@
 
     model.<parameter or buffer name>                          the dense part, DTensors where FSDP2 sharded it
     model.<layer>.experts.<expert>.<weight>                   one expert's weights (gate_up, down, biases), on its owner only
-    optimizer.<parameter name>.<key>                          optimizer state of the dense part
-    optimizer.<layer>.experts.<expert>.<weight>.<key>         of one expert: the rows of its bank's state
+    optimizer.<parameter name>.<key>                          optimizer state of either
 
-Any world size and owner map can load what any other saved, through torch.distributed.checkpoint. Values are live: views
-of the parameters and of the optimizer's tensors, so that a checkpoint is loaded in place; what the optimizer keeps as plain
+Any world size and owner map can load what any other saved, through torch.distributed.checkpoint. Values are live: the parameters
+themselves and the optimizer's tensors, so that a checkpoint is loaded in place; what the optimizer keeps as plain
 Python values is put back by `load_state`. Parameters of which it keeps nothing yet, as they never got a gradient, have no
 optimizer state. Hyper-parameters (learning rates, betas) are the optimizer's construction, not its state.
 """
@@ -22,45 +21,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import MoELayer
+from .sharded_experts import ShardedExperts
 
 
-def state_of(model: nn.Module, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """This rank's part of the state: the dense part, and the experts it owns."""
-    experts = expert_parameters(layers)
-    state: dict[str, Any] = {}
-    for name, tensor in (*model.named_parameters(), *_other_tensors(model)):
-        if id(tensor) not in experts:
-            state[f"model.{name}"] = tensor.detach()
-    for key, row, parameter in _expert_rows(layers):
-        state[f"model.{key}"] = parameter.detach()[row]
+    state = {f"model.{name}": tensor.detach() for name, tensor in named_tensors(model)}
     if optimizer is None:
         return state
-    return state | {entry.key: entry.value for entry in _optimizer_entries(model, layers, optimizer)}
+    return state | {entry.key: entry.value for entry in _optimizer_entries(model, optimizer)}
 
 
 @torch.no_grad()
-def load_state(
-    state: Mapping[str, Any],
-    model: nn.Module,
-    layers: Mapping[str, MoELayer],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> None:
+def load_state(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Copy `state` into the model and the optimizer. Entries of experts that live elsewhere are left alone.
 
     Raises ValueError if something this rank needs is missing or has another shape; nothing is changed then.
     """
     with _state_undone_after_error(optimizer):
         if optimizer is not None:
-            prepare_optimizer(optimizer, model, layers, state)
-        wanted = state_of(model, layers, optimizer)
+            prepare_optimizer(optimizer, model, state)
+        wanted = state_of(model, optimizer)
         _check_fits(state, wanted)
     for key, target in wanted.items():
         if isinstance(target, Tensor) and target is not state[key]:
             target.copy_(state[key])
-    for entry in () if optimizer is None else _optimizer_entries(model, layers, optimizer):
+    for entry in () if optimizer is None else _optimizer_entries(model, optimizer):
         if not isinstance(entry.value, Tensor):
             entry.fields[entry.field] = state[entry.key]
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the state holds of a model: parameters, buffers, and shared parameters also under their other names."""
+    names = set()
+    for name, parameter in model.named_parameters():
+        names.add(name)
+        yield name, parameter
+    # The tensors themselves, not detached, so that a parameter is known under every name.
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in names and isinstance(value, Tensor):
+            yield name, value
 
 
 def _check_fits(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -84,7 +84,6 @@ def _kind_of(value: Any) -> str:
 def prepare_optimizer(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
-    layers: Mapping[str, MoELayer],
     saved: Iterable[str] | None = None,
 ) -> None:
     """Make an optimizer create the state that it lacks: one step with zero gradients and a learning rate of zero.
@@ -94,7 +93,7 @@ def prepare_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     names = [name for name in saved or () if name.startswith("optimizer.")]
     # Without a name either the optimizer keeps no state, or what it makes here is missed when the state is loaded.
-    wanted = _parameters_of(names, model, layers) if names else set(parameters)
+    wanted = _parameters_of(names, model) if names else set(parameters)
     new = {p for p in parameters if p in wanted and not optimizer.state.get(p)}
     if not new:
         return
@@ -114,18 +113,10 @@ def prepare_optimizer(
             p.grad = grad
 
 
-def _parameters_of(names: Iterable[str], model: nn.Module, layers: Mapping[str, MoELayer]) -> set[nn.Parameter]:
-    """The parameters that these entries belong to. One expert, wherever it lives, speaks for its bank: ranks must not differ."""
+def _parameters_of(names: Iterable[str], model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that these entries belong to."""
     prefixes = {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
-    found = {parameter for name, parameter in model.named_parameters() if f"optimizer.{name}" in prefixes}
-    for name, layer in layers.items():
-        bank = layer.runtime.bank
-        for weight in bank.weight_names:
-            experts = (f"optimizer.{name}.experts.{expert}.{weight}" for expert in range(layer.num_experts))
-            # A bank without rows has no entries of its own.
-            if not bank.rows or any(expert in prefixes for expert in experts):
-                found.add(getattr(bank, weight))
-    return found
+    return {parameter for name, parameter in model.named_parameters() if f"optimizer.{name}" in prefixes}
 
 
 @contextmanager
@@ -141,28 +132,9 @@ def _state_undone_after_error(optimizer: torch.optim.Optimizer | None) -> Iterat
         raise
 
 
-def expert_parameters(layers: Mapping[str, MoELayer]) -> set[int]:
-    """The ids of the banks' parameters."""
-    return {id(p) for layer in layers.values() for p in layer.runtime.bank.parameters()}
-
-
-def _expert_rows(layers: Mapping[str, MoELayer]) -> Iterator[tuple[str, int, nn.Parameter]]:
-    """(logical name, row, bank parameter) of every weight that this rank owns."""
-    for name, layer in layers.items():
-        runtime = layer.runtime
-        for expert in runtime.owned_experts:
-            row = runtime.bank.row_of(runtime.layer, expert)
-            for weight in runtime.bank.weight_names:
-                yield f"{name}.experts.{expert}.{weight}", row, getattr(runtime.bank, weight)
-
-
-def _other_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """What the state dict holds besides the parameters under their first names: buffers, and second names of shared parameters.
-
-    The tensors themselves, not detached, so that those of experts are known under every name.
-    """
-    parameters = {name for name, _ in model.named_parameters()}
-    return [(name, value) for name, value in model.state_dict(keep_vars=True).items() if name not in parameters]
+def expert_parameters(layers: Mapping[str, ShardedExperts]) -> set[int]:
+    """The ids of the parameters of the experts that this rank owns."""
+    return {id(parameter) for experts in layers.values() for parameter in experts.parameters()}
 
 
 @dataclass(frozen=True)
@@ -175,30 +147,8 @@ class _Entry:
     field: str
 
 
-def _optimizer_entries(model: nn.Module, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer) -> Iterator[_Entry]:
-    experts = expert_parameters(layers)
-    dense = [(name, None, parameter) for name, parameter in model.named_parameters() if id(parameter) not in experts]
-    for name, row, parameter in (*dense, *_expert_rows(layers)):
+def _optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[_Entry]:
+    for name, parameter in model.named_parameters():
         fields = optimizer.state.get(parameter, {})
         for field, value in fields.items():
-            if row is not None and isinstance(value, Tensor):
-                # Banks of other world sizes have other numbers of rows: one number has the same shape beside all of them.
-                value = value[row] if has_rows(value, parameter, field) else value.reshape(())
             yield _Entry(f"optimizer.{name}.{field}", value, fields, field)
-
-
-def has_rows(value: Tensor, parameter: nn.Parameter, field: str) -> bool:
-    """Whether a piece of optimizer state has a row for each of the bank's experts, or is one number for them all.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    num_rows, shape = parameter.shape[0], tuple(value.shape)
-    if value.ndim == 0 or value.numel() == 1 != num_rows:
-        return False
-    if value.shape[0] != num_rows:
-        raise ValueError(
-            f"optimizer state {field!r} of shape {shape}, for a bank of {num_rows} experts, cannot follow an expert; "
-            "use an optimizer whose state keeps the bank's leading dimension"
-        )
-    return True

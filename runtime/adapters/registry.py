@@ -1,23 +1,21 @@
-"""The adapters by family: how MoE blocks are recognised in a model and turned into `MoELayer`."""
+"""Finding the MoE layers of a model: moesaic's own, those that registered adapters know, and experts modules of transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
 
 from ..layer import MoELayer
-from .deepseek_v2 import DeepseekV2Adapter
-from .deepseek_v3 import DeepseekV3Adapter
-from .gpt_oss import GptOssAdapter
-from .mixtral import MixtralAdapter
-from .olmoe import OLMoEAdapter
-from .qwen2_moe import Qwen2MoEAdapter
-from .qwen3_moe import Qwen3MoEAdapter
+from ..sharded_experts import ExpertSource, ShardedExperts
+from .experts_modules import adopt, carry_hooks, known_experts
+from .families import KNOWN_EXPERTS
 
 
 class Adapter(Protocol):
-    """Knows one family of MoE blocks."""
+    """Knows one family of MoE blocks that are replaced whole."""
 
     name: str
 
@@ -25,37 +23,13 @@ class Adapter(Protocol):
         """Whether `module` is a block of this family."""
 
     def convert(self, module: nn.Module) -> MoELayer:
-        """A `MoELayer` with the block's weights, which takes its place in the model.
+        """A `MoELayer` with the block's weights, which takes its place in the model. The block itself must stay as it is.
 
-        Set `layer.family` for the weights to be saved and loaded under the names of the model's own family.
+        Set `layer.experts.family` for the weights to be saved and loaded under the names of the model's own family.
         """
 
 
-class MoELayerAdapter:
-    """moesaic's own layer, which needs no conversion."""
-
-    name = "moesaic.MoELayer"
-
-    def matches(self, module: nn.Module) -> bool:
-        """See `Adapter.matches`."""
-        return isinstance(module, MoELayer)
-
-    def convert(self, module: nn.Module) -> MoELayer:
-        """Return the layer itself."""
-        assert isinstance(module, MoELayer)
-        return module
-
-
-_ADAPTERS: list[Adapter] = [
-    MoELayerAdapter(),
-    MixtralAdapter(),
-    Qwen2MoEAdapter(),
-    Qwen3MoEAdapter(),
-    OLMoEAdapter(),
-    DeepseekV2Adapter(),
-    DeepseekV3Adapter(),
-    GptOssAdapter(),
-]
+_ADAPTERS: list[Adapter] = []
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -63,27 +37,87 @@ def register_adapter(adapter: Adapter) -> None:
     _ADAPTERS.insert(0, adapter)
 
 
-def adopt_moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """Find every MoE block of `model`, convert it in place, and return the layers by name, in module order.
+@dataclass(frozen=True, eq=False)
+class FoundLayer:
+    """A MoE layer of a model that is not sharded yet; finding it has changed nothing."""
 
-    Raises ValueError, with what the model consists of, if there is none.
+    name: str
+    """Of the layer: of its block, where the experts are the block's child `experts`."""
+    experts: ShardedExperts
+    source: ExpertSource
+    replaced: nn.Module | None = None
+    replacement: nn.Module | None = None
+    """What takes the place of `replaced` wherever the model holds it; None: nothing is replaced."""
+
+
+def find_layers(model: nn.Module) -> list[FoundLayer]:
+    """Every MoE layer of `model`, in module order.
+
+    Raises:
+        ValueError: there is none, with what the model consists of; experts that compute something else than their family's.
     """
-    found: dict[str, tuple[Adapter, nn.Module]] = {}
-    for name, module in model.named_modules():
-        inside_another = any(name.startswith(outer + ".") for outer in found)
-        adapter = None if inside_another else next((a for a in _ADAPTERS if a.matches(module)), None)
-        if adapter is not None:
-            found[name] = (adapter, module)
+    found = list(_found_in(model))
     if not found:
         seen = sorted({type(module).__name__ for module in model.modules()})
-        known = ", ".join(adapter.name for adapter in _ADAPTERS)
+        families = dict.fromkeys(known.name for known in KNOWN_EXPERTS.values())
+        known = ", ".join(["moesaic.MoELayer", *(adapter.name for adapter in _ADAPTERS), *families])
         raise ValueError(
             f"no MoE block in {type(model).__name__}, which consists of {', '.join(seen)}; known blocks: {known}; "
             "teach moesaic yours with register_adapter(adapter)"
         )
-    layers = {}
-    for name, (adapter, module) in found.items():
-        layers[name] = adapter.convert(module)
-        if layers[name] is not module:
-            model.set_submodule(name, layers[name])
-    return layers
+    return found
+
+
+def _found_in(model: nn.Module) -> Iterator[FoundLayer]:
+    taken: list[str] = []  # what is inside of these belongs to them
+    seen: set[int] = set()  # experts that several layers share
+    for name, module in model.named_modules():
+        if any(name.startswith(outer + ".") or not outer for outer in taken):
+            continue
+        adapter = next((a for a in _ADAPTERS if a.matches(module)), None)
+        known = known_experts(module)
+        if isinstance(module, MoELayer):
+            taken.append(name)
+            if id(module.experts) not in seen:
+                seen.add(id(module.experts))
+                yield FoundLayer(name, module.experts, module.experts.source())
+        elif isinstance(module, ShardedExperts):
+            taken.append(name)
+            yield FoundLayer(_layer_name(name), module, module.source())
+        elif adapter is not None:
+            taken.append(name)
+            layer = adapter.convert(module)
+            carry_hooks(module, layer)
+            yield FoundLayer(name, layer.experts, layer.experts.source(), module, layer)
+        elif known is not None:
+            taken.append(name)
+            _check_holders(model, name, module)
+            experts, source = adopt(name, module, known)
+            yield FoundLayer(_layer_name(name), experts, source, module, experts)
+
+
+def _layer_name(name: str) -> str:
+    """The name of a layer whose experts module has this name."""
+    block, _, last = name.rpartition(".")
+    return block if last == "experts" else name
+
+
+def _check_holders(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse experts inside of a module that changes their weights while it runs, as LoRA on fused experts does."""
+    if not name:
+        raise ValueError(f"the model is nothing but {type(module).__name__}; give the model that holds it")
+    holder = model.get_submodule(name.rpartition(".")[0])
+    if type(holder).__module__.startswith("peft.") and getattr(holder, "base_layer", None) is module:
+        raise ValueError(
+            f"{name} has adapters on the experts' weights (peft's target_parameters), which experts on other ranks know nothing of; "
+            "leave them to attention, the router and shared experts, or merge them before shard_experts"
+        )
+
+
+def replace_modules(model: nn.Module, found: list[FoundLayer]) -> None:
+    """Put every replacement where the model holds what it replaces, under whatever names."""
+    replacements = {id(layer.replaced): layer.replacement for layer in found if layer.replaced is not None}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in replacements:
+                module._modules[name] = replacements[id(child)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ...collectives import Buffer, Transport
-from ..layer import MoELayer
+from ..sharded_experts import ShardedExperts
 from ..state import expert_parameters
 
 
@@ -30,7 +30,7 @@ class DenseTensor:
     checkpoint_names: tuple[str, ...]
 
 
-def dense_tensors(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[DenseTensor]:
+def dense_tensors(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> list[DenseTensor]:
     """Everything that the family's state dict holds besides experts, each tensor once, in module order."""
     experts = expert_parameters(layers)
     names: dict[int, list[tuple[str, str]]] = {}
@@ -42,7 +42,7 @@ def dense_tensors(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[Dens
     return [DenseTensor(tensors[i], tuple(n for n, _ in both), tuple(n for _, n in both)) for i, both in names.items()]
 
 
-def _family_names(name: str, layers: Mapping[str, MoELayer]) -> tuple[str, str]:
+def _family_names(name: str, layers: Mapping[str, ShardedExperts]) -> tuple[str, str]:
     """The family's name and its checkpoints' name of what the wrapped model calls `name`."""
     for block, layer in layers.items():
         prefix = f"{block}." if block else ""
@@ -52,7 +52,7 @@ def _family_names(name: str, layers: Mapping[str, MoELayer]) -> tuple[str, str]:
     return name, name
 
 
-def _in_checkpoint(layer: MoELayer, block: str, inner: str) -> str:
+def _in_checkpoint(layer: ShardedExperts, block: str, inner: str) -> str:
     block = layer.family.block_in_checkpoint(block)
     return f"{block}.{inner}" if block else inner
 
@@ -63,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_experts(layer: MoELayer, weight: str, transport: Transport) -> Tensor | None:
+def gather_experts(layer: ShardedExperts, weight: str, transport: Transport) -> Tensor | None:
     """One weight of all experts of a layer, [E, ...], on rank 0; None elsewhere. Collective."""
     runtime, rank = layer.runtime, transport.rank
     parameter = getattr(runtime.bank, weight).detach()
@@ -83,7 +83,7 @@ def gather_experts(layer: MoELayer, weight: str, transport: Transport) -> Tensor
     return whole_E
 
 
-def state_on_rank_zero(model: nn.Module, layers: Mapping[str, MoELayer], transport: Transport) -> dict[str, Tensor]:
+def state_on_rank_zero(model: nn.Module, layers: Mapping[str, ShardedExperts], transport: Transport) -> dict[str, Tensor]:
     """The state dict that the unwrapped model would have, whole, in CPU memory of rank 0; empty elsewhere. Collective."""
     state: dict[str, Tensor] = {}
     for dense in dense_tensors(model, layers):
@@ -98,7 +98,9 @@ def state_on_rank_zero(model: nn.Module, layers: Mapping[str, MoELayer], transpo
     return state
 
 
-def checkpoint_tensors(model: nn.Module, layers: Mapping[str, MoELayer], transport: Transport) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(
+    model: nn.Module, layers: Mapping[str, ShardedExperts], transport: Transport
+) -> Iterator[tuple[str, Tensor]]:
     """What this rank writes of a checkpoint, one tensor at a time. Collective: every rank iterates to the end.
 
     Rank 0 writes the dense part, and the experts of families whose checkpoints fuse them; else every rank writes its own.
@@ -130,12 +132,12 @@ class _Read:
     shape: tuple[int, ...]
     rows: slice | int | None  # of the stored tensor; None for all of it
     target: Tensor
-    layer: MoELayer | None = None  # whose family's layout the stored tensor has
+    layer: ShardedExperts | None = None  # whose family's layout the stored tensor has
     weight: str = ""
 
 
 @torch.no_grad()
-def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, MoELayer]) -> tuple[str, ...]:
+def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, ShardedExperts]) -> tuple[str, ...]:
     """Copy this rank's part out of a whole state under the family's names, those of its state dict or of its checkpoints.
 
     Args:
@@ -170,7 +172,7 @@ def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str
     return tuple(name for name in state if name not in places)
 
 
-def _dense_reads(model: nn.Module, layers: Mapping[str, MoELayer]) -> Iterator[_Read]:
+def _dense_reads(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> Iterator[_Read]:
     for dense in dense_tensors(model, layers):
         names, tensor = (*dense.names, *dense.checkpoint_names), dense.tensor.detach()
         if isinstance(tensor, DTensor):
@@ -189,7 +191,7 @@ def _local_rows(tensor: DTensor) -> slice:
     return slice(start, start + tensor.to_local().shape[0])
 
 
-def _expert_reads(layers: Mapping[str, MoELayer], state: Mapping[str, Any]) -> Iterator[_Read]:
+def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]) -> Iterator[_Read]:
     for block, layer in layers.items():
         runtime, names = layer.runtime, layer.family.checkpoint_experts
         for e in runtime.owned_experts:
@@ -206,7 +208,7 @@ def _expert_reads(layers: Mapping[str, MoELayer], state: Mapping[str, Any]) -> I
                 yield _Read(fused_names, shape, e, target, layer, weight)
 
 
-def _expert_names(block: str, layer: MoELayer) -> Sequence[str]:
+def _expert_names(block: str, layer: ShardedExperts) -> Sequence[str]:
     """All names that weights of a layer's experts may have."""
     names = layer.family.checkpoint_experts
     apart = () if names is None else (names.gate, names.up, names.down)

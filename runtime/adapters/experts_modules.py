@@ -1,0 +1,121 @@
+"""Experts modules of Hugging Face transformers: only they are replaced, inside their block, which stays transformers' own.
+
+A block computes its router, its shared experts and its losses as before, and calls `experts(hidden_states, top_k_index,
+top_k_weights)`. Nothing here imports transformers: a module is known by the name of its class and of the module that defines it.
+
+Shape letters: E experts, D model dim, F expert ffn dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ...kernels import Clamp
+from ..expert import ExpertShape, ExpertTensors
+from ..sharded_experts import ExpertSource, ShardedExperts
+from .families import KNOWN_EXPERTS, KnownExperts
+
+_PACKAGE = "transformers.models."
+# Where configurations keep the number of experts per token.
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk")
+
+
+def known_experts(module: nn.Module) -> KnownExperts | None:
+    """What is known of an experts module of transformers; None of any other module. A subclass is of its parent's family."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith(_PACKAGE):
+            folder = kind.__module__.removeprefix(_PACKAGE).partition(".")[0]
+            if found := KNOWN_EXPERTS.get(f"{folder}.{kind.__name__}"):
+                return found
+    return None
+
+
+def adopt(name: str, module: nn.Module, known: KnownExperts) -> tuple[ShardedExperts, ExpertSource]:
+    """The module to put in the place of transformers' one, without weights yet, and where its weights are.
+
+    Raises:
+        ValueError: the module computes something else than its family does.
+    """
+    _check_is_own(name, module, known)
+    gate_up = getattr(module, "gate_up_proj", None)
+    if not isinstance(gate_up, nn.Parameter) or gate_up.ndim != 3:
+        kind = type(module).__name__
+        raise ValueError(
+            f"{known.name}: {name}, {kind}, has no gate_up_proj of three dimensions; install transformers 5 or newer"
+        )
+    module_: Any = module
+    E, *matrix = gate_up.shape
+    clamp = Clamp(float(module_.alpha), float(module_.limit)) if known.has_clamp else None
+    twice_F, D = reversed(matrix) if known.has_clamp else matrix
+    shape = ExpertShape(D, twice_F // 2, clamp)
+    if not gate_up.is_floating_point():
+        raise ValueError(f"{known.name}: the weights of {name} are {gate_up.dtype}; load the model without quantization")
+    config = getattr(module, "config", None)
+    top_k = next((int(getattr(config, key)) for key in _TOP_K if getattr(config, key, None)), 1)
+    experts = ShardedExperts(shape, E, top_k, device="meta", dtype=gate_up.dtype)
+    experts.family = known.family
+    experts.config = config  # type: ignore[assignment]
+    experts.train(module.training)
+    _carry_hooks(module, experts)
+    theirs = {ours: getattr(module, full.removeprefix("experts.")) for ours, full in known.family.fused}
+    source = ExpertSource(
+        shape,
+        E,
+        gate_up.dtype,
+        gate_up.device,
+        lambda e: ExpertTensors(**{n: known.family.from_family(n, p.detach()[e]) for n, p in theirs.items()}),
+        lambda e, weight: theirs[weight].requires_grad,
+        tuple(theirs.values()),
+    )
+    return experts, source
+
+
+def _check_is_own(name: str, module: nn.Module, known: KnownExperts) -> None:
+    """Refuse experts that somebody has changed: what is replaced must compute what its family does."""
+    what = f"{known.name}: {name}, {type(module).__name__},"
+    if "forward" in vars(module):
+        raise ValueError(f"{what} has a forward of its own on the instance, which would be lost; remove it before shard_experts")
+    if not type(module).forward.__module__.startswith(_PACKAGE):
+        raise ValueError(
+            f"{what} overrides forward, which would be lost; override that of the block, which stays, or call register_adapter"
+        )
+    if parametrize.is_parametrized(module):
+        weights = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        raise ValueError(
+            f"{what} has parametrized weights ({weights}), of which experts on other ranks know nothing; "
+            "call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    if known.has_clamp:
+        return
+    activation = type(getattr(module, "act_fn", None)).__name__
+    if activation not in ("SiLU", "SiLUActivation"):
+        raise ValueError(
+            f"{known.name}: the experts' activation is {activation}, moesaic computes SiLU; set the config's hidden_act"
+        )
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Have the hooks of one module on another, so that whoever registered them can still remove them."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Have the hooks of a module that is replaced on the module that takes its place, beside that one's own."""
+    if not any(getattr(new, name) for name in _HOOKS):
+        _carry_hooks(old, new)
