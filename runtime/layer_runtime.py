@@ -187,6 +187,7 @@ class LayerRuntime:
         if layer_pass.load is None:
             with self.stage("plan", layer_pass):
                 load_RE = self._gathered(counts_E, layer_pass)
+                layer_pass.is_trained = self.bank.is_trainable(self.layer)
                 layer_pass.load = ExpertLoad(load_RE.cpu().numpy())
         return layer_pass.load
 

@@ -21,7 +21,7 @@ from .layer_pass import is_recomputing
 from .sharded_experts import ShardedExperts
 
 
-def prefetch_in_order(model: nn.Module, layers: Sequence[ShardedExperts], with_losses: Sequence[MoELayer]) -> None:
+def prefetch_in_order(model: nn.Module, layers: Sequence[ShardedExperts], with_losses: Sequence[MoELayer] = ()) -> None:
     """Hook `model` and the experts of its MoE layers, given in the order in which forward meets them.
 
     `with_losses`: the layers whose router losses are those of one forward.

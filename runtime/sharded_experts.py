@@ -192,7 +192,7 @@ class ShardedExperts(nn.Module):
         bank, layer = self.runtime.bank, self.runtime.layer
         self._modules.clear()
         for expert, row in bank.owned(layer).items():
-            self.add_module(str(expert), bank.experts[row])
+            self._modules[str(expert)] = bank.experts[row]
 
     def __getitem__(self, expert: int) -> Expert:
         """The module of an expert that this rank owns.

@@ -262,15 +262,31 @@ def test_several_backwards_through_one_forward(backward: Backward, region: Regio
 
 
 def test_a_gradient_that_was_dropped_alone_starts_anew() -> None:
-    """That of one of the experts' parameters; the other one keeps what it holds."""
-    layer, x = MoELayer(8, 8, 2, 1), torch.randn(3, 8)
-    bank = layer.runtime.bank
+    """That of one of an expert's parameters, or of one expert; the others keep what they hold."""
+    layer, x = MoELayer(8, 8, 2, 1), torch.randn(9, 8)
+    parameters = dict(layer.experts.named_parameters())
     layer(x).sum().backward()
-    once = {name: parameter.grad.clone() for name, parameter in bank.named_parameters() if parameter.grad is not None}
-    bank.down.grad = None
+    once = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    dropped = ("0.down", "1.gate_up", "1.down")
+    for name in dropped:
+        parameters[name].grad = None
     layer(x).sum().backward()
-    assert bank.gate_up.grad is not None and bank.down.grad is not None
-    assert_all_close({"gate_up": bank.gate_up.grad, "down": bank.down.grad}, once | {"gate_up": 2 * once["gate_up"]})
+    grads = {name: parameter.grad for name, parameter in parameters.items()}
+    assert_all_close(grads, {name: grad if name in dropped else 2 * grad for name, grad in once.items()})
+
+
+def test_a_gradient_of_somebody_elses_is_added_to() -> None:
+    """Put in the place of ours before the first backward, or between two; what was taken out is written no more."""
+    layer, x = MoELayer(8, 8, 2, 1), torch.randn(9, 8)
+    parameters = dict(layer.experts.named_parameters())
+    layer(x).sum().backward()
+    once = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    kept = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    layer(x).sum().backward()
+    assert_all_close({name: p.grad for name, p in parameters.items()}, {name: grad + 3.0 for name, grad in once.items()})
+    assert_all_close(kept, once)
 
 
 def test_where_rows_went_is_kept_no_longer_than_backward_needs_it() -> None:

@@ -57,7 +57,7 @@ def gradients(layers: Iterable[MoELayer]) -> dict[str, Tensor]:
             if name.startswith(("router.", "shared.")):
                 name = name.replace("router.weight", "router")
                 results[f"d {i}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for e in runtime.owned_experts if runtime.bank.gate_up.grad is not None else ():
+        for e in runtime.owned_experts if any(p.grad is not None for p in layer.experts.parameters()) else ():
             grads = runtime.bank.grads(i, e)
             results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
             results[f"d {i}.down.{e}"] = grads.down.clone()
@@ -102,7 +102,8 @@ def train_on_ranks(
         owners=case.owners(),
     )
     prefetch_in_order(model, model.layers)
-    layers[0].runtime.bank.requires_grad_(not is_frozen)
+    for layer in layers.values():
+        layer.experts.requires_grad_(not is_frozen)
     results: dict[str, Tensor] = {}
 
     def backward(batch: int, x: Tensor, y: Tensor) -> None:
