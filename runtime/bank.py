@@ -44,9 +44,6 @@ class Bank:
         ranks: who owns experts of the model, over all its banks; the ranks of `transport`, with this bank alone, by default.
     """
 
-    gate_up: Tensor  # [B, 2F, D]
-    down: Tensor  # [B, D, F]
-
     def __init__(
         self,
         shape: ExpertShape,
@@ -78,9 +75,9 @@ class Bank:
         self._transport = transport or LocalTransport()
         self._ranks = ranks or ExpertRanks(self._transport, tuple(owners.num_rows_R.tolist()))
         like = torch.empty(0, device=device, dtype=dtype)
-        for name, size in shape.tensor_sizes().items():
-            setattr(self, name, self._transport.empty((num_rows, *size), like))
-        self.experts = [Expert({name: getattr(self, name)[row] for name in self.weight_names}) for row in range(num_rows)]
+        self.storage = {name: self._transport.empty((num_rows, *size), like) for name, size in shape.tensor_sizes().items()}
+        """The rows of every weight: gate_up [B, 2F, D], down [B, D, F], biases."""
+        self.experts = [Expert({name: self.storage[name][row] for name in self.weight_names}) for row in range(num_rows)]
         """By row: the module whose parameters are views of the row."""
         self._fixed_compute_dtype = compute_dtype
         self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, where it is another
@@ -106,15 +103,15 @@ class Bank:
         Raises:
             ValueError: `fn` changes the dtype of experts that ranks share.
         """
-        wanted = fn(self.gate_up.new_empty(0)).dtype
-        if self._fixed_compute_dtype is not None and wanted != self.gate_up.dtype:
+        wanted = fn(self.storage["gate_up"].new_empty(0)).dtype
+        if self._fixed_compute_dtype is not None and wanted != self.storage["gate_up"].dtype:
             raise ValueError(
-                f"experts that ranks share are {self.gate_up.dtype} and cannot become {wanted}; convert the model before "
+                f"experts that ranks share are {self.storage['gate_up'].dtype} and cannot become {wanted}; convert the model before "
                 "shard_experts, or set runtime.compute_dtype"
             )
-        changed = {name: new for name in self.weight_names if (new := fn(old := getattr(self, name))) is not old}
+        changed = {name: new for name in self.weight_names if (new := fn(old := self.storage[name])) is not old}
         for name, storage in changed.items():
-            setattr(self, name, storage)
+            self.storage[name] = storage
             for row, expert in enumerate(self.experts):
                 parameter = expert.parameter(name)
                 grad, parameter.grad = parameter.grad, None
@@ -126,9 +123,26 @@ class Bank:
             self._grads, self._grad_objects = {}, {}
 
     @property
+    def gate_up(self) -> Tensor:
+        """Every row's gate_up [B, 2F, D], the memory itself, with a copy of the gradients if all have one; to read."""
+        return self._readable("gate_up")
+
+    @property
+    def down(self) -> Tensor:
+        """Every row's down [B, D, F]; see `gate_up`."""
+        return self._readable("down")
+
+    def _readable(self, weight: str) -> Tensor:
+        rows = self.storage[weight].detach()
+        grads = [grad for expert in self.experts if (grad := expert.parameter(weight).grad) is not None]
+        if len(grads) == len(self.experts):
+            rows.grad = torch.stack([grad.as_subclass(Tensor) for grad in grads]) if grads else torch.empty_like(rows)
+        return rows
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that experts are computed with and copied in."""
-        return self._fixed_compute_dtype or self.gate_up.dtype
+        return self._fixed_compute_dtype or self.storage["gate_up"].dtype
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -139,7 +153,7 @@ class Bank:
     def reset_parameters(self) -> None:
         """Draw every weight from the uniform distribution that `nn.Linear` uses, row by row in row order."""
         for name in self.weight_names:
-            weights = getattr(self, name)
+            weights = self.storage[name]
             bound = weights.shape[-1] ** -0.5 if weights.ndim == 3 else 0.0  # biases start at zero
             weights.uniform_(-bound, bound)
 
@@ -164,7 +178,7 @@ class Bank:
     def weights(self, layer: int, expert: int) -> ExpertTensors:
         """Master weights of an owned expert, in place."""
         row = self.row_of(layer, expert)
-        return ExpertTensors(**{name: getattr(self, name)[row] for name in self.weight_names})
+        return ExpertTensors(**{name: self.storage[name][row] for name in self.weight_names})
 
     @torch.no_grad()
     def compute_weights(self, layer: int, expert: int) -> ExpertTensors:
@@ -174,11 +188,11 @@ class Bank:
         show after `weights_changed`, which every `Handle.step` calls.
         """
         masters = self.weights(layer, expert)
-        if self.compute_dtype == self.gate_up.dtype:
+        if self.compute_dtype == self.storage["gate_up"].dtype:
             return masters
         row = self.row_of(layer, expert)
         if not self._casts:
-            sizes = {name: getattr(self, name).shape for name in self.weight_names}
+            sizes = {name: self.storage[name].shape for name in self.weight_names}
             self._casts = {name: lasting(self._transport, size, self.compute_like) for name, size in sizes.items()}
         cast = ExpertTensors(**{name: self._casts[name][row] for name in self.weight_names})
         version = self._version_of_rows((row,))
@@ -224,7 +238,7 @@ class Bank:
         `vector_to_parameters` and assignments to `.data` do; `load_state_dict(assign=True)` also replaces the parameters.
         """
         for name in self.weight_names:
-            whole: Tensor = getattr(self, name)
+            whole: Tensor = self.storage[name]
             first, step = whole.data_ptr(), whole.stride(0) * whole.element_size()
             for row in self.owned(layer).values():
                 parameter = self.experts[row].parameter(name)
@@ -249,7 +263,7 @@ class Bank:
     @property
     def compute_like(self) -> Tensor:
         """An empty tensor with the dtype and on the device that the experts compute in."""
-        return torch.empty(0, dtype=self.compute_dtype, device=self.gate_up.device)
+        return torch.empty(0, dtype=self.compute_dtype, device=self.storage["gate_up"].device)
 
     def grads(self, layer: int, expert: int) -> ExpertTensors:
         """Gradient of an owned expert, in place; see `begin_grads`."""
@@ -307,14 +321,14 @@ class Bank:
 
     def _new_grads(self, name: str, rows: list[int]) -> dict[int, Tensor]:
         """Memory for gradients of one weight, undefined, for each of the rows."""
-        storage: Tensor = getattr(self, name)
+        storage: Tensor = self.storage[name]
         return dict(zip(rows, storage.new_empty(len(rows), *storage.shape[1:]).unbind(0), strict=True))
 
     def _scratch_grads(self) -> ExpertTensors:
         """Where gradients of frozen weights go."""
         if self._scratch is None:
             self._scratch = ExpertTensors(
-                **{name: getattr(self, name).new_zeros(size) for name, size in self.shape.tensor_sizes().items()}
+                **{name: self.storage[name].new_zeros(size) for name, size in self.shape.tensor_sizes().items()}
             )
         return self._scratch
 
@@ -342,7 +356,7 @@ class Bank:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert's master weights."""
-        return self.shape.num_elements * self.gate_up.element_size()
+        return self.shape.num_elements * self.storage["gate_up"].element_size()
 
     @property
     def copy_bytes(self) -> int:
@@ -365,7 +379,7 @@ class Bank:
         self.experts = list(experts)
         for row, expert in enumerate(experts):
             for name in self.weight_names:
-                parameter, storage = expert.parameter(name), getattr(self, name)[row]
+                parameter, storage = expert.parameter(name), self.storage[name][row]
                 storage.copy_(parameter)
                 parameter.data = storage
 

@@ -84,7 +84,7 @@ class LayerRuntime:
         owners_E = bank.owners.expert_to_owner_LE[layer]
         self.num_experts = int(owners_E.size)
         self.owned_experts = _owned(owners_E, group.rank)
-        gradient_bytes = bank.gate_up.element_size()
+        gradient_bytes = bank.storage["gate_up"].element_size()
         self.reduce_wire = torch.bfloat16 if config.reduce_wire == "bf16" else None
         shape = LayerShape(
             num_experts=self.num_experts,
@@ -197,7 +197,7 @@ class LayerRuntime:
         assert load is not None
         if replicas.world_size > 1:
             if layer_pass.load_of_all is None:
-                counts = torch.from_numpy(load.load_RE.flatten()).to(self.bank.gate_up.device)
+                counts = torch.from_numpy(load.load_RE.flatten()).to(self.bank.storage["gate_up"].device)
                 loads = replicas.all_gather_ints(counts, where=layer_pass.where).cpu().numpy()
                 layer_pass.load_of_all = ExpertLoad(loads.reshape(-1, load.num_experts))
             load, rank = layer_pass.load_of_all, replicas.rank * load.num_ranks + rank

@@ -64,7 +64,7 @@ def begin_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     release_copies(runtime, layer_pass)
     if layer_pass.is_trained:
         schedule = layer_pass.plan.reduce
-        layer_pass.staging = [runtime.pool.acquire(bank.gate_up) for _ in range(schedule.most_received(bank.rank))]
+        layer_pass.staging = [runtime.pool.acquire(bank.storage["gate_up"]) for _ in range(schedule.most_received(bank.rank))]
         layer_pass.totals = {e: bank.grads(runtime.layer, e).tensors() for e in runtime.owned_experts}
         layer_pass.reduce = sparse_reduce_scatter(
             schedule,
@@ -91,7 +91,7 @@ def finish_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
 def discard_reduce(runtime: LayerRuntime, layer_pass: LayerPass) -> None:
     """Have what a reduce has not added yet go nowhere. It is still to be waited for: other ranks may need this one for theirs."""
     if layer_pass.reduce is not None:
-        scratch = runtime.pool.acquire(runtime.bank.gate_up)
+        scratch = runtime.pool.acquire(runtime.bank.storage["gate_up"])
         layer_pass.staging.append(scratch)
         layer_pass.totals |= dict.fromkeys(layer_pass.totals, scratch.tensors())  # in place: the reduce reads it as sums complete
 
@@ -142,7 +142,7 @@ def gradient_targets(runtime: LayerRuntime, layer_pass: LayerPass) -> GradientTa
     is_empty = bank.begin_grads(runtime.layer)
     assert layer_pass.handle is not None
     here = layer_pass.handle.experts
-    layer_pass.copy_grads = {e: runtime.pool.acquire(like=bank.gate_up) for e in here if e in layer_pass.copies}
+    layer_pass.copy_grads = {e: runtime.pool.acquire(like=bank.storage["gate_up"]) for e in here if e in layer_pass.copies}
     targets = [layer_pass.copy_grads.get(e) or bank.grads(runtime.layer, e) for e in here]
     return GradientTargets(
         group_weights(targets),

@@ -171,8 +171,8 @@ class ShardedExperts(nn.Module):
         return ExpertSource(
             self.shape,
             self.num_experts,
-            bank.gate_up.dtype,
-            bank.gate_up.device,
+            bank.storage["gate_up"].dtype,
+            bank.storage["gate_up"].device,
             lambda e: bank.weights(0, e),
             lambda e, weight: bank.module_of(0, e).parameter(weight).requires_grad,
             tuple(self.parameters()),
@@ -231,11 +231,14 @@ class ShardedExperts(nn.Module):
         return self._stacked("down")
 
     def _stacked(self, weight: str) -> Tensor:
+        bank = self.runtime.bank
+        if not self.is_sharded:
+            return getattr(bank, weight)  # type: ignore[no-any-return]
         parameters = [expert.parameter(weight) for expert in self]
         stacked = torch.stack([parameter.detach() for parameter in parameters])
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        grads = [parameter.grad.as_subclass(Tensor) for parameter in parameters if parameter.grad is not None]
         if len(grads) == len(parameters):
-            stacked.grad = torch.stack([grad.as_subclass(Tensor) for grad in grads])
+            stacked.grad = torch.stack(grads)
         return stacked
 
     def extra_repr(self) -> str:
@@ -289,7 +292,7 @@ class ShardedExperts(nn.Module):
                 tensors = bank.weights(runtime.layer, expert).tensors()
                 sends = [Buffer(tensor, rank) for rank in receivers if rank != owner for tensor in tensors]
             elif transport.rank in receivers:
-                buffers = {name: bank.gate_up.new_empty(size) for name, size in self.shape.tensor_sizes().items()}
+                buffers = {name: bank.storage["gate_up"].new_empty(size) for name, size in self.shape.tensor_sizes().items()}
                 recvs = [Buffer(buffer, owner) for buffer in buffers.values()]
             transport.exchange(sends, recvs, op="export", where=f"the full state dict of {runtime.name}").wait()
             found |= {

@@ -66,7 +66,7 @@ def whole(tensor: Tensor) -> Tensor:
 def gather_experts(layer: ShardedExperts, weight: str, transport: Transport) -> Tensor | None:
     """One weight of all experts of a layer, [E, ...], on rank 0; None elsewhere. Collective."""
     runtime, rank = layer.runtime, transport.rank
-    parameter = getattr(runtime.bank, weight).detach()
+    parameter = runtime.bank.storage[weight]
     owners_E = runtime.bank.owners.expert_to_owner_LE[runtime.layer]
     rows = {e: parameter[runtime.bank.row_of(runtime.layer, e)] for e in runtime.owned_experts}
     whole_E: Tensor | None = None
