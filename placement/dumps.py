@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,10 @@ def _read_torch(path: str | os.PathLike[str], what: str) -> MemoryFile:
     import torch
 
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of an uncommon pickle protocol, which is read as well.
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise file.error(
             "it holds more than tensors, numbers, lists and dicts, or is damaged, and nothing in a file is run; "

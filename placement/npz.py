@@ -10,6 +10,8 @@ import io
 import math
 import os
 import struct
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +43,8 @@ _DAMAGE = (
     OverflowError,
     ValueError,
 )
+# What numpy raises at a header, whose text it parses as Python.
+_BAD_HEADER = (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError, OverflowError, tokenize.TokenError)
 
 
 def write_npz(path: str | os.PathLike[str], members: Mapping[str, Callable[[IO[bytes]], None]]) -> None:
@@ -160,9 +164,12 @@ class StreamFile(ArrayFile):
         try:
             version = np.lib.format.read_magic(header)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, is_fortran, dtype = read(header)
+            with warnings.catch_warnings():
+                # Headers of Python 2 are read as well; numpy would say that this took longer.
+                warnings.simplefilter("ignore")
+                shape, is_fortran, dtype = read(header)
             expected = header.tell() + math.prod(shape) * dtype.itemsize
-        except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError, OverflowError):
+        except _BAD_HEADER:
             raise self.error(f"{name} has no valid .npy header") from None
         # How long pickled objects are, no header says; they are never read.
         if min(shape, default=0) < 0 or (expected != size and not dtype.hasobject):
