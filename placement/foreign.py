@@ -235,7 +235,7 @@ def _arrange(file: ArrayFile, reading: Reading, sizes: Sizes, num_ranks: int | N
     if 0 in member.shape or not member.shape:
         raise file.error(f"{name} is empty: {member.shape}" if member.shape else f"{name} is a single number")
     kind, axes = _KNOWN.get(name, (None, None))
-    is_told = kind is None or len(member.shape) == 4
+    is_told = kind is None or (len(member.shape) == 4 and not kind.is_shares)
     if reading.axes is not None:
         kind, axes, is_told = _kind_of_axes(reading.axes), reading.axes, False
     elif kind is None:

@@ -157,6 +157,8 @@ def test_whole_numbers_are_shares_only_where_the_user_or_the_name_says_so(tmp_pa
         source = open_saved(tmp_path / "t.npz", tokens_per_step=64, **given)
         assert (loads_of(source).sum(axis=(2, 3)) == 128).all()
         assert "rescaled to 64 tokens x top-2 = 128 assignments a layer and step (--tokens-per-step)" in source.notes[0]
+    grouped = open_saved(tmp_path / "t.npz", tokens_per_step=64, share=counts.reshape(2, 2, 3, 6))
+    assert (len(grouped.notes), grouped.num_steps) == (1, 4)
     exact = open_saved(tmp_path / "t.npz", tokens_per_step=16, shares=counts)
     assert np.array_equal(loads_of(exact).sum(axis=2), 2 * counts)
     assert r"it holds 0.25" in open_saved(tmp_path / "t.npz", counts=np.where(counts == 0, 0.25, counts)).notes[0]
