@@ -15,7 +15,7 @@ from ..placement.offline import solve_plan
 from ..placement.plans import SavedPlan, read_plan, read_topology
 from ..placement.predict import PREDICTORS
 from ..placement.registry import SOLVERS, get_solver
-from ..placement.sources import LoadSource
+from ..placement.sources import LoadSource, resized
 from ..placement.topology import Topology
 from ..placement.values import LayerShape
 from .output import JSON_OPTION, progress, publish
@@ -139,7 +139,7 @@ def compare_command(
     for path in paths:
         for text in topologies or (None,):
             topology = _topology(text, given["preset"])
-            source = options.open(path, None if topology is None else topology.num_ranks)
+            source = options.open(path, None if topology is None else topology.num_ranks, json_path)
             topology = topology or Topology.preset(given["preset"], source.meta.num_ranks)
             setting = _setting(source, topology, given, predictor)
             with progress(min(source.num_steps, steps or source.num_steps), "step") as advance:
@@ -196,10 +196,9 @@ def replay_command(path: str, plan_path: str, json_path: str | None, **given: An
     """Play a saved plan over a trace, on the plan's machine; `knows` is future where it was solved on this very trace."""
     options = TraceOptions.take(given)
     plan = read_plan(plan_path)
-    source = options.open(path, plan.meta.num_ranks)
+    source = options.open(path, plan.meta.num_ranks, json_path)
     if plan.meta.dim and plan.meta.ffn_dim and not source.meta.dim:
-        options = replace(options, sizes=replace(options.sizes, dim=plan.meta.dim, ffn_dim=plan.meta.ffn_dim))
-        source = options.open(path, plan.meta.num_ranks)
+        source = resized(source, replace(options.sizes, dim=plan.meta.dim, ffn_dim=plan.meta.ffn_dim))
     setting = _setting(source, plan.topology, given)
     with clear_errors():
         knows = "future" if digest_of(path) == plan.trace_digest else "predicted"

@@ -42,6 +42,8 @@ def open_replay(path: str | Path, meta: TraceMeta, *, num_tokens: int, num_steps
             raise ValueError(f"{where} has {name} {theirs}, this run {ours}; set {option} to {theirs}, or take another trace")
     if trace.num_steps < num_steps:
         raise ValueError(f"{where} has {trace.num_steps} steps, this run {num_steps}; set train.steps to at most as many")
+    if trace.meta.dropped:
+        raise ValueError(f"{where} lacks assignments that were dropped; every token chooses top-k experts, so take another trace")
     for step, loads_LRE in enumerate(islice(trace.steps(), num_steps)):
         tokens_R = loads_LRE[0].sum(axis=1) // meta.top_k
         if (tokens_R != num_tokens).any():

@@ -72,7 +72,8 @@ def look_into(source: LoadSource) -> list[dict[str, Any]]:
     """Read a whole source, which checks every step, and describe each layer: means over steps.
 
     expert_max_over_mean, expert_min_over_mean: of the experts' loads. rank_max_over_mean: with contiguous blocks of experts on
-    the source's ranks. shift: total variation distance between the expert shares of neighbouring steps.
+    the source's ranks. shift: total variation distance between the expert shares of neighbouring steps. recorded_layer: the
+    layer's number in the recording. dropped: assignments that its tokens lack, over all steps.
     """
     meta = source.meta
     owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
@@ -82,7 +83,13 @@ def look_into(source: LoadSource) -> list[dict[str, Any]]:
             for look, load_RE in zip(looks, loads_LRE, strict=True):
                 look.add(load_RE)
             advance()
-    return [look.row(layer) for layer, look in enumerate(looks)]
+    numbers = meta.layers or range(meta.num_layers)
+    expected = None if source.tokens_SR is None else int(source.tokens_SR.sum()) * meta.top_k
+    rows = []
+    for layer, (look, number) in enumerate(zip(looks, numbers, strict=True)):
+        dropped = 0 if expected is None else expected - look.assignments
+        rows.append({**look.row(layer), "recorded_layer": number, "dropped": dropped})
+    return rows
 
 
 @command.command("info")
@@ -92,16 +99,18 @@ def look_into(source: LoadSource) -> list[dict[str, Any]]:
 @JSON_OPTION
 def info_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
     """Check a whole trace and describe it, layer by layer."""
-    source = TraceOptions.take(options).open(path, ranks)
+    source = TraceOptions.take(options).open(path, ranks, json_path)
     rows = look_into(source)
     meta = source.meta
     with clear_errors():
         digest = digest_of(path)
     if json_path != "-":
+        dropped = sum(row["dropped"] for row in rows)
         click.echo(
             f"{path}: {source.num_steps} steps, {meta.num_layers} layers, {meta.num_experts} experts, top-{meta.top_k}, "
             f"{meta.num_ranks} ranks; dim {meta.dim or 'unknown'}, ffn_dim {meta.ffn_dim or 'unknown'}; "
             f"source {meta.source or 'unknown'}; {digest}; every step is valid"
+            + (f"; dropped assignments: {dropped:,}" if dropped else "")
         )
     about = {"trace": path, "steps": source.num_steps, "ranks": meta.num_ranks, "experts": meta.num_experts, "digest": digest}
     publish("trace.info", [{**about, **row} for row in rows], INFO_COLUMNS, json_path)
@@ -115,11 +124,12 @@ def info_command(path: str, ranks: int | None, json_path: str | None, **options:
 def convert_command(path: str, out: str, ranks: int | None, **options: Any) -> None:
     """Turn a recording into a trace over any number of ranks.
 
-    IN is a trace, or an .npz with topk_ids [T, L, K], counts [..., L, E] or shares [..., L, E]. Tokens are dealt to ranks in
+    IN is a trace, or a recording of another system, .npz, .npy or .pt: the experts of single tokens (topk_ids, routed_experts,
+    routing_map), counts (logical_count, counts, weight) or shares. Counts are kept exactly. Tokens are dealt to ranks in
     consecutive blocks of a step; what they reveal of layer-to-layer routing is kept as pair_counts.
     """
     source = TraceOptions.take(options).open(path, ranks)
-    _write(out, source.meta, source.steps(), source.num_steps, pair_counts_of(source))
+    _write(out, source.meta, source.steps(), source.num_steps, pair_counts_of(source), source.tokens_SR)
     click.echo(f"{out}: {source.num_steps} steps on {source.meta.num_ranks} ranks")
 
 
@@ -157,17 +167,24 @@ def synth_command(out: str, **given: Any) -> None:
         drift=given["drift"],
         seed=given["seed"],
     )
-    _write(out, meta, synthesize(spec), spec.num_steps, None)
+    _write(out, meta, synthesize(spec), spec.num_steps)
     click.echo(f"{out}: {spec.num_steps} steps of {spec.kind} load on {meta.num_ranks} ranks")
 
 
-def _write(out: str, meta: TraceMeta, steps: Iterator[np.ndarray], num_steps: int, pairs_LEE: np.ndarray | None) -> None:
+def _write(
+    out: str,
+    meta: TraceMeta,
+    steps: Iterator[np.ndarray],
+    num_steps: int,
+    pairs_LEE: np.ndarray | None = None,
+    tokens_SR: np.ndarray | None = None,
+) -> None:
     """Write a trace as a stream; after an error, or Ctrl-C, OUT is what it was before."""
     with clear_errors(), progress(num_steps, "step") as advance:
         writer = TraceWriter(out, meta, pair_counts_LEE=pairs_LEE)
         try:
-            for loads_LRE in steps:
-                writer.append(loads_LRE)
+            for step, loads_LRE in enumerate(steps):
+                writer.append(loads_LRE, None if tokens_SR is None else tokens_SR[step])
                 advance()
         except BaseException:
             writer.discard()
@@ -182,7 +199,7 @@ def _write(out: str, meta: TraceMeta, steps: Iterator[np.ndarray], num_steps: in
 @JSON_OPTION
 def backtest_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
     """Judge every load predictor by age on a trace: total variation distance between expert shares."""
-    source = TraceOptions.take(options).open(path, ranks)
+    source = TraceOptions.take(options).open(path, ranks, json_path)
     with progress(source.num_steps, "step") as advance:
         found = backtest(source, on_step=advance)
     if not found:

@@ -16,7 +16,14 @@ Count = click.IntRange(min=1)
 _OPTIONS = (
     click.option("--tokens-per-step", type=Count, metavar="N", help="Cut recorded tokens into steps of N, over all ranks."),
     click.option("--shuffle", "shuffle_seed", type=click.IntRange(min=0), metavar="SEED", help="Mix recorded tokens first."),
-    click.option("--array", metavar="NAME", help="Which array of a foreign .npz to read."),
+    click.option("--array", metavar="NAME", help="Which array of a foreign file to read."),
+    click.option(
+        "--axes", metavar="LTK", help="The dims of a foreign array: S steps, T tokens, L layers, R ranks, K top-k, E experts."
+    ),
+    click.option(
+        "--none", "none_ids", type=int, multiple=True, metavar="ID", help="An id that stands for no expert; repeatable."
+    ),
+    click.option("--shares", "as_shares", is_flag=True, help="Take loads as shares of --tokens-per-step tokens, not as counts."),
     click.option("--experts", "num_experts", type=Count, metavar="E", help="Experts, where the file does not say."),
     click.option("--top-k", type=Count, metavar="K", help="Experts per token, where the file does not say."),
     click.option("--dim", type=Count, metavar="D", help="Model dimension, where the file does not say."),
@@ -32,24 +39,37 @@ class TraceOptions:
     tokens_per_step: int | None
     shuffle_seed: int | None
     array: str | None
+    axes: str | None
+    none_ids: tuple[int, ...]
+    as_shares: bool
     sizes: Sizes
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> TraceOptions:
         """Take this command's trace options out of its keyword arguments."""
         sizes = Sizes(**{name: options.pop(name) for name in ("num_experts", "top_k", "dim", "ffn_dim", "num_matrices")})
-        return cls(sizes=sizes, **{name: options.pop(name) for name in ("tokens_per_step", "shuffle_seed", "array")})
+        names = ("tokens_per_step", "shuffle_seed", "array", "axes", "none_ids", "as_shares")
+        return cls(sizes=sizes, **{name: options.pop(name) for name in names})
 
-    def open(self, path: str, num_ranks: int | None) -> LoadSource:
-        """Open a trace or a foreign recording at this many ranks."""
-        return open_source(
+    def open(self, path: str, num_ranks: int | None, json_path: str | None = None) -> LoadSource:
+        """Open a trace or a foreign recording at this many ranks, and print a line for what was not plain about it.
+
+        json_path: of a command that writes rows; where they take standard output, the lines go to standard error.
+        """
+        source = open_source(
             path,
             num_ranks,
             tokens_per_step=self.tokens_per_step,
             array=self.array,
             shuffle_seed=self.shuffle_seed,
+            axes=self.axes,
+            none_ids=self.none_ids,
+            as_shares=self.as_shares,
             sizes=self.sizes,
         )
+        for note in source.notes:
+            click.echo(f"{path}: {note}", err=json_path == "-")
+        return source
 
 
 def trace_options(command: Command) -> Command:

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from .content import check_positive_int, check_seconds
+from .content import MAX_TOTAL, check_positive_int, check_seconds
 from .cost import Solution, cost, lower_bound
 from .owners import OwnerMap
 from .plans import MAX_RANKS, SavedPlan
@@ -96,6 +96,8 @@ class LabSetting:
 
     def loads(self, loads_LRE: np.ndarray) -> list[ExpertLoad]:
         """A step's loads by layer, scaled."""
+        if int(loads_LRE.max(initial=0)) * self.scale > MAX_TOTAL:
+            raise ValueError(f"a load of {int(loads_LRE.max())} at scale {self.scale} is above {MAX_TOTAL}; lower --scale")
         return [ExpertLoad(load_RE * self.scale) for load_RE in loads_LRE]
 
 
@@ -240,6 +242,8 @@ class _Lane:
         )
 
 
+# Another step's loads, at most MAX_TOTAL, still fit int64.
+_MAX_SUM = 1 << 62
 _BYTES = ("dispatch_bytes_in_node", "dispatch_bytes_cross_node", "copy_bytes_in_node", "copy_bytes_cross_node", "move_bytes")
 
 
@@ -279,7 +283,7 @@ def attention_s(source: LoadSource, setting: LabSetting) -> float:
     A floor: scores, norms and the dense rest come on top. Tokens per rank are those of the first step.
     """
     first_LRE = next(source.steps())
-    tokens = setting.scale * int(first_LRE[0].sum()) / source.meta.top_k / source.meta.num_ranks
+    tokens = setting.scale * int(first_LRE.sum(axis=(1, 2)).max()) / source.meta.top_k / source.meta.num_ranks
     return 8 * setting.shape.dim**2 * tokens / setting.topology.flops_per_s
 
 
@@ -288,6 +292,8 @@ def mean_loads(source: LoadSource, setting: LabSetting, *, on_step: Callable[[],
     sum_LRE = np.zeros(source.meta.step_shape, dtype=np.int64)
     for loads_LRE in source.steps():
         sum_LRE += loads_LRE
+        if sum_LRE.max(initial=0) > _MAX_SUM:
+            raise ValueError(f"loads sum to {int(sum_LRE.max())} up to a step, above {_MAX_SUM}; divide the recording's counts")
         on_step()
     return setting.loads(np.rint(sum_LRE / source.num_steps).astype(np.int64))
 

@@ -159,15 +159,18 @@ class Mutator:
         if self.rng.random() < 0.5:
             ids.flat[self.rng.randrange(ids.size)] = self.rng.choice((-1, 8, 127))
         else:
-            ids = ids.astype(self.rng.choice((np.float32, np.int64, np.uint8)))[
+            ids = ids.astype(self.rng.choice((np.float16, np.float32, np.int64, np.uint8, np.uint64, np.bool_)))[
                 : self.rng.randint(0, 24), :, : self.rng.randint(0, 2)
             ]
         meta = np.array(json.dumps({"n_experts": self.rng.choice((8, 8, *VALUES)), "source": "x"}))
-        name = self.rng.choice(("topk_ids", "counts", "shares"))
+        name = self.rng.choice(("topk_ids", "counts", "shares", "routing_map", "arr_0"))
         np.savez(self.bad_npz, **{name: ids, "meta": meta})
         ranks = self.rng.choice(("1", "4", "7", "2048", "1000000"))
         extra = self.rng.choice(
-            ([], ["--experts", "8"], ["--tokens-per-step", "6"], ["--tokens-per-step", "99999999"], ["--top-k", "2"])
+            (
+                *([], ["--experts", "8"], ["--tokens-per-step", "6"], ["--tokens-per-step", "99999999"], ["--top-k", "2"]),
+                *(["--top-k", "2", "--shares"], ["--experts", "8", "--none", "127"], ["--top-k", "2", "--axes", "LSE"]),
+            )
         )
         return ["trace", "convert", str(self.bad_npz), str(self.folder / "out.npz"), "--ranks", ranks, *extra]
 

@@ -83,6 +83,61 @@ def test_convert_deals_tokens_to_other_ranks(tmp_path: Path) -> None:
     assert np.array_equal(loads.sum(axis=(0, 1, 2)), np.bincount(ids.ravel(), minlength=6))
 
 
+def test_what_is_not_plain_about_a_recording_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the table, or on standard error where standard output is all JSON; a converted trace keeps and reports it."""
+    counts = np.zeros((3, 4, 6), dtype=np.float64)
+    counts[:, 1:] = np.random.default_rng(0).multinomial(13 * 2, np.full(6, 1 / 6), size=(3, 3))
+    counts[1, 2, counts[1, 2].argmax()] -= 1
+    np.savez(tmp_path / "dump.npz", logical_count=counts * 10**9)
+    recording, out = str(tmp_path / "dump.npz"), str(tmp_path / "out.npz")
+    options = ["--ranks", "4", "--top-k", "2"]
+    lines = [
+        f"{recording}: logical_count has no load in layer 0 of 4 (dense layers): left out; the meta's layers keep the numbers of",
+        f"{recording}: logical_count lacks 1,000,000,000 of 234,000,000,000 assignments",
+    ]
+    capsys.readouterr()
+    assert run_command(cli, ["trace", "convert", recording, out, *options]) == 0
+    said = capsys.readouterr().out
+    assert all(line in said for line in lines)
+    assert np.array_equal(sum(Trace(out).steps()).sum(axis=1), counts.sum(axis=0)[1:] * 10**9)
+    assert Trace(out).meta.layers == (1, 2, 3)
+
+    for path, given in ((recording, options), (out, [])):
+        assert run_command(cli, ["trace", "info", path, *given]) == 0
+        captured = capsys.readouterr()
+        assert "every step is valid; dropped assignments: 1,000,000,000\n" in captured.out
+        assert captured.err == ""
+        rows = rows_of(capsys, "trace", "info", path, *given)
+        assert [(row["layer"], row["recorded_layer"], row["dropped"]) for row in rows] == [(0, 1, 0), (1, 2, 10**9), (2, 3, 0)]
+    sizes = ["--dim", "64", "--ffn-dim", "64"]
+    compared = ["--topology", "2x2", "--solver", "quota", "--knows", "exact", "--top-k", "2", *sizes]
+    assert run_command(cli, ["place", "compare", recording, *compared, "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["rows"][0]["solver"] == "quota"
+    assert all(line in captured.err for line in lines)
+    plan = str(tmp_path / "plan.json")
+    assert (
+        run_command(cli, ["place", "solve", recording, *compared[:2], "--top-k", "2", *sizes, "--solver", "eplb", "-o", plan])
+        == 0
+    )
+    capsys.readouterr()
+    assert run_command(cli, ["place", "replay", recording, "--plan", plan, "--top-k", "2"]) == 0
+    assert capsys.readouterr().out.count("logical_count has no load") == 1
+
+
+def test_recordings_are_read_as_the_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--axes, --none and --shares reach the recording."""
+    ids = np.stack([[np.random.default_rng(token).permutation(6)[:2]] for token in range(8)])
+    ids[5, 0, 1] = 99
+    np.savez(tmp_path / "ids.npz", topk_ids=ids.transpose(2, 1, 0))
+    np.savez(tmp_path / "counts.npz", counts=np.full((2, 6), 3))
+    options = ["--ranks", "2", "--experts", "6", "--axes", "KLT", "--none", "99", "--none", "100"]
+    (row,) = rows_of(capsys, "trace", "info", str(tmp_path / "ids.npz"), *options)
+    assert (row["assignments"], row["dropped"]) == (15, 1)
+    shares = ["--ranks", "2", "--top-k", "2", "--shares", "--tokens-per-step", "30"]
+    assert [row["assignments"] for row in rows_of(capsys, "trace", "info", str(tmp_path / "counts.npz"), *shares)] == [60, 60]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -100,6 +155,7 @@ def test_convert_deals_tokens_to_other_ranks(tmp_path: Path) -> None:
         ),
         (["place", "replay", "t.npz", "--plan", "t.npz"], "cannot be read as JSON"),
         (["place", "show", "none.json"], "there is no plan at none.json"),
+        (["trace", "info", "t.npz", "--shares"], "is a trace, which says what it holds; leave out --axes, --none and --shares"),
         (["trace", "info", "t.npz", "--tokens-per-step", "4"], "has no topk_ids; its steps cannot be cut anew"),
         (["trace", "synth", "x.npz", "--experts", "2"], "top_k 6 is above num_experts 2"),
         (["trace", "convert", "t.npz", "nowhere/x.npz"], "cannot write or read nowhere/x.npz"),

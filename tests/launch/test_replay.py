@@ -1,5 +1,6 @@
 """A trace forced through the routers: the run's loads are the trace's, and what cannot be replayed is one line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,8 @@ def test_what_cannot_be_replayed_is_one_line(tmp_path: Path) -> None:
     loads_SLRE[1, :, 1] = np.array([20, 0, 0, 0, 0, 0, 0, 0])
     write_trace(path, META, loads_SLRE)
     assert "an expert that 20 of 10 tokens of a rank chose in step 1" in refusal()
+    write_trace(path, replace(META, dropped=True), loads_SLRE, tokens_SR=np.full((3, 2), 10))
+    assert f"{path} lacks assignments that were dropped; every token chooses top-k experts" in refusal()
     path.write_bytes(b"no trace")
     refusal()
     path.unlink()

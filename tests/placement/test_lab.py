@@ -163,6 +163,18 @@ def test_wrong_synthetic_wishes():
             SynthSpec(**{"meta": META, "kind": "zipf", "num_steps": 1, "tokens_per_rank": 1, **change})
 
 
+def test_loads_that_leave_the_range_of_integers_are_refused(tmp_path):
+    """Cumulative counts: a scale, or a sum over steps, that would wrap around."""
+    meta = TraceMeta(num_layers=1, num_experts=2, top_k=1, num_ranks=1)
+    write_trace(tmp_path / "t.npz", meta, np.full((600, 1, 1, 2), 2**52))
+    setting = LabSetting(topology=Topology.preset("h100", 1), shape=LayerShape(2, 1, 8, 8), scale=4)
+    with pytest.raises(ValueError, match="a load of 4503599627370496 at scale 4 is above 9007199254740992; lower --scale"):
+        compare(Trace(tmp_path / "t.npz"), setting, ["static"], knows=("exact",), num_steps=1)
+    write_trace(tmp_path / "t.npz", meta, np.full((1100, 1, 1, 2), 2**52))
+    with pytest.raises(ValueError, match=r"loads sum to \d+ up to a step, above 4611686018427387904; divide the recording's"):
+        mean_loads(Trace(tmp_path / "t.npz"), setting)
+
+
 def test_backtest_errors_by_hand(tmp_path):
     """Shares 1, 0 and 0, 1 in turn: the last value is always wrong after one step and right after two."""
     meta = TraceMeta(num_layers=1, num_experts=2, top_k=1, num_ranks=1)

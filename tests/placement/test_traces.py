@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -57,6 +57,68 @@ def test_optional_arrays_round_trip(tmp_path):
     assert np.array_equal(trace.pair_counts(), pairs_LEE)
 
 
+def without_some(loads_SLRE: np.ndarray) -> np.ndarray:
+    """The same loads, a few assignments dropped."""
+    loads_SLRE = loads_SLRE.copy()
+    loads_SLRE[1, 2, 3] //= 2
+    return loads_SLRE
+
+
+def test_dropped_assignments_round_trip_with_the_tokens_they_belong_to(tmp_path):
+    meta, loads_SLRE, tokens_SR = replace(META, dropped=True, layers=(1, 2, 5)), without_some(make_loads(3)), np.full((3, 4), 50)
+    with TraceWriter(tmp_path / "streamed.npz", meta) as writer:
+        for loads_LRE, tokens_R in zip(loads_SLRE, tokens_SR, strict=True):
+            writer.append(loads_LRE, tokens_R)
+    write_trace(tmp_path / "whole.npz", meta, loads_SLRE, tokens_SR=tokens_SR)
+    for name in ("streamed.npz", "whole.npz"):
+        trace = Trace(tmp_path / name)
+        assert trace.meta == meta
+        assert np.array_equal(np.stack(list(trace.steps())), loads_SLRE)
+        assert np.array_equal(trace.tokens_SR, tokens_SR)
+        assert json.loads(str(np.load(tmp_path / name)["meta"]))["schema"] == "moesaic-trace/2"
+    assert Trace(tmp_path / "whole.npz").meta.layers == (1, 2, 5)
+
+
+def test_only_a_trace_that_says_so_may_lack_assignments(tmp_path):
+    lacking = without_some(make_loads(2))
+    with pytest.raises(ValueError, match="are not tokens x top-k"):
+        write_trace(tmp_path / "t.npz", META, lacking)
+    with pytest.raises(ValueError, match="takes the tokens of each step and rank"):
+        write_trace(tmp_path / "t.npz", replace(META, dropped=True), lacking)
+    with pytest.raises(ValueError, match="takes the tokens of each step and rank"):
+        write_trace(tmp_path / "t.npz", META, make_loads(2), tokens_SR=np.full((2, 4), 50))
+    with (
+        TraceWriter(tmp_path / "t.npz", replace(META, dropped=True)) as writer,
+        pytest.raises(ValueError, match="takes the tokens of each rank"),
+    ):
+        writer.append(lacking[1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_traces_say_neither_dropped_nor_layers(tmp_path):
+    """They are read by what reads the first schema alone."""
+    write_trace(tmp_path / "t.npz", META, make_loads(2))
+    said = json.loads(str(np.load(tmp_path / "t.npz")["meta"]))
+    assert said["schema"] == "moesaic-trace/1"
+    assert not {"dropped", "layers"} & said.keys()
+
+
+@pytest.mark.parametrize("wide_step", [0, 2])
+def test_loads_above_int32_are_kept_as_int64(tmp_path, wide_step):
+    """From whichever step they come, those that waited on disk as int32 included."""
+    loads_SLRE = make_loads(4)
+    loads_SLRE[wide_step] *= 10**9
+    with TraceWriter(tmp_path / "streamed.npz", META) as writer:
+        for loads_LRE in loads_SLRE:
+            writer.append(loads_LRE)
+    write_trace(tmp_path / "whole.npz", META, loads_SLRE)
+    for name in ("streamed.npz", "whole.npz"):
+        stored = np.load(tmp_path / name)
+        assert stored["loads"].dtype == np.int64
+        assert json.loads(str(stored["meta"]))["schema"] == "moesaic-trace/2"
+        assert np.array_equal(np.stack(list(Trace(tmp_path / name).steps())), loads_SLRE)
+
+
 def test_an_interrupted_run_keeps_its_steps(tmp_path):
     def record() -> None:
         with TraceWriter(tmp_path / "t.npz", META) as writer:
@@ -97,7 +159,7 @@ def changed(at: tuple[int, int, int], value: int) -> np.ndarray:
         (make_loads(1)[0][:, :, :7], r"shape \(3, 4, 7\), the trace \[L, R, E\] = \(3, 4, 8\)"),
         (changed((1, 2, 3), -1000), "negative load"),
         (changed((1, 2, 3), 2), r"layer 1, rank 2: 102 assignments are not tokens x top-k \(layer 0 has 100, top-k is 2\)"),
-        (np.full((3, 4, 8), 2**31), "above int32"),
+        (np.full((3, 4, 8), 2**49), "a layer's loads above 9007199254740992 are not supported"),
     ],
 )
 def test_the_writer_refuses_what_routing_cannot_give(tmp_path, loads_LRE, message):
@@ -110,6 +172,24 @@ def test_the_writer_refuses_what_routing_cannot_give(tmp_path, loads_LRE, messag
     [
         ({"loads": make_loads(2).astype(np.int32)}, "it has no meta"),
         ({"meta": meta_text()}, "it has no loads"),
+        ({"meta": meta_text(dropped=True), "loads": make_loads(2)}, "dropped assignments need the schema 'moesaic-trace/2'"),
+        ({"meta": meta_text(schema="moesaic-trace/2", dropped=True), "loads": make_loads(2)}, "it has no tokens"),
+        (
+            {"meta": meta_text(schema="moesaic-trace/2", dropped=True), "loads": make_loads(2), "tokens": np.full((2, 4), 49)},
+            "step 0, layer 0, rank 0: 100 assignments are more than 49 tokens x top-2",
+        ),
+        (
+            {"meta": meta_text(schema="moesaic-trace/2", dropped=True), "loads": make_loads(2), "tokens": np.full((2, 3), 50)},
+            r"tokens are \(2, 3\), not \(2, 4\)",
+        ),
+        (
+            {"meta": meta_text(schema="moesaic-trace/2", dropped=True), "loads": make_loads(2), "tokens": np.full((2, 4), -1)},
+            r"step 0 has tokens \[-1, -1, -1, -1\] on 4 ranks",
+        ),
+        ({"meta": meta_text(dropped="yes"), "loads": make_loads(2)}, "dropped must be true or false, got 'yes'"),
+        ({"meta": meta_text(layers=[0, 1]), "loads": make_loads(2)}, "layers must be 3 rising numbers"),
+        ({"meta": meta_text(layers=[0, 2, 1]), "loads": make_loads(2)}, "layers must be 3 rising numbers"),
+        ({"meta": meta_text(layers=3), "loads": make_loads(2)}, "layers must be a list of numbers, got int"),
         ({"meta": meta_text(schema="other/9"), "loads": make_loads(2)}, "its schema is 'other/9', not 'moesaic-trace/1'"),
         ({"meta": np.array("{"), "loads": make_loads(2)}, "meta cannot be read"),
         ({"meta": np.array("[" * 100000), "loads": make_loads(2)}, "meta cannot be read|above the limit"),
