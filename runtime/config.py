@@ -111,8 +111,8 @@ class RuntimeConfig:
     rehome_effort: float = 1.0
     """How long the solver searches for owners, relative to its default."""
     check_replicas_every: int = 100
-    """Steps between checks that ranks still hold the same dense weights, buffers, experts of replicas and numbers of the optimizer;
-    one after the first step besides. A difference of one bit ends the step with an error on every rank. 0: none."""
+    """Steps between checks that ranks hold the same dense weights, buffers, experts of replicas and optimizer's numbers; one
+    after the first step besides. A difference of one bit ends the step with an error on every rank. 0: none."""
     check_replicas_except: Sequence[str] = ()
     """Parameters and buffers that differ by rank on purpose and are not checked: names, or patterns such as "*.running_mean"."""
     transport: Literal["auto", "c10d", "shm", "mpi", "hierarchical"] = "auto"
