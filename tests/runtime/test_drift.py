@@ -282,7 +282,7 @@ def test_experts_of_any_rank_have_the_same_settings() -> None:
 
 
 def uneven(held: Held, rank: int) -> None:
-    """The second rank of each replica owns experts of another layer, with another learning rate; the first has its groups reversed."""
+    """The second rank of each replica owns experts of another layer, at another rate; the first has its groups reversed."""
     assert held.optimizer is not None
     if held.owned == 0:
         held.optimizer.param_groups.reverse()
