@@ -135,7 +135,7 @@ class _Run:
         self.handle: Handle = shard_experts(
             self.model,
             mesh=init_device_mesh("cpu", (case.ranks,)),
-            config=RuntimeConfig(slots=case.slots, shard_dense=False, **options),
+            config=RuntimeConfig(slots=case.slots, shard_dense=False, check_replicas_every=0, **options),
             placements=[_copies_of_next(owners_E, case) for owners_E in owners],
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)

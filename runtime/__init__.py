@@ -25,6 +25,8 @@ dense.py          FSDP2 on the dense rest
 adapters/         MoE blocks of other models, and their checkpoints
 shard.py          shard_experts
 handle.py         what the user's loop calls
+drift.py          what ranks must hold alike, compared every so many steps
+fingerprint.py    64 bits that stand for a tensor
 state.py          state under logical names
 metrics.py        balance, copies, bytes
 stages.py         profiler ranges and stage clocks

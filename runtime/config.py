@@ -1,6 +1,7 @@
 """What a user chooses about routing and about the runtime. Frozen values that check themselves."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +110,11 @@ class RuntimeConfig:
     state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
     rehome_effort: float = 1.0
     """How long the solver searches for owners, relative to its default."""
+    check_replicas_every: int = 100
+    """Steps between checks that ranks hold the same dense weights, buffers, experts of replicas and optimizer's numbers; one
+    after the first step besides. A difference of one bit ends the step with an error on every rank. 0: none."""
+    check_replicas_except: Sequence[str] = ()
+    """Parameters and buffers that differ by rank on purpose and are not checked: names, or patterns such as "*.running_mean"."""
     transport: Literal["auto", "c10d", "shm", "mpi", "hierarchical"] = "auto"
     """How bytes travel between ranks; `moesaic doctor` says what "auto" chooses here, and why."""
     timeout_s: float = 300.0
@@ -126,6 +132,15 @@ class RuntimeConfig:
                 raise ValueError(f"runtime.{name} is 'auto', but runtime.slot_bytes is 0; state the bytes that slots may take")
         if self.rehome_every < 0:
             raise ValueError(f"runtime.rehome_every is {self.rehome_every}; it must be 0 (never) or a number of steps")
+        if self.check_replicas_every < 0:
+            raise ValueError(
+                f"runtime.check_replicas_every is {self.check_replicas_every}; it must be 0 (never) or a number of steps"
+            )
+        if isinstance(self.check_replicas_except, str):
+            raise ValueError(
+                f"runtime.check_replicas_except is {self.check_replicas_except!r}; give a list: [{self.check_replicas_except!r}]"
+            )
+        object.__setattr__(self, "check_replicas_except", tuple(self.check_replicas_except))
         if not 0 < self.rehome_effort < math.inf:
             raise ValueError(f"runtime.rehome_effort is {self.rehome_effort}; it must be more than 0, and finite")
         if not 0 <= self.overlap_s < math.inf:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .adapters.safetensors_files import SafetensorsFolder, write_folder
 from .adapters.weights import checkpoint_tensors, load_weights, state_on_rank_zero
 from .bank import Bank
 from .config import RuntimeConfig
+from .drift import DriftGuard
 from .group import RankGroup
 from .layer import moe_layers
 from .metrics import exposed_metrics, step_metrics
@@ -50,6 +51,7 @@ class Handle:
         self.config = config
         self.clock = clock
         self._step = 0
+        self._guard = DriftGuard(group, every=config.check_replicas_every, ignored=config.check_replicas_except)
         self._metrics: dict[str, float] = {}
         self._layer_metrics: dict[str, dict[str, float]] = {}
         self._loads: list[np.ndarray] = []
@@ -104,6 +106,11 @@ class Handle:
         The backward of every forward must have run: weights count as changed from here on.
 
         With `RuntimeConfig.rehome_every` experts may change their owner here; `optimizer`, whose state goes along, must be given.
+
+        Collective: after the first step, and every `RuntimeConfig.check_replicas_every`, ranks compare what they must hold alike.
+
+        Raises:
+            DriftError: they do not, on every rank; see drift.py.
         """
         if self._rehomers and optimizer is None:
             raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
@@ -135,6 +142,7 @@ class Handle:
             self._metrics["moved_experts"] = float(sum(d.num_moved for d in latest if d.step == self._step))
         for transport in (self.group.tokens, self.group.experts, self.group.replicas):
             transport.traffic.reset()
+        self._guard.after_step(self._step, self._tensors(experts=False), self._tensors(experts=True), optimizer, self._device)
 
     def rehome(self, owners: Sequence[OwnerMap], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Make these the owner maps, one per bank: weights, gradients and the optimizer's state move. Collective, between steps.
@@ -324,6 +332,14 @@ class Handle:
         """
         self._reshard()
         prepare_optimizer(optimizer, self.model, saved)
+
+    def _tensors(self, *, experts: bool) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers by name: those of the experts that this rank owns, or all others."""
+        self._reshard()
+        owned = {id(p) for p in self.expert_parameters()}
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if (id(tensor) in owned) == experts:
+                yield name, tensor
 
     def _reshard(self) -> None:
         """Give the root its shards back: FSDP2 leaves its parameters whole after a forward that had no backward."""

@@ -107,27 +107,40 @@ class _Messages:
             self._world.until_taken(key)
 
 
-def run_threads(world_size: int, body: Callable[..., Any], *args: Any, topology: Topology | None = None) -> list[Any]:
-    """Run `body(group, *args)` on every rank; return the results in rank order."""
-    world = ThreadWorld(world_size)
+def run_threads(
+    world_size: int, body: Callable[..., Any], *args: Any, topology: Topology | None = None, num_replicas: int = 1
+) -> list[Any]:
+    """Run `body(group, *args)` on every rank of `num_replicas` groups; return the results in rank order, group by group."""
+    groups = [ThreadWorld(world_size) for _ in range(num_replicas)]
+    replicas = [ThreadWorld(num_replicas) for _ in range(world_size)]
+    worlds = [*groups, *replicas]
     topology = topology or Topology.preset("cpu", world_size)
-    results: list[Any] = [None] * world_size
+    results: list[Any] = [None] * (num_replicas * world_size)
 
-    def run(rank: int) -> None:
-        group = RankGroup(ThreadTransport(world, rank, "tokens"), ThreadTransport(world, rank, "experts"), topology)
+    def run(index: int) -> None:
+        group, rank = divmod(index, world_size)
+        ranks = RankGroup(
+            ThreadTransport(groups[group], rank, "tokens"),
+            ThreadTransport(groups[group], rank, "experts"),
+            topology,
+            ThreadTransport(replicas[rank], group, "replicas"),
+            Topology.preset("cpu", num_replicas),
+        )
         try:
-            results[rank] = body(group, *args)
+            results[index] = body(ranks, *args)
         except BaseException as error:
-            with world.changed:
-                world.failure = world.failure or error
-                world.changed.notify_all()
+            for world in worlds:
+                with world.changed:
+                    world.failure = world.failure or error
+                    world.changed.notify_all()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(results))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if world.failure is not None:
-        raise world.failure
-    assert not world.mail, f"messages nobody received: {list(world.mail)}"
+    for world in worlds:
+        if world.failure is not None:
+            raise world.failure
+        assert not world.mail, f"messages nobody received: {list(world.mail)}"
     return results
