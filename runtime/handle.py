@@ -217,8 +217,21 @@ class Handle:
         return profiled(Path(path), traffic, self.group.rank)
 
     def loads(self) -> np.ndarray:
-        """Assignments of the last closed step by layer, source rank and expert, int64 [L, R, E]; layers must agree on E."""
+        """Assignments of the last closed step by layer, source rank and expert, int64 [L, R, E].
+
+        Raises:
+            ValueError: layers have different numbers of experts; see `layer_loads`.
+        """
+        numbers = {load_RE.shape[1] for load_RE in self._loads}
+        if len(numbers) > 1:
+            raise ValueError(
+                f"layers have {' and '.join(map(str, sorted(numbers)))} experts, no one array; use handle.layer_loads()"
+            )
         return np.stack(self._loads)
+
+    def layer_loads(self) -> dict[str, np.ndarray]:
+        """The same by the layer's name, int64 [R, E] each."""
+        return dict(zip(self.layers, self._loads, strict=False))
 
     @property
     def placement(self) -> list[OwnerMap]:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
 from .adapters import FoundLayer, find_layers, replace_modules
 from .adapters.meta import allocate_meta
+from .adapters.save_pretrained import guard_save_pretrained
 from .bank import Bank
 from .config import RuntimeConfig
 from .dense import dense_units, gradient_divisor, holders_of, leave_dense, shard_dense
@@ -107,6 +108,7 @@ def shard_experts(
             allocate_meta(model, _device_of(mesh))
     else:
         leave_dense(model, layers)
+    guard_save_pretrained(model, layers)
     return Handle(model, layers, banks, group, config, clock)
 
 

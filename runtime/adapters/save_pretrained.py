@@ -1,0 +1,62 @@
+"""`save_pretrained` of a sharded model of transformers: the family's own files, or a refusal; never one rank's experts for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sharded_experts import ShardedExperts
+
+
+def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
+    """Have `model.save_pretrained` write whole experts under the family's names, where it is given all of them, or refuse."""
+    original: Callable[..., Any] | None = getattr(model, "save_pretrained", None)
+    if original is None:
+        return
+
+    def save_pretrained(save_directory: Any, *args: Any, state_dict: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        """See transformers. The state dict must hold every expert; without one, all of them must be on this rank.
+
+        Raises:
+            RuntimeError: experts are on other ranks.
+        """
+        if state_dict is None:
+            state_dict = model.state_dict()
+        return original(save_directory, *args, state_dict=family_names(state_dict, layers), **options)
+
+    model.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+
+def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts]) -> dict[str, Any]:
+    """A whole state dict of the sharded model as that of the unwrapped one: all experts of a layer in one tensor.
+
+    Raises:
+        RuntimeError: the state lacks experts, or parts of other tensors.
+    """
+    state = dict(state)
+    sharded = next(
+        (name for name, value in state.items() if not isinstance(value, Tensor) or hasattr(value, "full_tensor")), None
+    )
+    for block, experts in layers.items():
+        prefix = f"{block}.experts." if block else "experts."
+        for weight, fused in experts.family.fused:
+            names = [f"{prefix}{expert}.{weight}" for expert in range(experts.num_experts)]
+            found = [name for name in names if name in state]
+            if sharded is not None or 0 < len(found) < len(names):
+                lacks = (
+                    f"parts of {sharded!r}"
+                    if sharded is not None
+                    else f"{len(names) - len(found)} of {len(names)} experts of {block}"
+                )
+                raise RuntimeError(
+                    f"save_pretrained on this rank lacks {lacks}, which other ranks hold; call handle.save_safetensors(folder) on every "
+                    "rank, or give the state_dict that get_model_state_dict returns with full_state_dict=True"
+                )
+            if found:
+                whole = torch.stack([state.pop(name).detach() for name in names])
+                name = f"{block}.{fused}" if block else fused
+                state[name] = experts.family.to_family(weight, whole).contiguous()
+    return state
