@@ -45,7 +45,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> None:
         super().step()
         for parameter in self.dense:
-            parameter.sub_(parameter.grad, alpha=0.01)
+            parameter.add_(parameter.grad, alpha=-0.01)
             parameter.grad = None
 
 
@@ -227,7 +227,7 @@ def test_an_optimizer_that_lacks_a_weight_is_refused() -> None:
     """Unless the weight is frozen, and so has no state."""
     bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 4, 1), 0)
     optimizer = torch.optim.SGD([next(bank.parameters())])
-    with pytest.raises(ValueError, match="SGD does not hold the experts' down, .*; give the optimizer"):
+    with pytest.raises(ValueError, match=r"SGD does not hold the experts' down, .*; give the optimizer"):
         migrate(bank, optimizer, bank.owners, LocalTransport())
     for parameter in bank.parameters():
         parameter.requires_grad_(False)
