@@ -1,4 +1,4 @@
-"""What goes along when experts change their owner, whatever optimizer keeps it; and experts that cannot take each other's place."""
+"""What goes along when experts change their owner, whatever optimizer keeps it; experts that cannot take another's place."""
 
 import logging
 from collections import Counter
@@ -192,8 +192,8 @@ def test_an_expert_takes_the_place_of_one_that_is_trained_alike(how: str, caplog
         assert owners in ([0, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 1])
         (record,) = caplog.records
         assert record.getMessage() == (
-            "a test: 2 of 4 experts stay: those whose place they would take are trained otherwise (frozen, another parameter group, "
-            "or other optimizer state)"
+            "a test: 2 of 4 experts stay: those whose place they would take are trained otherwise (frozen, another parameter "
+            "group, or other optimizer state)"
         )
         caplog.clear()
         for special in ((), (0, 4), (0, 1, 3, 4), (2, 5)):
