@@ -63,7 +63,8 @@ def rehome(bank: Bank) -> None:
 
     run_threads(1, swap)
     with torch.no_grad():
-        bank.gate_up[1], bank.down[0] = 2.5, 3.5
+        bank.experts[1].gate_up.fill_(2.5)
+        bank.experts[0].down.fill_(3.5)
 
 
 CHANGES = {
