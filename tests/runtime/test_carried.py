@@ -83,10 +83,10 @@ def test_weights_that_change_unseen_by_other_ranks_are_refused() -> None:
     for change in (torch.optim.SGD(bank.parameters(), lr=0.0).step, bank.weights_changed):
         layer(x)
         with torch.no_grad():
-            bank.down.mul_(0.5)
+            layer.experts[0].down.mul_(0.5)
         change()
     layer(x)
     with torch.no_grad():
-        bank.down.mul_(0.5)
+        layer.experts[0].down.mul_(0.5)
     with pytest.raises(RuntimeError, match=r"step 0, 0, plan 0: experts' weights were changed in place .*; call handle.step\(\)"):
         layer(x)

@@ -208,7 +208,7 @@ def test_what_travels_under_the_attention_backward(materialize: str) -> None:
 CHANGES: dict[str, Callable[[Bank], Any]] = {
     "sgd": lambda bank: torch.optim.SGD(bank.parameters(), lr=0.1).step(),
     "adamw fused": lambda bank: torch.optim.AdamW(bank.parameters(), lr=0.1, fused=True).step(),
-    "in place": lambda bank: bank.down.detach().mul_(0.5),
+    "in place": lambda bank: bank.experts[0].down.detach().mul_(0.5),
     "re-homing elsewhere": lambda bank: bank.adopt(bank.owners, bank.rows),
 }
 
@@ -217,11 +217,10 @@ CHANGES: dict[str, Callable[[Bank], Any]] = {
 def test_backward_after_the_weights_changed_is_refused(change: Callable[[Bank], Any]) -> None:
     """The owners' rows, and copies gathered anew, would no longer be the weights of the forward."""
     layer = make_model().blocks[0].moe
-    assert layer.experts is not None
     loss = layer(torch.randn(3, 16)).square().sum()
     for parameter in layer.experts.parameters():
         parameter.grad = torch.ones_like(parameter)
-    change(layer.experts)
+    change(layer.runtime.bank)
     with pytest.raises(RuntimeError, match="weights changed between this forward and its backward") as refused:
         loss.backward()
     assert "\n" not in str(refused.value)

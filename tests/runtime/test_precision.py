@@ -14,9 +14,10 @@ from torch.func import functional_call
 
 from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
 from moesaic.placement import OwnerMap, get_solver
-from moesaic.runtime.bank import Bank, ExpertShape, ExpertTensors
+from moesaic.runtime.bank import Bank
+from moesaic.runtime.expert import ExpertShape, ExpertTensors
 from moesaic.runtime.group import RankGroup, single_rank_group
-from moesaic.runtime.rehome import migrate, row_tensors
+from moesaic.runtime.rehome import migrate
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case, cases
@@ -58,11 +59,12 @@ def load(bank: Bank) -> None:
 
 def rehome(bank: Bank) -> None:
     def swap(group: RankGroup) -> None:
-        migrate(bank, row_tensors(bank, None), OwnerMap.contiguous(1, 4, 1), group.experts)
+        migrate(bank, None, OwnerMap.contiguous(1, 4, 1), group.experts)
 
     run_threads(1, swap)
     with torch.no_grad():
-        bank.gate_up[1], bank.down[0] = 2.5, 3.5
+        bank.experts[1].gate_up.fill_(2.5)
+        bank.experts[0].down.fill_(3.5)
 
 
 CHANGES = {
@@ -111,7 +113,7 @@ def test_experts_that_ranks_share_keep_their_dtype() -> None:
     with pytest.raises(ValueError, match=r"float32 and cannot become torch.bfloat16; .* before shard_experts") as refused:
         layer.to(torch.bfloat16)
     assert "\n" not in str(refused.value)
-    assert layer.float().to("cpu").bank.gate_up.dtype == torch.float32
+    assert layer.float().to("cpu").runtime.bank.gate_up.dtype == torch.float32
 
 
 def wrapped(solver: str, compute_dtype: Any, router: RouterConfig | None = None, **options: Any) -> tuple[Model, Handle]:

@@ -17,50 +17,36 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
+from moesaic.collectives import LocalTransport
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver
 from moesaic.placement.propose import Question, propose, saved_s
 from moesaic.runtime import rehomer
-from moesaic.runtime.bank import Bank, ExpertShape
+from moesaic.runtime.bank import Bank
+from moesaic.runtime.expert import ExpertShape
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.rehome import migrate, rounds_of, row_tensors
+from moesaic.runtime.rehome import expert_states, migrate, rounds_of
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
-from moesaic.runtime.state import state_of
 from tests.helpers.model import cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
 from tests.runtime.test_shard import SOLVERS
 
 
-class PerExpert(torch.optim.Optimizer):
-    """An optimizer of torch's for single matrices, applied to every expert's alone; other parameters get plain SGD.
+class Muon(torch.optim.Muon):
+    """torch's, which takes matrices alone, for the experts; the dense parameters get plain SGD."""
 
-    Its state is that of the rows, stacked.
-    """
-
-    def __init__(self, groups: Any, kind: type[torch.optim.Optimizer], lr: float):
-        super().__init__(groups, {"lr": lr})
-        self.kind = kind
+    def __init__(self, groups: Any):
+        dense, experts = groups
+        super().__init__(experts["params"], lr=0.01)
+        self.dense = dense["params"]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if parameter.ndim != 3:
-                parameter.add_(parameter.grad, alpha=-0.01)
-                continue
-            rows = []
-            for row in range(parameter.shape[0]):
-                matrix = nn.Parameter(parameter.detach()[row])
-                matrix.grad = parameter.grad[row]
-                optimizer = self.kind([matrix], lr=0.01)
-                before = self.state.get(parameter, {})
-                optimizer.state[matrix] |= {key: value[row] if value.ndim else value.clone() for key, value in before.items()}
-                optimizer.step()
-                rows.append(optimizer.state[matrix])
-            if rows:
-                self.state[parameter] = {
-                    key: torch.stack([state[key] for state in rows]) if value.ndim else value for key, value in rows[0].items()
-                }
+        super().step()
+        for parameter in self.dense:
+            parameter.add_(parameter.grad, alpha=-0.01)
+            parameter.grad = None
 
 
 OPTIMIZERS = {
@@ -68,8 +54,8 @@ OPTIMIZERS = {
     "adamw_foreach": lambda groups: torch.optim.AdamW(groups, lr=0.01, foreach=True),
     "adamw_fused": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
     "sgd_momentum": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
-    "muon": lambda groups: PerExpert(groups, torch.optim.Muon, lr=0.01),  # orthogonalizes whole matrices
-    "adafactor": lambda groups: PerExpert(groups, torch.optim.Adafactor, lr=0.01),  # factored second moments
+    "muon": Muon,  # orthogonalizes whole matrices
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01),  # factored second moments, norms of whole matrices
 }
 
 
@@ -113,20 +99,30 @@ def move_twice(group: RankGroup, seed: int) -> dict[tuple[int, int], tuple[float
     """Fill rows and optimizer state with what says whose they are, move twice, and read both back by logical id."""
     owners = OwnerMap.contiguous(3, 7, group.world_size)
     bank = Bank(ExpertShape(2, 3), owners, group.rank)
-    optimizer = torch.optim.AdamW(bank.parameters())
+    optimizer = torch.optim.AdamW([{"params": list(bank.parameters())}])
     for parameter in bank.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for (layer, expert), row in bank.rows.items():
-        for tensor in row_tensors(bank, optimizer):
-            tensor[row] = 10 * layer + expert
+        for tensor in everything(bank, optimizer, row):
+            tensor.fill_(10 * layer + expert)
     for turn in range(2):
-        migrate(bank, row_tensors(bank, optimizer), shuffled(owners, seed + turn), group.experts)
+        migrate(bank, optimizer, shuffled(owners, seed + turn), group.experts)
     assert bank.owners == shuffled(owners, seed + 1)
     found = {}
     for pair, row in bank.rows.items():
-        values = torch.cat([tensor[row].flatten() for tensor in row_tensors(bank, optimizer)])
+        values = torch.cat([tensor.flatten() for tensor in everything(bank, optimizer, row)])
         found[pair] = (values.min().item(), values.max().item())
+    return found
+
+
+def everything(bank: Bank, optimizer: torch.optim.Optimizer, row: int) -> list[Tensor]:
+    """Weights, gradients, first and second moments and step counts of the expert in a row."""
+    found = []
+    for parameter in bank.experts[row].parameters():
+        assert parameter.grad is not None
+        state = optimizer.state[parameter]
+        found += [parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]]
     return found
 
 
@@ -189,7 +185,8 @@ def rehome_two_banks(group: RankGroup) -> None:
     layers = {str(ffn_dim): MoELayer(4, ffn_dim, 4, 2) for ffn_dim in (6, 8)}
     config, clock = RuntimeConfig(policy="static", slots=0), StageClock()
     banks = share_experts(layers, group, config=config, solver=get_solver("static"), clock=clock)
-    handle = Handle(nn.ModuleList(layers.values()), layers, banks, group, config, clock)
+    experts = {name: layer.experts for name, layer in layers.items()}
+    handle = Handle(nn.ModuleList(layers.values()), experts, banks, group, config, clock)
     before = handle.placement
     other, unfit = OwnerMap(np.array([[1, 1, 0, 0]]), 2), OwnerMap(np.array([[0, 0, 0, 1]]), 2)
     with pytest.raises(ValueError, match="rank 0 owns 2 experts and would own 3"):
@@ -208,47 +205,33 @@ def test_a_refused_re_homing_moves_no_bank() -> None:
 
 
 class Odd(torch.optim.SGD):
-    """Keeps a piece of state that belongs to no expert."""
+    """Keeps a piece of state that is neither a tensor nor a number."""
 
     def step(self, closure: Any = None) -> None:
         super().step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter]["history"] = torch.zeros(3)
+                self.state[parameter]["history"] = [1.0]
 
 
 def test_state_that_cannot_follow_is_refused() -> None:
     bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 4, 1), 0)
     optimizer = Odd(bank.parameters(), lr=0.1)
     optimizer.step()
-    with pytest.raises(ValueError, match=r"'history' of shape \(3,\), for a bank of 4 experts, cannot follow an expert; use an"):
-        row_tensors(bank, optimizer)
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (torch.optim.Adafactor, "Adafactor scales each update by norms over all experts of a rank, .*; use an optimizer that"),
-        (lambda parameters: torch.optim.SGD([next(parameters)]), "SGD does not hold the experts' down, .*; give the optimizer"),
-    ],
-)
-def test_optimizers_that_cannot_follow_are_refused(make: Any, message: str) -> None:
-    bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 4, 1), 0)
-    with pytest.raises(ValueError, match=message):
-        row_tensors(bank, make(bank.parameters()))
-    assert len(row_tensors(bank.requires_grad_(False), make(bank.parameters()))) == 2  # frozen experts have no state
-
-
-def test_state_that_belongs_to_no_expert_is_not_saved() -> None:
-    """The same one line when the state is asked for under logical names."""
-    layer = MoELayer(2, 3, 4, 1)
-    optimizer = Odd(layer.parameters(), lr=0.1)
-    optimizer.step()
-    with pytest.raises(
-        ValueError, match=r"'history' of shape \(3,\), for a bank of 4 experts, cannot follow an expert; use an"
-    ) as refused:
-        state_of(layer, {"": layer}, optimizer)
+    with pytest.raises(ValueError, match=r"state 'history' of Odd is a list, which cannot follow an expert; use an") as refused:
+        migrate(bank, optimizer, bank.owners, LocalTransport())
     assert "\n" not in str(refused.value)
+
+
+def test_an_optimizer_that_lacks_a_weight_is_refused() -> None:
+    """Unless the weight is frozen, and so has no state."""
+    bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 4, 1), 0)
+    optimizer = torch.optim.SGD([next(bank.parameters())])
+    with pytest.raises(ValueError, match=r"SGD does not hold the experts' down, .*; give the optimizer"):
+        migrate(bank, optimizer, bank.owners, LocalTransport())
+    for parameter in bank.parameters():
+        parameter.requires_grad_(False)
+    assert [len(state.tensors) for state in expert_states(bank, optimizer)] == [2] * 4
 
 
 class Proposer:
@@ -330,7 +313,7 @@ def refusals_after_a_stall(group: RankGroup) -> int:
     layer = MoELayer(4, 6, 4, 2)
     config = RuntimeConfig(policy="static", slots=0, rehome_every=50)
     (bank,) = share_experts({"moe": layer}, group, config=config, solver=get_solver("static"), clock=StageClock())
-    rehoming = rehomer.Rehomer(bank, [layer.runtime], group, config)
+    rehoming = rehomer.Rehomer(bank, [layer.experts], group, config)
     rehoming._loads, rehoming._num_steps = np.ones((1, 2, 4), np.int64), 1
     proposal, row_bytes = OwnerMap(np.array([[1, 1, 0, 0]]), 2), 1000
     assert rehoming._decide(1, proposal, row_bytes)[1].num_moved

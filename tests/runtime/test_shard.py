@@ -65,7 +65,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_gradients(model: Model, handle: Handle) -> dict[str, Tensor]:
     """Every gradient under its logical name, the experts' collected from their owners."""
-    grads = {name: whole(p.grad) for name, p in model.named_parameters() if ".bank." not in name}
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if ".experts." not in name}
     owned = {
         f"{name}.experts.{e}.{weight}": getattr(layer.runtime.bank.grads(layer.runtime.layer, e), weight).clone()
         for name, layer in handle.layers.items()

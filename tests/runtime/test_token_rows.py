@@ -156,7 +156,6 @@ def break_off(
             left, broken = rows.unfinished, model.blocks[0].moe.runtime.latest_pass
             assert isinstance(left, RoundTrip)
         model.zero_grad()
-        handle.banks[0].zero_grad()
         cross_entropy(model(batch(2)[0]), batch(2)[1]).backward()
         assert rows.unfinished is None
         if breaks:
