@@ -89,6 +89,7 @@ def test_public_names() -> None:
         "RouterConfig",
         "Routing",
         "RuntimeConfig",
+        "ShardedExperts",
         "register_adapter",
         "shard_experts",
     ]

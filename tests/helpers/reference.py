@@ -19,7 +19,7 @@ class DenseMoE(nn.Module):
 
     def __init__(self, layer: MoELayer, rounds: bool = False):
         super().__init__()
-        assert layer.experts is not None
+        assert not layer.experts.is_sharded
         self.rounds = rounds
         self.force_balance = layer.router.config.force_balance
         self.top_k = layer.top_k

@@ -121,13 +121,7 @@ def wrapped(use_checkpoint: bool = False, **options: Any) -> tuple[Model, Handle
 
 def gradients(model: Model, handle: Handle) -> dict[str, Tensor]:
     """Every gradient under its logical name; replicas, and what ranks share, must agree bit for bit."""
-    mine = {name: whole(p.grad).clone() for name, p in model.named_parameters() if ".bank." not in name}
-    mine |= {
-        f"{name}.experts.{e}.{weight}": getattr(layer.runtime.bank.grads(layer.runtime.layer, e), weight).clone()
-        for name, layer in handle.layers.items()
-        for e in layer.runtime.owned_experts
-        for weight in ("gate_up", "down")
-    }
+    mine = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
     everybody: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     grads: dict[str, Tensor] = {}

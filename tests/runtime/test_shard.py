@@ -65,13 +65,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_gradients(model: Model, handle: Handle) -> dict[str, Tensor]:
     """Every gradient under its logical name, the experts' collected from their owners."""
-    grads = {name: whole(p.grad) for name, p in model.named_parameters() if ".experts." not in name}
-    owned = {
-        f"{name}.experts.{e}.{weight}": getattr(layer.runtime.bank.grads(layer.runtime.layer, e), weight).clone()
-        for name, layer in handle.layers.items()
-        for e in layer.runtime.owned_experts
-        for weight in ("gate_up", "down")
-    }
+    experts = set(handle.expert_parameters())
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p not in experts}
+    owned = {name: p.grad.clone() for name, p in model.named_parameters() if p in experts}
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, owned)
     for part in everybody:
@@ -81,14 +77,7 @@ def whole_gradients(model: Model, handle: Handle) -> dict[str, Tensor]:
 
 
 def unsharded_gradients(model: nn.Module) -> dict[str, Tensor]:
-    grads = {}
-    for name, p in model.named_parameters():
-        prefix, _, weight = name.rpartition(".")
-        if prefix.endswith(".experts"):
-            grads |= {f"{prefix}.{e}.{weight}": p.grad[e].clone() for e in range(NUM_EXPERTS)}
-        else:
-            grads[name] = p.grad.clone()
-    return grads
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def backward_on_ranks(rank: int, solver: str, num_batches: int, use_checkpoint: bool) -> Any:
@@ -373,8 +362,9 @@ def share_after_refusals(group: RankGroup) -> None:
         share(config=RuntimeConfig(slots=1), owners=owners, placements=[placement])
     with pytest.raises(ValueError, match="row_parts is 2, but"):
         share(config=RuntimeConfig(row_parts=2, token_route="by_node"))
-    assert layer.experts is not None
-    assert dict(layer.named_parameters()).keys() == {"router.weight", "experts.gate_up", "experts.down"}
+    assert not layer.experts.is_sharded
+    weights = {f"experts.{e}.{weight}" for e in range(4) for weight in ("gate_up", "down")}
+    assert dict(layer.named_parameters()).keys() == {"router.weight", *weights}
     share(config=RuntimeConfig(slots=2), owners=owners, placements=[placement])
     assert layer.runtime.planner.place().placement == placement
 
