@@ -1,6 +1,7 @@
 """Sparse collectives: a collective is a schedule, a schedule is data, and one executor runs it over any transport.
 
 traffic.py     bytes and messages counted by operation and peer
+tags.py        what a message is about, as a number that both of its ranks must have
 transport.py   what a transport is: `exchange` and `all_gather_ints`
 transports/    c10d (Gloo or NCCL), shm (ranks of one host), mpi, hierarchical (shm inside nodes, c10d between), local (one rank)
 schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
