@@ -28,7 +28,15 @@ from .schedules.relay import relay_gather
 from .traffic import Span, Traffic
 from .transport import Buffer, CollectiveError, Pending, RowLayout, RowPart, RowsAsMessages, Transport
 from .transports.c10d import C10dTransport
-from .transports.choose import TRANSPORTS, TransportChoice, choose_transport, make_transports, nodes_of_group
+from .transports.choose import (
+    TRANSPORTS,
+    TransportChoice,
+    choose_transport,
+    make_host_transport,
+    make_transports,
+    new_group,
+    nodes_of_group,
+)
 from .transports.local import LocalTransport
 from .transports.shm import ShmTransport
 from .verbs import all_to_all_rows, sparse_all_gather, sparse_reduce_scatter
@@ -64,8 +72,10 @@ __all__ = [
     "direct_gather",
     "element_sharded_gather",
     "hierarchical_gather",
+    "make_host_transport",
     "make_schedule",
     "make_transports",
+    "new_group",
     "nodes_of_group",
     "predicted_s",
     "relay_gather",

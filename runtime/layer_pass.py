@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 class LayerPass:
     """The state of one forward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
 
-    where: str  # step and layer, for errors and profiles
+    where: str  # step, layer, plan and pass, for errors, profiles and the tags of messages: the same on every rank
     plan: Plan
     is_training: bool = True
+    number: int = 0  # of the layer's passes in this step
     weights_version: tuple[int, ...] = ()  # of the bank when the copies were gathered
     copies: dict[int, ExpertTensors] = field(default_factory=dict)  # this rank's slots by expert; empty once released
     holds_copies: bool = False  # here or on their way; the same on every rank, also on one whose plan has none
@@ -44,6 +46,7 @@ class LayerPass:
     staging: list[ExpertTensors] = field(default_factory=list)  # where the reduce receives others' gradients
     topk_ids_TK: Tensor | None = None
     load: ExpertLoad | None = None
+    flags_R: np.ndarray | None = None  # what the layer's `flags` were on every rank
     load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
     handle: DispatchHandle | None = None
     is_replay: bool = False

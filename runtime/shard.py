@@ -18,9 +18,11 @@ from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
 from ._compat import leave_out_of_ddp, outside_graphs
 from .adapters import adopt_moe_layers
 from .adapters.meta import allocate_meta
+from .agreement import Agreement, check_same_layers
 from .bank import Bank, SlotPool
 from .config import RuntimeConfig
-from .group import RankGroup, group_of_process_group
+from .forwards import meet_in_forwards
+from .group import RankGroup, group_of_process_group, mesh_with_limit
 from .handle import Handle
 from .layer import MoELayer
 from .layer_runtime import LayerRuntime
@@ -75,6 +77,7 @@ def shard_experts(
     layers = adopt_moe_layers(model)
     if any(layer.experts is None for layer in layers.values()):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
+    check_same_layers({name: f"{layer.experts.shape} x {layer.num_experts}" for name, layer in layers.items() if layer.experts})
     group = group_of_process_group(
         mesh.get_group(mesh.ndim - 1),
         timeout_s=config.timeout_s,
@@ -96,11 +99,12 @@ def shard_experts(
     )
     prefetch_in_order(model, list(layers.values()))
     if config.shard_dense:
-        _shard_dense(model, mesh, layers, banks, config)
+        _shard_dense(model, mesh_with_limit(mesh, config.timeout_s), layers, banks, config)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             allocate_meta(model, _device_of(mesh))
     else:
         _leave_dense(model, banks)
+    meet_in_forwards(model, [layer.runtime for layer in layers.values()], clock)
     return Handle(model, layers, banks, group, config, clock)
 
 
@@ -145,6 +149,7 @@ def share_experts(
     places = {name: place for place, name in enumerate(layers)}
     sizes = [_size_of(layers[names[0]], group, config, tuple(places[name] for name in names)) for names in alike.values()]
     slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.overlap)
+    agreement = Agreement(group, {name: layer.num_experts for name, layer in layers.items()})
     # Phase 1: whatever may be refused, while the layers still have their experts
     shared = [
         _runtimes_of_alike(
@@ -154,6 +159,7 @@ def share_experts(
             solver=solver,
             clock=clock,
             reduces=reduces,
+            agreement=agreement,
             owners=owners,
             device=device,
             slots=slots,
@@ -197,6 +203,7 @@ def _runtimes_of_alike(
     solver: Solver,
     clock: StageClock,
     reduces: PendingReduces,
+    agreement: Agreement,
     owners: OwnerMap | None,
     device: torch.device | None,
     slots: SlotPlan,
@@ -237,6 +244,7 @@ def _runtimes_of_alike(
             rematerializer=rematerializer,
             keeps_copies=slots.keeps(size.layers[index]),
             capacity=layer.capacity,
+            agreement=agreement,
         )
         for index, (name, layer) in enumerate(layers.items())
     }
