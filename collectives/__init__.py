@@ -1,6 +1,7 @@
 """Sparse collectives: a collective is a schedule, a schedule is data, and one executor runs it over any transport.
 
 traffic.py     bytes and messages counted by operation and peer
+tags.py        what a message is about, as a number that both of its ranks must have
 transport.py   what a transport is: `exchange` and `all_gather_ints`
 transports/    c10d (Gloo or NCCL), shm (ranks of one host), mpi, hierarchical (shm inside nodes, c10d between), local (one rank)
 schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
@@ -27,7 +28,15 @@ from .schedules.relay import relay_gather
 from .traffic import Span, Traffic
 from .transport import Buffer, CollectiveError, Pending, RowLayout, RowPart, RowsAsMessages, Transport
 from .transports.c10d import C10dTransport
-from .transports.choose import TRANSPORTS, TransportChoice, choose_transport, make_transports, nodes_of_group
+from .transports.choose import (
+    TRANSPORTS,
+    TransportChoice,
+    choose_transport,
+    make_host_transport,
+    make_transports,
+    new_group,
+    nodes_of_group,
+)
 from .transports.local import LocalTransport
 from .transports.shm import ShmTransport
 from .verbs import all_to_all_rows, sparse_all_gather, sparse_reduce_scatter
@@ -63,8 +72,10 @@ __all__ = [
     "direct_gather",
     "element_sharded_gather",
     "hierarchical_gather",
+    "make_host_transport",
     "make_schedule",
     "make_transports",
+    "new_group",
     "nodes_of_group",
     "predicted_s",
     "relay_gather",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from weakref import finalize, ref
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._foreach_utils
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 outside_graphs = torch._disable_dynamo
@@ -76,6 +78,17 @@ def running_checkpoints() -> list[RunningCheckpoint]:
             frame = held["frame"] if owner == "_checkpoint_hook" else held["target_frame_ref"]()
             running.append(RunningCheckpoint(frame, held.get("gid")))
     return running
+
+
+def tensors_in(output: Any) -> list[torch.Tensor]:
+    """The tensors of a module's output: of tuples, lists, dictionaries, and other classes that torch knows how to take apart."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def time_limit_s(group: dist.ProcessGroup, device_type: str) -> float:
+    """The seconds that a collective of the group may take on this kind of device."""
+    limit: timedelta = group._get_backend(torch.device(device_type)).options._timeout
+    return limit.total_seconds()
 
 
 def default_store() -> dist.Store:

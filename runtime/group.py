@@ -8,8 +8,19 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from ..collectives import LocalTransport, Transport, choose_transport, make_transports, nodes_of_group
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..collectives import (
+    LocalTransport,
+    Transport,
+    choose_transport,
+    make_host_transport,
+    make_transports,
+    new_group,
+    nodes_of_group,
+)
 from ..placement import Topology
+from ._compat import time_limit_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +37,8 @@ class RankGroup:
     replicas: Transport = field(default_factory=LocalTransport)
     """The ranks that own what this one owns, one in each group."""
     replica_topology: Topology = field(default_factory=lambda: Topology.preset("cpu", 1))
+    host: Transport | None = None
+    """Of tensors in the host's memory, where the tokens are not."""
 
     def __post_init__(self) -> None:
         if self.replicas.world_size != self.replica_topology.num_ranks:
@@ -46,6 +59,11 @@ class RankGroup:
     def world_size(self) -> int:
         """Ranks in the group."""
         return self.tokens.world_size
+
+    @property
+    def control(self) -> Transport:
+        """Where ranks meet without a device; that of the tokens on CPU, so that whoever is elsewhere with them is met there."""
+        return self.host or self.tokens
 
     @property
     def is_first(self) -> bool:
@@ -77,12 +95,13 @@ def group_of_process_group(
     name = choose_transport(node_of_R, on_cuda=on_cuda).name if transport == "auto" else transport
     tokens, experts = make_transports(name, group, num_transports=2, timeout_s=timeout_s)
     topology = topology or default_topology(node_of_R, on_cuda=on_cuda)
+    host = make_host_transport(group, node_of_R, timeout_s=timeout_s) if on_cuda else None
     if replicas is None:
-        return RankGroup(tokens, experts, topology)
+        return RankGroup(tokens, experts, topology, host=host)
     node_of_R = nodes_of_group(replicas)
     name = choose_transport(node_of_R, on_cuda=on_cuda).name if transport == "auto" else transport
     (between,) = make_transports(name, replicas, num_transports=1, timeout_s=timeout_s)
-    return RankGroup(tokens, experts, topology, between, default_topology(node_of_R, on_cuda=on_cuda))
+    return RankGroup(tokens, experts, topology, between, default_topology(node_of_R, on_cuda=on_cuda), host)
 
 
 def default_topology(node_of_R: Sequence[int], *, on_cuda: bool) -> Topology:
@@ -96,3 +115,20 @@ def default_topology(node_of_R: Sequence[int], *, on_cuda: bool) -> Topology:
         major, _ = torch.cuda.get_device_capability()
         preset = {8: "a100", 9: "h100"}.get(major, "b200")
     return Topology.preset(preset, num_nodes=num_ranks // ranks_per_node, ranks_per_node=ranks_per_node)
+
+
+def mesh_with_limit(mesh: DeviceMesh, timeout_s: float) -> DeviceMesh:
+    """The mesh, or where its groups wait longer than `timeout_s`, its equal over groups of their own, which do not. Collective.
+
+    A mesh over all ranks usually has the default process group, of which its user may expect the usual half an hour.
+    """
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    limits_s = [time_limit_s(group, mesh.device_type) for group in groups]
+    if all(limit_s <= timeout_s for limit_s in limits_s):
+        return mesh
+    own = [
+        new_group(dist.get_process_group_ranks(group), min(limit_s, timeout_s))
+        for group, limit_s in zip(groups, limits_s, strict=True)
+    ]
+    names = mesh.mesh_dim_names
+    return DeviceMesh.from_group(own if mesh.ndim > 1 else own[0], mesh.device_type, mesh=mesh.mesh, mesh_dim_names=names)

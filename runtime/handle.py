@@ -18,6 +18,7 @@ from ..collectives import LinkCounts
 from ..placement import OwnerMap
 from .adapters.safetensors_files import SafetensorsFolder, write_folder
 from .adapters.weights import checkpoint_tensors, load_weights, state_on_rank_zero
+from .agreement import Doing
 from .bank import Bank
 from .config import RuntimeConfig
 from .drift import DriftGuard
@@ -50,6 +51,7 @@ class Handle:
         self.group = group
         self.config = config
         self.clock = clock
+        self._agreement = next(iter(self.layers.values())).runtime.agreement
         self._step = 0
         self._guard = DriftGuard(group, every=config.check_replicas_every, ignored=config.check_replicas_except)
         self._metrics: dict[str, float] = {}
@@ -271,8 +273,8 @@ class Handle:
             square += torch.linalg.vector_norm(local, dtype=dtype).double().square() * (num_shards / num_ranks)
         # Summed in rank order on every rank, and over replicas: bitwise the same everywhere.
         for ranks in (self.group.tokens, self.group.replicas):
-            squares_R = ranks.all_gather_ints(square.view(1).view(torch.int64), where="clip_grad_norm_")
-            square = squares_R.view(torch.float64).sum()
+            squares_R = self._agreement.gather(ranks, square.view(1).view(torch.int64), Doing.CLIP, self._step).values_Rn
+            square = squares_R.contiguous().view(torch.float64).sum()
         norm = square.sqrt()
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(f"the gradient norm is {norm.item()}; look for the overflow, or pass error_if_nonfinite=False")

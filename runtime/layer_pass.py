@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 class LayerPass:
     """The state of one forward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
 
-    where: str  # step and layer, for errors and profiles
+    where: str  # step, layer, plan and pass, for errors, profiles and the tags of messages: the same on every rank
     plan: Plan
     is_training: bool = True
+    number: int = 0  # of the layer's passes in this step
     weights_version: tuple[int, ...] = ()  # of the bank when the copies were gathered
     copies: dict[int, ExpertTensors] = field(default_factory=dict)  # this rank's slots by expert; empty once released
     holds_copies: bool = False  # here or on their way; the same on every rank, also on one whose plan has none

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..placement import ExpertLoad, LayerShape, Solver, Topology
+from .agreement import Agreement
 from .bank import Bank
 from .capacity import Capacity
 from .carried import CarriedCopies
@@ -50,6 +51,7 @@ class LayerRuntime:
         rematerializer: holds copies that were gathered again for backward; one per bank.
         keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
         capacity: how much experts take; everything by default.
+        agreement: of the ranks on what they are doing; one per model, by default that of a model of this layer alone.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class LayerRuntime:
         rematerializer: Rematerializer,
         keeps_copies: bool = True,
         capacity: Capacity | None = None,
+        agreement: Agreement | None = None,
     ):
         self.name = name
         self.bank = bank
@@ -83,6 +86,7 @@ class LayerRuntime:
         self.counters = LayerCounters()
         owners_E = bank.owners.expert_to_owner_LE[layer]
         self.num_experts = int(owners_E.size)
+        self.agreement = agreement or Agreement(group, {name: self.num_experts})
         self.owned_experts = _owned(owners_E, group.rank)
         gradient_bytes = bank.storage["gate_up"].element_size()
         self.reduce_wire = torch.bfloat16 if config.reduce_wire == "bf16" else None
@@ -186,9 +190,7 @@ class LayerRuntime:
         """The exact load of the layer on all ranks, from this rank's int64 counts, gathered."""
         if layer_pass.load is None:
             with self.stage("plan", layer_pass):
-                load_RE = self._gathered(counts_E, layer_pass)
-                layer_pass.is_trained = self.bank.is_trainable(self.layer)
-                layer_pass.load = ExpertLoad(load_RE.cpu().numpy())
+                layer_pass.load = ExpertLoad(self._gathered(counts_E, layer_pass))
         return layer_pass.load
 
     def router_loss(self, router: Router, routing: Routing, layer_pass: LayerPass) -> Tensor:
@@ -198,8 +200,9 @@ class LayerRuntime:
         if replicas.world_size > 1:
             if layer_pass.load_of_all is None:
                 counts = torch.from_numpy(load.load_RE.flatten()).to(self.bank.storage["gate_up"].device)
-                loads = replicas.all_gather_ints(counts, where=layer_pass.where).cpu().numpy()
-                layer_pass.load_of_all = ExpertLoad(loads.reshape(-1, load.num_experts))
+                place = self.name, layer_pass.number, self.step
+                loads = self.agreement.gather_loads(counts, *place, is_training=layer_pass.is_training, where=layer_pass.where)
+                layer_pass.load_of_all = ExpertLoad(loads.host_Rn.reshape(-1, load.num_experts))
             load, rank = layer_pass.load_of_all, replicas.rank * load.num_ranks + rank
         return router.loss(routing, load, rank)
 
@@ -256,22 +259,30 @@ class LayerRuntime:
     def _launch(self, is_training: bool) -> LayerPass:
         with self.clock.stage("plan", self.name), self.counters.planning():
             plan = self.planner.place()
-            where = f"step {self.step}, {self.name}, plan {plan.number}"
+            number = self.agreement.next_pass(self.name, self.step)
+            where = f"step {self.step}, {self.name}, plan {plan.number}, pass {number}"
             self.bank.claim(self.layer)
-            layer_pass = LayerPass(where, plan, is_training, weights_version=self.bank.version(self.layer))
+            layer_pass = LayerPass(where, plan, is_training, number, weights_version=self.bank.version(self.layer))
         with self.stage("materialize", layer_pass):
             begin_materialize(self, layer_pass)
             if not self.overlap:
                 wait_for_copies(layer_pass)
         return layer_pass
 
-    def _gathered(self, counts_E: Tensor, layer_pass: LayerPass) -> Tensor:
-        """Every rank's counts [R, E]."""
-        tokens, start_s = self.group.tokens, time.perf_counter()
-        load_RE = tokens.all_gather_ints(counts_E, where=layer_pass.where)
+    def _gathered(self, counts_E: Tensor, layer_pass: LayerPass) -> np.ndarray:
+        """Every rank's counts [R, E], and with them whether any rank has experts that learn."""
+        start_s, place = time.perf_counter(), (self.name, layer_pass.number, self.step)
+        gathered = self.agreement.gather_counts(
+            counts_E,
+            *place,
+            is_training=layer_pass.is_training,
+            flags=int(self.bank.is_trainable(self.layer)),
+            where=layer_pass.where,
+        )
         end_s = time.perf_counter()
-        tokens.traffic.add_wait(layer_pass.op("measure"), layer_pass.where, start_s, end_s, start_s, end_s)
-        return load_RE
+        self.group.tokens.traffic.add_wait(layer_pass.op("measure"), layer_pass.where, start_s, end_s, start_s, end_s)
+        layer_pass.is_trained = bool(gathered.flags_R.any())
+        return gathered.host_Rn
 
 
 def _handle_builder(config: RuntimeConfig, topology: Topology) -> Callable[..., DispatchHandle]:

@@ -29,6 +29,7 @@ import torch
 
 from ..placement import ExpertLoad, OwnerMap, Problem
 from ..placement.propose import Question, propose, saved_s
+from .agreement import Doing
 from .bank import Bank
 from .config import RuntimeConfig
 from .group import RankGroup
@@ -230,8 +231,14 @@ class Rehomer:
     def _from_first(self, values: Sequence[int]) -> list[int]:
         """What rank 0 of the first replica says, on every rank, of replicas too: they must go on owning the same experts."""
         told = torch.tensor(values, dtype=torch.int64)
-        told = self._group.tokens.all_gather_ints(told, where="re-homing")[0].contiguous()
-        return self._group.replicas.all_gather_ints(told, where="re-homing")[0].tolist()
+        for ranks in (self._group.tokens, self._group.replicas):
+            told = (
+                self._layers[0]
+                .runtime.agreement.gather(ranks, told, Doing.OWNERS, self._layers[0].runtime.step)
+                .values_Rn[0]
+                .contiguous()
+            )
+        return told.tolist()
 
     def _move(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
         migrate(self.bank, optimizer, wanted, self._group.experts, where="re-homing")

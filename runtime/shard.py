@@ -17,11 +17,13 @@ from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
 from .adapters import FoundLayer, find_layers, replace_modules
 from .adapters.meta import allocate_meta
 from .adapters.save_pretrained import guard_save_pretrained
+from .agreement import Agreement, check_same_layers
 from .bank import Bank
 from .config import RuntimeConfig
 from .dense import dense_units, gradient_divisor, holders_of, leave_dense, shard_dense
 from .expert_grad import ExpertRanks
-from .group import RankGroup, group_of_process_group
+from .forwards import meet_in_forwards
+from .group import RankGroup, group_of_process_group, mesh_with_limit
 from .handle import Handle
 from .layer import MoELayer, moe_layers
 from .layer_runtime import LayerRuntime
@@ -72,6 +74,7 @@ def shard_experts(
     found = find_layers(model)
     if any(layer.experts.is_sharded for layer in found):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
+    check_same_layers({layer.name: f"{layer.source.shape} x {layer.source.num_experts}" for layer in found})
     units = dense_units(model, [layer.name for layer in found]) if config.shard_dense else []
     group = group_of_process_group(
         mesh.get_group(mesh.ndim - 1),
@@ -103,11 +106,12 @@ def shard_experts(
     for name, runtime in runtimes.items():
         runtime.gradient_divisor = partial(gradient_divisor, holders_of(model, name), group.world_size, group.replicas.world_size)
     if config.shard_dense:
-        shard_dense(model, units, mesh, layers, config)
+        shard_dense(model, units, mesh_with_limit(mesh, config.timeout_s), layers, config)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             allocate_meta(model, _device_of(mesh))
     else:
         leave_dense(model, layers)
+    meet_in_forwards(model, list(runtimes.values()), clock)
     guard_save_pretrained(model, layers)
     return Handle(model, layers, banks, group, config, clock)
 
@@ -189,6 +193,7 @@ def build_runtimes(
     slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.overlap)
     owner_maps = [owners or OwnerMap.contiguous(len(of), of[0].source.num_experts, group.world_size) for of in alike.values()]
     ranks = ExpertRanks(group.experts, tuple(np.sum([each.num_rows_R for each in owner_maps], axis=0).tolist()))
+    agreement = Agreement(group, {layer.name: layer.source.num_experts for layer in found})
     runtimes: dict[str, LayerRuntime] = {}
     for of, size, owner_map in zip(alike.values(), sizes, owner_maps, strict=True):
         bank = _bank_of(of[0].source, group, owner_map, config, ranks, device)
@@ -208,6 +213,7 @@ def build_runtimes(
                 rematerializer=rematerializer,
                 keeps_copies=slots.keeps(size.layers[index]),
                 capacity=layer.experts.capacity,
+                agreement=agreement,
             )
     for layer, placement in zip(found, placements, strict=False):
         runtimes[layer.name].planner.hold(placement)

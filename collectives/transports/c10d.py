@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..progress import CommunicationThread
+from ..tags import GATHER, Tags
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
 from .parts import Part, parts_of, progress
@@ -67,7 +68,9 @@ class C10dTransport(RowsAsMessages):
     watchdog of the group has the limit, and ends the process with a line that names the rank and the number of the work.
 
     Both sides must expect what the other sends: torch tells nobody how many bytes came. Gloo leaves the end of a buffer as it was
-    after a shorter message, and ends the process at a longer one; NCCL defines neither.
+    after a shorter message, and ends the process at a longer one; NCCL defines neither. On Gloo messages carry their `Tags`: one
+    about something else never comes, and both sides wait until the limit. On NCCL the order in which ranks enter its collectives
+    is all there is; what they gather says what it is about, and they compare that (runtime/agreement.py).
 
     Args:
         group: the process group, made with the timeout `timeout_s`; ranks below are ranks in it. Give each transport a group of
@@ -85,6 +88,7 @@ class C10dTransport(RowsAsMessages):
         self.traffic = Traffic(self.world_size)
         self._is_nccl = dist.get_backend(group) == "nccl"
         self.thread = None if self._is_nccl else CommunicationThread()
+        self._tags = Tags()
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An ordinary tensor."""
@@ -96,12 +100,15 @@ class C10dTransport(RowsAsMessages):
         recvs = [buffer for buffer in recvs if buffer.tensor.numel()]
         for buffer in sends:
             self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
-        what, parts = f"{op}{where and ' at ' + where}", parts_of(sends, recvs)
+        return self._begin(sends, recvs, self._tags.of(op, where), f"{op}{where and ' at ' + where}")
+
+    def _begin(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], tag: int, what: str) -> _Exchange:
+        parts = parts_of(sends, recvs)
         try:
             if self._is_nccl:
                 works = [(work, parts) for work in self._launch_group(sends, recvs)]
             else:
-                works = [(work, [part]) for work, part in zip(self._launch_each(sends, recvs), parts, strict=True)]
+                works = [(work, [part]) for work, part in zip(self._launch_each(sends, recvs, tag), parts, strict=True)]
         except RuntimeError as error:
             raise self.failed(what, parts, parts, error) from error
         return _Exchange(self, works, what)
@@ -112,18 +119,28 @@ class C10dTransport(RowsAsMessages):
         ops += [dist.P2POp(dist.isend, b.tensor, group=self.group, group_peer=b.peer) for b in sends]
         return dist.batch_isend_irecv(ops) if ops else []
 
-    def _launch_each(self, sends: Sequence[Buffer], recvs: Sequence[Buffer]) -> list[dist.Work]:
-        works = [_launched(dist.irecv(b.tensor, group=self.group, group_src=b.peer)) for b in recvs]
-        return works + [_launched(dist.isend(b.tensor, group=self.group, group_dst=b.peer)) for b in sends]
+    def _launch_each(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], tag: int) -> list[dist.Work]:
+        works = [_launched(dist.irecv(b.tensor, group=self.group, group_src=b.peer, tag=tag)) for b in recvs]
+        return works + [_launched(dist.isend(b.tensor, group=self.group, group_dst=b.peer, tag=tag)) for b in sends]
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
-        """Gather int64 [n] from every rank: [R, n]."""
+        """Gather int64 [n] from every rank: [R, n].
+
+        On Gloo as messages, whose errors name the rank that does not come, as those of its own gather do not.
+        """
+        what = f"gather of {values.numel()} integers{where and ' at ' + where}"
         gathered = torch.empty(self.world_size, values.numel(), dtype=torch.int64, device=values.device)
+        if not self._is_nccl:
+            values, peers = values.contiguous(), [peer for peer in range(self.world_size) if peer != self.rank]
+            gathered[self.rank] = values
+            recvs = [Buffer(gathered[peer], peer) for peer in peers]
+            self._begin([Buffer(values, peer) for peer in peers], recvs, self._tags.of(GATHER, ""), what).wait()
+            return gathered
         try:
             work = _launched(dist.all_gather(list(gathered.unbind()), values, group=self.group, async_op=True))
             self.wait_for(work, self.timeout_s)
         except RuntimeError as error:
-            what, parts = f"gather of {values.numel()} integers{where and ' at ' + where}", [Part(gathered.nbytes, None, True)]
+            parts = [Part(gathered.nbytes, None, True)]
             raise self.failed(what, parts, parts, error) from error
         return gathered
 

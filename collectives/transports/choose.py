@@ -78,23 +78,36 @@ def make_transports(name: str, group: dist.ProcessGroup, *, num_transports: int,
         return [job.transport(rank, world_size, timeout_s=timeout_s) for _ in times]
     ranks = dist.get_process_group_ranks(group)
     if name == "c10d":
-        return [C10dTransport(_new_group(ranks, timeout_s), timeout_s=timeout_s) for _ in times]
+        return [C10dTransport(new_group(ranks, timeout_s), timeout_s=timeout_s) for _ in times]
     node_of_R = nodes_of_group(group)
-    members = [r for r in range(world_size) if node_of_R[r] == node_of_R[rank]]
-    made: list[Transport] = []
-    for _ in times:
-        inside = _shm(group, members, timeout_s)
-        made.append(HierarchicalTransport(inside, C10dTransport(_new_group(ranks, timeout_s), timeout_s=timeout_s), node_of_R))
-    return made
+    return [_hierarchical(group, node_of_R, timeout_s) for _ in times]
 
 
-def _new_group(ranks: list[int], timeout_s: float) -> dist.ProcessGroup:
+def make_host_transport(group: dist.ProcessGroup, node_of_R: Sequence[int], *, timeout_s: float) -> Transport:
+    """A transport of CPU tensors over the ranks of any group, NCCL's too, as the rule of this file chooses it. Collective."""
+    name = choose_transport(node_of_R, on_cuda=False).name
+    if name == "shm":
+        return _shm(group, range(len(node_of_R)), timeout_s)
+    if name == "hierarchical":
+        return _hierarchical(group, node_of_R, timeout_s)
+    return C10dTransport(new_group(dist.get_process_group_ranks(group), timeout_s, backend="gloo"), timeout_s=timeout_s)
+
+
+def _hierarchical(group: dist.ProcessGroup, node_of_R: Sequence[int], timeout_s: float) -> HierarchicalTransport:
+    rank = dist.get_rank(group)
+    inside = _shm(group, [r for r, node in enumerate(node_of_R) if node == node_of_R[rank]], timeout_s)
+    between = new_group(dist.get_process_group_ranks(group), timeout_s, backend="gloo")
+    return HierarchicalTransport(inside, C10dTransport(between, timeout_s=timeout_s), node_of_R)
+
+
+def new_group(ranks: list[int], timeout_s: float, *, backend: str | None = None) -> dist.ProcessGroup:
     """A process group of these ranks. The others take no part: they may be making theirs.
 
     Its own limit is what ends a collective that nobody waits for any more, without which a process cannot end.
     """
     is_part = len(ranks) < dist.get_world_size()
-    group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), use_local_synchronization=is_part)
+    limit = timedelta(seconds=timeout_s)
+    group = dist.new_group(ranks, timeout=limit, backend=backend, use_local_synchronization=is_part)
     assert group is not None
     return group
 

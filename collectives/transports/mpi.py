@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..progress import CommunicationThread
+from ..tags import DIFFERENT_PLACES, SAME_ORDER, Tags
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
 from .parts import Part, progress
@@ -116,12 +117,22 @@ class MpiJob:
 class _Requests:
     """MPI requests under way, and what each of them moves."""
 
-    def __init__(self, job: MpiJob, requests: list[MPI.Request], parts: list[Part], what: str, timeout_s: float):
+    def __init__(
+        self,
+        job: MpiJob,
+        requests: list[MPI.Request],
+        parts: list[Part],
+        what: str,
+        timeout_s: float,
+        tags: Tags | None = None,
+        tag: int = 0,
+    ):
         self._job = job
         self._requests = requests
         self._parts = parts
         self._what = what
         self._timeout_s = timeout_s
+        self._tags, self._tag = tags, tag  # of messages
         self._error: CollectiveError | None = None
 
     def wait(self, *, until_sent: bool = True) -> None:
@@ -146,10 +157,13 @@ class _Requests:
             raise self._failed(", ".join([f"failed: MPI says {error}", *(f"more than {part}" for part in cut)])) from error
         for part, status in zip(self._parts, statuses, strict=True):
             # Of collectives, and of what was sent, MPI tells no size.
-            if part.is_incoming and status.Get_source() == part.peer and status.Get_count(mpi.BYTE) != part.num_bytes:
-                raise self._failed(
-                    f"failed: {status.Get_count(mpi.BYTE)} B instead of {part}; the ranks are at different places of the program"
-                )
+            if not part.is_incoming or status.Get_source() != part.peer:
+                continue
+            if self._tags is not None and status.Get_tag() != self._tag:
+                sent = self._tags.named(status.Get_tag())
+                raise self._failed(f"failed: rank {part.peer} sent {sent}; {DIFFERENT_PLACES}: {SAME_ORDER}")
+            if status.Get_count(mpi.BYTE) != part.num_bytes:
+                raise self._failed(f"failed: {status.Get_count(mpi.BYTE)} B instead of {part}; {DIFFERENT_PLACES}")
         self._job.unfinished.discard(self)
         self._requests, self._parts = [], []
 
@@ -174,6 +188,9 @@ class MpiTransport(RowsAsMessages):
         self.traffic = Traffic(self.world_size)
         self.thread: CommunicationThread | None = None  # MPI may not be callable from several
         self._communicator = communicator
+        largest = job.mpi.COMM_WORLD.Get_attr(job.mpi.TAG_UB)
+        assert isinstance(largest, int)
+        self._tags = Tags(largest)
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An ordinary tensor."""
@@ -182,18 +199,19 @@ class MpiTransport(RowsAsMessages):
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Launch every message; see `Transport.exchange`."""
         requests: list[MPI.Request] = []
-        parts = []
+        parts, tag = [], self._tags.of(op, where)
         for buffer in recvs:
             for piece in _pieces(buffer.tensor):
+                # Of any tag: the next message of that rank is the one that this is for, or a mistake to be seen.
                 requests.append(self._communicator.Irecv(piece, buffer.peer))
                 parts.append(Part(piece.nbytes, buffer.peer, True))
         for buffer in sends:
             if buffer.tensor.numel():
                 self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
             for piece in _pieces(buffer.tensor):
-                requests.append(self._communicator.Isend(piece, buffer.peer))
+                requests.append(self._communicator.Isend(piece, buffer.peer, tag))
                 parts.append(Part(piece.nbytes, buffer.peer, False))
-        return self._requests(requests, parts, op, where)
+        return self._requests(requests, parts, op, where, tag)
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Gather int64 [n] from every rank: [R, n]."""
@@ -202,8 +220,9 @@ class MpiTransport(RowsAsMessages):
         self._requests([request], [Part(gathered.nbytes, None, True)], f"gather of {values.numel()} integers", where).wait()
         return gathered
 
-    def _requests(self, requests: list[MPI.Request], parts: list[Part], op: str, where: str) -> _Requests:
-        return _Requests(self.job, requests, parts, f"rank {self.rank}: {op}{where and ' at ' + where}", self.timeout_s)
+    def _requests(self, requests: list[MPI.Request], parts: list[Part], op: str, where: str, tag: int = 0) -> _Requests:
+        what = f"rank {self.rank}: {op}{where and ' at ' + where}"
+        return _Requests(self.job, requests, parts, what, self.timeout_s, self._tags, tag)
 
 
 def _pieces(tensor: Tensor) -> list[np.ndarray]:

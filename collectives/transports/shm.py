@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..progress import CommunicationThread
+from ..tags import DIFFERENT_PLACES, SAME_ORDER, Tags
 from ..traffic import Traffic
 from ..transport import Buffer, CollectiveError, Pending, RowLayout
 from .node import NodeIdentity, cache_bytes
@@ -67,13 +68,14 @@ class _Exchange:
     What was sent lives until it has been read, in `ShmTransport`; what is received until the wait is over.
     """
 
-    __slots__ = ("_op", "_transport", "_where", "messages_M5", "num_sends", "received", "sent")
+    __slots__ = ("_op", "_transport", "_where", "messages_M5", "num_sends", "received", "sent", "tag")
 
     def __init__(
         self,
         transport: ShmTransport,
         messages_M5: np.ndarray,
         num_sends: int,
+        tag: int,
         sent: Sequence[Tensor],
         received: Sequence[Tensor],
         op: str,
@@ -82,6 +84,7 @@ class _Exchange:
         self._transport = transport
         self.messages_M5 = messages_M5
         self.num_sends = num_sends
+        self.tag = tag
         self.sent = sent
         self.received = received
         self._op = op
@@ -158,6 +161,7 @@ class ShmTransport:
         self.timeout_s = timeout_s
         self.traffic = Traffic(world_size)
         self.thread: CommunicationThread | None = None
+        self._tags = Tags()
         self.mailbox = Mailbox(rank, world_size)
         self._names_R = names_R or range(world_size)
         self.mailbox.connect(_addresses_on_one_node(gather, self.mailbox.address))
@@ -246,23 +250,22 @@ class ShmTransport:
         for peer, board in enumerate(boards):
             if board.numel() != values.numel():
                 shown = f"{self.named([peer])} shows {board.numel()}"
-                raise self.error(op, where, f"{shown}; the ranks are at different places of the program")
+                raise self.error(op, where, f"{shown}; {DIFFERENT_PLACES}")
         return torch.stack(boards)
 
     def look(self, exchange: _Exchange, until_taken: bool, spin_ns: int) -> bool:
         """Read messages as they appear and look for `spin_ns` whether all is done; see `shm_control.advance`."""
         if _backlog.threads and not _backlog.is_posted():
             spin_ns = 0
-        messages_M5, num_sends, control = exchange.messages_M5, exchange.num_sends, self.mailbox.control
-        while (status := self._advance(messages_M5, num_sends, until_taken, spin_ns)) == control.NEW_SEGMENT:
+        messages_M5, num_sends, tag, control = exchange.messages_M5, exchange.num_sends, exchange.tag, self.mailbox.control
+        while (status := self._advance(messages_M5, num_sends, tag, until_taken, spin_ns)) == control.NEW_SEGMENT:
             if not self.mailbox.map_segments():
                 raise exchange.failed()
-        if status == control.WRONG_SIZE:
-            peer, there, here = control.wrong_size(self.mailbox.controls_R, self.rank, messages_M5[num_sends:])
-            raise exchange.error(
-                f"{self.named([peer])} sent {there} B where {here} B were expected; "
-                "the ranks are at different places of the program"
-            )
+        if status == control.UNLIKE:
+            peer, sent_tag, there, here = control.unlike(self.mailbox.controls_R, self.rank, messages_M5[num_sends:], tag)
+            if sent_tag != tag:
+                raise exchange.error(f"{self.named([peer])} sent {self._tags.named(sent_tag)}; {DIFFERENT_PLACES}: {SAME_ORDER}")
+            raise exchange.error(f"{self.named([peer])} sent {there} B where {here} B were expected; {DIFFERENT_PLACES}")
         return bool(status == control.DONE) and (until_taken or exchange not in self._queued)
 
     def forget(self, exchange: _Exchange) -> None:
@@ -317,11 +320,11 @@ class ShmTransport:
                 break
             del self._in_flight[earlier]
         control, messages_M5 = self.mailbox.control, np.empty((len(parts_M3), 5), np.int64)
-        traffic_2R = self.traffic.counts_2R(op)
-        status = self._launch(traffic_2R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5)
+        traffic_2R, tag = self.traffic.counts_2R(op), self._tags.of(op, where)
+        status = self._launch(traffic_2R, parts_M3, num_sends, outgoing, incoming, row_bytes, tag, messages_M5)
         if status == control.UNREACHABLE:
             return None
-        exchange = _Exchange(self, messages_M5, num_sends, sent, received, op, where)
+        exchange = _Exchange(self, messages_M5, num_sends, tag, sent, received, op, where)
         if num_sends:
             self._in_flight[exchange] = None
             if status == control.NOT_YET:

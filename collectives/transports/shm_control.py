@@ -36,21 +36,23 @@ _SEGMENTS = _NUM_SEGMENTS + 8  # [MAX_SEGMENTS] file descriptor, bytes
 _BOARD_NUMBERS = _SEGMENTS + 16 * MAX_SEGMENTS  # [2]
 _BOARD_SIZES = _BOARD_NUMBERS + 16  # [2] integers shown
 _BOARDS = _BOARD_SIZES + 16  # [2, MAX_INTS]
-_RINGS = -(-(_BOARDS + 16 * MAX_INTS) // 64) * 64  # [R, RING] posted messages: number + 1, segment, offset, bytes
+_RINGS = -(-(_BOARDS + 16 * MAX_INTS) // 64) * 64  # [R, RING] posted messages: number + 1, tag and segment, offset, bytes
 _POSTED_BYTES = 32
+# A word with both: the tag, and the segment in so many bits.
+_SEGMENT_BITS = 8
 
 # From here on it matters whether a message goes past the caches, and not that everyone is asked.
 _STREAMED_BYTES = 64 << 10
 
 # Columns of messages that are sent and expected. The last of the latter says whether the message was read.
-PEER, NUMBER, SEGMENT, OFFSET, SENT_BYTES = range(5)
+PEER, NUMBER, TAGGED_SEGMENT, OFFSET, SENT_BYTES = range(5)
 ADDRESS, NBYTES, IS_READ = range(2, 5)
 
 # Rows of the counts of messages by peer.
 SENT, POSTED, EXPECTED = range(3)
 
 # What `launch` and `advance` return.
-DONE, NOT_YET, NEW_SEGMENT, WRONG_SIZE, UNREACHABLE = range(5)
+DONE, NOT_YET, NEW_SEGMENT, UNLIKE, UNREACHABLE = range(5)
 
 
 class Control:
@@ -184,7 +186,7 @@ def post(controls_R, rank, counts_3R, messages_M5, num_sends):
             all_posted = False
             continue
         posted = controls_R[rank] + _RINGS + _POSTED_BYTES * _slot(peer, number)
-        _store(posted + 8, messages_M5[m, SEGMENT])
+        _store(posted + 8, messages_M5[m, TAGGED_SEGMENT])
         _store(posted + 16, messages_M5[m, OFFSET])
         _store(posted + 24, messages_M5[m, SENT_BYTES])
         _store(posted, number + 1)
@@ -214,14 +216,14 @@ def place(own_G2, address):
 
 @_called_from_python(
     "int64(int64[::1], int64, int64[:, ::1], int64[:, ::1], int64[:, ::1], int64[:, ::1], int64, int64, int64, int64,"
-    " int64[:, ::1])"
+    " int64, int64[:, ::1])"
 )
-def launch(controls_R, rank, own_G2, counts_3R, traffic_2R, parts_M3, num_sends, outgoing, incoming, row_bytes, messages_M5):
+def launch(controls_R, rank, own_G2, counts_3R, traffic_2R, parts_M3, num_sends, outgoing, incoming, row_bytes, tag, messages_M5):
     """Number the messages of an exchange and describe those that are sent, as far as there is room in their receivers' rings.
 
     Parts are (peer, first row, rows) of rows of `row_bytes` at the addresses `outgoing`, for the first `num_sends`, and
-    `incoming`. What is sent is added to the bytes and messages of `traffic_2R`. Returns DONE; NOT_YET where `post` must go on;
-    or UNREACHABLE, and nothing is done, where what is sent lies in no segment of this rank.
+    `incoming`. All are about `tag`. What is sent is added to the bytes and messages of `traffic_2R`. Returns DONE; NOT_YET where
+    `post` must go on; or UNREACHABLE, and nothing is done, where what is sent lies in no segment of this rank.
     """
     for m in range(num_sends):
         if place(own_G2, outgoing + parts_M3[m, 1] * row_bytes) < 0:
@@ -233,7 +235,8 @@ def launch(controls_R, rank, own_G2, counts_3R, traffic_2R, parts_M3, num_sends,
         if m < num_sends:
             segment = place(own_G2, outgoing + start)
             messages_M5[m, NUMBER] = counts_3R[SENT, peer]
-            messages_M5[m, SEGMENT], messages_M5[m, OFFSET] = segment, outgoing + start - own_G2[segment, 0]
+            messages_M5[m, TAGGED_SEGMENT] = tag << _SEGMENT_BITS | segment
+            messages_M5[m, OFFSET] = outgoing + start - own_G2[segment, 0]
             messages_M5[m, SENT_BYTES] = nbytes
             counts_3R[SENT, peer] += 1
             traffic_2R[0, peer] += nbytes
@@ -251,15 +254,17 @@ def was_taken(controls_R, rank, peer, number):
     return _load(_mark_of(controls_R, peer, rank, number)) > number
 
 
-@njit("UniTuple(int64, 3)(int64[::1], int64, int64[:, ::1])", cache=True, nogil=True)
-def wrong_size(controls_R, rank, expected_Q5):
-    """The first message of another size than was expected: its peer, its bytes there and here; zeros if there is none."""
+@njit("UniTuple(int64, 4)(int64[::1], int64, int64[:, ::1], int64)", cache=True, nogil=True)
+def unlike(controls_R, rank, expected_Q5, tag):
+    """The first message that is not what was expected: its peer, tag and bytes, and the bytes expected; zeros without one."""
     for q in range(expected_Q5.shape[0]):
         peer, number = expected_Q5[q, PEER], expected_Q5[q, NUMBER]
         posted = controls_R[peer] + _RINGS + _POSTED_BYTES * _slot(rank, number)
-        if _load(posted) == number + 1 and _load(posted + 24) != expected_Q5[q, NBYTES]:
-            return peer, _load(posted + 24), expected_Q5[q, NBYTES]
-    return 0, 0, 0
+        if not expected_Q5[q, IS_READ] and _load(posted) == number + 1:
+            there, nbytes = _load(posted + 8) >> _SEGMENT_BITS, _load(posted + 24)
+            if there != tag or nbytes != expected_Q5[q, NBYTES]:
+                return peer, there, nbytes, expected_Q5[q, NBYTES]
+    return 0, 0, 0, 0
 
 
 @njit("boolean(int64[::1], int64, int64[:, ::1], int64)", cache=True, nogil=True)
@@ -281,7 +286,7 @@ def _outgrows(controls_R, cache_bytes):
 
 
 @njit(cache=True, nogil=True)
-def _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends):
+def _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, tag):
     """Copy in what is there and was not read; see `advance` for what is returned."""
     status, last_read = DONE, -1
     for m in range(num_sends, messages_M5.shape[0]):
@@ -292,9 +297,13 @@ def _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends):
         if _load(posted) != number + 1:
             status = max(status, NOT_YET)
             continue
-        base = bases_RG[peer, _load(posted + 8)]
-        if base == 0 or _load(posted + 24) != messages_M5[m, NBYTES]:
-            status = max(status, NEW_SEGMENT if base == 0 else WRONG_SIZE)
+        tagged = _load(posted + 8)
+        if tagged >> _SEGMENT_BITS != tag or _load(posted + 24) != messages_M5[m, NBYTES]:
+            status = max(status, UNLIKE)
+            continue
+        base = bases_RG[peer, tagged & ((1 << _SEGMENT_BITS) - 1)]
+        if base == 0:
+            status = max(status, NEW_SEGMENT)
             continue
         target, source, nbytes = messages_M5[m, ADDRESS], base + _load(posted + 16), messages_M5[m, NBYTES]
         if nbytes >= _STREAMED_BYTES and _outgrows(controls_R, cache_bytes):
@@ -312,29 +321,30 @@ def _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends):
 
 
 @njit(cache=True, nogil=True)
-def _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken):
+def _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, tag, until_taken):
     """One look of `advance`."""
-    status = _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends)
+    status = _read(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, tag)
     if status == DONE and until_taken and not all_taken(controls_R, rank, messages_M5, num_sends):
         return NOT_YET
     return status
 
 
-@_called_from_python("int64(int64[::1], int64, int64[:, ::1], int64, int64, int64[:, ::1], int64, boolean, int64)")
-def advance(controls_R, rank, bases_RG, cache_bytes, patience_ns, messages_M5, num_sends, until_taken, spin_ns):
+@_called_from_python("int64(int64[::1], int64, int64[:, ::1], int64, int64, int64[:, ::1], int64, int64, boolean, int64)")
+def advance(controls_R, rank, bases_RG, cache_bytes, patience_ns, messages_M5, num_sends, tag, until_taken, spin_ns):
     """Read every message as it appears, then see whether those sent were taken; give up `spin_ns` after the first look.
 
-    Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know;
-    or WRONG_SIZE. A rank that keeps looking yields its core to whoever can run, every `patience_ns`. What all ranks read goes
-    past the caches, of `cache_bytes`, where it would fill them: lines of a target are read before they are overwritten there.
+    Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know; or
+    UNLIKE where one is not about `tag`, or has other bytes than expected. A rank that keeps looking yields its core to whoever
+    can run, every `patience_ns`. What all ranks read goes past the caches, of `cache_bytes`, where it would fill them: lines of a
+    target are read before they are overwritten there.
     """
     _announce(controls_R, rank, messages_M5[num_sends:, NBYTES].sum())
-    status = _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken)
+    status = _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, tag, until_taken)
     if status != NOT_YET or spin_ns == 0:
         return status
     clock, until_ns = _clock_for(spin_ns, patience_ns)
     while status == NOT_YET and not _is_over(clock, until_ns):
-        status = _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, until_taken)
+        status = _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, tag, until_taken)
     return status
 
 

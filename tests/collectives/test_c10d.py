@@ -32,13 +32,13 @@ def failure(action: Callable[[], object]) -> str:
 
 def wait_for_a_silent_peer(rank: int, peers: list[int]) -> list[str]:
     """Rank 0 waits for all, of whom rank 2 is silent; then once more."""
-    transport = c10d(1.0)
+    transport, where = c10d(1.0), "step 3, blocks.0.moe"
     if rank == 1:
-        transport.exchange([Buffer(torch.ones(6), 0)], [], op="dispatch").wait()
+        transport.exchange([Buffer(torch.ones(6), 0)], [], op="dispatch", where=where).wait()
     messages = []
     if rank == 0:
         recvs = [Buffer(torch.zeros(6 if peer == 1 else 4), peer) for peer in peers]
-        pending = transport.exchange([], recvs, op="dispatch", where="step 3, blocks.0.moe")
+        pending = transport.exchange([], recvs, op="dispatch", where=where)
         messages = [failure(pending.wait) for _ in range(2)]
     dist.barrier()
     return messages
@@ -113,8 +113,26 @@ def leave_a_gather(rank: int) -> str:
 def test_a_gather_that_failed_does_not_keep_the_process() -> None:
     assert run_ranks(2, leave_a_gather)[0].startswith(
         "rank 0: gather of 2 integers at step 4 did not complete within 1 s "
-        "(received 0 of 32 B, 32 B from all ranks are missing): "
+        "(received 0 of 16 B, 16 B from rank 1 are missing, 16 B to rank 1 were not taken): "
     )
+
+
+def be_in_different_layers(rank: int) -> str:
+    """Both ranks exchange as many bytes, rank 0 those of the second layer, rank 1 those of the first."""
+    transport, other = c10d(1.0), 1 - rank
+    sends, recvs = [Buffer(torch.ones(3), other)], [Buffer(torch.full((3,), -1.0), other)]
+    message = failure(transport.exchange(sends, recvs, op="combine_backward", where=f"step 1, blocks.{other}.moe").wait)
+    assert (recvs[0].tensor == -1).all(), "rows of another layer"
+    return message
+
+
+def test_messages_of_different_layers_never_meet() -> None:
+    """Each rank names what it waits for, and what nobody took."""
+    for rank, message in enumerate(run_ranks(2, be_in_different_layers)):
+        assert message.startswith(
+            f"rank {rank}: combine_backward at step 1, blocks.{1 - rank}.moe did not complete within 1 s "
+            f"(received 0 of 12 B, 12 B from rank {1 - rank} are missing, 12 B to rank {1 - rank} were not taken): "
+        )
 
 
 def test_on_nccl_the_host_does_not_wait() -> None:

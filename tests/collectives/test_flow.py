@@ -24,11 +24,11 @@ class BreaksOff:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._world, name)
 
-    def take(self, key: tuple[Any, ...]) -> Tensor:
+    def take(self, key: tuple[Any, ...], about: str) -> Tensor:
         self._calls += 1
         if self._calls == 3:
             raise KeyboardInterrupt
-        return self._world.take(key)
+        return self._world.take(key, about)
 
 
 @pytest.mark.parametrize("is_reduce", [False, True], ids=["gather", "reduce"])

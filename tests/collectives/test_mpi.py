@@ -91,14 +91,14 @@ def wait_in_vain(rank: int, timeout_s: float, sizes: list[int]) -> list[str]:
     """Rank 0 waits twice for 24 B from rank 1 and 16 B from rank 2, which send tensors of other sizes."""
     (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=60)
     assert isinstance(transport, MpiTransport)
-    transport.timeout_s = timeout_s
+    transport.timeout_s, where = timeout_s, "step 3, blocks.0.moe"
     if rank in (1, 2):
-        transport.exchange([Buffer(torch.ones(sizes[rank - 1]), 0)], [], op="dispatch").wait()
+        transport.exchange([Buffer(torch.ones(sizes[rank - 1]), 0)], [], op="dispatch", where=where).wait()
     dist.barrier()
     messages = []
     if rank == 0:
         recvs = [Buffer(torch.zeros(6), 1), Buffer(torch.zeros(4), 2)]
-        pending = transport.exchange([], recvs, op="dispatch", where="step 3, blocks.0.moe")
+        pending = transport.exchange([], recvs, op="dispatch", where=where)
         for _ in range(2):
             with pytest.raises(CollectiveError) as failed:
                 pending.wait()
@@ -119,6 +119,30 @@ def test_errors_name_who_is_to_blame(pool: MpiPool, timeout_s: float, sizes: lis
     """And rank, operation, place, limit, bytes that came and those that did not; at once when asked again."""
     messages = pool.run(wait_in_vain, timeout_s, sizes)[0]
     assert messages == [f"rank 0: dispatch at step 3, blocks.0.moe {ending}"] * 2
+
+
+def be_in_different_layers(rank: int) -> str:
+    """Ranks 0 and 1 exchange as many bytes, rank 0 those of the second layer, rank 1 those of the first."""
+    (transport,) = make_transports("mpi", group(), num_transports=1, timeout_s=60)
+    message, other = "", 1 - rank
+    for layer in range(2):
+        transport.exchange([], [], op="combine_backward", where=f"step 1, blocks.{layer}.moe").wait()
+    if rank in (0, 1):
+        sends, recvs = [Buffer(torch.ones(3), other)], [Buffer(torch.zeros(3), other)]
+        with pytest.raises(CollectiveError) as failed:
+            transport.exchange(sends, recvs, op="combine_backward", where=f"step 1, blocks.{other}.moe").wait()
+        message = str(failed.value)
+    dist.barrier()
+    return message
+
+
+def test_ranks_in_different_layers_are_told_what_came(pool: MpiPool) -> None:
+    for rank, text in enumerate(pool.run(be_in_different_layers)[:2]):
+        assert text == (
+            f"rank {rank}: combine_backward at step 1, blocks.{1 - rank}.moe failed: rank {1 - rank} sent combine_backward at "
+            f"step 1, blocks.{rank}.moe; the ranks are at different places of the program: every rank must run the same layers "
+            "in the same order, in forward and in backward"
+        )
 
 
 def ask_for_mpi(rank: int) -> str:

@@ -55,17 +55,41 @@ def open_files(pid: int | str = "self") -> list[str]:
 def disagree(rank: int) -> str:
     transport, other = shm(), 1 - rank
     if rank == 0:
-        transport.exchange([Buffer(torch.zeros(3), other)], [], op="combine").wait(until_sent=False)
+        transport.exchange([Buffer(torch.zeros(3), other)], [], op="combine", where="step 1").wait(until_sent=False)
         return ""
     with pytest.raises(CollectiveError) as failed:
         transport.exchange([], [Buffer(torch.zeros(4), other)], op="combine", where="step 1").wait()
     return str(failed.value)
 
 
-def test_ranks_at_different_places_are_told() -> None:
+def test_ranks_that_expect_other_bytes_are_told() -> None:
     assert run_ranks(2, disagree)[1] == (
         "rank 1: combine at step 1: rank 0 sent 12 B where 16 B were expected; the ranks are at different places of the program"
     )
+
+
+def be_in_different_layers(rank: int, has_been_there: bool) -> str:
+    """Both ranks exchange as many bytes, rank 0 those of the second layer, rank 1 those of the first."""
+    transport, other = shm(), 1 - rank
+    if has_been_there:
+        for layer in range(2):
+            transport.exchange([], [], op="combine_backward", where=f"step 1, blocks.{layer}.moe").wait()
+    sends, recvs = [Buffer(torch.ones(3), other)], [Buffer(torch.full((3,), -1.0), other)]
+    with pytest.raises(CollectiveError) as failed:
+        transport.exchange(sends, recvs, op="combine_backward", where=f"step 1, blocks.{other}.moe").wait()
+    assert (recvs[0].tensor == -1).all(), "rows of another layer"
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("has_been_there", [True, False])
+def test_ranks_in_different_layers_are_told_what_came(has_been_there: bool) -> None:
+    """Each names its own place and, where it knows that place, the other's; nothing is copied."""
+    for rank, text in enumerate(run_ranks(2, be_in_different_layers, has_been_there)):
+        came = f"combine_backward at step 1, blocks.{rank}.moe" if has_been_there else "something that this rank has not come to"
+        assert text == (
+            f"rank {rank}: combine_backward at step 1, blocks.{1 - rank}.moe: rank {1 - rank} sent {came}; the ranks are at "
+            "different places of the program: every rank must run the same layers in the same order, in forward and in backward"
+        )
 
 
 def disagree_about_integers(rank: int) -> str:
@@ -197,7 +221,7 @@ def end_after_sending(rank: int) -> str:
     transport, pids = shm(timeout_s=100.0), [0, 0]
     dist.all_gather_object(pids, os.getpid())
     if rank == 0:
-        transport.exchange([Buffer(torch.ones(1000), 1)], [], op="dispatch")
+        transport.exchange([Buffer(torch.ones(1000), 1)], [], op="dispatch", where="step 1")
         os._exit(0)
     while open_files(pids[0]):
         time.sleep(0.01)

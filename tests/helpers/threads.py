@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.collectives import Buffer, Pending, RowsAsMessages, Traffic
+from moesaic.collectives import Buffer, CollectiveError, Pending, RowsAsMessages, Traffic
 from moesaic.collectives.progress import CommunicationThread
 from moesaic.placement import Topology
 from moesaic.runtime.group import RankGroup
@@ -17,26 +17,32 @@ LIMIT_S = 60.0
 
 
 class ThreadWorld:
-    """The mailboxes of R ranks. A message is known by its channel, its two ranks and its number between them."""
+    """The mailboxes of R ranks. A message is known by its channel, its two ranks and its number between them.
+
+    Both ranks must say that it is about the same: operation, step, layer and pass.
+    """
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        self.mail: dict[tuple[Any, ...], Tensor] = {}
+        self.mail: dict[tuple[Any, ...], tuple[Tensor, str]] = {}
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
 
-    def post(self, key: tuple[Any, ...], tensor: Tensor) -> None:
+    def post(self, key: tuple[Any, ...], tensor: Tensor, about: str) -> None:
         with self.changed:
-            self.mail[key] = tensor.detach().clone()
+            self.mail[key] = tensor.detach().clone(), about
             self.changed.notify_all()
 
-    def take(self, key: tuple[Any, ...]) -> Tensor:
+    def take(self, key: tuple[Any, ...], about: str) -> Tensor:
         with self.changed:
             arrived = self.changed.wait_for(lambda: key in self.mail or self.failure is not None, LIMIT_S)
             if key not in self.mail:
                 raise RuntimeError(f"another rank failed: {self.failure!r}" if arrived else f"nobody sent {key}")
             self.changed.notify_all()
-            return self.mail.pop(key)
+            tensor, sent_about = self.mail.pop(key)
+        if sent_about != about:
+            raise CollectiveError(f"{key}: {sent_about} was sent where {about} was expected")
+        return tensor
 
     def until_taken(self, key: tuple[Any, ...]) -> None:
         with self.changed:
@@ -68,7 +74,7 @@ class ThreadTransport(RowsAsMessages):
         return like.new_full(tuple(shape), torch.nan if like.is_floating_point() else -1)
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
-        expected = []
+        expected, about = [], f"{op} at {where}"
         for buffer in recvs:
             assert buffer.peer != self.rank
             if buffer.tensor.numel():
@@ -81,24 +87,26 @@ class ThreadTransport(RowsAsMessages):
             if buffer.tensor.numel():
                 self.traffic.add(op, buffer.peer, buffer.tensor.nbytes)
                 sent.append(self._key(self.rank, buffer.peer))
-                self.world.post(sent[-1], buffer.tensor)
-        return _Messages(self.world, expected, sent)
+                self.world.post(sent[-1], buffer.tensor, about)
+        return _Messages(self.world, expected, sent, about)
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         peers = [peer for peer in range(self.world_size) if peer != self.rank]
         for peer in peers:
-            self.world.post(self._key(self.rank, peer), values)
-        gathered = {peer: self.world.take(self._key(peer, self.rank)) for peer in peers} | {self.rank: values}
+            self.world.post(self._key(self.rank, peer), values, "gather")
+        gathered = {peer: self.world.take(self._key(peer, self.rank), "gather") for peer in peers} | {self.rank: values}
         return torch.stack([gathered[r] for r in range(self.world_size)])
 
 
 class _Messages:
-    def __init__(self, world: ThreadWorld, expected: list[tuple[tuple[Any, ...], Tensor]], sent: list[tuple[Any, ...]]):
-        self._world, self._expected, self._sent = world, expected, sent
+    def __init__(
+        self, world: ThreadWorld, expected: list[tuple[tuple[Any, ...], Tensor]], sent: list[tuple[Any, ...]], about: str
+    ):
+        self._world, self._expected, self._sent, self._about = world, expected, sent, about
 
     def wait(self, *, until_sent: bool = True) -> None:
         for key, tensor in self._expected:
-            arrived = self._world.take(key)
+            arrived = self._world.take(key, self._about)
             assert arrived.shape == tensor.shape, f"{key}: sent {tuple(arrived.shape)}, expected {tuple(tensor.shape)}"
             assert arrived.dtype == tensor.dtype
             tensor.copy_(arrived)

@@ -88,5 +88,7 @@ def test_weights_that_change_unseen_by_other_ranks_are_refused() -> None:
     layer(x)
     with torch.no_grad():
         layer.experts[0].down.mul_(0.5)
-    with pytest.raises(RuntimeError, match=r"step 0, 0, plan 0: experts' weights were changed in place .*; call handle.step\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"step 0, 0, plan 0, pass 3: experts' weights were changed in place .*; call handle.step\(\)"
+    ):
         layer(x)

@@ -299,7 +299,9 @@ def test_where_rows_went_is_kept_no_longer_than_backward_needs_it() -> None:
     loss.backward()
     assert all(handle() is None for handle in handles)
     assert all(layer.aux_loss.requires_grad for layer in layers)
-    with pytest.raises(RuntimeError, match=r"layer, plan 0: backward ran a second time .*; give retain_graph=True") as refused:
+    with pytest.raises(
+        RuntimeError, match=r"layer, plan 0, pass 0: backward ran a second time .*; give retain_graph=True"
+    ) as refused:
         loss.backward()
     assert "\n" not in str(refused.value)
 
@@ -307,7 +309,7 @@ def test_where_rows_went_is_kept_no_longer_than_backward_needs_it() -> None:
 def test_second_derivatives_are_refused() -> None:
     """Also where the first is taken of a sum, so that no gradient that comes in leads anywhere."""
     x = torch.randn(3, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"^step 0, layer, plan 0: .*create_graph=True, but experts have no second"):
+    with pytest.raises(RuntimeError, match=r"^step 0, layer, plan 0, pass 0: .*create_graph=True, but experts have no second"):
         torch.autograd.grad(MoELayer(8, 8, 2, 1)(x).sum(), x, create_graph=True)
 
 

@@ -1,0 +1,53 @@
+"""What a message is about, as a number that both of its ranks must have: operation, step, layer and pass.
+
+    ("combine", "step 3, blocks.0.moe, plan 1, pass 0")  ->  1204398713
+
+It travels where there is room for it that costs nothing: in the description of a message (shm), or as the library's own tag
+(Gloo, MPI). NCCL has none. Ranks in different layers, or in different backward passes of one, then get an error and never each
+other's rows.
+"""
+
+from zlib import crc32
+
+GATHER = "all_gather_ints"
+"""The operation of a gather's own messages. All of them have tag 0: who gathers, compares what the integers say."""
+
+DIFFERENT_PLACES = "the ranks are at different places of the program"
+SAME_ORDER = "every rank must run the same layers in the same order, in forward and in backward"
+
+# Pairs of a few passes of a large model.
+_MOST_KNOWN = 4096
+
+
+class Tags:
+    """The tags of one transport, and what this rank remembers of those it used.
+
+    Args:
+        largest: the largest tag that the library below takes.
+    """
+
+    def __init__(self, largest: int = 2**31 - 1):
+        self._largest = largest
+        self._known: dict[tuple[str, str], int] = {}
+
+    def of(self, op: str, where: str) -> int:
+        """The tag of an operation at a place."""
+        tag = self._known.get((op, where))
+        if tag is None:
+            if len(self._known) >= _MOST_KNOWN:
+                # Two threads may do so at once.
+                self._known.pop(next(iter(self._known.copy())), None)
+            tag = self._known[op, where] = self._number(op, where)
+        return tag
+
+    def named(self, tag: int) -> str:
+        """What another rank's tag stands for: some operation that this rank knows, at some place that it knows."""
+        ops, places = ({pair[i] for pair in self._known.copy()} for i in range(2))
+        for op in sorted(ops):
+            for where in sorted(places):
+                if self._number(op, where) == tag:
+                    return f"{op}{where and ' at ' + where}"
+        return "something that this rank has not come to"
+
+    def _number(self, op: str, where: str) -> int:
+        return 0 if op == GATHER else 1 + crc32(f"{op} at {where}".encode()) % self._largest
