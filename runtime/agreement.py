@@ -228,14 +228,15 @@ class Agreement:
 
     def _describe(self, place: Place) -> str:
         mode, step, name = _mode(place.is_training), place.step, self._name(place)
-        return {
+        told: dict[int, str] = {
             Doing.FORWARD: f"begins forward {place.forward} of the model in step {step} ({mode})",
             Doing.BACKWARD: f"begins the backward of forward {place.forward} of the model in step {step}",
             Doing.LAYER: f"runs {name} in step {step} (pass {place.number} of it, forward {place.forward} of the model, {mode})",
             Doing.ROUTER_LOSS: f"computes the router's losses of {name} in step {step} (pass {place.number} of it, {mode})",
             Doing.CLIP: f"is in clip_grad_norm_ in step {step}, after forward {place.forward}",
             Doing.OWNERS: f"is in handle.step() after step {step}, where experts may change their owner",
-        }.get(place.doing, f"sent what is no header of this version of moesaic ({place.doing})")
+        }
+        return told.get(place.doing, f"sent what is no header of this version of moesaic ({place.doing})")
 
     def _name(self, place: Place) -> str:
         if not 0 <= place.layer < len(self._names) or crc32(self._names[place.layer].encode()) != place.name:

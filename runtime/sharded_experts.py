@@ -233,7 +233,7 @@ class ShardedExperts(nn.Module):
     def _stacked(self, weight: str) -> Tensor:
         bank = self.runtime.bank
         if not self.is_sharded:
-            return getattr(bank, weight)  # type: ignore[no-any-return]
+            return bank.gate_up if weight == "gate_up" else bank.down
         parameters = [expert.parameter(weight) for expert in self]
         stacked = torch.stack([parameter.detach() for parameter in parameters])
         grads = [parameter.grad.as_subclass(Tensor) for parameter in parameters if parameter.grad is not None]
