@@ -34,7 +34,7 @@ def train(rank: int, reuse_copies: bool) -> tuple[list[torch.Tensor], list[tuple
     (layer,) = CASE.layers()
     config = RuntimeConfig(slots=CASE.slots, calibrate="never", reuse_copies=reuse_copies)
     (bank,) = share_experts({"0": layer}, group, config=config, solver=CASE.solver(), clock=StageClock(), owners=CASE.owners())
-    optimizer = torch.optim.SGD(bank.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([{"params": list(bank.parameters())}], lr=0.1)  # rank 0 owns no expert
     unrelated = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     outputs, sent, traffic = [], [], group.experts.traffic
     for batch in range(MICRO_BATCHES * STEPS):
