@@ -214,6 +214,9 @@ class Bank:
         self._retired |= {id(parameter): ref(parameter) for parameter in parameters}
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it steps the experts' weights. Where none is owned, their parameter group is empty."""
+        if not self.experts:
+            return any(not group["params"] for group in optimizer.param_groups)
         mine = {id(parameter) for parameter in self.parameters()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
