@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...kernels import Clamp
@@ -55,7 +55,7 @@ def adopt(name: str, module: nn.Module, known: KnownExperts) -> tuple[ShardedExp
         raise ValueError(f"{known.name}: the weights of {name} are {gate_up.dtype}; load the model without quantization")
     config = getattr(module, "config", None)
     top_k = next((int(getattr(config, key)) for key in _TOP_K if getattr(config, key, None)), 1)
-    experts = ShardedExperts(shape, E, top_k, device="meta", dtype=gate_up.dtype)
+    experts = _TransformersExperts(shape, E, top_k, device="meta", dtype=gate_up.dtype)
     experts.family = known.family
     experts.config = config  # type: ignore[assignment]
     experts.train(module.training)
@@ -73,6 +73,14 @@ def adopt(name: str, module: nn.Module, known: KnownExperts) -> tuple[ShardedExp
     return experts, source
 
 
+class _TransformersExperts(ShardedExperts):
+    """Experts that are called as those of transformers are."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+        """See `ShardedExperts.forward`."""
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+
 def _check_is_own(name: str, module: nn.Module, known: KnownExperts) -> None:
     """Refuse experts that somebody has changed: what is replaced must compute what its family does."""
     what = f"{known.name}: {name}, {type(module).__name__},"
@@ -83,10 +91,17 @@ def _check_is_own(name: str, module: nn.Module, known: KnownExperts) -> None:
             f"{what} overrides forward, which would be lost; override that of the block, which stays, or call register_adapter"
         )
     if parametrize.is_parametrized(module):
-        weights = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        changed = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         raise ValueError(
-            f"{what} has parametrized weights ({weights}), of which experts on other ranks know nothing; "
+            f"{what} has parametrized weights ({changed}), of which experts on other ranks know nothing; "
             "call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    wanted = {full.removeprefix("experts.") for _, full in known.family.fused}
+    weights = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if weights != wanted and hasattr(module, "gate_up_proj"):
+        raise ValueError(
+            f"{what} has the weights {', '.join(sorted(weights))} where its family has {', '.join(sorted(wanted))}; undo what "
+            "changed them before shard_experts, or call register_adapter"
         )
     if known.has_clamp:
         return
