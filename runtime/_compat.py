@@ -124,7 +124,8 @@ def gradient_divide_factor(module: nn.Module) -> float | None:
 
 
 def allow_in_foreach(kind: type[Tensor]) -> None:
-    """Have `torch.nn.utils.clip_grad_norm_` and its like take gradients of this class as it takes plain ones, in one call for all."""
+    """Have `torch.nn.utils.clip_grad_norm_` and its like take gradients of this class as it takes plain ones, in one call for
+    all."""
     kinds: list[type[Tensor]] = torch.utils._foreach_utils._foreach_supported_types
     if kind not in kinds:
         kinds.append(kind)
@@ -152,8 +153,8 @@ class FullStateDict:
 def full_state_dict_requested() -> FullStateDict | None:
     """What `torch.distributed.checkpoint.state_dict` wants whole, where it is what calls `Module.state_dict` or an optimizer's.
 
-    It gathers DTensors afterwards and takes plain tensors for whole; neither a module nor an optimizer is told. Its options are in
-    its frame.
+    It gathers DTensors afterwards and takes plain tensors for whole; neither a module nor an optimizer is told. Its options
+    are in its frame.
     """
     frame = inspect.currentframe()
     while frame is not None:

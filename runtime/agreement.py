@@ -1,8 +1,8 @@
 """What the ranks are doing must be the same on all of them: whatever they gather says so, and every rank compares.
 
 Ranks that run different layers at one moment would otherwise exchange each other's token rows, in silence. So each gather of a
-model's ranks is a frame of one size, whatever it is about: a header, then the values, then padding. Any two of them can be compared,
-on every transport, and all ranks see the same headers, so all raise the same error.
+model's ranks is a frame of one size, whatever it is about: a header, then the values, then padding. Any two of them can be
+compared, on every transport, and all ranks see the same headers, so all raise the same error.
 
     header: what is done | layer | its name | pass | forward | step | training | number of values | flags
     values: as many integers as the model's largest layer has experts; what is more follows in a gather of its own
@@ -39,8 +39,8 @@ _MOST_NAMED = 8
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 _AS_MANY = (
-    "give every rank as many batches and micro-batches, evaluate on all ranks or on none, run the same layers and backward passes "
-    "on all, and let no rank go on alone after an exception"
+    "give every rank as many batches and micro-batches, evaluate on all ranks or on none, run the same layers and backward "
+    "passes on all, and let no rank go on alone after an exception"
 )
 
 
@@ -113,7 +113,8 @@ class Agreement:
         return self._num_passes[layer] - 1
 
     def begin_forward(self, step: int, *, is_training: bool) -> int:
-        """Meet the other ranks at the beginning of the model's forward: `CollectiveError` where they are elsewhere, or do not come.
+        """Meet the other ranks at the beginning of the model's forward: `CollectiveError` where they are elsewhere, or do not
+        come.
 
         The host waits, and no device does. Returns the forward's number, from 1.
         """
@@ -193,7 +194,8 @@ class Agreement:
         frames_RF = self._all_gather(ranks, frame, where)
         host_RF = frames_RF.cpu().numpy()
         self._compare(ranks, host_RF[:, : HEADER_INTS - 1])
-        values_Rn, host_Rn = (frames[:, HEADER_INTS : HEADER_INTS + first.numel()] for frames in (frames_RF, host_RF))
+        values_Rn = frames_RF[:, HEADER_INTS : HEADER_INTS + first.numel()]
+        host_Rn = host_RF[:, HEADER_INTS : HEADER_INTS + first.numel()]
         if more.numel():
             more_Rn = self._all_gather(ranks, more.contiguous(), where)
             values_Rn, host_Rn = torch.cat([values_Rn, more_Rn], dim=1), np.concatenate([host_Rn, more_Rn.cpu().numpy()], axis=1)
@@ -217,7 +219,8 @@ class Agreement:
         told += [f"{len(places) - _MOST_NAMED} more places"] * (len(places) > _MOST_NAMED)
         here = self._global_rank(ranks, ranks.rank)
         raise CollectiveError(
-            f"rank {here}: the ranks are at different places of the program: {'; '.join(told)}. {_capitalized(self._cures(places))}"
+            f"rank {here}: the ranks are at different places of the program: {'; '.join(told)}. "
+            f"{_capitalized(self._cures(places))}"
         )
 
     def _global_rank(self, ranks: Transport, rank: int) -> int:

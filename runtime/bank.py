@@ -1,10 +1,10 @@
 """The bank: memory and gradients of the experts that this rank owns, each once, under the parameters that everybody else sees.
 
-A bank spans all MoE layers whose experts have one shape. Its storage has one row per expert that this rank owns; the parameters of
-an `Expert` are views of its row, so an optimizer, a state dict or a loop over parameters meets ordinary parameters, while kernels
-and collectives take rows by address. Parameters stay with their row: when experts migrate, the row's parameters get another
-expert's name, content and optimizer state. Parameters are never inputs of the autograd graph: the expert backward and the sparse
-reduce write gradients where `.grad` of each parameter points.
+A bank spans all MoE layers whose experts have one shape. Its storage has one row per expert that this rank owns; the
+parameters of an `Expert` are views of its row, so an optimizer, a state dict or a loop over parameters meets ordinary
+parameters, while kernels and collectives take rows by address. Parameters stay with their row: when experts migrate, the row's
+parameters get another expert's name, content and optimizer state. Parameters are never inputs of the autograd graph: the
+expert backward and the sparse reduce write gradients where `.grad` of each parameter points.
 
 Where experts compute in a narrower dtype than that of the master weights, the bank also keeps its rows in that dtype. This is
 what FSDP2 calls `param_dtype`, but a row is cast once a step, and not for every gather.
@@ -106,7 +106,8 @@ class Bank:
         wanted = fn(self.storage["gate_up"].new_empty(0)).dtype
         if self._fixed_compute_dtype is not None and wanted != self.storage["gate_up"].dtype:
             raise ValueError(
-                f"experts that ranks share are {self.storage['gate_up'].dtype} and cannot become {wanted}; convert the model before "
+                f"experts that ranks share are {self.storage['gate_up'].dtype} and cannot become {wanted}; convert the "
+                f"model before "
                 "shard_experts, or set runtime.compute_dtype"
             )
         changed = {name: new for name in self.weight_names if (new := fn(old := self.storage[name])) is not old}
@@ -230,7 +231,8 @@ class Bank:
         self._retired = {key: of for key, of in self._retired.items() if of() is not None}
         if self._retired and any(id(p) in self._retired for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
-                f"{type(optimizer).__name__} was built before shard_experts and holds parameters that experts do not have any more; "
+                f"{type(optimizer).__name__} was built before shard_experts and holds parameters that experts do not "
+                f"have any more; "
                 "build it afterwards, from handle.parameter_groups()"
             )
 
@@ -256,7 +258,8 @@ class Bank:
                     parameter.data = storage
 
     def version(self, layer: int) -> tuple[int, ...]:
-        """Another once weights of a layer changed: as far as all ranks know, which is the first number, or in place on this rank."""
+        """Another once weights of a layer changed: as far as all ranks know, which is the first number, or in place on this
+        rank."""
         return self._version_of_rows(self.owned(layer).values())
 
     def _version_of_rows(self, rows: Iterable[int]) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def dense_units(model: nn.Module, layers: Sequence[str]) -> list[list[nn.Module]]:
-    """The modules that FSDP2 gathers together, inside of the whole: the model's repeated blocks that hold MoE layers, given by name.
+    """The modules that FSDP2 gathers together, inside of the whole: the model's repeated blocks that hold MoE layers, given by
+    name.
 
     A block may be held in a ModuleList, a ModuleDict, a Sequential or by attributes, at any depth. A block that is itself a list,
     whose elements the model calls one by one, is one unit of several modules.
@@ -37,7 +38,8 @@ def dense_units(model: nn.Module, layers: Sequence[str]) -> list[list[nn.Module]
     sharded = next((name for name, module in model.named_modules() if isinstance(module, FSDPModule)), None)
     if sharded is not None:
         raise ValueError(
-            f"fully_shard was called on {sharded or 'the model'!r} before shard_experts; leave it out, or call it afterwards with "
+            f"fully_shard was called on {sharded or 'the model'!r} before shard_experts; leave it out, or call it "
+            f"afterwards with "
             "ignored_params=set(handle.expert_parameters()) and set runtime.shard_dense=False"
         )
     holding = Counter(name[: end or None] for name in layers for end in _ends(name))
@@ -175,10 +177,12 @@ def leave_dense(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
 
 
 def _refuse_ddp_around(model: nn.Module, holder: nn.Module, child: nn.Module) -> None:
-    """Refuse DDP around a module that holds the sharded model: it leaves out what its own module names, and copies all the rest."""
+    """Refuse DDP around a module that holds the sharded model: it leaves out what its own module names, and copies all the
+    rest."""
     if isinstance(holder, DistributedDataParallel) and child is not model and any(inner is model for inner in child.modules()):
         raise ValueError(
-            f"DistributedDataParallel around {type(child).__name__}, which holds the {type(model).__name__} that shard_experts was "
+            f"DistributedDataParallel around {type(child).__name__}, which holds the {type(model).__name__} that "
+            f"shard_experts was "
             "given, would overwrite experts; call shard_experts with the module that DistributedDataParallel gets"
         )
 

@@ -65,9 +65,9 @@ def group_weights(experts: Sequence[ExpertTensors]) -> FFNWeights:
 class Expert(nn.Module):
     """The parameters of one expert: gate_up [2F, D], down [D, F], with GPT-OSS's activation also the two biases.
 
-    They are ordinary parameters, which optimizers, schedulers, freezing and state dicts treat as any others; their memory is a row
-    of the bank. The expert runs as part of its layer, with many others at once, so hooks on its forward would never be called and
-    are refused.
+    They are ordinary parameters, which optimizers, schedulers, freezing and state dicts treat as any others; their memory is a
+    row of the bank. The expert runs as part of its layer, with many others at once, so hooks on its forward would never be
+    called and are refused.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
@@ -97,7 +97,8 @@ class Expert(nn.Module):
             wanted = fn(parameter.new_empty(0))
             if (wanted.dtype, wanted.device) != (parameter.dtype, parameter.device):
                 raise ValueError(
-                    f"one expert alone cannot go from {parameter.dtype} on {parameter.device} to {wanted.dtype} on {wanted.device}; "
+                    f"one expert alone cannot go from {parameter.dtype} on {parameter.device} to {wanted.dtype} on "
+                    f"{wanted.device}; "
                     "convert the whole model, before shard_experts"
                 )
         return self

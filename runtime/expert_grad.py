@@ -1,12 +1,12 @@
 """Gradients of experts: whole on the rank that owns the expert, so whatever judges all gradients together must ask all ranks.
 
-`torch.nn.utils.clip_grad_norm_` and `get_total_norm`, what Accelerate and the Trainer make of them, and `torch.amp.GradScaler` look
-at the gradients of the parameters they are given. For FSDP2's DTensors torch adds the other ranks' part; for experts, which are
-plain tensors, this file does:
+`torch.nn.utils.clip_grad_norm_` and `get_total_norm`, what Accelerate and the Trainer make of them, and `torch.amp.GradScaler`
+look at the gradients of the parameters they are given. For FSDP2's DTensors torch adds the other ranks' part; for experts,
+which are plain tensors, this file does:
 
     _foreach_norm, vector_norm of gradients  ->  one `ExpertNorm` for each expert's gradient, this rank's own
     stack of norms                           ->  `ExpertNorm` [N], which knows which of them belong to experts
-    vector_norm of that                      ->  the norm over all ranks: experts' norms are added up over ranks, others count once
+    vector_norm of that                      ->  the norm over all ranks: those of experts add up, others count once
     GradScaler's check for overflow          ->  an overflow on one rank is one on all
 
 The norm of a single gradient, as it is logged by parameter, stays what it is. Everything else sees plain tensors.

@@ -1,8 +1,8 @@
 """Where a model's forward begins, and where its backward does, its ranks meet: who is elsewhere, or does not come, is named.
 
-That is within the time limit. Without this the first to wait would be FSDP2, for as long as its process group allows and without a
-word on whom for. Each costs a gather of a few integers. A recomputation by activation checkpointing is no forward; and MoE layers
-that are called without the model's own forward meet at their own gathers, see agreement.py.
+That is within the time limit. Without this the first to wait would be FSDP2, for as long as its process group allows and
+without a word on whom for. Each costs a gather of a few integers. A recomputation by activation checkpointing is no forward;
+and MoE layers that are called without the model's own forward meet at their own gathers, see agreement.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _TORCH_DISTRIBUTED = str(Path(dist.__file__).parent)
 
 
 def meet_in_forwards(model: nn.Module, layers: Sequence[LayerRuntime], clock: StageClock) -> None:
-    """Hook `model`, whose MoE layers these are, after FSDP2 has, where it does: of hooks that are put first the last runs first."""
+    """Hook `model`, whose MoE layers these are, after FSDP2 has, where it does: of hooks that are put first the last runs
+    first."""
     if layers[0].group.control.world_size > 1:
         _Meetings(layers[0], clock).hook(model)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..collectives import (

@@ -66,8 +66,8 @@ class MoELayer(nn.Module):
         )
         self.experts.runtime.bank.reset_parameters()
         self.aux_loss: Tensor | None = None
-        """The router's losses, differentiable: of the last call, or, in a model that `shard_experts` returned a handle for, of all
-        calls since the model's forward began. `Handle.aux_loss` sums them over layers."""
+        """The router's losses, differentiable: of the last call, or, in a model that `shard_experts` returned a handle for, of
+        all calls since the model's forward began. `Handle.aux_loss` sums them over layers."""
         self.sums_aux_loss = False
         """Whether the losses of several calls add up; somebody then sets `aux_loss` to None where a forward begins."""
 

@@ -171,7 +171,8 @@ def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, gro
                 numbers.append((fields, field))
             else:
                 raise ValueError(
-                    f"optimizer state {field!r} of {type(optimizer).__name__} is a {type(value).__name__}, which cannot follow an "
+                    f"optimizer state {field!r} of {type(optimizer).__name__} is a {type(value).__name__}, which cannot "
+                    f"follow an "
                     "expert; use an optimizer whose state is tensors and numbers"
                 )
     return ExpertState(tensors, numbers, _digest(kind))
@@ -209,8 +210,8 @@ def migrate(
     num_left = len(current.moves_to(wanted)) - sum(len(round_.moves) for round_ in rounds)
     if num_left and rank == 0:
         logger.warning(
-            "%s: %d of %d experts stay: those whose place they would take are trained otherwise (frozen, another parameter group, or "
-            "other optimizer state)",
+            "%s: %d of %d experts stay: those whose place they would take are trained otherwise (frozen, another parameter
+            group, or " "other optimizer state)",
             where or "re-homing",
             num_left,
             len(current.moves_to(wanted)),

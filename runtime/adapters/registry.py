@@ -109,7 +109,8 @@ def _check_holders(model: nn.Module, name: str, module: nn.Module) -> None:
     holder = model.get_submodule(name.rpartition(".")[0])
     if type(holder).__module__.startswith("peft.") and getattr(holder, "base_layer", None) is module:
         raise ValueError(
-            f"{name} has adapters on the experts' weights (peft's target_parameters), which experts on other ranks know nothing of; "
+            f"{name} has adapters on the experts' weights (peft's target_parameters), which experts on other ranks know "
+            f"nothing of; "
             "leave them to attention, the router and shared experts, or merge them before shard_experts"
         )
 

@@ -1,4 +1,5 @@
-"""`save_pretrained` of a sharded model of transformers: the family's own files, or a refusal; never one rank's experts for all."""
+"""`save_pretrained` of a sharded model of transformers: the family's own files, or a refusal; never one rank's experts for
+all."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts])
                     else f"{len(names) - len(found)} of {len(names)} experts of {block}"
                 )
                 raise RuntimeError(
-                    f"save_pretrained on this rank lacks {lacks}, which other ranks hold; call handle.save_safetensors(folder) on every "
+                    f"save_pretrained on this rank lacks {lacks}, which other ranks hold; call "
+                    f"handle.save_safetensors(folder) on every "
                     "rank, or give the state_dict that get_model_state_dict returns with full_state_dict=True"
                 )
             if found:

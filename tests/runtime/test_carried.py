@@ -34,11 +34,7 @@ def train(rank: int, reuse_copies: bool) -> tuple[list[torch.Tensor], list[tuple
     (layer,) = CASE.layers()
     config = RuntimeConfig(slots=CASE.slots, calibrate="never", reuse_copies=reuse_copies)
     (bank,) = share_experts({"0": layer}, group, config=config, solver=CASE.solver(), clock=StageClock(), owners=CASE.owners())
-<<<<<<< HEAD
-    optimizer = torch.optim.SGD([{"params": list(bank.parameters())}], lr=0.1)  # one rank owns no expert
-=======
     optimizer = torch.optim.SGD([{"params": list(bank.parameters())}], lr=0.1)  # rank 0 owns no expert
->>>>>>> e2db86f6fdb9a1dc9c645cd75bec24814e6bdc0a
     unrelated = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     outputs, sent, traffic = [], [], group.experts.traffic
     for batch in range(MICRO_BATCHES * STEPS):
