@@ -210,8 +210,8 @@ def migrate(
     num_left = len(current.moves_to(wanted)) - sum(len(round_.moves) for round_ in rounds)
     if num_left and rank == 0:
         logger.warning(
-            "%s: %d of %d experts stay: those whose place they would take are trained otherwise (frozen, another parameter
-            group, or " "other optimizer state)",
+            "%s: %d of %d experts stay: those whose place they would take are trained otherwise (frozen, another parameter "
+            "group, or other optimizer state)",
             where or "re-homing",
             num_left,
             len(current.moves_to(wanted)),
