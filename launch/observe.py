@@ -3,7 +3,8 @@
 The loss is a fixed random projection of the outputs plus the router losses. One rank takes the parts of the batch one after the
 other, as many as there are ranks to be compared with, and backward through their mean; each of R ranks takes its own part.
 A choice between two experts whose scores differ by rounding alone may fall the other way where sums have another order, and then
-everything after it differs. So ranks follow the reference's choices, and those they would have made otherwise are reported.
+everything after it differs. So moesaic's routers follow the reference's choices; those that ranks would have made otherwise, or
+that routers of other libraries did make otherwise, are reported.
 
 Shape letters: T tokens, K top-k, R ranks, E experts.
 """

@@ -27,9 +27,10 @@ from torch import nn
 from moesaic import MoELayer, RouterConfig
 
 class Model(nn.Module):
-    def __init__(self, fault=""):
+    def __init__(self, fault="", rounds=1):
         super().__init__()
         self.fault = fault
+        self.rounds = rounds
         self.embed = nn.Embedding(11, 16)
         scopes = ("micro_batch", "global_batch")
         routers = [RouterConfig(aux_loss_coef=0.02, z_loss_coef=0.001, aux_loss_scope=scope) for scope in scopes]
@@ -38,7 +39,7 @@ class Model(nn.Module):
 
     def forward(self, ids):
         x = self.embed(ids)
-        for block in self.blocks:
+        for block in [*self.blocks] * self.rounds:
             x = x + block(x)
         if self.fault == "output" and dist.is_initialized() and dist.get_rank() == 1:
             x = x * 1.01
@@ -49,6 +50,9 @@ class Model(nn.Module):
 def unseeded():
     torch.seed()
     return Model()
+
+def twice():
+    return Model(rounds=2)
 
 def output():
     return Model("output")
@@ -119,6 +123,14 @@ def test_a_model_passes_at_the_command_line(models: str, capsys: pytest.CaptureF
     assert by_check["choices"]["compared"] == 2 * 128
     # Embedding, head and its bias, two routers, and two weights of five experts in two layers.
     assert by_check["gradients"]["compared"] == 5 + 2 * 5 * 2
+
+
+@pytest.mark.usefixtures("without_new_processes")
+def test_layers_that_are_called_twice_pass(models: str) -> None:
+    """Every call's choices are followed, and every call's router loss counts."""
+    rows = check_model(Request(f"{models}:twice", device="cpu"))
+    assert {row.result for row in rows} == {"pass"}
+    assert {row.compared for row in rows if row.check == "choices"} == {2 * 2 * 128}
 
 
 @pytest.mark.usefixtures("without_new_processes")
