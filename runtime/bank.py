@@ -15,7 +15,7 @@ Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from weakref import finalize, ref
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..collectives import LocalTransport, Transport, average
 from ..placement import OwnerMap
-from ._compat import call_after_backward, current_backward_id, hooks_on, post_accumulate_hooks, version_of
+from ._compat import (
+    call_after_backward,
+    current_backward_id,
+    full_state_dict_requested,
+    hooks_on,
+    post_accumulate_hooks,
+    version_of,
+)
 from .expert import Expert, ExpertShape, ExpertTensors
 from .expert_grad import ExpertGrad, ExpertRanks
 from .slots import lasting
@@ -84,6 +91,7 @@ class Bank:
         self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the version of the masters that it was cast from
         self.generation = 0
         """Counts what changed the weights as far as all ranks know of it; see `weights_changed`."""
+        self._watched: WeakSet[torch.optim.Optimizer] = WeakSet()  # optimizers of shared experts that have stepped
         self._retired: dict[int, ref[nn.Parameter]] = {}  # by id: parameters that these experts had before
         # Fused optimizers write without raising a tensor's version.
         this = ref(self)
@@ -227,7 +235,10 @@ class Bank:
             self.weights_changed()
 
     def _check_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer that was built from parameters which the experts do not have any more."""
+        """Refuse an optimizer that was built from parameters which the experts do not have any more, and watch the others."""
+        if self._fixed_compute_dtype is not None and optimizer not in self._watched and self._holds(optimizer):
+            self._watched.add(optimizer)
+            optimizer.register_state_dict_pre_hook(_refuse_full_state)
         self._retired = {key: of for key, of in self._retired.items() if of() is not None}
         if self._retired and any(id(p) in self._retired for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
@@ -419,3 +430,12 @@ def _joined(tensors: Iterable[Tensor]) -> list[Tensor]:
         else:
             joined.append(tensor.view(-1))
     return joined
+
+
+def _refuse_full_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the whole state on one rank: torch gathers that of DTensors only, and experts' would be one rank's for all."""
+    if full_state_dict_requested() is not None:
+        raise RuntimeError(
+            f"the state of {type(optimizer).__name__} is asked for with full_state_dict=True, but torch would leave out that of "
+            "other ranks' experts; leave full_state_dict out, and save the sharded state with torch.distributed.checkpoint"
+        )
