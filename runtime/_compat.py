@@ -116,6 +116,13 @@ def when_a_module_is_added(callback: Callable[[nn.Module, nn.Module, nn.Module],
     finalize(lives_with, handle.remove)
 
 
+def sharded_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters `fully_shard` on `module` has taken."""
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [param._module_info.module for group in groups if group is not None for param in group.fsdp_params]
+
+
 def gradient_divide_factor(module: nn.Module) -> float | None:
     """What `FSDPModule.set_gradient_divide_factor` has set, or None; also of a module that manages no parameter."""
     state = module._get_fsdp_state()  # type: ignore[operator]

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ._compat import gradient_divide_factor, leave_out_of_ddp, outside_graphs, when_a_module_is_added
+from ._compat import gradient_divide_factor, leave_out_of_ddp, outside_graphs, sharded_modules, when_a_module_is_added
 from .config import RuntimeConfig
+from .expert import Expert
 from .sharded_experts import ShardedExperts
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -164,14 +164,21 @@ def leave_dense(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
 
     when_a_module_is_added(_refuse_ddp_around, lives_with=model)
 
+    first = {name: next(experts.parameters(), None) for name, experts in layers.items()}
+
     @outside_graphs
     def check_experts(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        for experts in layers.values():
-            if isinstance(next(experts.parameters(), None), DTensor):
-                raise ValueError(
-                    f"the experts of {type(model).__name__} were sharded once more, after shard_experts; "
-                    "give every fully_shard ignored_params=set(handle.expert_parameters())"
-                )
+        now = {name: next(experts.parameters(), None) for name, experts in layers.items()}
+        if all(now[name] is parameter for name, parameter in first.items()):
+            return
+        # Experts may have changed their owner, or got other parameters from load_state_dict(assign=True); or been sharded.
+        first.update(now)
+        units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        if any(isinstance(taken, Expert) for unit in units for taken in sharded_modules(unit)):
+            raise ValueError(
+                f"the experts of {type(model).__name__} were sharded once more, after shard_experts; "
+                "give every fully_shard ignored_params=set(handle.expert_parameters())"
+            )
 
     model.register_forward_pre_hook(check_experts)
 

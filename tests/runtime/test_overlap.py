@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moesaic import Handle, RuntimeConfig, shard_experts
 from moesaic.collectives import Pending, Span
 from moesaic.runtime.bank import Bank
+from moesaic.runtime.layer import moe_layers
 from moesaic.runtime.profile import communication_events
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
@@ -299,15 +300,19 @@ def test_reentrant_checkpointing_is_refused() -> None:
 
 
 def skip_a_layer(rank: int) -> tuple[bool, list[bool]]:
-    """The second forward skips the second block. Whether passes of the first are alive as it begins, and who has a loss after."""
+    """The second forward skips the second block. Whether passes and losses of the first are alive as it begins, and who has a
+    loss after."""
     model, handle = wrapped()
-    (cross_entropy(model(batch(0)[0]), batch(0)[1]) + handle.aux_loss()).backward()
-    passes = [weakref.ref(layer.runtime.latest_pass) for layer in handle.layers.values()]
+    layers = moe_layers(model).values()
+    loss = cross_entropy(model(batch(0)[0]), batch(0)[1]) + handle.aux_loss()
+    before = [weakref.ref(of_layer) for layer in layers for of_layer in (layer.runtime.latest_pass, layer.aux_loss)]
+    loss.backward()
+    del loss
     alive: list[bool] = []
-    model.blocks[0].register_forward_pre_hook(lambda *_: alive.append(any(this() is not None for this in passes)))
+    model.blocks[0].register_forward_pre_hook(lambda *_: alive.append(any(this() is not None for this in before)))
     model.blocks[1].forward = torch.clone  # type: ignore[method-assign]
     (cross_entropy(model(batch(1)[0]), batch(1)[1]) + handle.aux_loss()).backward()
-    return any(alive), [layer.aux_loss is not None for layer in handle.layers.values()]
+    return any(alive), [layer.aux_loss is not None for layer in layers]
 
 
 def test_router_losses_are_those_of_the_last_forward_alone() -> None:

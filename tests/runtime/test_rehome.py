@@ -33,20 +33,19 @@ from tests.helpers.threads import run_threads
 from tests.runtime.test_shard import SOLVERS
 
 
-class Muon(torch.optim.Muon):
-    """torch's, which takes matrices alone, for the experts; the dense parameters get plain SGD."""
-
-    def __init__(self, groups: Any):
-        dense, experts = groups
-        super().__init__(experts["params"], lr=0.01)
-        self.dense = dense["params"]
+def for_experts(kind: type[torch.optim.Optimizer], groups: Any) -> torch.optim.Optimizer:
+    """An optimizer of torch's for the experts alone, as it takes no vectors or no DTensors; dense parameters get plain SGD."""
+    dense, experts = groups
+    optimizer = kind(experts["params"], lr=0.01)  # type: ignore[call-arg]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        super().step()
-        for parameter in self.dense:
+    def step_dense(*_: Any) -> None:
+        for parameter in dense["params"]:
             parameter.add_(parameter.grad, alpha=-0.01)
             parameter.grad = None
+
+    optimizer.register_step_post_hook(step_dense)
+    return optimizer
 
 
 OPTIMIZERS = {
@@ -54,8 +53,8 @@ OPTIMIZERS = {
     "adamw_foreach": lambda groups: torch.optim.AdamW(groups, lr=0.01, foreach=True),
     "adamw_fused": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
     "sgd_momentum": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
-    "muon": Muon,  # orthogonalizes whole matrices
-    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01),  # factored second moments, norms of whole matrices
+    "muon": lambda groups: for_experts(torch.optim.Muon, groups),  # orthogonalizes whole matrices
+    "adafactor": lambda groups: for_experts(torch.optim.Adafactor, groups),  # factored, and norms of whole matrices
 }
 
 
