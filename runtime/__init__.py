@@ -25,6 +25,9 @@ dense.py          FSDP2 on the dense rest
 adapters/         MoE blocks of other models, and their checkpoints
 shard.py          shard_experts
 handle.py         what the user's loop calls
+optimizer_numbers.py  an optimizer's numbers, parameter by parameter
+agreement.py      what ranks are doing, compared with every gather
+forwards.py       where forwards and backwards begin, ranks meet
 drift.py          what ranks must hold alike, compared every so many steps
 fingerprint.py    64 bits that stand for a tensor
 state.py          state under logical names

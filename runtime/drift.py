@@ -292,7 +292,7 @@ _CURES = {
     "rank skip a step alone",
     _Kind.STEPS: "A rank skips a step alone where a GradScaler looks at its gradients only: have ranks agree, as torch's "
     "ShardedGradScaler does, or train in bf16 without one",
-    _Kind.BITS: "Likely causes: torch.nn.utils.clip_grad_norm_, by each rank's own norm, where the dense part is left to DDP "
+    _Kind.BITS: "Likely causes: gradients clipped by each rank's own norm, where the dense part is left to DDP "
     "(use handle.clip_grad_norm_); dense gradients that nothing averages (use DDP or FSDP2); a GradScaler that skipped a step "
     "on one rank only (use torch's ShardedGradScaler); a learning rate that was another on one rank; weights set on one rank "
     "only (initialize and load them alike on all); a buffer that follows each rank's own tokens",

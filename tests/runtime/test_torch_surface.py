@@ -49,7 +49,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block() for _ in range(2))
-        self.out = nn.Linear(DIM, 1)
+        self.out = nn.Linear(DIM, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
