@@ -15,6 +15,7 @@ Shape letters: B rows of this rank, E experts, L layers, D model dim, F expert f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 from weakref import WeakSet, finalize, ref
 
 import torch
@@ -239,6 +240,7 @@ class Bank:
         if self._fixed_compute_dtype is not None and optimizer not in self._watched and self._holds(optimizer):
             self._watched.add(optimizer)
             optimizer.register_state_dict_pre_hook(_refuse_full_state)
+            optimizer.register_load_state_dict_pre_hook(_refuse_groups_of_one_rank)
         self._retired = {key: of for key, of in self._retired.items() if of() is not None}
         if self._retired and any(id(p) in self._retired for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
@@ -439,3 +441,14 @@ def _refuse_full_state(optimizer: torch.optim.Optimizer) -> None:
             f"the state of {type(optimizer).__name__} is asked for with full_state_dict=True, but torch would leave out that of "
             "other ranks' experts; leave full_state_dict out, and save the sharded state with torch.distributed.checkpoint"
         )
+
+
+def _refuse_groups_of_one_rank(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Refuse parameter groups without settings: torch's checkpoints keep one rank's groups, with the names of its experts."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        lacking = sorted(set(group) - set(saved) - {"params", "param_names"})
+        if lacking:
+            raise RuntimeError(
+                f"the state has no {lacking[0]!r} for a parameter group of {type(optimizer).__name__} that holds experts: torch "
+                "saves the groups of one rank; get and set the state with StateDictOptions(flatten_optimizer_state_dict=True)"
+            )

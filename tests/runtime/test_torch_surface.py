@@ -364,7 +364,8 @@ def states(rank: int, dense: str, moves: bool, folder: str) -> None:
     if moves:
         move(handle, optimizer)
     before = everything(model)
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer, options=flat)}
     dcp.save(state, checkpoint_id=folder)
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert set(full) == (set(before) if rank == 0 else set())
@@ -377,10 +378,11 @@ def states(rank: int, dense: str, moves: bool, folder: str) -> None:
     # Into a fresh model with the first owners.
     model, through, handle = sharded(way, dense)
     optimizer = way.optimizer(way.groups(model.named_parameters(), is_expert))
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer, options=flat)}
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=flat)
     found = everything(model)
     assert all(torch.equal(found[name], before[name]) for name in before)
     train(1)
