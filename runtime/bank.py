@@ -106,12 +106,8 @@ class Bank:
         for expert in self.experts:
             yield from expert.parameters()
 
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What `Module.to` and its like do to each tensor, done to the rows and their gradients; parameters keep their identity.
-
-        Raises:
-            ValueError: `fn` changes the dtype of experts that ranks share.
-        """
+    def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise ValueError if `fn` changes the dtype of experts that ranks share."""
         wanted = fn(self.storage["gate_up"].new_empty(0)).dtype
         if self._fixed_compute_dtype is not None and wanted != self.storage["gate_up"].dtype:
             raise ValueError(
@@ -119,6 +115,14 @@ class Bank:
                 f"model before "
                 "shard_experts, or set runtime.compute_dtype"
             )
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `Module.to` and its like do to each tensor, done to the rows and their gradients; parameters keep their identity.
+
+        Raises:
+            ValueError: `fn` changes the dtype of experts that ranks share.
+        """
+        self.check_conversion(fn)
         changed = {name: new for name in self.weight_names if (new := fn(old := self.storage[name])) is not old}
         for name, storage in changed.items():
             self.storage[name] = storage

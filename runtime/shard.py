@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import OwnerMap, Placement, Solver, Topology, get_solver
@@ -111,6 +111,7 @@ def shard_experts(
             allocate_meta(model, _device_of(mesh))
     else:
         leave_dense(model, layers)
+    check_conversions(model, banks)
     meet_in_forwards(model, list(runtimes.values()), clock)
     guard_save_pretrained(model, layers)
     return Handle(model, layers, banks, group, config, clock)
@@ -125,6 +126,18 @@ def _check_mesh(mesh: DeviceMesh) -> None:
     if mesh.size() != dist.get_world_size():
         # Groups side by side would train apart: nothing averages expert gradients between them.
         raise ValueError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; give a mesh over all ranks")
+
+
+def check_conversions(model: nn.Module, banks: Sequence[Bank]) -> None:
+    """Have `model.half()` and its like refused before they have converted what comes before the first experts."""
+    convert = model._apply
+
+    def check_and_convert(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for bank in banks:
+            bank.check_conversion(fn)
+        return convert(fn, recurse)
+
+    model._apply = check_and_convert  # type: ignore[method-assign, assignment]
 
 
 def _owners_of(placements: Sequence[Placement], found: Sequence[FoundLayer], group: RankGroup) -> OwnerMap:

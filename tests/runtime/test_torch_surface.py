@@ -392,7 +392,7 @@ def states(rank: int, dense: str, moves: bool, folder: str) -> None:
     # The whole state into every rank, which takes its part.
     model, through, handle = sharded(way, dense)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, expected if rank == 0 else {}, options=options)
+    set_model_state_dict(model, dict(expected) if rank == 0 else {}, options=options)
     found = everything(model)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
