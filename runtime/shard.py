@@ -137,7 +137,7 @@ def check_conversions(model: nn.Module, banks: Sequence[Bank]) -> None:
             bank.check_conversion(fn)
         return convert(fn, recurse)
 
-    model._apply = check_and_convert  # type: ignore[method-assign, assignment]
+    model._apply = check_and_convert  # type: ignore[method-assign]
 
 
 def _owners_of(placements: Sequence[Placement], found: Sequence[FoundLayer], group: RankGroup) -> OwnerMap:
