@@ -137,21 +137,9 @@ class Bank:
             self._grads, self._grad_objects = {}, {}
 
     @property
-    def gate_up(self) -> Tensor:
-        """Every row's gate_up [B, 2F, D], the memory itself, with a copy of the gradients if all have one; to read."""
-        return self._readable("gate_up")
-
-    @property
-    def down(self) -> Tensor:
-        """Every row's down [B, D, F]; see `gate_up`."""
-        return self._readable("down")
-
-    def _readable(self, weight: str) -> Tensor:
-        rows = self.storage[weight].detach()
-        grads = [grad for expert in self.experts if (grad := expert.parameter(weight).grad) is not None]
-        if len(grads) == len(self.experts):
-            rows.grad = torch.stack([grad.as_subclass(Tensor) for grad in grads]) if grads else torch.empty_like(rows)
-        return rows
+    def device(self) -> torch.device:
+        """The device that the experts lie on."""
+        return self.storage["gate_up"].device
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -286,7 +274,7 @@ class Bank:
     @property
     def compute_like(self) -> Tensor:
         """An empty tensor with the dtype and on the device that the experts compute in."""
-        return torch.empty(0, dtype=self.compute_dtype, device=self.storage["gate_up"].device)
+        return torch.empty(0, dtype=self.compute_dtype, device=self.device)
 
     def grads(self, layer: int, expert: int) -> ExpertTensors:
         """Gradient of an owned expert, in place; see `begin_grads`."""
