@@ -1,7 +1,7 @@
 """What README and docs/ print runs: commands as printed but for their sizes, Python as printed.
 
 A block of commands runs unless the line above it says `<!-- test: not run: REASON -->`; its options are then read all the same,
-as are those of commands in running text. Python runs after README's example where the line above says so, and must compile anywhere.
+as are those of commands in running text. Python runs after README's example where the line above says so; all of it compiles.
 """
 
 import re
