@@ -1,6 +1,7 @@
 # make demo   train the demo model on 2 processes
 # make test   lint, types and every test
 # make lint   ruff and mypy only
+# make docs   the pages that are printed from the code, then the site, into site/
 # All of them first build one environment, .venv.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PACKAGES := runtime collectives placement kernels launch benchmarks
 COMPILED := $(shell grep -rl --include=*.py '^from numba' $(PACKAGES))
 CURRENT  := $(VENV)/.compiled
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,5 +40,9 @@ lint: $(CURRENT)
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/src $(BIN)/mypy $(PACKAGES:%=-p moesaic.%)
 
+docs: $(CURRENT)
+	$(BIN)/python -m docs.tools.pages
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs site

@@ -44,8 +44,11 @@ setup(
         "cuda12": ["nvidia-nccl-cu12"],
         "hf": ["transformers>=5.20", "safetensors>=0.5"],
         "report": ["matplotlib>=3.9", "tensorboard>=2.18"],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6"],
         "test": [
             "matplotlib>=3.9",
+            "mkdocs>=1.6",
+            "mkdocs-material>=9.6",
             "mpi4py>=4.0",
             "openmpi>=5.0",
             "pytest>=8.3",

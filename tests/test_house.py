@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: who imports whom, what an import costs, what is public, what README shows."""
+"""The house rules that a machine can check: who imports whom, what an import costs, what is public."""
 
 import ast
 import re
@@ -96,17 +96,3 @@ def test_public_names() -> None:
     assert all(getattr(moesaic, name) is getattr(moesaic.runtime, name) for name in moesaic.__all__)
     with pytest.raises(AttributeError, match="no attribute 'shard_expert'"):
         _ = moesaic.shard_expert
-
-
-def test_readme_shows_every_file() -> None:
-    """The tree in the README names every source file once, in its folder, and no file that is not there."""
-    tree = re.search(r"## The files\n\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert tree is not None
-    folder, shown = "", []
-    for name in re.findall(r"^ *([\w/]+/|\w+\.py)", tree[1], re.MULTILINE):
-        if name.endswith("/"):
-            folder = name
-        else:
-            shown.append(name if name == "setup.py" else folder + name)
-    files = [path.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py"]
-    assert sorted(shown) == sorted([*files, "setup.py"])

@@ -1,0 +1,160 @@
+"""What README and docs/ say is so: printed pages are current, names exist, every error is listed, the site builds."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from docs.tools.pages import PAGES as PRINTED
+from docs.tools.pages import values_of
+from moesaic import Handle, RouterConfig, RuntimeConfig
+from moesaic.launch.config import Config, CountOrZero, Seed
+from tests.helpers.pages import PAGES, ROOT, commands_in_text, prose, read, spans
+
+FOLDERS_OF_USERS = ("runtime", "launch", "collectives")
+GAP = "…"
+
+
+@pytest.mark.parametrize("page", PRINTED)
+def test_printed_pages_are_current(page: str) -> None:
+    assert read(f"docs/{page}") == PRINTED[page](), f"run `make docs`: docs/{page} is not what the code says"
+
+
+def test_values_in_words() -> None:
+    assert values_of(CountOrZero) == "whole number, 0 or more"
+    assert values_of(Seed) == "whole number, 0 or more, less than 2^64"
+    assert values_of(typing.Literal["a"] | bool) == '`"a"` or `true` `false`'
+
+
+def test_readme_is_short() -> None:
+    text = read("README.md")
+    assert text.count("\n") <= 130
+    assert len(text.encode()) <= 10_000
+    assert text.index("## Status") < text.index("## Install")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """As GitHub shows the pages; those of the site are checked where it is built."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        if "://" not in target:
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.is_file(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page}: {target}"
+
+
+def anchors(file: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.removeprefix("docs/") not in PRINTED])
+def test_names_exist(page: str) -> None:
+    """Options in code, arguments of the configuration classes, and members of the handle."""
+    sections = {name: {field.name for field in fields(kind)} for name, kind in typing.get_type_hints(Config).items()}
+    for section, key in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", prose(page)):
+        assert section not in sections or key in sections[section], f"{page}: {section}.{key}"
+    for kind in (RuntimeConfig, RouterConfig):
+        for key in re.findall(rf"{kind.__name__}\((\w+)=", read(page)):
+            assert key in {field.name for field in fields(kind)}, f"{page}: {kind.__name__}({key})"
+    for name in re.findall(r"\bhandle\.(\w+)", read(page)):
+        assert hasattr(Handle, name), f"{page}: handle.{name}"
+
+
+def test_no_page_is_left_out() -> None:
+    """README leads to every page, mkdocs.yml has every page in its menu."""
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f"]({page}" in read("README.md"), page
+        assert Path(page).name.lower() in menu, page
+
+
+def templates(folder: str) -> Iterator[tuple[str, str]]:
+    """Where, and the text of every string in a folder, with a gap for each value that is filled in."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = template_of(node)
+            if text:
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", text  # type: ignore[attr-defined]
+
+
+def template_of(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else GAP for part in node.values)
+    return ""
+
+
+def errors(folder: str) -> Iterator[tuple[str, str]]:
+    """Where, and the message of every error of a user's that a folder raises, but for messages made elsewhere."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) != "OSError":
+                for text in filter(says_something, map(template_of, node.exc.args)):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def says_something(text: str) -> bool:
+    return len(re.findall(r"[A-Za-z]", text)) >= 4
+
+
+def listed() -> list[str]:
+    """The messages of the tables in troubleshooting.md."""
+    rows = re.findall(r"^\| `([^`]+)` \|", read("docs/troubleshooting.md"), re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    return rows
+
+
+def is_of(row: str, text: str) -> bool:
+    """Whether a listed message is that of a string of the code; one without a word must be the whole of it."""
+    if not says_something(row):
+        return row == text
+    at = 0
+    for part in row.split(GAP):
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+@pytest.mark.parametrize("folder", FOLDERS_OF_USERS)
+def test_every_error_is_listed(folder: str) -> None:
+    missing = [f"{where}: {text}" for where, text in errors(folder) if not any(is_of(row, text) for row in listed())]
+    assert not missing, "write them into docs/troubleshooting.md:\n" + "\n".join(missing)
+
+
+def test_listed_errors_exist() -> None:
+    texts = [text for folder in (*FOLDERS_OF_USERS, "placement") for _, text in templates(folder)]
+    gone = [row for row in listed() if not any(is_of(row, text) for text in texts)]
+    assert not gone, "docs/troubleshooting.md lists what no code says any more:\n" + "\n".join(gone)
+
+
+def test_the_checks_see_what_they_check() -> None:
+    assert len(listed()) > 100
+    assert sum(1 for folder in FOLDERS_OF_USERS for _ in errors(folder)) > 100
+    assert not is_of("rank … is lost", "rank … is gone")
+    assert not is_of("…: …", "rank …: gone")
+    assert "make docs" in spans("README.md")
+    assert ["make", "docs"] in commands_in_text("README.md")
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Without a warning: no broken link, no page outside the menu."""
+    assert importlib.util.find_spec("material") is not None, "mkdocs-material is not installed: pip install 'moesaic[docs]'"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert 'href="training/"' in home
+    assert 'href="contributing/"' in home
+    assert "https://fonts" not in home
