@@ -12,7 +12,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ import moesaic
 from moesaic.launch.config import Config
 
 DOCS = Path(__file__).resolve().parents[1]
+# Members without an underscore that only moesaic itself uses.
+_INTERNAL = {"MoELayer": ("runtime",), "ShardedExperts": ("begin", "source", "share", "follow_bank")}
 
 _GENERATED = "<!-- Printed by docs/tools/pages.py: change the code's docstrings, then run `make docs`. -->"
 
@@ -89,6 +91,8 @@ def values_of(hint: Any) -> str:
     Example: `Annotated[int, Field(ge=1)]` is "whole number, 1 or more".
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Sequence:
+        return f"list of {values_of(args[0])}s"
     if origin is Literal:
         return " ".join(f"`{_toml(arg)}`" for arg in args)
     if origin in (types.UnionType, typing.Union):
@@ -119,6 +123,8 @@ def _number(value: float) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -140,9 +146,11 @@ def api_page() -> str:
 
 def _members(kind: type) -> Iterator[tuple[str, Any]]:
     """Public methods and properties that have a docstring of their own, in the order of the source."""
+    left_out = _INTERNAL.get(kind.__name__, ())
     for name, value in vars(kind).items():
-        if not name.startswith("_") and isinstance(value, types.FunctionType | property) and value.__doc__:
-            yield name, value
+        if not name.startswith("_") and name not in left_out and isinstance(value, types.FunctionType | property):
+            if value.__doc__ and not value.__doc__.startswith("See `nn.Module."):
+                yield name, value
 
 
 def _entry(name: str, value: Any, *, level: int) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def test_values_in_words() -> None:
     assert values_of(CountOrZero) == "whole number, 0 or more"
     assert values_of(Seed) == "whole number, 0 or more, less than 2^64"
     assert values_of(typing.Literal["a"] | bool) == '`"a"` or `true` `false`'
+    assert values_of(Sequence[str]) == "list of texts"
 
 
 def test_readme_is_short() -> None:

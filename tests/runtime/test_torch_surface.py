@@ -1,4 +1,4 @@
-"""What torch offers on modules and optimizers, held against the unwrapped model: equal, or a refusal that the README names.
+"""What torch offers on modules and optimizers, held against the unwrapped model: equal, or a refusal that the documents name.
 
 Each check trains the same small model unwrapped, on one process and the whole batch, and sharded over two ranks, each with its
 half; with the dense part under FSDP2 or under DDP, with owners that stay or with experts that change them after the first step.
