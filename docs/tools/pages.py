@@ -148,9 +148,10 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
     """Public methods and properties that have a docstring of their own, in the order of the source."""
     left_out = _INTERNAL.get(kind.__name__, ())
     for name, value in vars(kind).items():
-        if not name.startswith("_") and name not in left_out and isinstance(value, types.FunctionType | property):
-            if value.__doc__ and not value.__doc__.startswith("See `nn.Module."):
-                yield name, value
+        if name.startswith("_") or name in left_out or not isinstance(value, types.FunctionType | property):
+            continue
+        if value.__doc__ and not value.__doc__.startswith("See `nn.Module."):
+            yield name, value
 
 
 def _entry(name: str, value: Any, *, level: int) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from docs.tools.pages import PAGES as PRINTED
 from docs.tools.pages import values_of
@@ -62,12 +63,22 @@ def test_names_exist(page: str) -> None:
     """Options in code, arguments of the configuration classes, and members of the handle."""
     sections = {name: {field.name for field in fields(kind)} for name, kind in typing.get_type_hints(Config).items()}
     for section, key in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", prose(page)):
-        assert section not in sections or key in sections[section], f"{page}: {section}.{key}"
+        is_of_module = section == "model" and hasattr(nn.Module, key)
+        assert section not in sections or is_of_module or key in sections[section], f"{page}: {section}.{key}"
     for kind in (RuntimeConfig, RouterConfig):
         for key in re.findall(rf"{kind.__name__}\((\w+)=", read(page)):
             assert key in {field.name for field in fields(kind)}, f"{page}: {kind.__name__}({key})"
     for name in re.findall(r"\bhandle\.(\w+)", read(page)):
         assert hasattr(Handle, name), f"{page}: handle.{name}"
+
+
+def test_refusals_of_torch_are_named() -> None:
+    """What tests/runtime/test_torch_surface.py holds to be refused is under "Refused" in docs/composability.md."""
+    refused = " ".join(re.findall(r"^\*\*Refused:\*\*.*?\n\n", read("docs/composability.md"), re.DOTALL | re.MULTILINE))
+    of_modules = ("copy.deepcopy", "pickle", "AveragedModel", "model.half()", "expert.double()")
+    of_hooks = ("register_hook", "register_forward_hook", "call of one")
+    of_optimizers = ("built before `shard_experts`", "state with `full_state_dict=True`", "parameter groups of one rank")
+    assert not [name for name in (*of_modules, *of_hooks, *of_optimizers) if name not in refused]
 
 
 def test_no_page_is_left_out() -> None:
