@@ -7,6 +7,7 @@ program is. Both are in use: PuLP 4 needs Python 3.12.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
@@ -100,8 +101,8 @@ def _hand_over(program: pulp.LpProblem, variables: list[pulp.LpVariable], highs:
     for variable, coefficient in program.objective.items():
         cost[column_of[variable.name]] = coefficient
     no_entries, no_starts = (np.empty(0, dtype=np.int32), np.empty(0)), np.zeros(len(variables), dtype=np.int32)
-    limits = [_limits(variable.lowBound, variable.upBound) for variable in variables]
-    highs.addCols(len(variables), cost, *np.array(limits).reshape(-1, 2).T.copy(), 0, no_starts, *no_entries)
+    low, high = _limits([(variable.lowBound, variable.upBound) for variable in variables])
+    highs.addCols(len(variables), cost, low, high, 0, no_starts, *no_entries)
     highs.changeObjectiveOffset(program.objective.constant)
     integers = np.array([j for j, variable in enumerate(variables) if variable.cat == pulp.LpInteger], dtype=np.int32)
     highs.changeColsIntegrality(integers.size, integers, np.full(integers.size, highspy.HighsVarType.kInteger))
@@ -111,8 +112,8 @@ def _hand_over(program: pulp.LpProblem, variables: list[pulp.LpVariable], highs:
     starts = np.cumsum([0, *map(len, entries)])[:-1].astype(np.int32)
     columns = np.array([column_of[variable.name] for variable, _ in chain.from_iterable(entries)], dtype=np.int32)
     values = np.array([value for _, value in chain.from_iterable(entries)], dtype=np.float64)
-    limits = [_limits(row.getLb(), row.getUb()) for row in rows]
-    highs.addRows(len(rows), *np.array(limits).reshape(-1, 2).T.copy(), len(columns), starts, columns, values)
+    low, high = _limits([(row.getLb(), row.getUb()) for row in rows])
+    highs.addRows(len(rows), low, high, len(columns), starts, columns, values)
 
     known = [(j, variables[j].varValue) for j in integers.tolist() if variables[j].varValue is not None]
     if known:
@@ -120,8 +121,10 @@ def _hand_over(program: pulp.LpProblem, variables: list[pulp.LpVariable], highs:
         highs.setSolution(len(index), np.array(index, dtype=np.int32), np.array(value, dtype=np.float64))
 
 
-def _limits(low: float | None, high: float | None) -> tuple[float, float]:
-    return -np.inf if low is None else low, np.inf if high is None else high
+def _limits(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper ones; None is no limit."""
+    low = np.array([-np.inf if low is None else low for low, _ in pairs], dtype=np.float64)
+    return low, np.array([np.inf if high is None else high for _, high in pairs], dtype=np.float64)
 
 
 def _run(highs: highspy.Highs) -> None:
