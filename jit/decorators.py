@@ -139,7 +139,8 @@ class _Locator:
 
 class _SharedCacheImpl(CompileResultCacheImpl):
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._locator_classes = [_Locator]
+        locators: list[Any] = [_Locator]
+        self._locator_classes = locators
         with _no_other_locators():
             super().__init__(function)
 
