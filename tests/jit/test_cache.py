@@ -25,8 +25,7 @@ def twice(x):
 """
 CALLEE = """
 from .jit.decorators import njit
-
-STEP = 1
+from .settings import STEP
 
 @njit(cache=True)
 def value(x):
@@ -78,7 +77,13 @@ class Tiny:
         package = self.folder / "tiny"
         root = Path(moesaic.__file__).resolve().parent
         shutil.copytree(root / "jit", package / "jit", ignore=shutil.ignore_patterns("__pycache__"))
-        for name, text in (("__init__", "from . import jit"), ("caller", CALLER), ("callee", CALLEE), ("routine", ROUTINE)):
+        for name, text in (
+            ("__init__", "from . import jit"),
+            ("caller", CALLER),
+            ("callee", CALLEE),
+            ("settings", "STEP = 1\n"),
+            ("routine", ROUTINE),
+        ):
             (package / f"{name}.py").write_text(text)
         unset = {"NUMBA_CACHE_DIR", "LOCAL_RANK", "RANK"}
         self.environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -131,16 +136,20 @@ def compiling(tiny: Tiny) -> Iterator[subprocess.Popen]:
     process.communicate(timeout=LIMIT_S)
 
 
-@pytest.mark.parametrize("old, new", [("x + STEP", "x * 100 + STEP"), ("STEP = 1", "STEP = 100")], ids=["code", "constant"])
-def test_a_changed_callee_is_never_stale(tiny: Tiny, old: str, new: str) -> None:
+@pytest.mark.parametrize(
+    "module, old, new",
+    [("callee", "x + STEP", "x * 100 + STEP"), ("settings", "STEP = 1", "STEP = 100")],
+    ids=["code", "constant"],
+)
+def test_a_changed_callee_is_never_stale(tiny: Tiny, module: str, old: str, new: str) -> None:
     """The caller's file stays as it is, and so does numba's own idea of whether its machine code is fresh."""
     assert tiny.run()[:2] == (4, ["twice", "value"])
     assert tiny.run()[:2] == (4, [])
-    tiny.edit("callee", old, new)
+    tiny.edit(module, old, new)
     assert tiny.run()[:2] == (202, ["twice", "value"])
     assert tiny.run()[:2] == (202, [])
     # What does not depend on the change stays; and back again, what was compiled before is still there.
-    tiny.edit("callee", new, old)
+    tiny.edit(module, new, old)
     assert tiny.run()[:2] == (4, [])
     tiny.edit("caller", "2 *", "3 *")
     assert tiny.run()[:2] == (6, ["twice"])
@@ -150,7 +159,7 @@ def test_a_c_function_is_never_stale(tiny: Tiny) -> None:
     program = PROGRAM.replace("tiny.caller import twice", "tiny.routine import routine").replace("twice(1)", "routine.ctypes(1)")
     assert tiny.run(program=program)[:2] == (4, ["value"])
     assert tiny.run(program=program)[:2] == (4, [])
-    tiny.edit("callee", "STEP = 1", "STEP = 100")
+    tiny.edit("settings", "STEP = 1", "STEP = 100")
     assert tiny.run(program=program)[:2] == (202, ["value"])
 
 
@@ -158,25 +167,25 @@ def test_other_locators_of_numba_are_not_asked(tiny: Tiny) -> None:
     """Those of NUMBA_CACHE_LOCATOR_CLASSES look at a function's own file only."""
     chosen = {"NUMBA_CACHE_LOCATOR_CLASSES": "InTreeCacheLocator"}
     assert tiny.run(**chosen)[0] == 4
-    tiny.edit("callee", "STEP = 1", "STEP = 100")
+    tiny.edit("settings", "STEP = 1", "STEP = 100")
     assert tiny.run(**chosen)[0] == 202
 
 
 def test_versions_share_a_cache(tmp_path: Path) -> None:
     """Two checkouts in turn: each has its own machine code, and compiles it once. One like the first has the first's."""
     one, other, third = (Tiny(tmp_path / name) for name in ("one", "other", "third"))
-    other.edit("callee", "STEP = 1", "STEP = 2")
+    other.edit("settings", "STEP = 1", "STEP = 2")
     assert [tiny.run()[0] for tiny in (one, other, one, other)] == [4, 6, 4, 6]
     assert [tiny.run()[1] for tiny in (one, other, third)] == [[], [], []]
 
 
 def test_a_source_that_changes_under_a_process_spoils_nothing(tiny: Tiny) -> None:
-    """It has imported the callee as it was, and compiles the caller after: that is kept under no digest."""
-    program = "import sys, tiny.callee; print('callee', flush=True); sys.stdin.readline()\n" + PROGRAM
+    """It has imported a constant as it was, and compiles code with it after: that is kept under no digest."""
+    program = "import sys, tiny.settings; print('settings', flush=True); sys.stdin.readline()\n" + PROGRAM
     process = tiny.start(program=program)
     assert process.stdout is not None
-    assert process.stdout.readline() == "callee\n"
-    tiny.edit("callee", "STEP = 1", "STEP = 100")
+    assert process.stdout.readline() == "settings\n"
+    tiny.edit("settings", "STEP = 1", "STEP = 100")
     assert process.stdin is not None
     process.stdin.write("go on\n")
     process.stdin.flush()
