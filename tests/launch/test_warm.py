@@ -1,6 +1,7 @@
 """Compiling ahead: a run's routines are there before its first step, and `moesaic doctor --warm` makes those of all runs."""
 
 import json
+import multiprocessing
 import os
 import random
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from moesaic.collectives.lifetime import end_with_parent
 from moesaic.jit import compile_seconds
 from moesaic.launch import doctor, train, warm
 from moesaic.launch.entry import run_command
-from tests.helpers.ranks import forking
 from tests.launch.ranks import LIMIT_S, _variables, metrics_of, set_options, tiny_values
 
 
@@ -47,7 +47,8 @@ def test_nothing_is_compiled_or_loaded_in_a_step(tmp_path: Path, values: Sequenc
     """Nor in evaluations: all of that comes before the first step, on every rank, and the first record says how long it took."""
     (tmp_path / "text.txt").write_text("".join(random.Random(0).choices(["router ", "expert ", "slot "], k=3000)))
     args = set_options([*tiny_values(tmp_path), "train.steps=5", *values, f"launch.init_method=file://{tmp_path}/meeting"])
-    ranks = [forking().Process(target=train_watched, args=(rank, 2, args, tmp_path), daemon=True) for rank in range(2)]
+    starting = multiprocessing.get_context("spawn")  # what ranks are forked from has loaded routines already
+    ranks = [starting.Process(target=train_watched, args=(rank, 2, args, tmp_path), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
