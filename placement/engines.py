@@ -6,9 +6,13 @@ program is. Both are in use: PuLP 4 needs Python 3.12.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from time import perf_counter
 from typing import Any
@@ -71,6 +75,7 @@ def minimise(program: pulp.LpProblem, engine: str, time_limit_s: float, relative
     if engine == "cbc":
         return _minimise_by_cbc(program, time_limit_s, relative_gap)
     end = perf_counter() + time_limit_s
+    _greet()
     highs, variables = highspy.Highs(), program.variables()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("mip_rel_gap", relative_gap)
@@ -91,6 +96,20 @@ def minimise(program: pulp.LpProblem, engine: str, time_limit_s: float, relative
         is_interrupted=status == highspy.HighsModelStatus.kInterrupt,
         bound=info.mip_dual_bound if np.isfinite(info.mip_dual_bound) else -np.inf,
     )
+
+
+@cache
+def _greet() -> None:
+    """From 1.16 on HiGHS prints its name when a process makes its first solver, which nobody can tell not to: it goes nowhere."""
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    with suppress(OSError), open(os.devnull, "wb") as nowhere, ExitStack() as restoring:
+        stdout = os.dup(1)
+        restoring.callback(os.close, stdout)
+        restoring.callback(os.dup2, stdout, 1)
+        restoring.callback(flush, None)
+        os.dup2(nowhere.fileno(), 1)
+        highspy.Highs()
 
 
 def _hand_over(program: pulp.LpProblem, variables: list[pulp.LpVariable], highs: highspy.Highs) -> None:
