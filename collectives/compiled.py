@@ -9,7 +9,8 @@ of expert m, descending. Shape letters: R ranks, M copied experts, J (expert, co
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from ..jit.decorators import njit
 
 
 @njit(cache=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit
+from numba import carray
 
+from ..jit.decorators import cfunc, njit
 from .threads_cpu import call
 
 PLAIN, TRANSPOSED = np.int64(ord("N")), np.int64(ord("T"))

@@ -14,8 +14,9 @@ from __future__ import annotations
 from array import array
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from ..jit.decorators import njit
 from .blas_cpu import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply, sgemm_address
 from .swiglu_cpu import (
     DGATE_UP,

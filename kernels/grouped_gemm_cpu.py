@@ -11,8 +11,9 @@ Shapes: N rows, I input width, O output width, matrices [O, I].
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from ..jit.decorators import njit
 from .blas_cpu import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply
 from .grouped_gemm import BACKWARD, DGRAD, FORWARD, WGRAD
 from .threads_cpu import pointer_to

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ..jit.decorators import njit
 
 _LINE_BYTES = 64
 

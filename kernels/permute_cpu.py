@@ -13,8 +13,9 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray
 
+from ..jit.decorators import cfunc, njit
 from .memory_cpu import copy_bytes
 from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 

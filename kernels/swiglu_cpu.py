@@ -17,9 +17,10 @@ from functools import cache
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from ..jit.decorators import cfunc, njit
 from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 
 _LOG2_E = np.float32(1.4426950408889634)

@@ -23,9 +23,11 @@ from functools import cache
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ..jit.decorators import njit
 
 # What a task begins with; the words of the routine follow, from OWN on.
 _NEXT_ROW, _CHUNK_ROWS, NUM_ROWS, OWN = range(4)

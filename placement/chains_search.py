@@ -23,7 +23,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from ..jit.decorators import njit
 
 NOTHING, FOUND, UNKNOWN = range(3)
 _NONE = -1

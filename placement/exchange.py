@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from ..jit.decorators import njit
 from .cost import Prices, seconds_of
 
 _price = njit(cache=True)(seconds_of)

@@ -11,7 +11,8 @@ load_ER, because every loop walks one expert's ranks.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from ..jit.decorators import njit
 
 
 @njit(cache=True)

@@ -302,9 +302,9 @@ def solve(
     """
     check_seconds("time_limit_s", time_limit_s, positive=True)
     # Imported here so that importing the package loads no engine.
-    from .engines import make_engine
+    from .engines import check_engine
 
-    make_engine(engine, time_limit_s, relative_gap)
+    check_engine(engine)
     _warm_up()
     clock = _Clock(perf_counter(), time_limit_s)
     bound = link_bound(problem, owners_may_move=move_owners)

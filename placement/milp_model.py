@@ -25,7 +25,7 @@ import numpy as np
 import pulp
 
 from .bounds import Room, room_within
-from .engines import make_engine, was_interrupted
+from .engines import minimise
 from .values import Placement, Problem
 
 # Needs below this many rows are a matter of rounding.
@@ -317,21 +317,14 @@ class Model:
 
     def solve(self, engine: str, time_limit_s: float, relative_gap: float) -> Answer:
         """Run an engine ("highs" or "cbc")."""
-        status = self.program.solve(make_engine(engine, time_limit_s, relative_gap))
-        bound = 0.0
-        if status == pulp.LpStatusInfeasible:
+        outcome = minimise(self.program, engine, time_limit_s, relative_gap)
+        if outcome.is_infeasible:
             # Nothing in this range of copies is as cheap.
             return Answer(None, self.seconds, is_complete=True, is_interrupted=False)
-        is_complete, is_interrupted = self.program.sol_status == pulp.LpSolutionOptimal, False
-        if engine == "highs":
-            info = self.program.solverModel.getInfo()
-            bound = max(info.mip_dual_bound, 0.0) if np.isfinite(info.mip_dual_bound) else 0.0
-            is_interrupted = was_interrupted(self.program)
-        elif is_complete:
-            bound = pulp.value(self.program.objective) * (1 - relative_gap)
-        placement = self._placement() if status == pulp.LpStatusOptimal else None
+        placement = self._placement() if outcome.has_solution else None
         # Nothing is known of what was cut off.
-        return Answer(placement, min(bound, 1.0) * self.seconds, is_complete, is_interrupted)
+        bound_s = min(max(outcome.bound, 0.0), 1.0) * self.seconds
+        return Answer(placement, bound_s, outcome.is_complete, outcome.is_interrupted)
 
     def _placement(self) -> Placement | None:
         """Read the placement out of the variables; None if the engine has no integer solution."""

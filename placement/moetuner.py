@@ -57,7 +57,7 @@ def cluster_experts(totals_E: np.ndarray, sizes_R: np.ndarray, start_E: np.ndarr
     """
     import pulp
 
-    from .engines import make_engine
+    from .engines import minimise
 
     mean = max(totals_E.sum() / sizes_R.size, 1.0)
     experts, clusters = range(totals_E.size), range(sizes_R.size)
@@ -74,7 +74,7 @@ def cluster_experts(totals_E: np.ndarray, sizes_R: np.ndarray, start_E: np.ndarr
         program.addConstraint(off[c] >= load - totals_E.sum() / sizes_R.size / mean, f"above_{c}")
         program.addConstraint(off[c] >= totals_E.sum() / sizes_R.size / mean - load, f"below_{c}")
         program.addConstraint(pulp.lpSum(member[e][c] for e in experts) == int(sizes_R[c]), f"size_{c}")
-    program.solve(make_engine("highs", time_limit_s, _RELATIVE_GAP))
+    minimise(program, "highs", time_limit_s, _RELATIVE_GAP)
     found_EC = np.array([[member[e][c].varValue or 0.0 for c in clusters] for e in experts])
     found_E = found_EC.argmax(axis=1)
 
@@ -90,7 +90,7 @@ def best_assignment(slowest_CR: np.ndarray, mean_CR: np.ndarray, sizes_fit_CR: n
     """Return the rank of every cluster that minimises max(slowest) + sum(mean), one cluster per rank."""
     import pulp
 
-    from .engines import make_engine
+    from .engines import minimise
 
     # Any scale serves where there is nothing to weigh.
     unit = max(float(slowest_CR.max()), float(mean_CR.max())) or 1.0
@@ -104,7 +104,7 @@ def best_assignment(slowest_CR: np.ndarray, mean_CR: np.ndarray, sizes_fit_CR: n
         program.addConstraint(pulp.lpSum(at[pair] for pair in own) == 1, f"one_rank_{i}")
         program.addConstraint(pulp.lpSum(at[pair] for pair in pairs if pair[1] == i) == 1, f"one_cluster_{i}")
         program.addConstraint(worst >= pulp.lpSum(float(slowest_CR[pair]) / unit * at[pair] for pair in own), f"slowest_{i}")
-    program.solve(make_engine("highs", 10.0, 1e-6))
+    minimise(program, "highs", 10.0, 1e-6)
     rank_C = np.zeros(slowest_CR.shape[0], dtype=np.int64)
     for c, r in pairs:
         if (at[c, r].varValue or 0.0) > 0.5:

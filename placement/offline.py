@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from ..jit import run_seconds
 from .cost import Solution, evaluate
 from .joint import solve_joint
 from .lab import LabSetting, mean_loads
@@ -78,7 +79,7 @@ def solve_plan(
     on_layer: Callable[[], None] = lambda: None,
 ) -> SavedPlan:
     """Solve every layer for the mean load of a source, starting from the `current` owners (contiguous blocks by default)."""
-    start = perf_counter()
+    start = run_seconds()
     meta = source.meta
     current = current or OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks)
     if current.expert_to_owner_LE.shape != (meta.num_layers, meta.num_experts) or current.num_ranks != meta.num_ranks:
@@ -104,7 +105,7 @@ def solve_plan(
         objective_s=objective_s,
         bound_s=bound_s,
         gap=max(0.0, 1.0 - bound_s / objective_s) if objective_s > 0 else 0.0,
-        seconds=perf_counter() - start,
+        seconds=run_seconds() - start,
         moves=len(current.moves_to(owners)),
         trace_digest=trace_digest,
         layers=placements,

@@ -17,7 +17,7 @@ import pulp
 
 from . import flow
 from .cost import cost, prices_of
-from .engines import make_engine, was_interrupted
+from .engines import minimise
 from .split import Replicated, Split, split_exact
 from .values import Placement, Problem
 
@@ -48,11 +48,11 @@ def _minimise(
     ranks, node_R, owner_E = range(problem.num_ranks), topology.node_of_rank_R, placement.expert_to_owner_E
     unit = max(problem.load.total / problem.num_ranks, 1.0)
     single = np.flatnonzero(placement.num_replicas_E == 1)
-    holds_R = [pulp.LpAffineExpression() for _ in ranks]
-    stays_R, stays_N = [pulp.LpAffineExpression() for _ in ranks], [pulp.LpAffineExpression() for _ in range(topology.num_nodes)]
+    holds_R, stays_R = [pulp.lpSum([]) for _ in ranks], [pulp.lpSum([]) for _ in ranks]
+    stays_N = [pulp.lpSum([]) for _ in range(topology.num_nodes)]
     half_rate = topology.half_rate_rows / unit
     groups_R = np.bincount(owner_E[single], weights=totals_E[single] > 0, minlength=problem.num_ranks)
-    group_rows_R = [pulp.LpAffineExpression(constant=half_rate * count) for count in groups_R]
+    group_rows_R = [pulp.lpSum([half_rate * count]) for count in groups_R]
     for expert in single:
         owner, node = owner_E[expert], node_R[owner_E[expert]]
         holds_R[owner] += totals_E[expert] / unit
@@ -96,10 +96,10 @@ def _minimise(
         inside = np.flatnonzero(node_R == n)
         program.addConstraint(link >= (load_RE[inside].sum() / unit - stays_N[n]) * slower, f"sent_node_{n}")
         program.addConstraint(link >= (pulp.lpSum(holds_R[r] for r in inside) - stays_N[n]) * slower, f"received_node_{n}")
-    status = program.solve(make_engine("highs", time_limit_s, _RELATIVE_GAP))
-    if was_interrupted(program):
+    outcome = minimise(program, "highs", time_limit_s, _RELATIVE_GAP)
+    if outcome.is_interrupted:
         raise KeyboardInterrupt
-    if status != pulp.LpStatusOptimal:
+    if not outcome.has_solution:
         return None
     return np.array([max(variable.varValue or 0.0, 0.0) for variable in rows]) * unit
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from ..jit.decorators import njit
 from .cost import seconds_of
 from .flow import level, prefer_local
 from .values import Problem

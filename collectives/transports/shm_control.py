@@ -18,9 +18,10 @@ import ctypes
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from ...jit.decorators import njit
 from ...kernels.memory_cpu import copy_bytes, fence, stream_bytes
 from .shm_memory import Segment
 

@@ -108,6 +108,12 @@ def test_a_plan_replays_as_it_was_solved(trace, setting):
     assert found.step_s == pytest.approx(hindsight.step_s)
 
 
+def test_a_plans_seconds_leave_compiling_out(trace, setting, monkeypatch):
+    """They are read off the clock that stands still meanwhile."""
+    monkeypatch.setattr("moesaic.placement.offline.run_seconds", iter([10.0, 12.5]).__next__)
+    assert solve_plan(trace, setting, "static", 0).seconds == 2.5
+
+
 def test_moves_of_a_plan_start_from_the_current_owners(trace, setting):
     first = solve_plan(trace, setting, "lpt", 0)
     assert first.moves > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 import time
 
 import highspy
@@ -199,11 +201,36 @@ def test_handing_a_program_over_takes_of_the_engines_time():
     program += 2 * count + 1, "cost"
     program.addConstraint(3 * count >= 4, "least")
     program.addConstraint(count + 0 * unused <= 9, "most")
+    limits_s, start_solve = [], highspy.Highs.startSolve
+
+    def start(highs):
+        limits_s.append(highs.getOptionValue("time_limit")[1])
+        start_solve(highs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "perf_counter", iter([100.0, 104.0]).__next__)
-        program.solve(engines.make_engine("highs", 5.0, 0.0))
+        patch.setattr(highspy.Highs, "startSolve", start)
+        outcome = engines.minimise(program, "highs", 5.0, 0.0)
     assert (count.varValue, pulp.value(program.objective)) == (2.0, 5.0)
-    assert program.solverModel.getOptionValue("time_limit")[1] == 1.0
+    assert (outcome.has_solution, outcome.is_complete, outcome.bound) == (True, True, 5.0)
+    assert limits_s == [1.0]
+
+
+def test_engines_print_nothing():
+    """From HiGHS 1.16 on the first solver of a process says who it is, on the standard output that `--json -` has to itself."""
+    script = """
+import os, pulp
+from moesaic.placement import engines
+program = pulp.LpProblem("one", pulp.LpMinimize)
+count = program.add_variable("count", 0, None, pulp.LpInteger)
+program += 2 * count, "cost"
+program.addConstraint(3 * count >= 4, "least")
+assert engines.minimise(program, "highs", 10.0, 0.0).bound == 4.0
+print("the end", flush=True)
+os.write(1, b"of it")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\nof it", "")
 
 
 def test_ctrl_c_ends_the_engine_with_what_it_knows():
