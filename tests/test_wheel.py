@@ -13,7 +13,7 @@ ROOT = Path(moesaic.__file__).resolve().parent
 
 
 def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    """Every module, py.typed and the script that benchmarks need; no setup.py, tests or examples. The version is the package's."""
+    """Every module, py.typed and the script of the benchmarks; no setup.py, tests or examples. The version is the package's."""
     source, wheels = tmp_path / "source", tmp_path / "wheels"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
     shutil.copytree(ROOT, source, ignore=ignored)
