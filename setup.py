@@ -2,30 +2,28 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-FOLDERS = [
-    "runtime",
-    "runtime.adapters",
-    "collectives",
-    "collectives.schedules",
-    "collectives.transports",
-    "placement",
-    "kernels",
-    "launch",
-    "benchmarks",
-]
+ROOT = Path(__file__).parent
+# Tests, and whatever else lies beside these folders, stay out.
+FOLDERS = ("runtime", "collectives", "placement", "kernels", "launch", "benchmarks")
 
 setup(
     name="moesaic",
     version="0.1.0",
     description="Load-adaptive Mixture-of-Experts training: fully sharded, sparsely materialized experts",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"moesaic": "."},
-    packages=["moesaic", *(f"moesaic.{folder}" for folder in FOLDERS)],
+    packages=[
+        "moesaic",
+        *(
+            f"moesaic.{package}"
+            for package in find_packages(str(ROOT), include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
+        ),
+    ],
     package_data={"moesaic": ["py.typed"]},
     install_requires=[
         "torch>=2.11",

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from ..placement import lab
 from ..placement.files import clear_errors, digest_of
-from ..placement.offline import solve_plan
-from ..placement.plans import SavedPlan, read_plan, read_topology
-from ..placement.predict import PREDICTORS
-from ..placement.registry import SOLVERS, get_solver
-from ..placement.sources import LoadSource
+from ..placement.offline import lab
+from ..placement.offline.plans import SavedPlan, read_plan, read_topology
+from ..placement.offline.solve import solve_plan
+from ..placement.online.predict import PREDICTORS
+from ..placement.solvers.registry import SOLVERS, get_solver
 from ..placement.topology import Topology
+from ..placement.traces.sources import LoadSource
 from ..placement.values import LayerShape
 from .output import JSON_OPTION, progress, publish
 from .picture import write_picture

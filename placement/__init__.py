@@ -1,17 +1,17 @@
 """Placement: loads, owners, copies, the token split, cost, and the solvers. numpy only; no process group, no device."""
 
-from .calibrate import added_copies, calibrate
 from .cost import Bound, Cost, Solution, cost, lower_bound
-from .hecate import hecate_owners
-from .joint import JointSolution, solve_joint
-from .moetuner import Hops, count_hops, tune_owners
+from .offline.plans import SavedPlan, read_plan
+from .online.calibrate import added_copies, calibrate
+from .online.predict import PREDICTORS, Predictor, make_predictor, prediction_error
 from .owners import Move, OwnerMap
-from .plans import SavedPlan, read_plan
-from .predict import PREDICTORS, Predictor, make_predictor, prediction_error
-from .registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver
+from .solvers.baselines.hecate import hecate_owners
+from .solvers.baselines.moetuner import Hops, count_hops, tune_owners
+from .solvers.joint import JointSolution, solve_joint
+from .solvers.registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver
 from .split import Split, split_exact, split_local_even
 from .topology import Topology
-from .traces import Trace, TraceMeta, TraceWriter, write_trace
+from .traces.format import Trace, TraceMeta, TraceWriter, write_trace
 from .values import ExpertLoad, LayerShape, Placement, Problem
 
 __all__ = [

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology, get_solver, split_exact
-from moesaic.placement.lab import LabSetting, compare
-from moesaic.placement.sources import Sizes, open_source
+from moesaic.placement.offline.lab import LabSetting, compare
+from moesaic.placement.traces.sources import Sizes, open_source
 from tests.placement.cases import loads, problems, shared_trace, zipf_problem
 
 balance = get_solver("balance")
@@ -28,7 +28,7 @@ def max_over_mean(totals_E: np.ndarray, placement: Placement) -> float:
 @given(load=loads(5, 7, most=4000), error=st.integers(0, 1024), seed=st.integers(0, 999), per_node=st.sampled_from([1, 5]))
 def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
     """Every load is brought to its target, and none of the copies is made when owners are already there."""
-    from moesaic.placement import hedge
+    from moesaic.placement.solvers import hedge
 
     owner_E = np.random.default_rng(seed).integers(0, 5, 7)
     errors_S = np.array([0, error, error // 2])
@@ -47,7 +47,7 @@ def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
 @given(load=loads(1, 9, most=4000), error=st.integers(0, 1024))
 def test_loads_around_are_as_far_as_asked(load, error):
     """Total variation is what was asked, but for rounding, or as far as another order of the experts can be."""
-    from moesaic.placement import hedge
+    from moesaic.placement.solvers import hedge
 
     same_E, other_E = hedge.loads_around(load.totals_E, np.array([0, error]))
     assert (same_E == load.totals_E).all()

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Topology, Trace, TraceMeta, get_solver, split_exact, write_trace
-from moesaic.placement.backtest import backtest
-from moesaic.placement.lab import LabSetting, Outcome, compare, mean_loads, replay
-from moesaic.placement.offline import solve_plan
-from moesaic.placement.synth import KINDS, SynthSpec, synthesize
+from moesaic.placement.offline.backtest import backtest
+from moesaic.placement.offline.lab import LabSetting, Outcome, compare, mean_loads, replay
+from moesaic.placement.offline.solve import solve_plan
+from moesaic.placement.traces.synth import KINDS, SynthSpec, synthesize
 
 META = TraceMeta(num_layers=2, num_experts=8, top_k=2, num_ranks=4, dim=64, ffn_dim=64)
 

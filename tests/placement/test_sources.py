@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from moesaic.placement.sources import RankedTrace, Sizes, TokenFile, apportion, deal, open_source, pair_counts_of
-from moesaic.placement.traces import Trace, TraceMeta, TraceWriter, write_trace
+from moesaic.placement.traces.format import Trace, TraceMeta, TraceWriter, write_trace
+from moesaic.placement.traces.sources import RankedTrace, Sizes, TokenFile, apportion, deal, open_source, pair_counts_of
 
 META = TraceMeta(num_layers=2, num_experts=6, top_k=2, num_ranks=4, dim=8, ffn_dim=16)
 

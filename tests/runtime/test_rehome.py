@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver
-from moesaic.placement.propose import Question, propose, saved_s
+from moesaic.placement.online.propose import Question, propose, saved_s
 from moesaic.runtime import rehomer
 from moesaic.runtime.bank import Bank, ExpertShape
 from moesaic.runtime.group import RankGroup

@@ -1,0 +1,1 @@
+"""What is computed ahead of training: solvers played over a trace, plans, back-tests."""

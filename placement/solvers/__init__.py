@@ -1,0 +1,1 @@
+"""Solvers: which copies a layer makes and who owns its experts, from a `Problem` to a `Solution`."""

@@ -1,0 +1,1 @@
+"""Solvers of other systems, as published, and placements that only exchange owners."""

@@ -1,0 +1,1 @@
+"""The exact planner: an integer program, the search beside it, and proofs without an engine."""

@@ -1,0 +1,46 @@
+"""The online planner: an exact-load threshold search with few copies, priced in seconds.
+
+The search is UltraEP's idea (arXiv 2606.04101): find the smallest number of rows to which every rank can be brought when busy
+ranks hand rows of their largest experts to ranks with room. It fixes the copies only; who computes how many rows is then the
+exact split's answer. Plans at coarser thresholds need fewer copies, so several are priced and the cheapest is taken: copies that
+do not pay for themselves are never made, and a balanced load keeps the static placement.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from ..cost import Cost, Prices, Solution, lower_bound, prices_of, seconds_of, solution
+from ..values import Placement, Problem
+
+
+def _break_even_rows(problem: Problem, prices: Prices) -> int:
+    """Return the rows whose compute takes as long as one copy's gathers and reduce across the slowest link it may use."""
+    stages = seconds_of(prices._replace(overlap_s=0.0), 0, 0, 0, 1, int(problem.topology.num_nodes > 1), 0, 0)
+    return min(int((stages[2] + stages[3]) / prices.work_row_s), problem.load.total) + 1
+
+
+def _plans_to_try(problem: Problem, prices: Prices) -> np.ndarray:
+    """Return int64 [2, P]: the smallest group moved and the threshold's rise, in 32nds, of every plan to price."""
+    smallest = problem.min_rows_per_copy or 1
+    plans = [(smallest, 0), (smallest, 1), (smallest, 4), (smallest, 16)]
+    if problem.min_rows_per_copy is None:
+        # Groups that pay for their copy by compute alone; a quarter of the mean rank is large enough for any machine.
+        mean_rows = problem.load.total // problem.num_ranks
+        plans.append((max(1, min(_break_even_rows(problem, prices), mean_rows // 4)), 8))
+    return np.array(plans).T
+
+
+def solve(problem: Problem) -> Solution:
+    """Copy hot experts to ranks with room where that shortens the step; at most `problem.slots` copies per rank."""
+    # Imported here so that importing the package compiles nothing.
+    from . import fill, search
+
+    start = time.perf_counter()
+    prices, bound = prices_of(problem), lower_bound(problem)
+    layer = search.layer_of(problem)
+    plan = fill.plan(layer, problem.load.load_RE, prices, bound.max_rows, _plans_to_try(problem, prices))
+    placement = Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, plan.copies_2C)
+    return solution(placement, Cost(*plan.stages), bound, time.perf_counter() - start, "quota")

@@ -1,0 +1,1 @@
+"""Traces: recorded and generated loads, on disk and as a stream."""
