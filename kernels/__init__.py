@@ -5,7 +5,6 @@ from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, grouped_
 from .grouped_gemm import grouped_gemm, grouped_gemm_backward, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .histogram import histogram
 from .host_values import on_device
-from .pack_rows import accumulate_rows, pack_rows
 from .permute import Bags, bags_of, gather_rows, sum_rows
 from .split_tokens import split_tokens
 from .swiglu import SwigluGrads, swiglu, swiglu_backward
@@ -19,7 +18,6 @@ __all__ = [
     "GroupedFFNGrads",
     "GroupedFFNOutput",
     "SwigluGrads",
-    "accumulate_rows",
     "bags_of",
     "clamped_ffn",
     "clamped_ffn_backward",
@@ -33,7 +31,6 @@ __all__ = [
     "grouped_gemm_wgrad",
     "histogram",
     "on_device",
-    "pack_rows",
     "split_tokens",
     "sum_rows",
     "swiglu",
