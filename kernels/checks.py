@@ -1,4 +1,4 @@
-"""What ops ask of their arguments before anything runs: one device, a dtype they can serve, ids that are integers."""
+"""What ops ask of their arguments before anything runs: one device, a dtype they can serve, integer ids, contiguous rows."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ def check_int32(what: str, number: int, cure: str) -> None:
     """Raise ValueError for a number of things that 32-bit counters can't hold."""
     if number > INT32_MAX:
         raise ValueError(f"{what} are counted in int32, got {number}, more than {INT32_MAX}; {cure}")
+
+
+def check_out(out: Tensor, shape: tuple[int, int], like: Tensor) -> None:
+    """Raise ValueError unless `out` can be written row by row."""
+    if out.shape != shape or out.dtype != like.dtype or out.stride(1) != 1:
+        raise ValueError(
+            f"out must be {like.dtype} {shape} with contiguous rows, got {out.dtype} {tuple(out.shape)} {out.stride()}"
+        )
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput
-from .grouped_gemm import add_wgrad, check_groups, group_slices
+from .groups import add_wgrad, check_groups, group_slices
+from .types import FFNWeights, GroupedFFNGrads, GroupedFFNOutput
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,69 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grouped_gemm import (
-    add_wgrad,
-    check_groups,
-    group_slices,
-    grouped_gemm,
-    grouped_gemm_backward,
-    grouped_gemm_dgrad,
-    grouped_gemm_wgrad,
-    zero_empty,
-)
-from .operands_cpu import address_of, addresses_of, words_of_rows
-from .swiglu import SwigluGrads, serves_threads, swiglu, swiglu_backward
+from .cpu.operands import address_of, addresses_of, words_of_rows
+from .grouped_gemm import grouped_gemm, grouped_gemm_backward, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .groups import add_wgrad, check_groups, group_slices, zero_empty
+from .swiglu import serves_threads, swiglu, swiglu_backward
+from .types import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, SwigluGrads
 
 # Upper bound on the rows of one chunk.
 _CHUNK_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class FFNWeights:
-    """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to.
-
-    Only `clamped_ffn` knows biases, gate_up_bias [2F] and down_bias [D] per group.
-    """
-
-    gate_up: Sequence[Tensor]
-    down: Sequence[Tensor]
-    gate_up_bias: Sequence[Tensor] = ()
-    down_bias: Sequence[Tensor] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.gate_up) != len(self.down):
-            raise ValueError(f"{len(self.gate_up)} gate_up and {len(self.down)} down matrices; give one pair per group")
-        biases = len(self.gate_up_bias), len(self.down_bias)
-        if biases not in ((0, 0), (len(self.down), len(self.down))):
-            raise ValueError(f"{biases[0]} gate_up and {biases[1]} down biases for {len(self.down)} groups; give all or none")
-
-    def of_groups(self, groups: slice) -> FFNWeights:
-        """Those of some of the groups."""
-        return FFNWeights(self.gate_up[groups], self.down[groups], self.gate_up_bias[groups], self.down_bias[groups])
-
-
-@dataclass(frozen=True)
-class GroupedFFNOutput:
-    """Forward result: the weighted output, and the pre-activation that the backward needs."""
-
-    y_ND: Tensor
-    gate_up_N2F: Tensor
-
-    def of_rows(self, rows: slice) -> GroupedFFNOutput:
-        """Those of some of the rows."""
-        return GroupedFFNOutput(self.y_ND[rows], self.gate_up_N2F[rows])
-
-
-@dataclass(frozen=True)
-class GroupedFFNGrads:
-    """Gradients of rows and row weights; weight gradients were added in place."""
-
-    dx_ND: Tensor
-    drow_weights_N: Tensor
-
-    def of_rows(self, rows: slice) -> GroupedFFNGrads:
-        """Those of some of the rows."""
-        return GroupedFFNGrads(self.dx_ND[rows], self.drow_weights_N[rows])
 
 
 def grouped_ffn(
@@ -285,7 +230,7 @@ def _run_compiled(
 @cache
 def compiled_ffn() -> Callable[..., bool] | None:
     """What runs the compiled routines; None where torch's library has no BLAS for them. Only now is numba imported."""
-    from .blas_cpu import sgemm_address
+    from .cpu.blas import sgemm_address
     from .grouped_ffn_cpu import run
 
     return run if sgemm_address() else None

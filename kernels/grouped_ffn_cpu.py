@@ -16,7 +16,8 @@ from array import array
 import numpy as np
 from numba import carray, njit
 
-from .blas_cpu import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply, sgemm_address
+from .cpu.blas import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply, sgemm_address
+from .cpu.threads import OWN, pointer_to, share_rows, team_words
 from .swiglu_cpu import (
     DGATE_UP,
     DROW_WEIGHTS,
@@ -28,7 +29,6 @@ from .swiglu_cpu import (
     swiglu_backward_routine,
     swiglu_routine,
 )
-from .threads_cpu import OWN, pointer_to, share_rows, team_words
 
 # The words of both routines' tasks, of which forward leaves some alone: sizes, then operands by their addresses, widths and row
 # strides. After them come, for every group, its rows and two weights, and in the backward of trained experts two gradients and

@@ -11,16 +11,16 @@ Shapes: N rows, I input width, O output width, weights and gradients [O, I] each
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from .checks import check_devices, check_floating
-from .operands_cpu import Matrices, addresses_of, words_of_rows
-
-FORWARD, DGRAD, WGRAD, BACKWARD = range(4)
+from .cpu.operands import addresses_of, words_of_rows
+from .groups import add_wgrad, check_groups, zero_empty
+from .types import BACKWARD, DGRAD, FORWARD, WGRAD, Matrices
 
 
 def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
@@ -142,7 +142,7 @@ def _multiply_compiled(
 @cache
 def compiled_products() -> Callable[..., bool] | None:
     """The compiled routine, with the BLAS that it calls; None where torch's library has none. Only now is numba imported."""
-    from .blas_cpu import sgemm_address
+    from .cpu.blas import sgemm_address
     from .grouped_gemm_cpu import multiply_groups
 
     return partial(multiply_groups, sgemm_address()) if sgemm_address() else None
@@ -190,45 +190,9 @@ def grouped_gemm_wgrad_torch(
             add_wgrad(grad, dy_nO, x_nI, alpha=alpha, overwrite=overwrite is not None and overwrite[group])
 
 
-def add_wgrad(grad_OI: Tensor, dy_nO: Tensor, x_nI: Tensor, *, alpha: float = 1.0, overwrite: bool = False) -> None:
-    """`grad_OI += alpha * dy_nO.T @ x_nI`, or `=` to overwrite, in the dtype of `grad_OI`, for the rows of one group."""
-    if dy_nO.dtype != grad_OI.dtype:
-        # No CPU product takes half-precision operands and an fp32 result, and rounding the product would lose the sum's bits.
-        dy_nO, x_nI = dy_nO.to(grad_OI.dtype), x_nI.to(grad_OI.dtype)
-    grad_OI.addmm_(dy_nO.t(), x_nI, beta=0 if overwrite else 1, alpha=alpha)
-
-
-def zero_empty(grads: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None) -> None:
-    """Set to zero the gradients that are to be overwritten and whose groups have no rows to do it with."""
-    if overwrite is None or 0 not in group_sizes:
-        return
-    for grad, size, is_fresh in zip(grads, group_sizes, overwrite, strict=True):
-        if is_fresh and size == 0:
-            grad.zero_()
-
-
 def _split(rows: Tensor, group_sizes: Sequence[int]) -> Sequence[Tensor]:
     """Views of every group's rows, in one call: slices cost more than a percent of the small products of a narrow model."""
     return rows.split_with_sizes(list(group_sizes))
-
-
-def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield (group, slice of its rows) for every group that has rows."""
-    start = 0
-    for group, size in enumerate(group_sizes):
-        if size > 0:
-            yield group, slice(start, start + size)
-        start += size
-
-
-def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None = None) -> None:
-    """Raise ValueError unless sizes, weights, rows and marks belong together."""
-    if len(weights) != len(group_sizes):
-        raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group")
-    if min(group_sizes, default=0) < 0 or sum(group_sizes) != num_rows:
-        raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")
-    if overwrite is not None and len(overwrite) != len(group_sizes):
-        raise ValueError(f"{len(group_sizes)} group sizes but {len(overwrite)} marks of what to overwrite; give one per group")
 
 
 def _check_operands(rows: Tensor, matrices: Matrices, out: Tensor | None) -> None:

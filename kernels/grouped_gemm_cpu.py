@@ -13,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from .blas_cpu import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply
-from .grouped_gemm import BACKWARD, DGRAD, FORWARD, WGRAD
-from .threads_cpu import pointer_to
+from .cpu.blas import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply
+from .cpu.threads import pointer_to
+from .types import BACKWARD, DGRAD, FORWARD, WGRAD
 
 
 @njit(

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_devices
-from .grouped_gemm import Matrices, zero_empty
+from .checks import check_devices, unit_stride
 from .grouped_gemm_tiles import TileConfig, TileTimings, fits_tma, num_programs, shape_key, takes_tma, tiles_for
+from .groups import zero_empty
 from .host_values import on_device
-from .permute_triton import unit_stride
+from .types import Matrices
 
 _TIMINGS = TileTimings()  # of this process; like the compiled kernels, they hold as long as it lives
 

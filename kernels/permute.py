@@ -9,39 +9,13 @@ Shapes: M rows on the token side, N routed rows, D model dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_devices, check_floating, check_ids, check_int32
-
-
-@dataclass(frozen=True)
-class Bags:
-    """Groups of row positions in CSR form: bag m holds `indices[offsets[m]:offsets[m + 1]]`, in this order.
-
-    Example: `row_ids_N = [2, 0, 2]` with `num_rows = 3` gives `indices = [1, 0, 2]`, `offsets = [0, 1, 1, 3]`.
-    """
-
-    indices: Tensor  # int32 [N]
-    offsets: Tensor  # int32 [num_bags + 1]
-
-    def __post_init__(self) -> None:
-        if self.indices.dim() != 1 or self.offsets.dim() != 1 or self.offsets.numel() < 1:
-            raise ValueError(
-                f"Bags needs 1-D indices and 1-D offsets with at least one element, got shapes "
-                f"{tuple(self.indices.shape)} and {tuple(self.offsets.shape)}; build them with bags_of"
-            )
-        if self.indices.dtype != torch.int32 or self.offsets.dtype != torch.int32:
-            raise ValueError(f"Bags holds int32, got {self.indices.dtype} and {self.offsets.dtype}; build them with bags_of")
-
-    @property
-    def num_bags(self) -> int:
-        """Number of bags, empty ones included."""
-        return self.offsets.numel() - 1
+from .checks import check_devices, check_floating, check_ids, check_int32, check_out, unit_stride
+from .types import Bags
 
 
 def bags_of(row_ids_N: Tensor, num_rows: int) -> Bags:
@@ -133,7 +107,7 @@ def _gather_compiled(x_MD: Tensor, row_ids_N: Tensor, beside: Tensor, out: Tenso
     from .permute_cpu import gather_into
 
     out = _new_or_checked(out, row_ids_N.shape[0], x_MD)
-    if not gather_into(out, _dense(x_MD), _dense(beside), row_ids_N.long().contiguous()):
+    if not gather_into(out, unit_stride(x_MD), unit_stride(beside), row_ids_N.long().contiguous()):
         num_rows = _num_rows(x_MD, beside)
         raise ValueError(f"row_ids_N goes from {int(row_ids_N.min())} to {int(row_ids_N.max())}; ids must be in [0, {num_rows})")
     return out
@@ -144,7 +118,7 @@ def _sum_compiled(rows_ND: Tensor, bags: Bags, beside: Tensor | None, out: Tenso
 
     out = _new_or_checked(out, bags.num_bags, rows_ND)
     indices, offsets = bags.indices.contiguous(), bags.offsets.contiguous()
-    if not sum_into(out, _dense(rows_ND), _dense(beside), indices, offsets):
+    if not sum_into(out, unit_stride(rows_ND), None if beside is None else unit_stride(beside), indices, offsets):
         num_rows = _num_rows(rows_ND, beside)
         lowest, highest = int(indices.min()), int(indices.max())
         if lowest < 0 or highest >= num_rows:
@@ -163,21 +137,8 @@ def _new_or_checked(out: Tensor | None, num_rows: int, like: Tensor) -> Tensor:
     return out
 
 
-def _dense(rows: Tensor | None) -> Tensor | None:
-    """The rows, each in one piece, as compiled routines read them."""
-    return rows if rows is None or rows.stride(1) == 1 else rows.contiguous()
-
-
 def _num_rows(rows: Tensor, beside: Tensor | None) -> int:
     return rows.shape[0] + (0 if beside is None else beside.shape[0])
-
-
-def check_out(out: Tensor, shape: tuple[int, int], like: Tensor) -> None:
-    """Raise ValueError unless `out` can be written row by row."""
-    if out.shape != shape or out.dtype != like.dtype or out.stride(1) != 1:
-        raise ValueError(
-            f"out must be {like.dtype} {shape} with contiguous rows, got {out.dtype} {tuple(out.shape)} {out.stride()}"
-        )
 
 
 def _check_beside(rows: Tensor, beside: Tensor | None) -> None:

@@ -15,8 +15,8 @@ from functools import cache
 import numpy as np
 from numba import carray, cfunc, njit
 
-from .memory_cpu import copy_bytes
-from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
+from .cpu.memory import copy_bytes
+from .cpu.threads import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 
 # The words of both routines' tasks: addresses, strides in bytes, numbers of rows; and whether something named no row.
 _NUM_WORDS = 13

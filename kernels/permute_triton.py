@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute import Bags, check_out
+from .checks import check_out, unit_stride
+from .types import Bags
 
 # Elements of one program's tile: enough bytes in flight to fill the memory pipe, few enough registers for 8 warps.
 _TILE_ELEMENTS = 4096
@@ -132,8 +133,3 @@ def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None
         num_warps=min(8, max(1, block_d // 128)),
     )
     return out
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """`x` itself if its last dimension is contiguous, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -9,27 +9,18 @@ Shapes: N rows, F expert ffn dim; gate_up_N2F holds gate in its first F columns 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .checks import check_devices, check_floating
+from .types import SwigluGrads
 
 # Where the compiled pass cannot run on torch's threads: with more of them than this, torch's own passes finish sooner.
 _ALONE_MAX_THREADS = 4
 # Elements of one [rows, F] block: five such fp32 blocks (gate, up, dh, two temporaries) stay in a 2 MiB cache.
 _BLOCK_ELEMENTS = 1 << 16
-
-
-@dataclass(frozen=True)
-class SwigluGrads:
-    """What `swiglu_backward` returns: both input gradients and the recomputed forward output."""
-
-    dgate_up_N2F: Tensor
-    drow_weights_N: Tensor | None
-    h_NF: Tensor
 
 
 def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -200,7 +191,7 @@ def serves_threads() -> bool:
 
 @cache
 def _has_torch_threads() -> bool:
-    from .threads_cpu import has_torch_threads
+    from .cpu.threads import has_torch_threads
 
     return has_torch_threads()
 

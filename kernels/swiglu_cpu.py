@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
+from .cpu.threads import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 
 _LOG2_E = np.float32(1.4426950408889634)
 # Taylor coefficients of 2**f, which on [-0.5, 0.5] leave a relative error below 1.2e-7.

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import unit_stride
-from .swiglu import SwigluGrads
+from .checks import unit_stride
+from .types import SwigluGrads
 
 _FORWARD_TILE = 4096
 _BACKWARD_TILE = 2048

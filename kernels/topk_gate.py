@@ -5,30 +5,17 @@ Shapes: T tokens, E experts, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_devices, check_ids
-
-Score = Literal["softmax", "sigmoid"]
-
+from .types import Gate, Score
 
 # What the sum of a token's scores is at least, so that scores which are all zero weigh zero.
 _MIN_TOTAL = 1e-20
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What the router decided for every token."""
-
-    topk_ids_TK: Tensor  # int64, best first
-    weights_TK: Tensor  # float32
-    lse_T: Tensor | None  # float32, log-sum-exp of the logits: the z-loss is the mean of its square; None if nobody asked
-    load_E: Tensor  # int64, assignments per expert
 
 
 def topk_gate(

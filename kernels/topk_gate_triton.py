@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import unit_stride
-from .topk_gate import Gate, Score
+from .checks import unit_stride
+from .types import Gate, Score
 
 _TILE_ELEMENTS = 1024
 _MIN_TOTAL = tl.constexpr(1e-20)  # as in topk_gate.py

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ...kernels.memory_cpu import copy_bytes, fence, stream_bytes
+from ...kernels.cpu.memory import copy_bytes, fence, stream_bytes
 from .shm_memory import Segment
 
 RING = 512

@@ -18,6 +18,7 @@ from moesaic.benchmarks import kernels as benchmark
 from moesaic.benchmarks.kernel_cases import Shape
 from moesaic.kernels import (
     FFNWeights,
+    SwigluGrads,
     bags_of,
     gather_rows,
     grouped_ffn,
@@ -45,7 +46,7 @@ from moesaic.kernels.histogram_triton import histogram_triton
 from moesaic.kernels.permute_triton import gather_rows_triton, sum_rows_triton
 from moesaic.kernels.split_tokens import split_tokens_torch
 from moesaic.kernels.split_tokens_triton import split_tokens_triton
-from moesaic.kernels.swiglu import SwigluGrads, swiglu_backward_torch, swiglu_torch
+from moesaic.kernels.swiglu import swiglu_backward_torch, swiglu_torch
 from moesaic.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
 from moesaic.kernels.topk_gate import _TopkGate, topk_gate_backward_torch, topk_gate_torch
 from moesaic.kernels.topk_gate_triton import topk_gate_backward_triton, topk_gate_triton

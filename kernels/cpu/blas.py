@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from .threads_cpu import call
+from .threads import call
 
 PLAIN, TRANSPOSED = np.int64(ord("N")), np.int64(ord("T"))
 # Words of `multiply`'s scratch: BLAS takes numbers by address. Integers of 4 bytes are read from the first half of theirs.

@@ -10,13 +10,11 @@ Shapes: N rows, matrices [O, I].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Matrices: TypeAlias = Sequence[Tensor] | Tensor
-"""One for every group, or all of them stacked."""
+from ..types import Matrices
 
 _FP32 = torch.float32
 # Subclasses may stand for tensors that are elsewhere, or nowhere.
