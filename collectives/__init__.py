@@ -1,12 +1,13 @@
 """Sparse collectives: a collective is a schedule, a schedule is data, and one executor runs it over any transport.
 
 traffic.py     bytes and messages counted by operation and peer
+messages.py    what travels: buffers, rows, a group of messages in flight
 transport.py   what a transport is: `exchange` and `all_gather_ints`
 transports/    c10d (Gloo or NCCL), shm (ranks of one host), mpi, hierarchical (shm inside nodes, c10d between), local (one rank)
 schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
 schedules/     direct, relay, hierarchical, element_sharded: from a placement to a schedule; and the choice among them
 hops.py        schedules as arrays, which the making and the prediction of a schedule compute with
-compiled.py    their compiled loops
+hops_numba.py  their compiled loops
 account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
 progress.py    the communication thread, and waits that are counted
 flow.py        the executor: chunks go on as soon as they have arrived
@@ -18,6 +19,7 @@ reference.py   the same verbs on plain lists of per-rank tensors: what each of t
 
 from .account import Account, Bound, LinkCounts, account, predicted_s
 from .average import average
+from .messages import Buffer, CollectiveError, Pending, RowLayout, RowPart
 from .schedule import Message, Route, Schedule
 from .schedules.choose import SCHEDULES, ScheduleChoice, choose_schedule, make_schedule
 from .schedules.direct import direct_gather
@@ -25,7 +27,7 @@ from .schedules.element_sharded import element_sharded_gather
 from .schedules.hierarchical import hierarchical_gather
 from .schedules.relay import relay_gather
 from .traffic import Span, Traffic
-from .transport import Buffer, CollectiveError, Pending, RowLayout, RowPart, RowsAsMessages, Transport
+from .transport import RowsAsMessages, Transport
 from .transports.c10d import C10dTransport
 from .transports.choose import TRANSPORTS, TransportChoice, choose_transport, make_transports, nodes_of_group
 from .transports.local import LocalTransport

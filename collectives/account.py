@@ -57,7 +57,7 @@ class Loads:
     def of(cls, hops: Hops, topology: Topology, item_bytes: int) -> Loads:
         """Count a schedule of items of `item_bytes`. A reduce loads links as its gather does, the other way."""
         # Imported here so that importing the package compiles nothing.
-        from .compiled import count_loads
+        from .hops_numba import count_loads
 
         loads = count_loads(
             hops.start_G,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .messages import Buffer
 from .schedule import chunk_bounds
-from .transport import Buffer, Transport
+from .transport import Transport
 
 # Bytes that a rank receives into and sums in.
 _PIECE_BYTES = 32 << 20

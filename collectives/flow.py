@@ -13,9 +13,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .messages import Buffer, Done, Pending
 from .progress import Watched
 from .schedule import Message, Schedule
-from .transport import Buffer, Done, Pending, Transport
+from .transport import Transport
 
 
 class Side(Protocol):

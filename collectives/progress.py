@@ -15,8 +15,8 @@ from queue import SimpleQueue
 
 import torch
 
+from .messages import Pending
 from .traffic import Traffic
-from .transport import Pending
 
 
 class CommunicationThread:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .flow import launch
+from .messages import Pending, RowLayout
 from .progress import Watched
 from .schedule import Message, Schedule
-from .transport import Pending, RowLayout, Transport
+from .transport import Transport
 
 # The tensors one item is made of, in a fixed order (for an expert: gate_up, down), contiguous.
 Item = Sequence[Tensor]

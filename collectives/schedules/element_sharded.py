@@ -16,7 +16,7 @@ from .chunks import with_best_chunks
 def element_sharded_hops(copies: Copies) -> Hops:
     """Piece j of an expert goes to the j-th copy and from there to the others. Sums are made piece by piece, at its copy."""
     # Imported here so that importing the package compiles nothing.
-    from ..compiled import piece_hops
+    from ..hops_numba import piece_hops
 
     sizes_J = np.repeat(copies.num_copies_M, copies.num_copies_M)
     start_J = np.append(0, np.cumsum(sizes_J))

@@ -14,7 +14,7 @@ from .chunks import with_best_chunks
 def hierarchical_hops(copies: Copies, ranks_per_node: int) -> Hops:
     """One crossing per expert and node, uncut. On one node this is a chain in descending rank order."""
     # Imported here so that importing the package compiles nothing.
-    from ..compiled import node_hops
+    from ..hops_numba import node_hops
 
     src_J, dst_J = node_hops(copies.owners_M, copies.start_M, copies.ranks_J, copies.num_ranks, ranks_per_node)
     return copies.routes(src_J, dst_J)

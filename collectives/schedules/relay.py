@@ -27,14 +27,14 @@ def best_relay(copies: Copies, topology: Topology, item_bytes: int) -> Candidate
 def chain_hops(copies: Copies) -> Hops:
     """Chains in descending rank order, uncut; busy ranks hang on them as leaves."""
     # Imported here so that importing the package compiles nothing.
-    from ..compiled import chain_sources
+    from ..hops_numba import chain_sources
 
     return copies.routes(chain_sources(copies.owners_M, copies.start_M, copies.ranks_J, copies.num_ranks))
 
 
 def tree_hops(copies: Copies) -> Hops:
     """Binary trees, uncut: the owner sends to the highest rank, the i-th copy forwards to copies 2i + 1 and 2i + 2."""
-    from ..compiled import tree_sources
+    from ..hops_numba import tree_sources
 
     return copies.routes(tree_sources(copies.owners_M, copies.start_M, copies.ranks_J))
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..messages import Buffer, Pending
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, Pending, RowsAsMessages, Transport
+from ..transport import RowsAsMessages, Transport
 
 
 class _Both:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..messages import Buffer, CollectiveError, Pending
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
+from ..transport import RowsAsMessages
 from .parts import Part, progress
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..messages import Buffer, CollectiveError, Pending, RowLayout
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending, RowLayout
 from .node import NodeIdentity, cache_bytes
 from .parts import Part, progress
 from .shm_mailbox import Address, Mailbox
