@@ -10,7 +10,7 @@ hops.py        schedules as arrays, which the making and the prediction of a sch
 hops_numba.py  their compiled loops
 account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
 progress.py    the communication thread, and waits that are counted
-flow.py        the executor: chunks go on as soon as they have arrived
+executor.py    the executor: chunks go on as soon as they have arrived
 verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows
 lifetime.py    ranks end with the process that started them
 average.py     the mean of tensors that all ranks hold

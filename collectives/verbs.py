@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .flow import launch
+from .executor import launch
 from .messages import Pending, RowLayout
 from .progress import Watched
 from .schedule import Message, Schedule
@@ -42,8 +42,8 @@ def sparse_all_gather(
         op, where: the name the bytes are counted under, and the place that errors name.
     """
     assert not schedule.is_reduce
-    side = _GatherSide(owned, copies)
-    return launch(schedule, transport, side, op=op, where=where, in_rounds=_is_on_cuda(owned, copies))
+    endpoint = _GatherEndpoint(owned, copies)
+    return launch(schedule, transport, endpoint, op=op, where=where, in_rounds=_is_on_cuda(owned, copies))
 
 
 def sparse_reduce_scatter(
@@ -76,11 +76,11 @@ def sparse_reduce_scatter(
     assert len(staging) >= schedule.most_received(transport.rank), "too little staging"
     mine = [m for m in schedule.messages_of(transport.rank) if m.dst == transport.rank]
     num_addends = Counter((m.item, m.chunk) for m in mine)
-    side = _ReduceSide(num_addends, contributions, totals, staging, wire)
-    return launch(schedule, transport, side, op=op, where=where, in_rounds=_is_on_cuda(contributions, totals))
+    endpoint = _ReduceEndpoint(num_addends, contributions, totals, staging, wire)
+    return launch(schedule, transport, endpoint, op=op, where=where, in_rounds=_is_on_cuda(contributions, totals))
 
 
-class _GatherSide:
+class _GatherEndpoint:
     """Owned items go out, copies come in where they stay, and go out again."""
 
     def __init__(self, owned: Mapping[int, Item], copies: Mapping[int, Item]):
@@ -98,7 +98,7 @@ class _GatherSide:
         pass
 
 
-class _ReduceSide:
+class _ReduceEndpoint:
     """Contributions come into staging, are added up there one item's chunk at a time, and the sum goes to its target.
 
     Messages of one chunk arrive one after the other (the order of a schedule), so at most one sum is in progress.

@@ -1,9 +1,9 @@
 """The executor: carries out one rank's part of any schedule over any transport.
 
-Two ways to the same messages. `Flow` is for transports whose waits block the host: every receive is posted as early as there
-is room, every message is sent as soon as its chunk is complete here, and no rank waits for one that it gets nothing from.
-`RoundFlow` is for transports that work in the order of a CUDA stream, where messages must be posted in groups that all ranks
-enter alike (NCCL deadlocks otherwise), and where waiting costs the host nothing.
+Two ways to the same messages. `ScheduleExecutor` is for transports whose waits block the host: every receive is posted as early
+as there is room, every message is sent as soon as its chunk is complete here, and no rank waits for one that it gets nothing
+from. `GroupedExecutor` is for transports that work in the order of a CUDA stream, where messages must be posted in groups that
+all ranks enter alike (NCCL deadlocks otherwise), and where waiting costs the host nothing.
 """
 
 import time
@@ -19,7 +19,7 @@ from .schedule import Message, Schedule
 from .transport import Transport
 
 
-class Side(Protocol):
+class Endpoint(Protocol):
     """What a collective does with the messages of one rank."""
 
     def outgoing(self, message: Message) -> Sequence[Tensor]:
@@ -32,15 +32,16 @@ class Side(Protocol):
         """The message is complete. Called in the order of the schedule."""
 
 
-class Flow:
+class ScheduleExecutor:
     """A collective in progress that the host drives: launched by the constructor, finished by `wait`.
 
-    Messages between two ranks are matched in the order in which both post them. A flow that has still messages to post when its
-    launch returns is therefore taken in before the next one on its transport begins; `traffic.unfinished` holds it until then.
+    Messages between two ranks are matched in the order in which both post them. A collective that has still messages to post when
+    its launch returns is therefore taken in before the next one on its transport begins; `traffic.unfinished` holds it until
+    then.
     """
 
-    def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
-        self._transport, self._side, self._op, self._where = transport, side, op, where
+    def __init__(self, schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: str, where: str):
+        self._transport, self._endpoint, self._op, self._where = transport, endpoint, op, where
         mine = schedule.messages_of(transport.rank)
         self._receives = deque(m for m in mine if m.dst == transport.rank)
         self._missing = Counter((m.item, m.chunk) for m in self._receives)
@@ -68,7 +69,7 @@ class Flow:
             message, pending = self._arriving[0]
             pending.wait()
             self._arriving.popleft()
-            self._side.arrived(message)
+            self._endpoint.arrived(message)
             self._missing[message.item, message.chunk] -= 1
             self._post_sends()
             self._post_receives()
@@ -78,7 +79,7 @@ class Flow:
     def _post_receives(self) -> None:
         while self._receives:
             message = self._receives[0]
-            tensors = self._side.incoming(message)
+            tensors = self._endpoint.incoming(message)
             if tensors is None:
                 assert self._arriving, "no room for a message, and nothing on its way that could make some"
                 return
@@ -90,18 +91,18 @@ class Flow:
         sends: list[Buffer] = []
         for peer, queue in list(self._sends.items()):
             while queue and not self._missing[queue[0].item, queue[0].chunk]:
-                sends += [Buffer(tensor, peer) for tensor in self._side.outgoing(queue.popleft())]
+                sends += [Buffer(tensor, peer) for tensor in self._endpoint.outgoing(queue.popleft())]
             if not queue:
                 del self._sends[peer]
         if sends:
             self._sending.append(self._transport.exchange(sends, [], op=self._op, where=self._where))
 
 
-class RoundFlow:
+class GroupedExecutor:
     """A collective in progress, group by group: each group of messages is launched when the one before has arrived here."""
 
-    def __init__(self, schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str):
-        self._transport, self._side, self._op, self._where = transport, side, op, where
+    def __init__(self, schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: str, where: str):
+        self._transport, self._endpoint, self._op, self._where = transport, endpoint, op, where
         rank = transport.rank
         groups = ([m for m in group if rank in (m.src, m.dst)] for group in schedule.rounds())
         self._waiting = deque(group for group in groups if group)
@@ -121,7 +122,7 @@ class RoundFlow:
             pending.wait()
             for message in messages:
                 if message.dst == self._transport.rank:
-                    self._side.arrived(message)
+                    self._endpoint.arrived(message)
             self._start_next()
         self._transport.traffic.finished(self)
 
@@ -130,20 +131,20 @@ class RoundFlow:
         if self._waiting:
             messages = self._waiting.popleft()
             rank = self._transport.rank
-            sends = [Buffer(t, m.dst) for m in messages if m.src == rank for t in self._side.outgoing(m)]
+            sends = [Buffer(t, m.dst) for m in messages if m.src == rank for t in self._endpoint.outgoing(m)]
             recvs = [Buffer(t, m.src) for m in messages if m.dst == rank for t in self._room(m)]
             self._current = messages, self._transport.exchange(sends, recvs, op=self._op, where=self._where)
 
     def _room(self, message: Message) -> Sequence[Tensor]:
-        tensors = self._side.incoming(message)
+        tensors = self._endpoint.incoming(message)
         assert tensors is not None, "a group has more messages than there is room for"
         return tensors
 
 
-def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, where: str, in_rounds: bool) -> Pending:
+def launch(schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: str, where: str, in_rounds: bool) -> Pending:
     """Launch this rank's part of a schedule, on the transport's communication thread where it has one.
 
-    A flow that is not posted to its end is taken in first, also by ranks that take no part in this schedule: those that do
+    A collective that is not posted to its end is taken in first, also by ranks that take no part in this schedule: those that do
     wait here for what such a rank has still to pass on, and would wait for ever if it went on to wait for them elsewhere.
     """
     thread, unfinished = transport.thread, transport.traffic.unfinished
@@ -152,9 +153,9 @@ def launch(schedule: Schedule, transport: Transport, side: Side, *, op: str, whe
     if not schedule.involves(transport.rank):
         return Done()
 
-    def flow() -> Pending:
-        return (RoundFlow if in_rounds else Flow)(schedule, transport, side, op=op, where=where)
+    def execute() -> Pending:
+        return (GroupedExecutor if in_rounds else ScheduleExecutor)(schedule, transport, endpoint, op=op, where=where)
 
     launched_s = time.perf_counter()
-    pending = flow() if thread is None or in_rounds else thread.carry_out(lambda: flow().wait())
+    pending = execute() if thread is None or in_rounds else thread.carry_out(lambda: execute().wait())
     return Watched(pending, launched_s, transport.traffic, op, where)
