@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .messages import Buffer, Done, Pending
-from .progress import Watched
+from .progress import TimedWork
 from .schedule import Message, Schedule
 from .transport import Transport
 
@@ -157,5 +157,5 @@ def launch(schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: 
         return (GroupedExecutor if in_rounds else ScheduleExecutor)(schedule, transport, endpoint, op=op, where=where)
 
     launched_s = time.perf_counter()
-    pending = execute() if thread is None or in_rounds else thread.carry_out(lambda: execute().wait())
-    return Watched(pending, launched_s, transport.traffic, op, where)
+    pending = execute() if thread is None or in_rounds else thread.submit(lambda: execute().wait())
+    return TimedWork(pending, launched_s, transport.traffic, op, where)

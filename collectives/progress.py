@@ -26,20 +26,20 @@ class CommunicationThread:
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[_Carried | None] | None = None
+        self._queue: SimpleQueue[Future | None] | None = None
 
-    def carry_out(self, work: Callable[[], None]) -> _Carried:
+    def submit(self, work: Callable[[], None]) -> Future:
         """Have `work` done; what it raises is raised by the wait."""
         if self._queue is None:
             self._queue = SimpleQueue()
             threading.Thread(target=_serve, args=(self._queue,), name="moesaic communication", daemon=True).start()
             weakref.finalize(self, self._queue.put, None)
-        carried = _Carried(work)
-        self._queue.put(carried)
-        return carried
+        future = Future(work)
+        self._queue.put(future)
+        return future
 
 
-class _Carried:
+class Future:
     """One piece of work of the communication thread."""
 
     def __init__(self, work: Callable[[], None]):
@@ -48,7 +48,8 @@ class _Carried:
         self._error: BaseException | None = None
         self.arrived_s: float | None = None
 
-    def carry_out(self) -> None:
+    def run(self) -> None:
+        """Do the work; called by the communication thread, once."""
         assert self._work is not None
         try:
             self._work()
@@ -65,14 +66,14 @@ class _Carried:
             raise self._error
 
 
-def _serve(queue: SimpleQueue[_Carried | None]) -> None:
+def _serve(queue: SimpleQueue[Future | None]) -> None:
     with torch.no_grad():
-        while (carried := queue.get()) is not None:
-            carried.carry_out()
-            del carried  # a thread that waits keeps no buffer alive
+        while (future := queue.get()) is not None:
+            future.run()
+            del future  # a thread that waits keeps no buffer alive
 
 
-class Watched:
+class TimedWork:
     """A collective whose waits are counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
 
     __slots__ = ("_launched_s", "_op", "_pending", "_traffic", "_where")
@@ -89,5 +90,5 @@ class Watched:
         start_s = time.perf_counter()
         self._pending.wait(until_sent=until_sent)
         end_s = time.perf_counter()
-        arrived_s = self._pending.arrived_s if isinstance(self._pending, _Carried) else None
+        arrived_s = self._pending.arrived_s if isinstance(self._pending, Future) else None
         self._traffic.add_wait(self._op, self._where, self._launched_s, arrived_s or end_s, start_s, end_s)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .executor import launch
 from .messages import Pending, RowLayout
-from .progress import Watched
+from .progress import TimedWork
 from .schedule import Message, Schedule
 from .transport import Transport
 
@@ -222,4 +222,4 @@ def all_to_all_rows(
     """
     launched_s = time.perf_counter()
     pending = transport.exchange_rows(layout, outgoing, incoming, op=op, where=where)
-    return Watched(pending, launched_s, transport.traffic, op, where)
+    return TimedWork(pending, launched_s, transport.traffic, op, where)
