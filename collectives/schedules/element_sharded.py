@@ -1,7 +1,7 @@
 """Element-sharded: every expert is cut over the ranks that need it, and they exchange the pieces.
 
 The gather of LAER-MoE's FSEP (arXiv 2602.11686), there over all ranks, each of which keeps a shard for good. Here experts are
-kept whole, and a rank that needs no copy has no room for a piece: the owner deals one piece to each copy, and each copy sends
+kept whole, and a rank that needs no copy has no room for a piece: the owner sends one piece to each copy, and each copy sends
 its piece to all the others. Every link then carries about one expert, at the price of (copies squared) messages.
 """
 

@@ -38,7 +38,7 @@ def _solve_layers(model: _Model, solver: str, on_layer: Callable[[], None]) -> l
 
 
 def _solve_joint(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
-    """Deal rows out over all layers together."""
+    """Distribute experts over ranks in all layers together."""
     solutions = list(solve_joint(model.problems).layers)
     for _ in solutions:
         on_layer()
