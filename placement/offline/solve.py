@@ -15,8 +15,8 @@ from ..solvers.baselines.moetuner import tune_owners
 from ..solvers.joint import solve_joint
 from ..traces.sources import LoadSource, pair_counts_of
 from ..values import Placement, Problem
-from .lab import LabSetting, mean_loads
 from .plans import SavedPlan
+from .simulate import SimulatorSetting, mean_loads
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Model:
     """All layers of a trace: where their loads come from, and each one's question."""
 
     source: LoadSource
-    setting: LabSetting
+    setting: SimulatorSetting
     problems: Sequence[Problem]
 
 
@@ -69,7 +69,7 @@ _OVER_ALL_LAYERS: Mapping[str, Callable[[_Model, Callable[[], None]], list[Solut
 
 def solve_plan(
     source: LoadSource,
-    setting: LabSetting,
+    setting: SimulatorSetting,
     solver: str,
     slots: int,
     *,

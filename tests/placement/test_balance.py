@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology, get_solver, split_exact
-from moesaic.placement.offline.lab import LabSetting, compare
+from moesaic.placement.offline.simulate import SimulatorSetting, compare
 from moesaic.placement.traces.sources import Sizes, open_source
 from tests.placement.cases import loads, problems, shared_trace, zipf_problem
 
@@ -137,8 +137,8 @@ def test_a_forecast_of_real_routing_is_withstood_better_than_by_rivals(name, top
     """As training would: placed from the past, judged by the load that came, everyone's copies under the exact split."""
     source = open_source(shared_trace(f"{name}_counts_crosslayer.npz"), num_ranks, sizes=Sizes(top_k=top_k))
     shape = LayerShape(source.meta.num_experts, top_k, 2048, 1024, bytes_per_element=2)
-    setting = LabSetting(topology=Topology.preset("h100", num_ranks), shape=shape)
-    found = compare(source, setting, ["laer", "eplb", "hecate", "balance"], slots=(2,), knows=("predicted",))
+    setting = SimulatorSetting(topology=Topology.preset("h100", num_ranks), shape=shape)
+    found = compare(source, setting, ["laer", "eplb", "hecate", "balance"], slots=(2,), information=("predicted",))
     exact = {outcome.solver: outcome for outcome in found if outcome.split == "exact"}
     assert exact["balance"].max_over_mean <= min(outcome.max_over_mean for outcome in exact.values()) + 5e-4
     assert exact["balance"].copies < exact["laer"].copies

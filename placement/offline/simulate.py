@@ -1,11 +1,11 @@
-"""The placement laboratory: solvers played over a trace the way training would use them, and judged by the load that came.
+"""The policy simulator: solvers run over a trace the way training uses them, and judged by the load of each step.
 
-A lane is one solver with one amount of knowledge:
+A run is one solver with one kind of information:
     predicted   places from a forecast of the past, as training does
     exact       places from the very load it is judged by: what perfect foresight of one step is worth
     future      places once, from the mean over the whole trace: what a plan solved offline with hindsight is worth
-The split always knows the exact load; solvers that were published with the even split are judged under both. The first step, for
-which nothing can be predicted, is judged in no lane.
+The split always uses the exact load; solvers that were published with the even split are judged under both. The first step, for
+which nothing can be predicted, is judged in no run.
 Shape letters: L layers, R ranks, E experts.
 """
 
@@ -33,7 +33,7 @@ from ..traces.sources import LoadSource
 from ..values import ExpertLoad, LayerShape, Placement, Problem
 from .plans import MAX_RANKS, SavedPlan
 
-KNOWS = ("predicted", "exact", "future")
+INFORMATION = ("predicted", "exact", "future")
 # Published with tokens going evenly to the replicas nearest to them; EPLB leaves the dispatch to its engine, which does the same.
 EVENLY_SPLIT = frozenset({"hecate", "laer", "flexmoe", "eplb", "eplb_hierarchical"})
 SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = MappingProxyType(
@@ -47,8 +47,8 @@ def takes_time_limit(solver: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabSetting:
-    """What holds for all lanes of a comparison.
+class SimulatorSetting:
+    """What holds for all runs of a comparison.
 
     overlap_s: other work that hides the gather. rehome_every: steps between two plans of solvers that change owners, over which a
     move is written off. scale: every recorded assignment stands for this many. time_limit_s: of one call of an exact solver.
@@ -101,12 +101,14 @@ class LabSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one lane did, under one split. Means are over the judged (step, layer) cells, per-step values are sums over layers.
+    """What one run did, under one split; its field names are those of the records that commands write.
 
-    max_over_mean, _p95, _max: rows of the busiest rank over the mean rank. bound: the mean of what no placement can go below.
-    copies: per layer, over all ranks. off_rank_share, cross_node_share: of the assignments. The bytes and `step_s` are per
-    step, by the model of cost.py. solve_s: per layer that was solved. gap: of the predicted seconds to their lower bound. moves:
-    changes of owners, in all.
+    Means are over the judged (step, layer) cells, per-step values are sums over layers.
+
+    knows: the run's information. max_over_mean, _p95, _max: rows of the busiest rank over the mean rank. bound: the mean of what
+    no placement can go below. copies: per layer, over all ranks. off_rank_share, cross_node_share: of the assignments. The bytes
+    and `step_s` are per step, by the model of cost.py. solve_s: per layer that was solved. gap: of the predicted seconds to their
+    lower bound. moves: changes of owners, in all.
     """
 
     solver: str
@@ -135,7 +137,7 @@ class Outcome:
 
 @dataclass
 class _Score:
-    """Sums over the cells of one lane under one split."""
+    """Sums over the cells of one run under one split."""
 
     split: str
     num_layers: int
@@ -149,14 +151,16 @@ class _Score:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
 
-class _Lane:
-    """One solver with one amount of knowledge: its owners so far, and how it did."""
+class _Run:
+    """One solver with one kind of information: its owners so far, and how it did."""
 
-    def __init__(self, name: str, knows: str, slots: int, setting: LabSetting, owners: OwnerMap, horizon: int) -> None:
-        self.name, self.knows, self.slots = name, knows, slots
+    def __init__(
+        self, name: str, information: str, slots: int, setting: SimulatorSetting, owners: OwnerMap, horizon: int
+    ) -> None:
+        self.name, self.information, self.slots = name, information, slots
         self.horizon = horizon
         self.moves = 0
-        self.is_fixed = knows == "future"
+        self.is_fixed = information == "future"
         self._setting = setting
         self._owners = list(owners.expert_to_owner_LE)
         self._standing: list[Placement | None] = [None] * owners.num_layers
@@ -223,7 +227,7 @@ class _Lane:
         rows = max(sums["rows"], 1.0)
         return Outcome(
             solver=self.name,
-            knows=self.knows,
+            knows=self.information,
             split=score.split,
             slots=self.slots,
             num_steps=num_steps,
@@ -265,7 +269,7 @@ def _traffic(problem: Problem, placement: Placement, split: Split, moves: int) -
     }
 
 
-def _check_matches(source: LoadSource, setting: LabSetting) -> None:
+def _check_matches(source: LoadSource, setting: SimulatorSetting) -> None:
     meta, topology, shape = source.meta, setting.topology, setting.shape
     if meta.num_ranks != topology.num_ranks:
         raise ValueError(f"the trace is of {meta.num_ranks} ranks, the topology has {topology.num_ranks}; give matching ones")
@@ -273,7 +277,7 @@ def _check_matches(source: LoadSource, setting: LabSetting) -> None:
         raise ValueError(f"the trace has {meta.num_experts} experts, the shape says {shape.num_experts}; give matching ones")
 
 
-def attention_s(source: LoadSource, setting: LabSetting) -> float:
+def attention_s(source: LoadSource, setting: SimulatorSetting) -> float:
     """Predict the seconds of work ahead of an MoE layer under which its gather hides: the four projections of attention, forward.
 
     A floor: scores, norms and the dense rest come on top. Tokens per rank are those of the first step.
@@ -283,7 +287,7 @@ def attention_s(source: LoadSource, setting: LabSetting) -> float:
     return 8 * setting.shape.dim**2 * tokens / setting.topology.flops_per_s
 
 
-def mean_loads(source: LoadSource, setting: LabSetting, *, on_step: Callable[[], None] = lambda: None) -> list[ExpertLoad]:
+def mean_loads(source: LoadSource, setting: SimulatorSetting, *, on_step: Callable[[], None] = lambda: None) -> list[ExpertLoad]:
     """Return every layer's mean load over a source, rounded and scaled."""
     sum_LRE = np.zeros(source.meta.step_shape, dtype=np.int64)
     for loads_LRE in source.steps():
@@ -294,58 +298,65 @@ def mean_loads(source: LoadSource, setting: LabSetting, *, on_step: Callable[[],
 
 def compare(
     source: LoadSource,
-    setting: LabSetting,
+    setting: SimulatorSetting,
     solvers: Sequence[str],
     *,
     slots: Sequence[int] = (2,),
-    knows: Sequence[str] = KNOWS,
+    information: Sequence[str] = INFORMATION,
     num_steps: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Play solvers over a source, all lanes side by side in one pass; with `future` a pass before it.
+    """Run solvers over a source, all runs side by side in one pass; with `future` a pass before it.
 
-    slots: budgets to try. num_steps: the first that many steps only. A source of one step has nothing to predict from: its lanes
+    slots: budgets to try. num_steps: the first that many steps only. A source of one step has nothing to predict from: its runs
     are `exact` and `future`. `on_step` is called after every step of the last pass.
     """
     _check_matches(source, setting)
     steps = min(source.num_steps, num_steps or source.num_steps)
-    played = [what for what in KNOWS if what in knows and (what != "predicted" or steps > 1)]
+    kinds = [kind for kind in INFORMATION if kind in information and (kind != "predicted" or steps > 1)]
     owners = OwnerMap.contiguous(source.meta.num_layers, source.meta.num_experts, source.meta.num_ranks)
-    lanes = [
-        _Lane(name, what, budget, setting, owners, steps if what == "future" else setting.rehome_every)
+    runs = [
+        _Run(name, kind, budget, setting, owners, steps if kind == "future" else setting.rehome_every)
         for budget in slots
-        for what in played
+        for kind in kinds
         for name in solvers
     ]
-    if "future" in played:
+    if "future" in kinds:
         hindsight = mean_loads(source, setting)
-        for lane in lanes:
-            if lane.knows == "future":
-                lane.solve_all(hindsight)
-    _play(source, setting, lanes, range(int("predicted" in played), steps), on_step)
-    return [outcome for lane in lanes for outcome in lane.outcomes()]
+        for run in runs:
+            if run.information == "future":
+                run.solve_all(hindsight)
+    _play(source, setting, runs, range(int("predicted" in kinds), steps), on_step)
+    return [outcome for run in runs for outcome in run.outcomes()]
 
 
 def replay(
-    source: LoadSource, setting: LabSetting, plan: SavedPlan, *, knows: str, on_step: Callable[[], None] = lambda: None
+    source: LoadSource,
+    setting: SimulatorSetting,
+    plan: SavedPlan,
+    *,
+    information: str,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Play a saved plan over a source: it stands through all steps. `knows` says what it was solved from."""
+    """Play a saved plan over a source: it stands through all steps. `information` says what it was solved from."""
     _check_matches(source, setting)
     plan.check_model(source.meta, "the trace")
-    lane = _Lane(plan.solver, knows, plan.slots, setting, plan.owners, source.num_steps)
-    lane.fix(plan.layers, plan.seconds)
-    _play(source, setting, [lane], range(source.num_steps), on_step)
-    return lane.outcomes()
+    run = _Run(plan.solver, information, plan.slots, setting, plan.owners, source.num_steps)
+    run.fix(plan.layers, plan.seconds)
+    _play(source, setting, [run], range(source.num_steps), on_step)
+    return run.outcomes()
 
 
-def _play(source: LoadSource, setting: LabSetting, lanes: Sequence[_Lane], judged: range, on_step: Callable[[], None]) -> None:
-    """Play the lanes over the source up to the last judged step."""
+def _play(
+    source: LoadSource, setting: SimulatorSetting, runs: Sequence[_Run], judged: range, on_step: Callable[[], None]
+) -> None:
+    """Play the runs over the source up to the last judged step."""
     predictors = [make_predictor(setting.predictor) for _ in range(source.meta.num_layers)]
     for step, loads_LRE in enumerate(islice(source.steps(), judged.stop)):
         for layer, (predictor, actual) in enumerate(zip(predictors, setting.loads(loads_LRE), strict=True)):
             known = {"predicted": predictor.predict(), "exact": actual}
-            for lane in lanes if step in judged else ():
-                error = predictor.expected_error() if lane.knows == "predicted" else 0.0
-                lane.play(layer, None if lane.is_fixed else known[lane.knows], actual, error)
+            for run in runs if step in judged else ():
+                error = predictor.expected_error() if run.information == "predicted" else 0.0
+                run.play(layer, None if run.is_fixed else known[run.information], actual, error)
             predictor.observe(actual)
         on_step()

@@ -1,11 +1,11 @@
-"""The laboratory: what every lane knows, how it is judged, saved plans, synthetic traces, back-tests."""
+"""The policy simulator: what every run is told, how it is judged, saved plans, synthetic traces, back-tests."""
 
 import numpy as np
 import pytest
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Topology, Trace, TraceMeta, get_solver, split_exact, write_trace
 from moesaic.placement.offline.backtest import backtest
-from moesaic.placement.offline.lab import LabSetting, Outcome, compare, mean_loads, replay
+from moesaic.placement.offline.simulate import Outcome, SimulatorSetting, compare, mean_loads, replay
 from moesaic.placement.offline.solve import solve_plan
 from moesaic.placement.traces.synth import KINDS, SynthSpec, synthesize
 
@@ -20,10 +20,10 @@ def trace(tmp_path) -> Trace:
 
 
 @pytest.fixture
-def setting() -> LabSetting:
+def setting() -> SimulatorSetting:
     """Two nodes of two ranks; copies hide under a second of other work."""
     topology = Topology.preset("h100", num_nodes=2, ranks_per_node=2)
-    return LabSetting(topology=topology, shape=LayerShape(8, 2, 64, 64), predictor="last", overlap_s=1.0)
+    return SimulatorSetting(topology=topology, shape=LayerShape(8, 2, 64, 64), predictor="last", overlap_s=1.0)
 
 
 def one(outcomes: list[Outcome], **wanted: object) -> Outcome:
@@ -32,7 +32,7 @@ def one(outcomes: list[Outcome], **wanted: object) -> Outcome:
 
 
 def test_every_lane_sees_what_it_may(trace, setting):
-    """max/mean and copies of all three lanes against a plain loop over steps and layers."""
+    """max/mean and copies of all three runs against a plain loop over steps and layers."""
     outcomes = compare(trace, setting, ["quota"], slots=(1,))
     quota, owners = get_solver("quota"), OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
     steps = [[ExpertLoad(load_RE) for load_RE in loads_LRE] for loads_LRE in trace.steps()]
@@ -79,13 +79,16 @@ def test_bounds_shares_and_bytes(trace, setting):
 def test_owners_follow_solvers_that_change_them(trace, setting):
     """A plan that stands for long moves less often, and its moves are paid in full when they happen."""
     often, rarely = (
-        one(compare(trace, LabSetting(**{**setting.__dict__, "rehome_every": every}), ["lpt"], knows=["predicted"]), solver="lpt")
+        one(
+            compare(trace, SimulatorSetting(**{**setting.__dict__, "rehome_every": every}), ["lpt"], information=["predicted"]),
+            solver="lpt",
+        )
         for every in (1, 10)
     )
     assert often.moves > rarely.moves > 0
     moved = 3 * 64 * 64 * 4 * 3
     assert often.move_bytes == pytest.approx(often.moves * moved / 4)
-    assert often.step_s > one(compare(trace, setting, ["static"], knows=["exact"]), solver="static").step_s
+    assert often.step_s > one(compare(trace, setting, ["static"], information=["exact"]), solver="static").step_s
 
 
 def test_one_step_and_fewer_steps(tmp_path, trace, setting):
@@ -96,13 +99,13 @@ def test_one_step_and_fewer_steps(tmp_path, trace, setting):
 
 
 def test_a_plan_replays_as_it_was_solved(trace, setting):
-    """On the trace it was solved from, the replay is the hindsight lane over all steps."""
+    """On the trace it was solved from, the replay is the hindsight run over all steps."""
     plan = solve_plan(trace, setting, "quota", 1, trace_digest="sha256:1")
     assert plan.objective_s >= plan.bound_s > 0
     assert plan.moves == 0
-    (found,) = replay(trace, setting, plan, knows="future")
+    (found,) = replay(trace, setting, plan, information="future")
     assert (found.solver, found.num_steps, found.moves) == ("quota", 5, 0)
-    hindsight = one(compare(trace, setting, ["quota"], slots=(1,), knows=["future"]), knows="future")
+    hindsight = one(compare(trace, setting, ["quota"], slots=(1,), information=["future"]), knows="future")
     assert hindsight.num_steps == 5
     assert found.max_over_mean == hindsight.max_over_mean
     assert found.step_s == pytest.approx(hindsight.step_s)
