@@ -29,24 +29,24 @@ _ERRORS = 2.5
 # would buy less than anybody can measure.
 _FORECAST_PARTS, _OTHER_PARTS = 100, 64
 # Of the slots, where the forecast may be wrong: the rest stays free, and copies stay fewer than with full slots.
-_HEDGE_SHARE = 15 / 16
+_UNCERTAIN_SHARE = 15 / 16
 
 
 def solve(problem: Problem) -> Solution:
     """Copy experts until the load, and loads that differ from it by `problem.forecast_error`, can be split evenly."""
     # Imported here so that importing the package compiles nothing.
-    from . import hedge
+    from . import balance_numba
 
     start = perf_counter()
     owner_E, num_ranks = problem.expert_to_owner_E, problem.num_ranks
     num_others, share = 0, 1.0
     if problem.forecast_error > 0:
-        num_others, share = max(_LEAST_LOADS, min(_MOST_LOADS, _LOADS_TIMES_RANKS // num_ranks)), _HEDGE_SHARE
+        num_others, share = max(_LEAST_LOADS, min(_MOST_LOADS, _LOADS_TIMES_RANKS // num_ranks)), _UNCERTAIN_SHARE
     errors_S = np.full(1 + num_others, round(1024 * _ERRORS * problem.forecast_error))
     errors_S[0] = 0
-    totals_SE = hedge.loads_around(problem.load.totals_E, errors_S)
+    totals_SE = balance_numba.loads_around(problem.load.totals_E, errors_S)
     mean_S = -(-totals_SE.sum(axis=1) // num_ranks)
-    copies_2C = hedge.buy_copies(
+    copies_2C = balance_numba.buy_copies(
         totals_SE,
         mean_S + mean_S // np.where(np.arange(errors_S.size) == 0, _FORECAST_PARTS, _OTHER_PARTS),
         int(problem.slots * num_ranks * share),

@@ -28,13 +28,13 @@ def max_over_mean(totals_E: np.ndarray, placement: Placement) -> float:
 @given(load=loads(5, 7, most=4000), error=st.integers(0, 1024), seed=st.integers(0, 999), per_node=st.sampled_from([1, 5]))
 def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
     """Every load is brought to its target, and none of the copies is made when owners are already there."""
-    from moesaic.placement.solvers import hedge
+    from moesaic.placement.solvers import balance_numba
 
     owner_E = np.random.default_rng(seed).integers(0, 5, 7)
     errors_S = np.array([0, error, error // 2])
-    totals_SE = hedge.loads_around(load.totals_E, errors_S)
+    totals_SE = balance_numba.loads_around(load.totals_E, errors_S)
     target_S = -(-totals_SE.sum(axis=1) // 5)
-    copies_2C = hedge.buy_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
+    copies_2C = balance_numba.buy_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
     placement = Placement.with_copies(owner_E, 5, copies_2C)
     assert placement.num_copies == copies_2C.shape[1]
     for totals_E, target in zip(totals_SE, target_S, strict=True):
@@ -47,9 +47,9 @@ def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
 @given(load=loads(1, 9, most=4000), error=st.integers(0, 1024))
 def test_loads_around_are_as_far_as_asked(load, error):
     """Total variation is what was asked, but for rounding, or as far as another order of the experts can be."""
-    from moesaic.placement.solvers import hedge
+    from moesaic.placement.solvers import balance_numba
 
-    same_E, other_E = hedge.loads_around(load.totals_E, np.array([0, error]))
+    same_E, other_E = balance_numba.loads_around(load.totals_E, np.array([0, error]))
     assert (same_E == load.totals_E).all()
     assert (other_E >= 0).all()
     # Scaled down, and gone part of the way, both rounded down.
