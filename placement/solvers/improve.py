@@ -19,7 +19,7 @@ from numba import njit
 from ..cost import Prices, prices_of, seconds_of
 from ..values import Placement, Problem
 from .exchange import draw
-from .search import Layer, score, static_traffic
+from .score_numba import Layer, score, static_traffic
 
 _price = njit(cache=True)(seconds_of)
 # Temperatures at both ends, as shares of the starting cost.

@@ -36,11 +36,11 @@ def _plans_to_try(problem: Problem, prices: Prices) -> np.ndarray:
 def solve(problem: Problem) -> Solution:
     """Copy hot experts to ranks with room where that shortens the step; at most `problem.slots` copies per rank."""
     # Imported here so that importing the package compiles nothing.
-    from . import fill, search
+    from . import quota_numba, score_numba
 
     start = time.perf_counter()
     prices, bound = prices_of(problem), lower_bound(problem)
-    layer = search.layer_of(problem)
-    plan = fill.plan(layer, problem.load.load_RE, prices, bound.max_rows, _plans_to_try(problem, prices))
+    layer = score_numba.layer_of(problem)
+    plan = quota_numba.plan(layer, problem.load.load_RE, prices, bound.max_rows, _plans_to_try(problem, prices))
     placement = Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, plan.copies_2C)
     return solution(placement, Cost(*plan.stages), bound, time.perf_counter() - start, "quota")
