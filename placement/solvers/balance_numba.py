@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .exchange import draw
+from .random_numba import draw
 
 
 class Holders(NamedTuple):

@@ -128,7 +128,7 @@ def _search(
     problems: Sequence[Problem], pairs_LEE: np.ndarray, rows_R: np.ndarray, hop_weight: float, effort: float
 ) -> np.ndarray:
     """Anneal from the cheaper of the current owners, if they have those rows, and a greedy start; return the owners [L, E]."""
-    from .exchange import Layers, anneal
+    from .anneal_owners_numba import Layers, anneal
 
     first = problems[0]
     load_LER = np.stack([_capped(problem) for problem in problems])
@@ -200,7 +200,7 @@ def _finish(problem: Problem, placement: Placement, effort: float) -> Solution:
     """Search for cheaper copies of one layer under these owners; the answer's bound holds for any owners."""
     start = perf_counter()
     if problem.slots and problem.num_ranks > 1:
-        from .improve import improve
+        from .anneal_copies_numba import improve
 
         states = problem.num_experts * problem.num_ranks
         proposals = min(max(_COPY_PROPOSALS_PER_STATE * states, _LEAST_COPY_PROPOSALS), _MOST_COPY_PROPOSALS)

@@ -264,7 +264,7 @@ class _Proof:
 
 def _warm_up() -> None:
     """Compile what a first call compiles, so that no time limit pays for it."""
-    from ..improve import improve
+    from ..anneal_copies_numba import improve
     from .chains import find
 
     load = ExpertLoad(np.array([[2, 1], [2, 1]]))

@@ -111,7 +111,7 @@ def search_owners(
 
     One long run finds more than several short ones. Every piece of it starts from the best so far; another `run` draws otherwise.
     """
-    from ..exchange import Layers, anneal
+    from ..anneal_owners_numba import Layers, anneal
 
     no_pairs = np.zeros((0, problem.num_experts, problem.num_experts), dtype=np.int64)
     layers = Layers(
@@ -154,7 +154,7 @@ def _search_copies(
     that counts the busiest rank and link only is rugged: short runs from other draws, and under fewer slots, find more than one
     long run.
     """
-    from ..improve import improve
+    from ..anneal_copies_numba import improve
 
     states = problem.num_experts * problem.num_ranks
     proposals = int(min(_COPY_PROPOSALS * 512 / max(states, 512), 200 * states) * effort)

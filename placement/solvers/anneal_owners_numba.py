@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 
 from ..cost import Prices, seconds_of
+from .random_numba import draw
 
 _price = njit(cache=True)(seconds_of)
 
@@ -178,17 +179,6 @@ def _pair_seconds(layers, first_layer, first, second_layer, second, src, dst):
         count = layers.pairs_LEE[second_layer, second, first]
     across = src // layers.ranks_per_node != dst // layers.ranks_per_node
     return 2.0 * count * (layers.rank_hop_s + (layers.node_hop_s if across else 0.0))
-
-
-@njit(cache=True)
-def draw(state_1, limit):
-    """Return the next random integer below `limit`: 64-bit xorshift (Marsaglia 2003), its upper bits."""
-    x = state_1[0]
-    x ^= x << np.uint64(13)
-    x ^= x >> np.uint64(7)
-    x ^= x << np.uint64(17)
-    state_1[0] = x
-    return np.int64((x >> np.uint64(33)) % np.uint64(limit))
 
 
 @njit(cache=True)

@@ -18,7 +18,7 @@ from numba import njit
 
 from ..cost import Prices, prices_of, seconds_of
 from ..values import Placement, Problem
-from .exchange import draw
+from .random_numba import draw
 from .score_numba import Layer, score, static_traffic
 
 _price = njit(cache=True)(seconds_of)
