@@ -129,7 +129,7 @@ class Split(ByContent):
 
 @dataclass(frozen=True)
 class Replicated:
-    """The replicated experts of a placement as the sparse table that flow.py describes."""
+    """The replicated experts of a placement as the sparse table that split_numba.py describes."""
 
     experts_M: np.ndarray
     start_M: np.ndarray
@@ -163,14 +163,14 @@ def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> S
 
     Among the optimal splits the search starts from the most local one and moves rows along shortest paths only; sources are
     then served own tokens first, own node next, rest last. Deterministic: integers, ties by index. The optimum is exact
-    (flow.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
+    (split_numba.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
     """
     _check(load, placement, topology)
     table = Replicated.of(placement)
     if not table.experts_M.size:
         return Split(load, placement, _no_segments())
     # Imported here so that importing the package compiles nothing.
-    from . import flow
+    from . import split_numba
 
     num_ranks = load.num_ranks
     rows_R = np.zeros(num_ranks, dtype=np.int64)
@@ -179,9 +179,9 @@ def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> S
     rows_J = np.zeros(table.ranks_J.size, dtype=np.int64)
     lower_bound = max(-(-load.total // num_ranks), int(rows_R.max()))
     owner_E, per_node = placement.expert_to_owner_E, topology.ranks_per_node
-    flow.prefer_local(load.load_ER, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
-    flow.level(table.start_M, table.ranks_J, rows_J, rows_R, lower_bound)
-    segments_4G = flow.decompose(load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
+    split_numba.prefer_local(load.load_ER, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
+    split_numba.level(table.start_M, table.ranks_J, rows_J, rows_R, lower_bound)
+    segments_4G = split_numba.decompose(load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
     segments_4G[0] = table.experts_M[segments_4G[0]]
     return Split(load, placement, segments_4G)
 

@@ -1,8 +1,8 @@
 """Compiled routines of the balance planner. Import this module lazily: it imports numba, and a first call compiles.
 
-All loads are kept levelled over the copies bought so far, as flow.level does it, and the next copy is the one that relieves most
-of what stays above the mean, summed over the loads. Shape letters: R ranks, E experts, S loads, C copies. Floats only in
-single operations, which IEEE 754 rounds the same everywhere, so every machine computes the same.
+All loads are kept levelled over the copies bought so far, as split_numba.level does it, and the next copy is the one that
+relieves most of what stays above the mean, summed over the loads. Shape letters: R ranks, E experts, S loads, C copies. Floats
+only in single operations, which IEEE 754 rounds the same everywhere, so every machine computes the same.
 """
 # mypy: disable-error-code=no-untyped-def
 # numba infers the types of compiled functions.
@@ -125,7 +125,7 @@ def _find_open(holders, limit, rows_ER, rows_R, open_R):
 
 @njit(cache=True)
 def _level(holders, played, s):
-    """Bring the busiest rank of load s to the fewest rows, from the rows as they are; the argument is flow.level's."""
+    """Bring the busiest rank of load s to the fewest rows, from the rows as they are; the argument is split_numba.level's."""
     rows_ER, rows_R, stuck_R = played.rows_SER[s], played.rows_SR[s], played.stuck_SR[s]
     queue = np.empty(rows_R.size, np.int64)
     via = np.empty((2, rows_R.size), np.int64)

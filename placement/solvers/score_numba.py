@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..flow import level, prefer_local
+from ..split_numba import level, prefer_local
 from ..values import Problem
 
 
@@ -61,7 +61,7 @@ class Traffic(NamedTuple):
 
 @njit(cache=True)
 def _table(copies_2C, owner_E):
-    """Turn copies into the sparse table of flow.py: experts ascending, holders of each ascending."""
+    """Turn copies into the sparse table of split_numba.py: experts ascending, holders of each ascending."""
     num_experts, count = owner_E.size, copies_2C.shape[1]
     holders_E = np.zeros(num_experts, np.int64)
     for c in range(count):

@@ -2,7 +2,7 @@
 
 Where a second copy on the busiest device costs more than it saves, only these placements are left, and an integer program takes
 minutes to refute what fractions of copies seem to save. But a placement costs what its busiest rank computes and its busiest
-device sends or receives. For any limit on both, a walk over all paths and rings that single copies can form (chains_search.py)
+device sends or receives. For any limit on both, a walk over all paths and rings that single copies can form (chains_numba.py)
 says that there is no such placement, or shows one. A range of work is proven by the least work in it and the most rows that this
 leaves time for, and is halved where that is too wide. Owners stay as they are; links of nodes are bounded as in bounds.py only.
 """
@@ -22,7 +22,7 @@ from ...values import Placement, Problem
 from ..bounds import least_tallies
 
 if TYPE_CHECKING:
-    from .chains_search import Limits
+    from .chains_numba import Limits
 
 # Sets of ranks times arcs: a table of these is kept, and looked through often.
 _MOST_STATES = 1 << 20
@@ -40,7 +40,7 @@ def are_few(problem: Problem) -> bool:
 
 def limits_of(problem: Problem, work_rows: int, device_rows: int) -> Limits:
     """Say what every rank must hand on, and may, to stay within work rows and within rows on its link."""
-    from .chains_search import Limits
+    from .chains_numba import Limits
 
     load_ER, totals_E, owner_E = problem.load.load_ER, problem.load.totals_E, problem.expert_to_owner_E
     experts = np.argsort(owner_E, kind="stable")
@@ -67,11 +67,11 @@ def find(problem: Problem, work_rows: int, device_rows: int, most_walks: int = _
 
     None if there is none, or if it would take more than `most_walks` walks to say.
     """
-    from . import chains_search
+    from . import chains_numba
 
-    status, arcs_R = chains_search.find(limits_of(problem, work_rows, device_rows), _RING_ROWS, most_walks)
-    if status != chains_search.FOUND:
-        return status == chains_search.UNKNOWN, None
+    status, arcs_R = chains_numba.find(limits_of(problem, work_rows, device_rows), _RING_ROWS, most_walks)
+    if status != chains_numba.FOUND:
+        return status == chains_numba.UNKNOWN, None
     copies_2C = np.stack(np.divmod(arcs_R[arcs_R >= 0] // 2, problem.num_ranks))
     return True, Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, copies_2C)
 

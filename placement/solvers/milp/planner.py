@@ -1,9 +1,9 @@
 """The exact planner: searches for the best placement, and a mixed-integer program with a time limit that proves a gap.
 
-It answers with the cheapest of what the engine found, of the heuristics and of annealing from them (milp_search.py), priced by
+It answers with the cheapest of what the engine found, of the heuristics and of annealing from them (search.py), priced by
 cost.py under the better of the exact split and of priced.py's, so it is never worse than they are; as moves are charged, the
 current owners stay where a change would not pay. The program holds only what would be cheaper than the answer by more than a
-gap, at first a wide one: it is the easier to refute the less it holds (milp_model.py). It is solved once for every number of
+gap, at first a wide one: it is the easier to refute the less it holds (model.py). It is solved once for every number of
 copies that the busiest device may send or receive; where that is one and owners stay, chains.py finds and proves the best
 instead. The bound is the better of bounds.py's, which needs no engine, and the least of the programs' own; it holds for every
 placement with as many owned experts per rank as now.

@@ -15,7 +15,7 @@ from math import inf
 import numpy as np
 import pulp
 
-from ... import flow
+from ... import split_numba
 from ...cost import cost, prices_of
 from ...split import Replicated, Split, split_exact
 from ...values import Placement, Problem
@@ -121,7 +121,7 @@ def split_priced(problem: Problem, placement: Placement, time_limit_s: float = 1
         return exact
     rows_J = _rounded(fractional_J, table.start_M, problem.load.totals_E[table.experts_M])
     per_node = problem.topology.ranks_per_node
-    segments_4G = flow.decompose(problem.load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
+    segments_4G = split_numba.decompose(problem.load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
     segments_4G[0] = table.experts_M[segments_4G[0]]
     priced = Split(problem.load, placement, segments_4G)
     return priced if cost(problem, placement, priced).total_s < exact_cost.total_s else exact
