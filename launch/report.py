@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 from ..placement.files import clear_errors, replace_text
-from ..placement.offline.rows import table
+from ..placement.offline.records import table
 from ..placement.owners import OwnerMap
 from ..placement.traces.sources import LoadSource, Sizes, open_source
 from .output import progress

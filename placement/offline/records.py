@@ -1,4 +1,4 @@
-"""What commands print: rows of flat objects, as a table, or as JSON with where they come from."""
+"""Records, as commands print them: a text table, or JSON with the command, machine and commit that made them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from ..files import clear_errors, replace_text
 
 def publish(
     schema: str,
-    rows: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
     json_path: str | None,
     *,
     machine: Mapping[str, Any],
     commit: str,
 ) -> None:
-    """Print `columns` of the rows as a table, and write whole rows as JSON to `json_path`.
+    """Print `columns` of the records as a table, and write whole records as JSON to `json_path`.
 
-    `-` stands for standard output, where nothing but the JSON goes then. A file is replaced only when it is complete.
+    `-` stands for standard output, to which then only the JSON is written. A file is replaced only when it is complete.
     """
     command = " ".join(["moesaic", *sys.argv[1:]])
-    document = {"schema": schema, "command": command, "machine": dict(machine), "commit": commit, "rows": list(rows)}
+    document = {"schema": schema, "command": command, "machine": dict(machine), "commit": commit, "rows": list(records)}
     text = json.dumps(document, indent=1)
     if json_path == "-":
         print(text)
         return
-    print(table(rows, columns))
+    print(table(records, columns))
     if json_path is not None:
         with clear_errors():
             replace_text(json_path, text + "\n")
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def table(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Right-aligned text columns."""
-    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    cells = [list(columns), *([_cell(record.get(column)) for column in columns] for record in records)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
