@@ -1,20 +1,22 @@
 """Sparse collectives: a collective is a schedule, a schedule is data, and one executor runs it over any transport.
 
-traffic.py     bytes and messages counted by operation and peer
-messages.py    what travels: buffers, rows, a group of messages in flight
-transport.py   what a transport is: `exchange` and `all_gather_ints`
-transports/    c10d (Gloo or NCCL), shm (ranks of one host), mpi, hierarchical (shm inside nodes, c10d between), local (one rank)
-schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
-schedules/     direct, relay, hierarchical, element_sharded: from a placement to a schedule; and the choice among them
-hops.py        schedules as arrays, which the making and the prediction of a schedule compute with
-hops_numba.py  their compiled loops
-account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
-progress.py    the communication thread, and waits that are counted
-executor.py    the executor: chunks go on as soon as they have arrived
-verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows
-lifetime.py    ranks end with the process that started them
-average.py     the mean of tensors that all ranks hold
-reference.py   the same verbs on plain lists of per-rank tensors: what each of them means
+messages.py    What travels between ranks: buffers and rows with their peers, a group of messages in flight, the error of one that
+               fails.
+schedule.py    Schedules: the point-to-point messages of a sparse collective, as plain data.
+traffic.py     What this rank sent, by operation and peer, and how long it waited.
+hops_numba.py  Compiled loops over the hops of schedules.
+lifetime.py    Ranks that end with the process that started them: nobody is left to end one that waits for its peers, or trains
+               on.
+hops.py        Schedules as arrays: what the making, the prediction and the account of a schedule compute with.
+reference.py   What each collective means, on plain lists of per-rank values.
+progress.py    Collectives that go on while the main thread computes, and what waiting for them cost.
+account.py     What a schedule costs: bytes and messages by link class, predicted seconds, and what no schedule can go below.
+transport.py   What a transport is: groups of point-to-point messages between ranks, and a gather of small integers.
+schedules/     Pure functions from a placement and a topology to a schedule, one kind a file.
+average.py     The mean of tensors over ranks that all hold them: what brings the gradients of replicated groups together.
+executor.py    The executor: carries out one rank's part of any schedule over any transport.
+transports/    How bytes travel between ranks, one transport a file.
+verbs.py       The collective verbs: launched now, waited for later.
 """
 
 from .account import Account, Bound, LinkCounts, account, predicted_s
