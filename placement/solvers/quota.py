@@ -22,7 +22,7 @@ def _break_even_rows(problem: Problem, prices: Prices) -> int:
     return min(int((stages[2] + stages[3]) / prices.work_row_s), problem.load.total) + 1
 
 
-def _plans_to_try(problem: Problem, prices: Prices) -> np.ndarray:
+def plans_to_try(problem: Problem, prices: Prices) -> np.ndarray:
     """Return int64 [2, P]: the smallest group moved and the threshold's rise, in 32nds, of every plan to price."""
     smallest = problem.min_rows_per_copy or 1
     plans = [(smallest, 0), (smallest, 1), (smallest, 4), (smallest, 16)]
@@ -41,6 +41,6 @@ def solve(problem: Problem) -> Solution:
     start = time.perf_counter()
     prices, bound = prices_of(problem), lower_bound(problem)
     layer = score_numba.layer_of(problem)
-    plan = quota_numba.plan(layer, problem.load.load_RE, prices, bound.max_rows, _plans_to_try(problem, prices))
+    plan = quota_numba.plan(layer, problem.load.load_RE, prices, bound.max_rows, plans_to_try(problem, prices))
     placement = Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, plan.copies_2C)
     return solution(placement, Cost(*plan.stages), bound, time.perf_counter() - start, "quota")
