@@ -9,6 +9,7 @@ localize   further copies that keep tokens on their rank or node, where they sav
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,15 +22,25 @@ Copies = list[tuple[int, int]]
 """(expert, rank) of every copy, in the order in which they are made."""
 
 
+class Limit(NamedTuple):
+    """Most copies on a device's link and on a node's, and the seconds of dispatch that one copy must save."""
+
+    per_device: int
+    per_node: int
+    saved_s: float
+
+
 def quota_reference(problem: Problem) -> Placement:
     """What `quota` answers."""
     plans = plans_to_try(problem, prices_of(problem)).T.tolist()
     threshold = smallest_threshold(problem, min_rows=plans[0][0])
     exports = [export(problem, threshold + threshold * rise // 32, min_rows) for min_rows, rise in plans]
     seconds, best = cheapest(problem, [[], *(copies for copies in exports if copies)])
-    if problem.slots and counts_of(problem, best).device_rows:
-        limits = copy_limits(problem, counts_of(problem, best))
-        more_seconds, more = cheapest(problem, [localize(problem, best, plans[0][0], *limit) for limit in limits])
+    counts = counts_of(problem, best)
+    if problem.slots and counts.device_rows:
+        rates = row_seconds(problem, counts)
+        further = [localize(problem, best, limit, plans[0][0], *rates) for limit in limits_to_try(problem, counts)]
+        more_seconds, more = cheapest(problem, further)
         best = more if more_seconds < seconds else best
     return placed(problem, best)
 
@@ -100,10 +111,11 @@ def smallest_threshold(problem: Problem, min_rows: int) -> int:
     return high
 
 
-def copy_limits(problem: Problem, counts: Tally) -> list[tuple[int, int, float]]:
-    """Most copies on a device, most on a node link, and the seconds that one of them must save, for every plan to try.
+def limits_to_try(problem: Problem, counts: Tally) -> list[Limit]:
+    """Two budgets of further copies, the second where the first leaves slots unused.
 
-    Copies that hide, under other work or beside the busiest link's copies, cost one small group of rows; others their bytes too.
+    Copies that hide under other work, or beside the busiest link's copies, must save one small group of rows; others their bytes
+    as well.
     """
     prices, topology = prices_of(problem), problem.topology
     device, node, num_copies = prices.device_bytes_per_s, prices.node_bytes_per_s, problem.num_ranks * problem.slots
@@ -113,44 +125,48 @@ def copy_limits(problem: Problem, counts: Tally) -> list[tuple[int, int, float]]
     behind = ((prices.gathers - 1) * prices.expert_bytes + prices.gradient_bytes) / prices.expert_bytes
     under_s = min(prices.overlap_s - prices.latency_s, (2 * prices.overlap_s - prices.gathers * prices.latency_s) / behind)
     hidden = max(beside_s, under_s, 0.0) / prices.expert_bytes * (1 + 1e-9)
-    hiding = int(min(hidden * device, num_copies)), int(min(hidden * node, num_copies)), group_s
+    hiding = Limit(int(min(hidden * device, num_copies)), int(min(hidden * node, num_copies)), group_s)
     node_slots = problem.slots * topology.ranks_per_node
-    shown = counts.device_copies + problem.slots, counts.node_copies + node_slots, group_s + bytes_s
-    return [hiding, shown] if hiding[0] < problem.slots or (topology.num_nodes > 1 and hiding[1] < node_slots) else [hiding]
+    shown = Limit(counts.device_copies + problem.slots, counts.node_copies + node_slots, group_s + bytes_s)
+    is_tight = hiding.per_device < problem.slots or (topology.num_nodes > 1 and hiding.per_node < node_slots)
+    return [hiding, shown] if is_tight else [hiding]
 
 
-def localize(problem: Problem, copies: Copies, min_rows: int, per_device: int, per_node: int, saved_s: float) -> Copies:
-    """Let ranks take turns, busiest first, each to copy the expert that saves it most, while links have fewer copies than that.
+def row_seconds(problem: Problem, counts: Tally) -> tuple[float, float]:
+    """Seconds of dispatch that one row costs on its rank's link, and on its node's where node links are the slowest, else 0.
 
-    A copy must save more than `saved_s`. Its rank's own tokens stay on the rank. If it is its node's first, the node's tokens
-    stay in the node: that counts where node links are the bottleneck, which all ranks of a node relieve together.
+    All ranks of a node relieve its link together.
     """
-    owner_E, node_R, per_node_R = (
-        problem.expert_to_owner_E.tolist(),
-        problem.topology.node_of_rank_R,
-        problem.topology.ranks_per_node,
-    )
-    prices, counts, load_RE = prices_of(problem), counts_of(problem, copies), problem.load.load_RE
-    load_NE = load_RE.reshape(-1, per_node_R, problem.num_experts).sum(axis=1)
+    prices = prices_of(problem)
     row_s, node_row_s = 4 * prices.row_bytes / prices.device_bytes_per_s, 4 * prices.row_bytes / prices.node_bytes_per_s
-    node_row_s *= per_node_R if counts.node_rows * node_row_s > counts.device_rows * row_s else 0
-    copies = list(copies)
-    for turn in range(min(per_device, problem.slots)):
+    is_node = counts.node_rows * node_row_s > counts.device_rows * row_s
+    return row_s, node_row_s * problem.topology.ranks_per_node if is_node else 0.0
+
+
+def localize(problem: Problem, copies: Copies, limit: Limit, min_rows: int, row_s: float, node_row_s: float) -> Copies:
+    """Ranks take turns, busiest first; each copies the expert that saves it most dispatch, within the limit.
+
+    A copy keeps its rank's own tokens on the rank, at least `min_rows`; if it is its node's first, also the node's in the node.
+    """
+    owner_E, node_R, load_RE = problem.expert_to_owner_E.tolist(), problem.topology.node_of_rank_R, problem.load.load_RE
+    load_NE, copies = load_RE.reshape(-1, problem.topology.ranks_per_node, problem.num_experts).sum(axis=1), list(copies)
+    for turn in range(min(limit.per_device, problem.slots)):
         for rank in busiest_first(problem):
             if sum(host == rank for _, host in copies) > turn:
                 continue
             node, holders = node_R[rank], [*enumerate(owner_E), *copies]
             sent_R = Counter(owner_E[e] for e, _ in copies)
-            across = [(node_R[owner_E[e]], node_R[host]) for e, host in copies if node_R[owner_E[e]] != node_R[host]]
-            left_N, entered_N = (Counter(nodes) for nodes in zip(*across, strict=True)) if across else (Counter(), Counter())
-            best, best_s = None, saved_s
+            left_N = Counter(node_R[owner_E[e]] for e, host in copies if node_R[owner_E[e]] != node_R[host])
+            entered_N = Counter(node_R[host] for e, host in copies if node_R[owner_E[e]] != node_R[host])
+            best, best_s = None, limit.saved_s
             for expert, owner in enumerate(owner_E):
-                home = node_R[owner]
+                owner_node = node_R[owner]
                 is_first = all(e != expert or node_R[host] != node for e, host in holders)
-                expert_s = load_RE[rank, expert] * row_s + (load_NE[node, expert] * node_row_s if is_first else 0.0)
-                is_open = sent_R[owner] < per_device and (home == node or max(entered_N[node], left_N[home]) < per_node)
-                if expert_s > best_s and is_open and (expert, rank) not in holders:
-                    best, best_s = expert, expert_s
+                saved_s = load_RE[rank, expert] * row_s + (load_NE[node, expert] * node_row_s if is_first else 0.0)
+                has_node_link = owner_node == node or max(entered_N[node], left_N[owner_node]) < limit.per_node
+                is_open = sent_R[owner] < limit.per_device and has_node_link and (expert, rank) not in holders
+                if saved_s > best_s and is_open:
+                    best, best_s = expert, saved_s
             if best is not None and load_RE[rank, best] >= min_rows:
                 copies.append((best, rank))
     return copies
