@@ -1,9 +1,9 @@
-"""The executor: carries out one rank's part of any schedule over any transport.
+"""The executor: runs one rank's part of any schedule over any transport.
 
-Two ways to the same messages. `ScheduleExecutor` is for transports whose waits block the host: every receive is posted as early
-as there is room, every message is sent as soon as its chunk is complete here, and no rank waits for one that it gets nothing
-from. `GroupedExecutor` is for transports that work in the order of a CUDA stream, where messages must be posted in groups that
-all ranks enter alike (NCCL deadlocks otherwise), and where waiting costs the host nothing.
+Two executors post the same messages. `ScheduleExecutor` is for transports whose waits block the host: each receive is posted as
+soon as there is buffer space, each message is sent as soon as its chunk is complete on this rank, and a rank waits only for ranks
+that it receives from. `GroupedExecutor` is for transports that run in CUDA stream order, where messages must be posted in groups
+that all ranks enter in the same order (NCCL deadlocks otherwise), and where a wait does not block the host.
 """
 
 import time
@@ -20,24 +20,26 @@ from .transport import Transport
 
 
 class Endpoint(Protocol):
-    """What a collective does with the messages of one rank."""
+    """What a collective does with one rank's messages:
+
+    the tensors to send, the buffers to receive into, the action on arrival.
+    """
 
     def outgoing(self, message: Message) -> Sequence[Tensor]:
-        """The tensors to send. Asked once, when all that the message waits for has arrived."""
+        """The tensors to send. Called once, after all chunks that the message depends on have arrived."""
 
     def incoming(self, message: Message) -> Sequence[Tensor] | None:
-        """Where the message is received; None while there is no room for it."""
+        """The tensors to receive into; None while no buffer is free."""
 
     def arrived(self, message: Message) -> None:
-        """The message is complete. Called in the order of the schedule."""
+        """Called when the message has been received, in schedule order."""
 
 
 class ScheduleExecutor:
     """A collective in progress that the host drives: launched by the constructor, finished by `wait`.
 
-    Messages between two ranks are matched in the order in which both post them. A collective that has still messages to post when
-    its launch returns is therefore taken in before the next one on its transport begins; `traffic.unfinished` holds it until
-    then.
+    Messages between two ranks are matched in the order in which both post them. A collective that still has messages to post when
+    its launch returns is therefore drained before the next one on its transport begins; `traffic.unfinished` holds it until then.
     """
 
     def __init__(self, schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: str, where: str):
@@ -47,7 +49,7 @@ class ScheduleExecutor:
         self._missing = Counter((m.item, m.chunk) for m in self._receives)
         self._arriving: deque[tuple[Message, Pending]] = deque()
         self._sending: deque[Pending] = deque()
-        self._sends: dict[int, deque[Message]] = {}  # by destination: their order matters between the same two ranks only
+        self._sends: dict[int, deque[Message]] = {}  # by destination: order matters only between the same two ranks
         for m in mine:
             if m.src == transport.rank:
                 self._sends.setdefault(m.dst, deque()).append(m)
@@ -57,7 +59,7 @@ class ScheduleExecutor:
             transport.traffic.unfinished = self
 
     def wait(self, *, until_sent: bool = True) -> None:
-        """Carry on to the end; see `Pending.wait`. Each message has the transport's limit to itself."""
+        """Run to completion; see `Pending.wait`. The transport's time limit applies to each message separately."""
         self.take_in()
         while self._sending:
             self._sending[0].wait()
@@ -99,7 +101,10 @@ class ScheduleExecutor:
 
 
 class GroupedExecutor:
-    """A collective in progress, group by group: each group of messages is launched when the one before has arrived here."""
+    """A collective in progress, group by group:
+
+    each group of messages is launched once this rank has received the previous one.
+    """
 
     def __init__(self, schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: str, where: str):
         self._transport, self._endpoint, self._op, self._where = transport, endpoint, op, where
@@ -112,7 +117,7 @@ class GroupedExecutor:
             transport.traffic.unfinished = self
 
     def wait(self, *, until_sent: bool = True) -> None:
-        """Carry on to the end; see `Pending.wait`."""
+        """Run to completion; see `Pending.wait`."""
         self.take_in()
 
     def take_in(self) -> None:
@@ -144,8 +149,8 @@ class GroupedExecutor:
 def launch(schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: str, where: str, in_rounds: bool) -> Pending:
     """Launch this rank's part of a schedule, on the transport's communication thread where it has one.
 
-    A collective that is not posted to its end is taken in first, also by ranks that take no part in this schedule: those that do
-    wait here for what such a rank has still to pass on, and would wait for ever if it went on to wait for them elsewhere.
+    An unfinished collective is drained first, also by ranks that have no part in this schedule: participants may wait here for
+    chunks that such a rank still has to forward, and would deadlock if it went on to wait for them in another collective.
     """
     thread, unfinished = transport.thread, transport.traffic.unfinished
     if (thread is None or in_rounds) and unfinished is not None:

@@ -14,7 +14,7 @@ from numba import njit
 
 @njit(cache=True)
 def count_loads(start_G, src_H, dst_H, chunks_G, num_chunks_G, num_ranks, ranks_per_node, item_bytes, rank_rate, node_rate):
-    """The numbers of `account.Loads`, in its order, float64 [5]; the fourth in seconds, the last counts hops."""
+    """The fields of `account.Loads` in order, float64 [5]; the fourth is in seconds, the last in hops."""
     num_nodes = num_ranks // ranks_per_node
     sent_R, received_R = np.zeros(num_ranks), np.zeros(num_ranks)
     messages_R = np.zeros(num_ranks, np.int64)
@@ -59,10 +59,10 @@ def count_loads(start_G, src_H, dst_H, chunks_G, num_chunks_G, num_ranks, ranks_
 
 @njit(cache=True)
 def chain_sources(owners_M, start_M, ranks_J, num_ranks):
-    """From which rank each copy comes in chains in descending rank order, the busiest ranks hanging on them as leaves: [J].
+    """Source rank of each copy in chains of descending rank order, with the busiest ranks attached as leaves: [J].
 
-    What a rank receives is fixed by its copies. What it sends starts as one copy for each expert it owns and each chain it is
-    in; while the busiest rank can hand its part of a chain to the next higher rank of it, and that one stays less busy, it does.
+    What a rank receives is fixed by its copies. Initially it sends one copy for each expert it owns and each chain it is in.
+    While the next higher rank of a chain can take over the busiest rank's forwarding and stay less busy, it does.
     """
     num_experts = owners_M.size
     sends_R = np.zeros(num_ranks, np.int64)
@@ -89,7 +89,7 @@ def chain_sources(owners_M, start_M, ranks_J, num_ranks):
             j = by_rank_J[i]
             begin, end = start_M[expert_J[j]], start_M[expert_J[j] + 1]
             if not forwards_J[j] or j == begin:
-                continue  # the lowest rank of a chain is a leaf anyway, the highest has nobody to hand to
+                continue  # the lowest rank of a chain forwards nothing, and above the highest no rank could take over
             heir, below = j - 1, j + 1
             while not forwards_J[heir]:
                 heir -= 1
@@ -115,7 +115,7 @@ def chain_sources(owners_M, start_M, ranks_J, num_ranks):
 
 @njit(cache=True)
 def tree_sources(owners_M, start_M, ranks_J):
-    """From which rank each copy comes when the owner sends to the highest rank, and copy i to copies 2i + 1 and 2i + 2: [J]."""
+    """Source rank of each copy where the owner sends to the highest rank, and copy i to copies 2i + 1 and 2i + 2: [J]."""
     sources_J = np.empty(ranks_J.size, np.int64)
     for m in range(owners_M.size):
         begin = start_M[m]
@@ -128,8 +128,8 @@ def tree_sources(owners_M, start_M, ranks_J):
 def node_hops(owners_M, start_M, ranks_J, num_ranks, ranks_per_node):
     """Chains over the nodes that need an expert and inside each of them: (src, dst) of every hop, [2, J].
 
-    In each node but the owner's the rank with the least to send so far, the highest of several, takes the expert in, and both
-    chains go on from it.
+    The leader of each node but the owner's is the rank with the fewest sends so far, the highest of several; it receives for the
+    node, and both chains continue from it.
     """
     hops_2J = np.empty((2, ranks_J.size), np.int64)
     sends_R = np.zeros(num_ranks, np.int64)
@@ -171,7 +171,10 @@ def node_hops(owners_M, start_M, ranks_J, num_ranks, ranks_per_node):
 
 @njit(cache=True)
 def piece_hops(owners_M, start_M, ranks_J, num_hops):
-    """Of one route for each entry, that copy's piece to it and from it to the other copies: (src, dst) of every hop, [2, H]."""
+    """One route per entry:
+
+    the copy's piece from the owner to it, and from it to the other copies; (src, dst) of every hop, [2, H].
+    """
     hops_2H = np.empty((2, num_hops), np.int64)
     h = 0
     for m in range(owners_M.size):

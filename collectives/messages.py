@@ -1,4 +1,4 @@
-"""What travels between ranks: buffers and rows with their peers, a group of messages in flight, the error of one that fails."""
+"""Point-to-point messages: buffers and row ranges with their peers, handles of messages in flight, the error of a failure."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class CollectiveError(RuntimeError):
 
 
 class Buffer(NamedTuple):
-    """A contiguous tensor that goes to, or comes from, rank `peer`."""
+    """A contiguous tensor that is sent to, or received from, rank `peer`."""
 
     tensor: Tensor
     peer: int
 
 
 class RowPart(NamedTuple):
-    """Consecutive rows of a tensor that go to, or come from, rank `peer`."""
+    """Consecutive rows of a tensor that are sent to, or received from, rank `peer`."""
 
     peer: int
     first: int
@@ -30,10 +30,10 @@ class RowPart(NamedTuple):
 
 
 class RowLayout:
-    """Which rows of one tensor go to other ranks, and into which rows of another theirs come: at most one part each per rank.
+    """Which rows of one tensor are sent to each rank, and which rows of another receive from it: at most one range each per rank.
 
-    A value: made once, it serves any number of exchanges of tensors with these rows, of any shape and dtype. Empty parts are
-    left out.
+    Immutable: one layout serves any number of exchanges of tensors with these rows, of any shape and dtype. Empty ranges are
+    omitted.
     """
 
     def __init__(self, sent: Sequence[RowPart], received: Sequence[RowPart]):
@@ -42,29 +42,29 @@ class RowLayout:
         self.num_sent_rows, self.num_received_rows = (
             max((first + num_rows for _, first, num_rows in parts), default=0) for parts in (self.sent, self.received)
         )
-        """Rows that the tensors must have at least."""
+        """Minimum number of rows of the two tensors."""
 
     @classmethod
     def consecutive(cls, sent_R: Sequence[int], received_R: Sequence[int]) -> RowLayout:
-        """So many rows to, and from, each rank, those of rank 0 first; none of this rank's own."""
+        """Given numbers of rows to and from each rank, in rank order from row 0 on; those of this rank itself must be 0."""
         return cls(_consecutive(sent_R), _consecutive(received_R))
 
     @cached_property
     def transpose(self) -> RowLayout:
-        """The way back: rows go where they came from."""
+        """The reverse exchange: every row is returned to the rank that sent it."""
         return RowLayout(self.received, self.sent)
 
     @cached_property
     def parts_M3(self) -> np.ndarray:
-        """All parts, those sent first, int64."""
+        """All ranges as (peer, first row, number of rows), those sent first, int64 [M, 3]."""
         return np.array([*self.sent, *self.received], np.int64).reshape(-1, 3)
 
     def sends(self, outgoing: Tensor) -> list[Buffer]:
-        """What is sent, as messages."""
+        """The outgoing messages, as views of `outgoing`."""
         return _buffers(outgoing, self.sent)
 
     def receives(self, incoming: Tensor) -> list[Buffer]:
-        """What is received, as messages."""
+        """The incoming messages, as views of `incoming`."""
         return _buffers(incoming, self.received)
 
 
@@ -81,19 +81,19 @@ def _buffers(tensor: Tensor, parts: Sequence[RowPart]) -> list[Buffer]:
 
 
 class Pending(Protocol):
-    """Messages in flight; whoever launched them owns this and waits once."""
+    """Handle of messages in flight; the caller that launched them owns it and waits once."""
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Return when every message has arrived (on CUDA: when the current stream may use the buffers).
 
-        And when what was sent may be overwritten; without `until_sent` perhaps earlier, for tensors that are only dropped.
-        Raises `CollectiveError` when the time limit passes or a peer is gone. On CUDA the host does not wait: there the library
-        below has the limit.
+        Also when the buffers sent may be overwritten; without `until_sent` possibly earlier, which suffices for buffers that are
+        freed, not written. Raises `CollectiveError` when the time limit passes or a peer has exited. On CUDA the host does not
+        block: the time limit is then that of the communication library.
         """
 
 
 class Done:
-    """The `Pending` of messages that there are none of."""
+    """The `Pending` of an exchange without messages."""
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Return at once."""

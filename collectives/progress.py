@@ -1,8 +1,8 @@
-"""Collectives that go on while the main thread computes, and what waiting for them cost.
+"""Collectives that make progress while the main thread computes, and the time spent waiting for them.
 
-Between nodes a message takes long, and a rank that passes chunks on must do so while its main thread is in a matrix product. So
-a transport between nodes has one communication thread, which carries out its collectives from launch to end, in the order in
-which they were launched. It sleeps while bytes travel. Inside a node receivers copy for themselves, at their wait.
+Between nodes a message takes long, and a rank that forwards chunks must do so while its main thread runs a matrix product. A
+transport between nodes therefore has one communication thread, which runs its collectives from launch to completion, in launch
+order, and sleeps while bytes travel. Inside a node each receiver copies for itself, during its wait.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .traffic import Traffic
 
 
 class CommunicationThread:
-    """A thread that does what it is given, one after the other. It starts with the first piece of work.
+    """A thread that runs submitted work in order. It starts with the first submission.
 
-    It ends with this object, or with the process, which never waits for it.
+    It ends with this object, or with the process: it is a daemon thread, and process exit does not wait for it.
     """
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Future | None] | None = None
 
     def submit(self, work: Callable[[], None]) -> Future:
-        """Have `work` done; what it raises is raised by the wait."""
+        """Enqueue `work`; an exception it raises is raised again by the future's wait."""
         if self._queue is None:
             self._queue = SimpleQueue()
             threading.Thread(target=_serve, args=(self._queue,), name="moesaic communication", daemon=True).start()
@@ -40,7 +40,7 @@ class CommunicationThread:
 
 
 class Future:
-    """One piece of work of the communication thread."""
+    """One unit of work of the communication thread."""
 
     def __init__(self, work: Callable[[], None]):
         self._work: Callable[[], None] | None = work
@@ -49,14 +49,14 @@ class Future:
         self.arrived_s: float | None = None
 
     def run(self) -> None:
-        """Do the work; called by the communication thread, once."""
+        """Run the work and record its exception; called once, by the communication thread."""
         assert self._work is not None
         try:
             self._work()
         except BaseException as error:
             self._error = error
         self.arrived_s = time.perf_counter()
-        self._work = None  # and with it every buffer
+        self._work = None  # releases the buffers that the work refers to
         self._done.set()
 
     def wait(self, *, until_sent: bool = True) -> None:
@@ -70,11 +70,11 @@ def _serve(queue: SimpleQueue[Future | None]) -> None:
     with torch.no_grad():
         while (future := queue.get()) is not None:
             future.run()
-            del future  # a thread that waits keeps no buffer alive
+            del future  # so that no buffer stays alive while the thread waits for work
 
 
 class TimedWork:
-    """A collective whose waits are counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
+    """A collective whose waiting time is counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
 
     __slots__ = ("_launched_s", "_op", "_pending", "_traffic", "_where")
 

@@ -1,4 +1,4 @@
-"""What a transport is: groups of point-to-point messages between ranks, and a gather of small integers."""
+"""The interface of a transport: groups of point-to-point messages between ranks, and an all-gather of small integer tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Transport(Protocol):
     Messages between the same two ranks are matched in the order in which both sides post them, so every rank
     must enter the exchanges of a transport in the same order. Empty tensors are not sent.
 
-    `thread` carries out the collectives of transports whose messages take long; None: they advance when they are waited for.
+    `thread` runs the collectives of transports whose messages take long; None: collectives advance only inside their wait.
     """
 
     name: str
@@ -28,20 +28,23 @@ class Transport(Protocol):
     thread: CommunicationThread | None
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A tensor of undefined content, dtype and device as `like`, in memory from which sending is cheapest."""
+        """An uninitialised tensor of the dtype and device of `like`, in the memory from which sending is cheapest."""
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
-        """Launch a group of messages. `op` is the name it is counted under; `where` (step, layer) goes into errors."""
+        """Launch a group of messages. Traffic is counted under `op`; error messages quote `where` (step, layer)."""
 
     def exchange_rows(self, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = "") -> Pending:
-        """Launch the messages `layout.sends(outgoing)` and `layout.receives(incoming)`; see `exchange`. Contiguous tensors."""
+        """Launch the messages `layout.sends(outgoing)` and `layout.receives(incoming)`, see `exchange`.
+
+        Both tensors are contiguous.
+        """
 
     def all_gather_ints(self, values: Tensor, *, where: str = "") -> Tensor:
         """Gather an int64 [n] tensor of equal size from every rank: int64 [R, n], on the device of `values`."""
 
 
 class RowsAsMessages:
-    """`exchange_rows` of transports to which rows are messages like any other."""
+    """Mixin: `exchange_rows` as one `exchange`, for transports without a cheaper way."""
 
     def exchange_rows(
         self: Transport, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = ""

@@ -1,4 +1,4 @@
-"""How bytes travel between ranks, one transport a file.
+"""Transports: how bytes move between ranks, one kind per file.
 
 parts.py         What the messages of an exchange move, and the words of errors for how far it came.
 hierarchical.py  Two transports as one: messages to ranks of the same node travel inside it, all others between nodes.
