@@ -18,6 +18,7 @@ balance.py              The balance planner: fewest rows on the busiest rank fir
 quota.py                The online planner: an exact-load threshold search with few copies, priced in seconds.
 joint.py                Owners of all layers together: any number of a layer's experts per rank, the same rows per rank over all
                         layers.
+quota_reference.py      The quota planner in plain Python: what its compiled routines mean, and the oracle of their test.
 milp/                   The exact planner: an integer program, the search beside it, and proofs without an engine.
 registry.py             The solvers by name.
 """
