@@ -1,31 +1,29 @@
-"""Kernels of one MoE layer, one op a file: the public function, its torch twin of the same signature, its Triton kernel.
+"""Kernels of one MoE layer, one op per file: the public function, its torch twin of the same signature, its Triton kernel.
 
-host_values.py          Numbers that the host knows, on the device, without waiting for it.
-types.py                The types that several ops name, or an op with its Triton kernel and its compiled CPU routine.
-checks.py               What ops ask of their arguments before anything runs: one device, a dtype they can serve, integer ids,
-                        contiguous rows.
-grouped_gemm_tiles.py   How a grouped product runs on the GPU: which tiles it may use, which of them is fastest, and whether TMA
-                        loads them.
+host_values.py          Asynchronous host-to-device copies of small integer arrays.
+types.py                Types shared by several ops, or by an op with its Triton kernel and its compiled CPU routine.
+checks.py               Checks of an op's arguments before it runs: one device, a supported dtype, integer ids, contiguous rows.
+grouped_gemm_tiles.py   Launch parameters of a grouped product on the GPU: its permitted tiles, the fastest of them, and whether
+                        TMA loads operands.
 histogram_triton.py     Triton kernel of `histogram`, which counts block by block, without atomics.
-cpu/                    What compiled CPU routines share: BLAS, memory as addresses, operands of fp32 tensors, torch's threads.
+cpu/                    Shared by the compiled CPU routines: BLAS, memory by address, operands of fp32 tensors, torch's threads.
 groups.py               Ragged groups of rows: their checks, their slices, and the weight gradient of one group.
 permute_triton.py       Triton kernels of `gather_rows` and `sum_rows`.
 swiglu_triton.py        Triton kernels of `swiglu` and `swiglu_backward`.
 topk_gate_triton.py     Triton kernels of `topk_gate` and its backward.
-histogram.py            How often each id occurs: `histogram`, the load of every expert from the ids that the router chose.
+histogram.py            Counts of ids: `histogram`, the load of every expert from the ids that the router chose.
 split_tokens_triton.py  Triton kernels of `split_tokens`: a counting sort without atomics and without a host synchronisation.
-grouped_gemm_cpu.py     All groups' products in one compiled call, fp32 on the CPU.
+grouped_gemm_cpu.py     The products of all groups in one compiled call, fp32 on the CPU.
 permute_cpu.py          Compiled row copies and row sums for the CPU.
 swiglu_cpu.py           Compiled single-pass SwiGLU for the CPU.
 clamped_ffn.py          The expert FFN of GPT-OSS over ragged groups, with biases and a clamped activation: forward and backward.
 grouped_gemm_triton.py  Triton kernels of the grouped matrix products.
 topk_gate.py            The router's gate: scores, top-k choice, weights, log-sum-exp and load histogram from the logits, and its
                         backward.
-split_tokens.py         The exact split put to work on one rank: which of its assignments go to which replica, and in which row
-                        order.
-permute.py              Rows from token order to slot order and back: `gather_rows` and its transpose `sum_rows`.
-grouped_ffn_cpu.py      The expert FFN of all groups in one compiled call, fp32 on the CPU: chunk by chunk its products and the
-                        pass between them.
+split_tokens.py         The exact split applied on one rank: which of its assignments go to which replica, and in which order.
+permute.py              Token rows to expert-major order and back: `gather_rows` and its transpose `sum_rows`.
+grouped_ffn_cpu.py      The expert FFN of all groups in one compiled call, fp32 on the CPU: per chunk its products and the
+                        activation between them.
 swiglu.py               SwiGLU with row weights: `h = silu(gate) * up * row_weight`, and its backward from the pre-activation.
 grouped_gemm.py         Ragged matrix products, one per group of rows: forward, input gradient, weight gradient.
 grouped_ffn.py          The expert FFN over ragged groups: `y = (silu(x Wg) * (x Wu) * row_weight) Wd`, forward and backward.

@@ -13,7 +13,7 @@ from .types import Matrices
 
 
 def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None = None) -> None:
-    """Raise ValueError unless sizes, weights, rows and marks belong together."""
+    """Raise ValueError unless group sizes, weights, rows and overwrite flags match."""
     if len(weights) != len(group_sizes):
         raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group")
     if min(group_sizes, default=0) < 0 or sum(group_sizes) != num_rows:
@@ -34,13 +34,13 @@ def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
 def add_wgrad(grad_OI: Tensor, dy_nO: Tensor, x_nI: Tensor, *, alpha: float = 1.0, overwrite: bool = False) -> None:
     """`grad_OI += alpha * dy_nO.T @ x_nI`, or `=` to overwrite, in the dtype of `grad_OI`, for the rows of one group."""
     if dy_nO.dtype != grad_OI.dtype:
-        # No CPU product takes half-precision operands and an fp32 result, and rounding the product would lose the sum's bits.
+        # No CPU product has half-precision operands and an fp32 result; rounding the product would lose bits of the sum.
         dy_nO, x_nI = dy_nO.to(grad_OI.dtype), x_nI.to(grad_OI.dtype)
     grad_OI.addmm_(dy_nO.t(), x_nI, beta=0 if overwrite else 1, alpha=alpha)
 
 
 def zero_empty(grads: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None) -> None:
-    """Set to zero the gradients that are to be overwritten and whose groups have no rows to do it with."""
+    """Set to zero the gradients that are to be overwritten and whose groups have no rows."""
     if overwrite is None or 0 not in group_sizes:
         return
     for grad, size, is_fresh in zip(grads, group_sizes, overwrite, strict=True):

@@ -1,8 +1,8 @@
-"""Rows from token order to slot order and back: `gather_rows` and its transpose `sum_rows`.
+"""Token rows to expert-major order and back: `gather_rows` and its transpose `sum_rows`.
 
-Dispatch copies token rows into slot order (a token may appear several times); combine sums the results of each token.
-Both are described by one int vector, `row_ids_N`: routed row n belongs to row `row_ids_N[n]` of the other side.
-Summation follows the bag's own order and is done in fp32, so that results are bitwise repeatable.
+Dispatch copies token rows into expert-major order (a token may appear several times); combine sums the results of each token.
+Both are described by one int vector, `row_ids_N`: routed row n belongs to token row `row_ids_N[n]`. A bag is summed in its own
+order, in fp32, so that results are bitwise repeatable.
 
 Shapes: M rows on the token side, N routed rows, D model dim.
 """
@@ -21,7 +21,7 @@ from .types import Bags
 def bags_of(row_ids_N: Tensor, num_rows: int) -> Bags:
     """Group the positions n by `row_ids_N[n]` (values in [0, num_rows)); positions ascend inside a bag.
 
-    On a GPU nothing is read back, so ids out of range go unnoticed there; on the CPU they raise ValueError.
+    On a GPU nothing is read back, so ids out of range are not detected there; on the CPU they raise ValueError.
     """
     N = row_ids_N.numel()
     check_ids(row_ids_N=row_ids_N)
@@ -49,14 +49,14 @@ def _offsets_by_counting(row_ids_N: Tensor, num_rows: int) -> Tensor:
 
 
 def _offsets_by_search(sorted_ids_N: Tensor, num_rows: int) -> Tensor:
-    """Offsets of the bags without a host synchronisation, which counting into an array of unknown size would need."""
+    """Offsets of the bags without a host synchronisation, which torch.bincount would need."""
     return torch.searchsorted(sorted_ids_N, torch.arange(num_rows + 1, device=sorted_ids_N.device), out_int32=True)
 
 
 def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return `rows_ND` with `rows_ND[n] = x_MD[row_ids_N[n]]`; the transpose of `sum_rows`. No autograd.
 
-    With `beside` [P, D], ids from M on name its rows, as if it followed `x_MD`; neither is copied for that.
+    With `beside` [P, D], ids from M on refer to its rows, as if it were appended to `x_MD`; no concatenation is made.
     """
     check_devices(x_MD.device, row_ids_N=row_ids_N, out=out)
     check_ids(row_ids_N=row_ids_N)
@@ -73,8 +73,8 @@ def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None
 def sum_rows(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return `x_MD` with `x_MD[m]` the sum of the rows in bag m, zeros where the bag is empty. No autograd.
 
-    The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`.
-    With `beside` [P, D], indices from N on name its rows, as if it followed `rows_ND`.
+    The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`. With `beside`
+    [P, D], indices from N on refer to its rows, as if it were appended to `rows_ND`.
     """
     check_devices(rows_ND.device, indices=bags.indices, offsets=bags.offsets, out=out)
     check_floating(rows_ND=rows_ND)
@@ -130,7 +130,7 @@ def _sum_compiled(rows_ND: Tensor, bags: Bags, beside: Tensor | None, out: Tenso
 
 
 def _new_or_checked(out: Tensor | None, num_rows: int, like: Tensor) -> Tensor:
-    """Memory for rows like those of `like`: what the caller gave, or new."""
+    """Memory for rows like those of `like`: the checked `out`, or new."""
     if out is None:
         return like.new_empty(num_rows, like.shape[1])
     check_out(out, (num_rows, like.shape[1]), like)

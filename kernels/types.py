@@ -1,4 +1,4 @@
-"""The types that several ops name, or an op with its Triton kernel and its compiled CPU routine. Imports nothing of ours."""
+"""Types shared by several ops, or by an op with its Triton kernel and its compiled CPU routine. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Matrices: TypeAlias = Sequence[Tensor] | Tensor
-"""One for every group, or all of them stacked."""
+"""One matrix per group, or all of them stacked."""
 
 FORWARD, DGRAD, WGRAD, BACKWARD = range(4)
 """The kinds of a grouped product; BACKWARD is WGRAD and DGRAD."""
@@ -56,7 +56,7 @@ class SwigluGrads:
 class FFNWeights:
     """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to.
 
-    Only `clamped_ffn` knows biases, gate_up_bias [2F] and down_bias [D] per group.
+    Only `clamped_ffn` supports biases, gate_up_bias [2F] and down_bias [D] per group.
     """
 
     gate_up: Sequence[Tensor]
@@ -72,7 +72,7 @@ class FFNWeights:
             raise ValueError(f"{biases[0]} gate_up and {biases[1]} down biases for {len(self.down)} groups; give all or none")
 
     def of_groups(self, groups: slice) -> FFNWeights:
-        """Those of some of the groups."""
+        """The matrices of a range of groups."""
         return FFNWeights(self.gate_up[groups], self.down[groups], self.gate_up_bias[groups], self.down_bias[groups])
 
 
@@ -84,7 +84,7 @@ class GroupedFFNOutput:
     gate_up_N2F: Tensor
 
     def of_rows(self, rows: slice) -> GroupedFFNOutput:
-        """Those of some of the rows."""
+        """The same for a range of rows."""
         return GroupedFFNOutput(self.y_ND[rows], self.gate_up_N2F[rows])
 
 
@@ -96,15 +96,15 @@ class GroupedFFNGrads:
     drow_weights_N: Tensor
 
     def of_rows(self, rows: slice) -> GroupedFFNGrads:
-        """Those of some of the rows."""
+        """The same for a range of rows."""
         return GroupedFFNGrads(self.dx_ND[rows], self.drow_weights_N[rows])
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What the router decided for every token."""
+    """The router's decision for every token."""
 
     topk_ids_TK: Tensor  # int64, best first
     weights_TK: Tensor  # float32
-    lse_T: Tensor | None  # float32, log-sum-exp of the logits: the z-loss is the mean of its square; None if nobody asked
+    lse_T: Tensor | None  # float32, log-sum-exp of the logits: the z-loss is the mean of its square; None if not requested
     load_E: Tensor  # int64, assignments per expert

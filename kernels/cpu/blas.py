@@ -1,10 +1,10 @@
-"""Matrix products from compiled routines, by the BLAS that torch was built with. Import this module lazily: it imports numba.
+"""Matrix products for compiled routines, by the BLAS that torch was built with. Import this module lazily: it imports numba.
 
-Between two products of a narrow model Python takes a percent of their time, more than it does warm, since every product evicts
-its code. A routine that calls BLAS itself makes one call of all of them.
+Between two products of a narrow model Python takes 1 % of their time: every product evicts the interpreter from the caches. A
+compiled routine that calls BLAS itself turns all products into one call from Python.
 """
 
-# The compiler gives these functions their types, which Python annotations cannot say.
+# Numba infers the types of these functions; Python annotations cannot express them.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numba import carray, cfunc, njit
 from .threads import call
 
 PLAIN, TRANSPOSED = np.int64(ord("N")), np.int64(ord("T"))
-# Words of `multiply`'s scratch: BLAS takes numbers by address. Integers of 4 bytes are read from the first half of theirs.
+# Words of `multiply`'s scratch: BLAS takes numbers by address. A 4-byte integer is read from the first half of its word.
 SCRATCH_WORDS = 10
 _TB, _TA, _N, _M, _K, _LDB, _LDA, _LDOUT, _ALPHA, _BETA = range(SCRATCH_WORDS)
 
@@ -29,14 +29,14 @@ _TB, _TA, _N, _M, _K, _LDB, _LDA, _LDOUT, _ALPHA, _BETA = range(SCRATCH_WORDS)
 def multiply(sgemm, scratch, M, N, K, a, b, out, out_stride, alpha, beta):
     """out [M, N] = alpha * a [M, K] @ b [K, N] + beta * out, in fp32; nothing may be empty.
 
-    Operands are (address, stride of rows in elements, form); TRANSPOSED is one that lies in memory as its transpose.
+    Operands are (address, row stride in elements, form); TRANSPOSED: memory holds the transpose.
     """
     scratch[_TB], scratch[_TA], scratch[_N], scratch[_M], scratch[_K] = b[2], a[2], N, M, K
     scratch[_LDB], scratch[_LDA], scratch[_LDOUT] = b[1], a[1], out_stride
     numbers = scratch.view(np.float32)
     numbers[2 * _ALPHA], numbers[2 * _BETA] = alpha, beta
     at = scratch.ctypes.data
-    # BLAS has columns where torch has rows: out.T = b.T @ a.T.
+    # BLAS is column-major, torch row-major: out.T = b.T @ a.T.
     forms_and_sizes = at + 8 * _TB, at + 8 * _TA, at + 8 * _N, at + 8 * _M, at + 8 * _K
     operands = at + 8 * _ALPHA, b[0], at + 8 * _LDB, a[0], at + 8 * _LDA
     call(sgemm, forms_and_sizes + operands + (at + 8 * _BETA, out, at + 8 * _LDOUT))
@@ -44,7 +44,7 @@ def multiply(sgemm, scratch, M, N, K, a, b, out, out_stride, alpha, beta):
 
 @njit(cache=True, inline="always")
 def are_groups_of(num_rows, sizes):
-    """Whether groups of these sizes are what the rows consist of."""
+    """Whether the group sizes are nonnegative and sum to the number of rows."""
     total = 0
     for size in sizes:
         if size < 0 or size > num_rows - total:
@@ -55,7 +55,7 @@ def are_groups_of(num_rows, sizes):
 
 @cache
 def sgemm_address():
-    """Where torch's library has BLAS's fp32 product; 0 where it has none, or none that can be called like this."""
+    """Address of the fp32 BLAS product in torch's library; 0 if it has none, or one with another calling convention."""
     try:
         function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).sgemm_
     except (OSError, AttributeError):
@@ -69,6 +69,6 @@ def sgemm_address():
 
 @cfunc("void(voidptr)", cache=True)
 def _try(pointer):
-    """A product of whole numbers."""
+    """Compute one product of small integers, to test the calling convention."""
     task, scratch = carray(pointer, 4, np.int64), np.empty(SCRATCH_WORDS, np.int64)
     multiply(task[0], scratch, 2, 4, 3, (task[1], 3, PLAIN), (task[2], 3, TRANSPOSED), task[3], 4, 2.0, 3.0)

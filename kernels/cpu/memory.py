@@ -1,6 +1,6 @@
-"""Memory as addresses, for compiled routines: copies through the caches and past them, and a fence. It imports numba."""
+"""Memory by address, for compiled routines: cached and non-temporal copies, and a fence. It imports numba."""
 
-# The compiler gives these functions their types, which Python annotations cannot say.
+# Numba infers the types of these functions; Python annotations cannot express them.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def copy_bytes(typingctx, target, source, num_bytes):
 
 @intrinsic
 def _stream_line(typingctx, target, source):
-    """Copy a line to a target that is aligned to it, past the caches."""
+    """Copy one cache line to an aligned target, bypassing the caches."""
 
     def codegen(context, builder, signature, args):
         line = ir.VectorType(ir.IntType(64), _LINE_BYTES // 8).as_pointer()
@@ -41,7 +41,7 @@ def _stream_line(typingctx, target, source):
 
 @intrinsic
 def fence(typingctx):
-    """What was written before, past the caches too, is visible to all before anything is read or written after."""
+    """Full fence: earlier writes, non-temporal ones included, become visible before any later read or write."""
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
@@ -52,7 +52,7 @@ def fence(typingctx):
 
 @njit(cache=True, nogil=True)
 def stream_bytes(target, source, num_bytes):
-    """memcpy past the caches: for targets that they could not hold, whose old content they would first have to read."""
+    """memcpy that bypasses the caches: for targets larger than the caches, which would otherwise read the old content first."""
     head = min(num_bytes, -target % _LINE_BYTES)
     body = (num_bytes - head) // _LINE_BYTES * _LINE_BYTES
     copy_bytes(target, source, head)

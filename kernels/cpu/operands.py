@@ -1,8 +1,8 @@
-"""What compiled routines take of fp32 tensors in host memory: their addresses and strides, each tensor looked at once.
+"""Addresses and strides of fp32 tensors in host memory, for compiled routines; each tensor is inspected once.
 
-After a product that has filled the caches every attribute of a tensor takes microseconds to read the first time: what is
-checked here is handed on, and no routine asks for it again. This module imports no numba, so that tensors that are not for
-compiled routines don't wait for it.
+After a product that has filled the caches, the first read of a tensor attribute takes microseconds: values read here are passed
+on, and no routine reads them again. This module does not import numba, so that tensors for which no compiled routine exists do
+not wait for that import.
 
 Shapes: N rows, matrices [O, I].
 """
@@ -17,16 +17,16 @@ from torch import Tensor
 from ..types import Matrices
 
 _FP32 = torch.float32
-# Subclasses may stand for tensors that are elsewhere, or nowhere.
+# Subclasses may wrap tensors in other memory, or without any.
 _PLAIN = {Tensor, torch.nn.Parameter}
-# BLAS takes sizes and strides as integers of 4 bytes.
+# BLAS takes sizes and strides as 4-byte integers.
 _MOST = 2**31 - 1
 
 
 def words_of_rows(num_rows: int, *many_rows: Tensor) -> list[int] | None:
     """Address, width and row stride of each [N, width], one after the other.
 
-    None unless these are plain tensors, elements of a row are neighbours, and sizes and strides are below 2**31.
+    None unless all are plain fp32 CPU tensors with contiguous rows, and sizes and strides below 2**31.
     """
     words: list[int] = []
     for rows in many_rows:
@@ -40,13 +40,13 @@ def words_of_rows(num_rows: int, *many_rows: Tensor) -> list[int] | None:
 
 
 def address_of(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
-    """Where a plain contiguous tensor of this shape lies; None for any other."""
+    """Address of a plain contiguous tensor of this shape; None for any other."""
     is_plain = type(tensor) in _PLAIN and tensor.dtype is _FP32 and tensor.is_cpu
     return tensor.data_ptr() if is_plain and tensor.shape == shape and tensor.is_contiguous() else None
 
 
 def addresses_of(matrices: Matrices, num_groups: int, out_dim: int, in_dim: int) -> Sequence[int] | None:
-    """Where each of that many contiguous matrices [out_dim, in_dim], neither of them 0, lies; None for any others."""
+    """Addresses of `num_groups` contiguous matrices [out_dim, in_dim], neither of them 0; None for any others."""
     if isinstance(matrices, Tensor):
         first, num_bytes = address_of(matrices, (num_groups, out_dim, in_dim)), 4 * out_dim * in_dim
         return None if first is None else range(first, first + num_groups * num_bytes, num_bytes)

@@ -1,17 +1,17 @@
-"""Rows of a compiled routine shared out among torch's own CPU threads.
+"""Distribution of a compiled routine's rows over torch's own CPU threads.
 
-A routine is a C function of one argument, the address of its task: int64 words, the first of which say which rows are still to
-be done. Threads take rows chunk by chunk until none are left, so that a thread that starts late or is held up delays nobody
-who has work to do. Which thread computes a row decides nothing about its value.
+A routine is a C function of one argument, the address of its task: int64 words, the first of which hold the rows still to be
+done. Threads take rows chunk by chunk until none are left, so that a thread that starts late or is preempted does not delay the
+others. The value of a row does not depend on the thread that computes it.
 
-The threads are those that torch's own passes run on: GCC's entry point to OpenMP, through which torch starts them, is called
-here too. A second pool would have to take the cores from them, as they spin for milliseconds after each pass of torch. Where
-torch is built on another pool, the routine runs on the caller's thread alone.
+The threads are those of torch's own passes, started through the same entry point, GCC's OpenMP runtime. A second pool would
+compete for the cores with torch's threads, which spin for milliseconds after each pass. If torch is built on another threading
+runtime, the routine runs on the caller's thread alone.
 
 Import this module lazily: it imports numba.
 """
 
-# The compiler gives these functions their types, which Python annotations cannot say.
+# Numba infers the types of these functions; Python annotations cannot express them.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# What a task begins with; the words of the routine follow, from OWN on.
+# The first words of a task; the routine's own words follow, from OWN on.
 _NEXT_ROW, _CHUNK_ROWS, NUM_ROWS, OWN = range(4)
-# What one thread takes at a time, and the least that is worth waking another for.
+# Size of the chunk that a thread takes at a time, and the minimum worth waking another thread for.
 _CHUNK_BYTES = 1 << 16
 
 
 def run_rows(routine, num_rows, row_bytes, *words):
-    """Run `routine` (a numba cfunc) over `num_rows` rows of about `row_bytes` each; return its last word as it left it."""
+    """Run `routine` (a numba cfunc) over `num_rows` rows of about `row_bytes` each; return the final last word of its task."""
     chunk_rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
-    # All of torch's threads or one: OpenMP ends those that a smaller team leaves out, and torch's next pass starts them anew.
+    # All of torch's threads or one: a smaller OpenMP team ends the other threads, and torch's next pass would restart them.
     start_threads = _gomp_parallel() if num_rows > chunk_rows and torch.get_num_threads() > 1 else None
     if start_threads is None:
         chunk_rows = num_rows
@@ -49,7 +49,7 @@ def run_rows(routine, num_rows, row_bytes, *words):
 
 
 def team_words():
-    """How `share_rows` starts torch's threads: the address of what does, 0 where the caller is to work alone, and how many."""
+    """The last arguments of `share_rows`: address of the function that starts torch's threads, or 0 for none; their number."""
     num_threads = torch.get_num_threads()
     start_threads = _gomp_parallel() if num_threads > 1 else None
     return (0 if start_threads is None else start_threads.address), num_threads
@@ -64,7 +64,7 @@ def has_torch_threads():
 def _gomp_parallel():
     """`GOMP_parallel(function, argument, num_threads, flags)` of the OpenMP library that torch found in this process, or None.
 
-    It is asked of the whole process, as the linker did for torch: a library preloaded by the user serves both or none.
+    Looked up in the whole process, as the linker did for torch: a library that the user preloads serves both or neither.
     """
     function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     if function is not None:
@@ -76,7 +76,7 @@ def _gomp_parallel():
 
 @intrinsic
 def _add_to_word(typingctx, address, value):
-    """Add to a word that others add to, and return what it held before."""
+    """Atomically add to a word; return its previous value."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], ir.IntType(64).as_pointer()), args[1], "monotonic")
@@ -86,7 +86,7 @@ def _add_to_word(typingctx, address, value):
 
 @intrinsic
 def pointer_to(typingctx, address):
-    """An address as a pointer, which numba's `carray` makes an array of."""
+    """An address as a pointer, for numba's `carray`."""
 
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -96,7 +96,7 @@ def pointer_to(typingctx, address):
 
 @intrinsic
 def call(typingctx, function, arguments):
-    """Call the C function at an address with a tuple of addresses; integers pass for them."""
+    """Call the C function at an address; its arguments are a tuple of addresses, or integers cast to them."""
 
     def codegen(context, builder, signature, args):
         values = [builder.inttoptr(value, cgutils.voidptr_t) for value in cgutils.unpack_tuple(builder, args[1])]
@@ -121,12 +121,12 @@ def share_rows(routine, task, num_rows, row_bytes, start_threads, num_threads):
 
 @njit(cache=True, inline="always")
 def take_rows(task):
-    """The next rows that nobody has taken yet, (first, after the last); an empty range when there are none."""
+    """The next rows not yet taken, as (first, end); an empty range when none are left."""
     first = _add_to_word(task.ctypes.data, task[_CHUNK_ROWS])
     return first, min(first + task[_CHUNK_ROWS], task[NUM_ROWS])
 
 
 @njit(cache=True, inline="always")
 def task_at(pointer, num_words):
-    """The task that a routine was given, with as many words of its own."""
+    """The task at a routine's argument, with `num_words` words of its own."""
     return carray(pointer, OWN + num_words, np.int64)
