@@ -1,17 +1,17 @@
-"""Placement: loads, owners, copies, the token split, cost, and the solvers. numpy only; no process group, no device.
+"""Placement: loads, owners, copies, the token split, cost, solvers. Imports numpy only; no process group, no device.
 
-content.py      Shared machinery of the value types: frozen arrays, equality by content, checks with one clear line.
-files.py        Files that appear whole or not at all, and one line where they cannot.
+content.py      Shared parts of the value types: read-only arrays, equality by content, argument checks with one-line errors.
+files.py        Atomic file replacement, one-line errors of the file system, and file digests.
 split_numba.py  Compiled integer routines of the exact split.
-owners.py       The owner map: the frozen map (layer, expert) -> (rank, row).
-topology.py     The machine as the planner sees it: nodes, ranks per node, link rates, matrix rate.
-traces/         Traces: recorded and generated loads, on disk and as a stream.
-values.py       The planner's value types: what a layer is, what was routed, who holds which copies, and the question to solve.
-split.py        The token split: which holder computes which source rank's rows of every expert.
-cost.py         What a layer's step costs under a placement and a split, and what no placement can beat.
-solvers/        Solvers: which copies a layer makes and who owns its experts, from a `Problem` to a `Solution`.
-online/         What training asks for between steps: forecasts, copies added late, owners for the steps to come.
-offline/        What is computed ahead of training: solvers played over a trace, plans, back-tests.
+owners.py       The owner map: (layer, expert) -> (rank, bank row), immutable.
+topology.py     The planner's model of the machine: nodes, ranks per node, link rates, matrix rate.
+traces/         Traces: recorded and generated expert loads, on disk and as streams.
+values.py       The planner's value types: layer shape, expert load, placement, and the problem of one layer.
+split.py        The token split: for every expert, how many rows of each source rank each holder computes.
+cost.py         The cost of a layer's step under a placement and a split, and a lower bound over all placements.
+solvers/        Solvers: from a `Problem`, the layer's copies and owners as a `Solution`.
+online/         Placement during training: forecasts, copies added once the load is known, migration proposals.
+offline/        Placement offline, on recorded traces: the policy simulator, plans solved ahead, back-tests of predictors.
 """
 
 from .cost import Bound, Cost, Solution, cost, lower_bound

@@ -2,11 +2,11 @@
 
 The replicated experts are M rows of a sparse table: entries start_M[m] to start_M[m + 1] of `ranks_J` are the ranks that hold
 expert experts_M[m], ascending, and `rows_J` the rows each of them computes. Shape letters: R ranks, E experts, M replicated
-experts, J (expert, holder) entries, G segments. Integers throughout, so every machine computes the same. Loads come transposed,
-load_ER, because every loop walks one expert's ranks.
+experts, J (expert, holder) entries, G segments. Integer arithmetic throughout, so every machine computes the same. Loads are
+transposed, load_ER, because every loop runs over one expert's ranks.
 """
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank
 
 @njit(cache=True)
 def _push(source, target, limit, expert_of_J, start_M, ranks_J, rows_J, rows_R, via):
-    """Move as many rows as fit along the path that `_shortest_path` left in `via`."""
+    """Move as many rows as possible along the path that `_shortest_path` left in `via`."""
     amount = min(rows_R[source] - limit, limit - rows_R[target])
     v = target
     while v != source:
@@ -149,7 +149,7 @@ def level(start_M, ranks_J, rows_J, rows_R, lower_bound):
 
 @njit(cache=True)
 def _match(give_R, take_R, first, end, m, segments_4G, count):
-    """Match what ranks first to end still give with what they still take, both in rank order; return the new segment count."""
+    """Match rows that ranks first to end still give with rows they still take, in rank order; return the new segment count."""
     src, dst = first, first
     while True:
         while src < end and give_R[src] == 0:
@@ -170,7 +170,7 @@ def _match(give_R, take_R, first, end, m, segments_4G, count):
 
 @njit(cache=True)
 def decompose(load_ER, experts_M, start_M, ranks_J, rows_J, ranks_per_node):
-    """Say whose tokens every holder computes: own tokens first, then the node's, then the rest, each in rank order.
+    """Assign source ranks' rows to the holders: own tokens first, then the node's, then the rest, each in rank order.
 
     Returns int64 [4, G]: replicated-expert index, source rank, destination rank, rows. A (source, destination) pair appears at
     most once per expert, because every phase leaves its sources or its destinations empty.

@@ -1,9 +1,8 @@
-"""What is computed ahead of training: solvers played over a trace, plans, back-tests.
+"""Placement offline, on recorded traces: the policy simulator, plans solved ahead, back-tests of predictors.
 
-backtest.py  Back-tests of predictors on a recorded trace: how wrong is each, and how does a forecast age?
-plans.py     Placement files: one JSON file per plan, written atomically and checked as a whole when read.
+backtest.py  Back-tests of predictors on a recorded trace: the error of each, by the age of the forecast.
+plans.py     Plan files: one JSON file per plan, written atomically and validated when read.
 records.py   Records, as commands print them: a text table, or JSON with the command, machine and commit that made them.
-simulate.py  The policy simulator: solvers run over a trace the way training uses them, and judged by the load of each step.
-solve.py     Plans solved offline: one placement for a whole trace, from its mean load, layer by layer or over all layers
-             together.
+simulate.py  The policy simulator: solvers run over a trace as training uses them, evaluated on the load of each step.
+solve.py     Plans solved offline: one placement for a whole trace, from its mean load, layer by layer or for all layers jointly.
 """

@@ -1,4 +1,4 @@
-"""Back-tests of predictors on a recorded trace: how wrong is each, and how does a forecast age?"""
+"""Back-tests of predictors on a recorded trace: the error of each, by the age of the forecast."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ AGES = (1, 2, 5, 10, 25, 50, 100)
 class PredictorError:
     """Error of one predictor's forecasts of one age, over layers and steps.
 
-    age: steps between the last load it saw and the load it is judged by. mean, worst: total variation distance between expert
-    shares, from 0 to 1. num_cells: (step, layer) pairs judged.
+    age: steps between the last observed load and the load that the forecast is compared with. mean, worst: total variation
+    distance between expert shares, from 0 to 1. num_cells: number of (step, layer) pairs.
     """
 
     predictor: str
@@ -29,18 +29,18 @@ class PredictorError:
 
 
 class _Tested:
-    """One layer's predictor, with its last forecasts, of which only the expert totals are kept."""
+    """One layer's predictor and its last forecasts, stored as expert totals only."""
 
     def __init__(self, make: Callable[[], Predictor], oldest: int) -> None:
         self._predictor = make()
         self._forecasts: deque[ExpertLoad] = deque(maxlen=oldest)
 
     def error(self, age: int, load: ExpertLoad) -> float | None:
-        """Error of the forecast made `age` steps before `load`; None where there was none."""
+        """Error of the forecast made `age` steps before `load`; None if there is none."""
         return prediction_error(self._forecasts[-age], load) if len(self._forecasts) >= age else None
 
     def observe(self, load: ExpertLoad) -> None:
-        """Take in a load, and forecast."""
+        """Observe a load and store the next forecast."""
         self._predictor.observe(load)
         forecast = self._predictor.predict()
         assert forecast is not None
@@ -49,14 +49,14 @@ class _Tested:
 
 @dataclass
 class _Sum:
-    """Errors of one predictor at one age so far."""
+    """Running sums of one predictor's errors at one age."""
 
     total: float = 0.0
     worst: float = 0.0
     count: int = 0
 
     def add(self, error: float) -> None:
-        """Take in one more."""
+        """Add one error."""
         self.total += error
         self.worst = max(self.worst, error)
         self.count += 1
@@ -65,9 +65,9 @@ class _Sum:
 def backtest(
     source: LoadSource, *, ages: Sequence[int] = AGES, on_step: Callable[[], None] = lambda: None
 ) -> list[PredictorError]:
-    """Judge every predictor at every age on a source; ages that it is too short for are left out.
+    """Evaluate every predictor at every age on a source; ages for which it is too short are omitted.
 
-    A forecast made after step s is judged at age a by the load of step s + a, with nothing learned in between.
+    A forecast made after step s is compared at age a with the load of step s + a; it uses no load after step s.
     """
     tested = {name: [_Tested(make, max(ages)) for _ in range(source.meta.num_layers)] for name, make in PREDICTORS.items()}
     sums = {(name, age): _Sum() for name in PREDICTORS for age in ages}

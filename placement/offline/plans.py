@@ -1,4 +1,4 @@
-"""Placement files: one JSON file per plan, written atomically and checked as a whole when read.
+"""Plan files: one JSON file per plan, written atomically and validated when read.
 
 Keys: `schema`, `model` (TraceMeta's sizes), `topology` (the rates of `Topology`), `slots`, `solver`, `objective`, `bound`, `gap`,
 `seconds`, `moves`, `trace_digest`, and `layers`: per layer `owners` (the owner of every expert) and `copies` (pairs of expert and
@@ -24,11 +24,11 @@ from ..traces.format import TraceMeta
 from ..values import Placement
 
 SCHEMA = "moesaic-plan/1"
-# A damaged file must not make the reader allocate: JSON takes about 30 times its size in memory.
+# Limits the memory for a damaged file: parsed JSON takes about 30 times its size.
 _MAX_FILE_BYTES = 1 << 24
-# Ranks that offline tools take: flows between ranks are dense tables.
+# Most ranks of offline tools: flows between ranks are dense tables.
 MAX_RANKS = 2048
-# No link or device is slower or faster; beyond them seconds would leave the range of floats.
+# Limits of plausible rates; beyond them seconds would leave the range of floats.
 _RATES = (1.0, 1e21)
 _MAX_LATENCY_S = 10.0
 _MAX_HALF_RATE_ROWS = 1 << 20
@@ -41,11 +41,11 @@ _MODEL_KEYS = ("num_layers", "num_experts", "top_k", "dim", "ffn_dim", "num_matr
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """A placement of every layer, with what it was made for and what it promised.
+    """A placement of every layer, with its model, machine and predicted cost.
 
-    meta: the model's sizes and ranks. objective_s, bound_s: predicted seconds of a step over all layers, and what no plan can go
-    below. seconds: time the solver took. moves: owners that differ from those it started from. trace_digest: of the trace
-    file it was solved on.
+    meta: the model's sizes and ranks. objective_s, bound_s: predicted seconds of a step over all layers, and a lower bound over
+    all plans. seconds: the solver's time. moves: owners that differ from the initial ones. trace_digest: of the trace file that
+    the plan was solved on.
     """
 
     meta: TraceMeta
@@ -91,7 +91,7 @@ class SavedPlan:
         return sum(placement.num_copies for placement in self.layers)
 
     def check_model(self, meta: TraceMeta, of_what: str) -> None:
-        """Raise ValueError unless the plan is for the layers, experts, top-k, sizes and ranks of `meta`; 0 sizes are unknown."""
+        """Raise ValueError unless the plan has the layers, experts, top-k, sizes and ranks of `meta`; a size of 0 is unknown."""
         for name in ("num_layers", "num_experts", "top_k", "dim", "ffn_dim", "num_ranks"):
             mine, theirs = getattr(self.meta, name), getattr(meta, name)
             if mine != theirs and (name not in ("dim", "ffn_dim") or (mine and theirs)):
@@ -116,12 +116,12 @@ class SavedPlan:
         return json.dumps(document, allow_nan=False) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file; it appears whole or not at all."""
+        """Write the file atomically."""
         replace_text(path, self.to_json())
 
 
 def read_plan(path: str | os.PathLike[str]) -> SavedPlan:
-    """Read a placement file; ValueError with one line unless it is one."""
+    """Read a plan file; ValueError with one line for an invalid one."""
     data = _read_json(path, "plan")
     try:
         return _plan_of(data)
@@ -130,7 +130,7 @@ def read_plan(path: str | os.PathLike[str]) -> SavedPlan:
 
 
 def read_topology(path: str | os.PathLike[str]) -> Topology:
-    """Read a topology file: a JSON object with the fields of `Topology`; ValueError with one line unless it is one."""
+    """Read a topology file: a JSON object with the fields of `Topology`; ValueError with one line for an invalid one."""
     data = _read_json(path, "topology")
     try:
         return _topology_of(data)

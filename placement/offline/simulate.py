@@ -1,12 +1,11 @@
-"""The policy simulator: solvers run over a trace the way training uses them, and judged by the load of each step.
+"""The policy simulator: solvers run over a trace as training uses them, evaluated on the load of each step.
 
 A run is one solver with one kind of information:
     predicted   places from a forecast of the past, as training does
-    exact       places from the very load it is judged by: what perfect foresight of one step is worth
-    future      places once, from the mean over the whole trace: what a plan solved offline with hindsight is worth
-The split always uses the exact load; solvers that were published with the even split are judged under both. The first step, for
-which nothing can be predicted, is judged in no run.
-Shape letters: L layers, R ranks, E experts.
+    exact       places from the load of the step itself: the value of a perfect forecast of one step
+    future      places once, from the mean over the whole trace: the value of a plan solved offline with hindsight
+The split always uses the exact load; solvers that were published with the even split are evaluated under both. The first step,
+for which there is no forecast, is not evaluated. Shape letters: L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from ..values import ExpertLoad, LayerShape, Placement, Problem
 from .plans import MAX_RANKS, SavedPlan
 
 INFORMATION = ("predicted", "exact", "future")
-# Published with tokens going evenly to the replicas nearest to them; EPLB leaves the dispatch to its engine, which does the same.
+# Published with tokens split evenly over their nearest replicas; EPLB leaves dispatch to its engine, which does the same.
 EVENLY_SPLIT = frozenset({"hecate", "laer", "flexmoe", "eplb", "eplb_hierarchical"})
 SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = MappingProxyType(
     {"exact": split_exact, "even": split_local_even}
@@ -42,16 +41,16 @@ SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = Mappi
 
 
 def takes_time_limit(solver: str) -> bool:
-    """Return whether a solver can be told when to stop; the others end by themselves."""
+    """Return whether a solver takes a time limit."""
     return "time_limit_s" in inspect.signature(get_solver(solver)).parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatorSetting:
-    """What holds for all runs of a comparison.
+    """The setting that all runs of a comparison share.
 
-    overlap_s: other work that hides the gather. rehome_every: steps between two plans of solvers that change owners, over which a
-    move is written off. scale: every recorded assignment stands for this many. time_limit_s: of one call of an exact solver.
+    overlap_s: seconds of other work that hide the gather. rehome_every: steps between two plans of solvers that change owners,
+    over which a move is amortised. scale: factor on every recorded load. time_limit_s: of one call of an exact solver.
     """
 
     topology: Topology
@@ -75,12 +74,12 @@ class SimulatorSetting:
         check_positive_int("scale", self.scale)
 
     def solver(self, name: str) -> Solver:
-        """The solver of that name, with the time limit if it takes one."""
+        """The named solver, with the time limit if it takes one."""
         solve: Callable[..., Solution] = get_solver(name)
         return partial(solve, time_limit_s=self.time_limit_s) if takes_time_limit(name) else solve
 
     def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int, forecast_error: float = 0.0) -> Problem:
-        """One layer's question at one step."""
+        """The problem of one layer at one step."""
         return Problem(
             load=load,
             expert_to_owner_E=owner_E,
@@ -101,14 +100,14 @@ class SimulatorSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one run did, under one split; its field names are those of the records that commands write.
+    """The result of one run under one split; its field names are those of the records that commands write.
 
-    Means are over the judged (step, layer) cells, per-step values are sums over layers.
+    Means are over the evaluated (step, layer) cells, per-step values are sums over layers.
 
-    knows: the run's information. max_over_mean, _p95, _max: rows of the busiest rank over the mean rank. bound: the mean of what
-    no placement can go below. copies: per layer, over all ranks. off_rank_share, cross_node_share: of the assignments. The bytes
-    and `step_s` are per step, by the model of cost.py. solve_s: per layer that was solved. gap: of the predicted seconds to their
-    lower bound. moves: changes of owners, in all.
+    knows: the run's information. max_over_mean, _p95, _max: rows of the busiest rank over the mean rank. bound: mean lower bound
+    of max_over_mean over all placements. copies: per layer, over all ranks. off_rank_share, cross_node_share: of the assignments.
+    Bytes and `step_s` are per step, by the model of cost.py. solve_s: solver seconds per layer solved. gap: of the predicted
+    seconds to their lower bound. moves: total changes of owners.
     """
 
     solver: str
@@ -145,14 +144,14 @@ class _Score:
     sums: dict[str, float] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, float], ratio: float) -> None:
-        """Take in one cell."""
+        """Add one cell."""
         self.ratios.append(ratio)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 class _Run:
-    """One solver with one kind of information: its owners so far, and how it did."""
+    """One solver with one kind of information: its present owners and its scores."""
 
     def __init__(
         self, name: str, information: str, slots: int, setting: SimulatorSetting, owners: OwnerMap, horizon: int
@@ -170,7 +169,7 @@ class _Run:
         self.scores = [_Score(split, owners.num_layers) for split in splits]
 
     def fix(self, placements: Sequence[Placement], seconds: float) -> None:
-        """Play these placements instead of solving; they took `seconds` in all."""
+        """Use these placements instead of solving; they took `seconds` in total."""
         self.is_fixed = True
         self._standing = list(placements)
         self._solve_s, self._num_solved = seconds, len(placements)
@@ -192,12 +191,12 @@ class _Run:
         return solution.placement
 
     def solve_all(self, loads: Sequence[ExpertLoad]) -> None:
-        """Place every layer once, from these loads, for all steps to come."""
+        """Place every layer once, from these loads, for all steps."""
         for layer, load in enumerate(loads):
             self._standing[layer] = self._place(layer, load, 0.0)
 
     def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float) -> None:
-        """Place one layer from what is known, expecting that error of it, and judge the placement by the actual load."""
+        """Place one layer from the known load, given its expected error, and evaluate the placement on the actual load."""
         placement = self._place(layer, known, forecast_error)
         problem = self._setting.problem(actual, self._owners[layer], self.slots, self.horizon)
         bound = lower_bound(problem, owners_may_move=self.name not in KEEPS_OWNERS)
@@ -205,7 +204,7 @@ class _Run:
         for score in self.scores:
             split = SPLITS[score.split](actual, placement, self._setting.topology)
             seconds = cost(problem, placement, split)
-            # A move is paid when it happens; only the solver writes it off over the horizon.
+            # A move is charged in full when it happens; only the solver amortises it over the horizon.
             total_s = seconds.total_s + seconds.move_s * (self.horizon - 1)
             values = _traffic(problem, placement, split, moves)
             values["step_s"] = total_s
@@ -216,7 +215,7 @@ class _Run:
         self._owners[layer] = placement.expert_to_owner_E
 
     def outcomes(self) -> list[Outcome]:
-        """What came of it, a value for each split."""
+        """The outcomes, one per split."""
         return [self._outcome(score) for score in self.scores]
 
     def _outcome(self, score: _Score) -> Outcome:
@@ -248,7 +247,7 @@ _BYTES = ("dispatch_bytes_in_node", "dispatch_bytes_cross_node", "copy_bytes_in_
 
 
 def _traffic(problem: Problem, placement: Placement, split: Split, moves: int) -> dict[str, float]:
-    """Count rows, copies and bytes by the link they cross: dispatch and combine, forward and backward; gathers and reduce."""
+    """Count rows, copies and bytes by link: dispatch and combine, forward and backward; gathers and reduce."""
     topology, shape = problem.topology, problem.shape
     off_rank, off_node = split.off_rank, split.off_node(topology)
     ranks, experts = np.nonzero(placement.copies_RE)
@@ -278,9 +277,9 @@ def _check_matches(source: LoadSource, setting: SimulatorSetting) -> None:
 
 
 def attention_s(source: LoadSource, setting: SimulatorSetting) -> float:
-    """Predict the seconds of work ahead of an MoE layer under which its gather hides: the four projections of attention, forward.
+    """Predict the seconds of work before an MoE layer that hide its gather: the four projections of attention, forward.
 
-    A floor: scores, norms and the dense rest come on top. Tokens per rank are those of the first step.
+    A lower estimate: attention scores, norms and other dense work are not included. Tokens per rank are those of the first step.
     """
     first_LRE = next(source.steps())
     tokens = setting.scale * int(first_LRE[0].sum()) / source.meta.top_k / source.meta.num_ranks
@@ -308,8 +307,8 @@ def compare(
 ) -> list[Outcome]:
     """Run solvers over a source, all runs side by side in one pass; with `future` a pass before it.
 
-    slots: budgets to try. num_steps: the first that many steps only. A source of one step has nothing to predict from: its runs
-    are `exact` and `future`. `on_step` is called after every step of the last pass.
+    slots: budgets to try. num_steps: the first that many steps only. A source of one step has no forecasts: its runs are `exact`
+    and `future`. `on_step` is called after every step of the last pass.
     """
     _check_matches(source, setting)
     steps = min(source.num_steps, num_steps or source.num_steps)
@@ -338,7 +337,7 @@ def replay(
     information: str,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Play a saved plan over a source: it stands through all steps. `information` says what it was solved from."""
+    """Evaluate a saved plan on a source, unchanged through all steps. `information`: the kind of load it was solved from."""
     _check_matches(source, setting)
     plan.check_model(source.meta, "the trace")
     run = _Run(plan.solver, information, plan.slots, setting, plan.owners, source.num_steps)
@@ -350,7 +349,7 @@ def replay(
 def _play(
     source: LoadSource, setting: SimulatorSetting, runs: Sequence[_Run], judged: range, on_step: Callable[[], None]
 ) -> None:
-    """Play the runs over the source up to the last judged step."""
+    """Advance all runs over the source, up to the last evaluated step."""
     predictors = [make_predictor(setting.predictor) for _ in range(source.meta.num_layers)]
     for step, loads_LRE in enumerate(islice(source.steps(), judged.stop)):
         for layer, (predictor, actual) in enumerate(zip(predictors, setting.loads(loads_LRE), strict=True)):

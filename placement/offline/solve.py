@@ -1,4 +1,4 @@
-"""Plans solved offline: one placement for a whole trace, from its mean load, layer by layer or over all layers together."""
+"""Plans solved offline: one placement for a whole trace, from its mean load, layer by layer or for all layers jointly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .simulate import SimulatorSetting, mean_loads
 
 @dataclass(frozen=True)
 class _Model:
-    """All layers of a trace: where their loads come from, and each one's question."""
+    """All layers of a trace: the source of their loads, and the problem of each."""
 
     source: LoadSource
     setting: SimulatorSetting
@@ -29,7 +29,7 @@ class _Model:
 
 
 def _solve_layers(model: _Model, solver: str, on_layer: Callable[[], None]) -> list[Solution]:
-    """Solve every layer by itself."""
+    """Solve every layer separately."""
     solve, solutions = model.setting.solver(solver), []
     for problem in model.problems:
         solutions.append(solve(problem))
@@ -46,7 +46,7 @@ def _solve_joint(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
 
 
 def _tune(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
-    """Follow tokens from layer to layer by MoETuner's second stage; a source that does not know them gets the first alone."""
+    """Run both stages of MoETuner, the second on tokens followed from layer to layer; the first alone if the source has none."""
     start = perf_counter()
     pairs_LEE = pair_counts_of(model.source)
     if pairs_LEE is None or len(model.problems) == 1:
@@ -61,7 +61,7 @@ def _tune(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
     return solutions
 
 
-# Solvers that see all layers at once. The others take them one by one.
+# Solvers of all layers jointly. The others solve layer by layer.
 _OVER_ALL_LAYERS: Mapping[str, Callable[[_Model, Callable[[], None]], list[Solution]]] = MappingProxyType(
     {"joint": _solve_joint, "moetuner": _tune}
 )

@@ -1,6 +1,6 @@
-"""What training asks for between steps: forecasts, copies added late, owners for the steps to come.
+"""Placement during training: forecasts, copies added once the load is known, migration proposals.
 
-calibrate.py  Calibration: copies added once the exact load is known, where they save more than they cost on the critical path.
-predict.py    Predictors: the next load of a layer from the loads it has seen.
-propose.py    Owners for the steps to come, proposed in a process of its own, which calls `main`.
+calibrate.py  Calibration: further copies once the exact load is known, if they save more than they cost on the critical path.
+predict.py    Predictors: a forecast of a layer's next load from its past loads.
+propose.py    Migration proposals: better owners for the coming steps, computed in a separate process that runs `main`.
 """

@@ -1,8 +1,8 @@
-"""Calibration: copies added once the exact load is known, where they save more than they cost on the critical path.
+"""Calibration: further copies once the exact load is known, if they save more than they cost on the critical path.
 
-The placement was made for a predicted load, and its copies are on their way. With the true load the solver is asked once more,
-and of what it wants, the copies that are not there yet are added within the slots that are left, all or none: if the predicted
-saving exceeds a gather of them that hides under nothing (Hecate, arXiv 2502.02581, which adds copies by its own algorithm).
+The placement was made for a predicted load, and its copies are in flight. The solver runs again with the exact load; of its
+copies, those not yet made are added within the remaining slots, all or none: if the predicted saving exceeds the time of
+gathering them without overlap (after Hecate, arXiv 2502.02581, which adds copies by its own algorithm).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SplitRule = Callable[[ExpertLoad, Placement, Topology], Split]
 
 
 def calibrate(problem: Problem, split: Split, solver: Solver, split_rule: SplitRule) -> Split | None:
-    """Split the problem's load over more copies than `split` has, if they pay for themselves; None if they do not.
+    """Split the problem's load over further copies, if they save more than they cost; None if they do not.
 
     Args:
-        problem: with the exact load, which `split` splits over the placement made for the predicted one.
-        solver: says where copies would help.
+        problem: the problem with the exact load, which `split` splits over the placement made for the predicted load.
+        solver: proposes the copies.
         split_rule: splits a load over a placement.
     """
     placement = split.placement
@@ -46,13 +46,13 @@ def calibrate(problem: Problem, split: Split, solver: Solver, split_rule: SplitR
 
 
 def added_copies(more: Placement, before: Placement) -> Placement:
-    """The owners, and of the copies those that `before` does not have."""
+    """The placement of the owners and of the copies that `before` lacks."""
     owners = Placement.owners_only(more.expert_to_owner_E, more.num_ranks)
     return Placement(more.expert_to_owner_E, owners.replicas_RE | (more.replicas_RE & ~before.replicas_RE))
 
 
 def _within_slots(problem: Problem, placement: Placement, added_RE: np.ndarray) -> np.ndarray:
-    """Of the copies that are wanted besides, as many as each rank has slots left, the busiest experts first."""
+    """Of the additional copies, as many per rank as it has slots left, the busiest experts first."""
     by_load_E = np.argsort(-problem.load.totals_E, kind="stable")
     free_R = problem.slots - placement.copies_RE.sum(axis=1)
     is_kept = added_RE[:, by_load_E].cumsum(axis=1) <= free_R[:, None]

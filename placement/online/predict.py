@@ -1,6 +1,6 @@
-"""Predictors: the next load of a layer from the loads it has seen.
+"""Predictors: a forecast of a layer's next load from its past loads.
 
-All of them are deterministic functions of integers that every rank has, so all ranks predict the same.
+All are deterministic functions of integers that are the same on every rank, so all ranks make the same forecast.
 """
 
 from collections import deque
@@ -12,27 +12,27 @@ import numpy as np
 
 from ..values import ExpertLoad
 
-# Loads that the window predictor averages (Hecate, arXiv 2502.02581, section 4.2; LAER-MoE uses as many).
+# Number of loads that the window predictor averages (as Hecate, arXiv 2502.02581, section 4.2, and LAER-MoE).
 WINDOW = 5
 EMA_DECAY = 0.9
-# Past predictions whose error decides which predictor 'best' uses.
+# Number of past forecasts by whose error 'best' chooses a predictor.
 ERROR_WINDOW = 10
-# Expected of a forecast before one was judged; from step to step 0.01 to 0.25 were recorded (FIELD, section 7.1).
+# Expected error before any forecast has been evaluated; recorded errors from step to step are 0.01 to 0.25.
 FIRST_ERROR = 0.1
 
 
 class Predictor(Protocol):
-    """Sees every load once, in order, and says what it expects next."""
+    """Observes every load once, in order, and forecasts the next."""
 
     def observe(self, load: ExpertLoad) -> None:
-        """Take in the load that was measured."""
+        """Observe a measured load."""
 
     def predict(self) -> ExpertLoad | None:
-        """The load expected next, or None before anything was observed."""
+        """The forecast of the next load; None before any load was observed."""
 
 
 class LastPredictor:
-    """The next load is the last one. The best by far in the first few hundred steps."""
+    """Forecasts the last load. By far the best in the first few hundred steps."""
 
     def __init__(self) -> None:
         self._load: ExpertLoad | None = None
@@ -47,7 +47,7 @@ class LastPredictor:
 
 
 class WindowPredictor:
-    """The mean of the last `WINDOW` loads, rounded down."""
+    """Forecasts the mean of the last `WINDOW` loads, rounded down."""
 
     def __init__(self) -> None:
         self._loads: deque[np.ndarray] = deque(maxlen=WINDOW)
@@ -62,7 +62,7 @@ class WindowPredictor:
 
 
 class EmaPredictor:
-    """An exponential moving average, decay `EMA_DECAY`, started at the first load."""
+    """Forecasts an exponential moving average with decay `EMA_DECAY`, initialised with the first load."""
 
     def __init__(self) -> None:
         self._average_RE: np.ndarray | None = None
@@ -80,9 +80,9 @@ class EmaPredictor:
 
 
 class BestPredictor:
-    """Whichever of some predictors had the smallest error over the last `ERROR_WINDOW` loads; ties go to the first.
+    """Uses the predictor with the smallest error over the last `ERROR_WINDOW` loads; ties go to the first.
 
-    The error of one prediction is the total variation distance between expert shares, from 0 to 1.
+    The error of a forecast is the total variation distance between expert shares, from 0 to 1.
     """
 
     def __init__(self, *predictors: Predictor) -> None:
@@ -90,7 +90,7 @@ class BestPredictor:
         self._errors: tuple[deque[float], ...] = tuple(deque(maxlen=ERROR_WINDOW) for _ in self._predictors)
 
     def observe(self, load: ExpertLoad) -> None:
-        """Judge the predictions that were made for this load, then take it in."""
+        """Evaluate the forecasts of this load, then observe it."""
         for predictor, errors in zip(self._predictors, self._errors, strict=True):
             predicted = predictor.predict()
             if predicted is not None:
@@ -98,11 +98,11 @@ class BestPredictor:
             predictor.observe(load)
 
     def predict(self) -> ExpertLoad | None:
-        """The prediction of the predictor that did best lately."""
+        """The forecast of the predictor with the smallest recent error."""
         return self._predictors[self._best()].predict()
 
     def expected_error(self) -> float:
-        """The mean error of that predictor lately; `FIRST_ERROR` before one prediction was judged."""
+        """The recent mean error of that predictor; `FIRST_ERROR` before any forecast was evaluated."""
         errors = self._errors[self._best()]
         return sum(errors) / len(errors) if errors else FIRST_ERROR
 
@@ -128,5 +128,5 @@ PREDICTORS: Mapping[str, Callable[[], BestPredictor]] = MappingProxyType(
 
 
 def make_predictor(name: Literal["best", "last", "window", "ema"]) -> BestPredictor:
-    """A fresh predictor by its configuration name."""
+    """A new predictor by its configuration name."""
     return PREDICTORS[name]()

@@ -1,7 +1,7 @@
-"""Owners for the steps to come, proposed in a process of its own, which calls `main`.
+"""Migration proposals: better owners for the coming steps, computed in a separate process that runs `main`.
 
-It reads pickled `Question`s from standard input and writes a pickled `OwnerMap` to standard output for each; both ends are this
-package's. The one who asks goes on training meanwhile.
+The process reads pickled `Question`s from standard input and writes a pickled `OwnerMap` for each to standard output; both ends
+of the pipes belong to this package. The parent process trains meanwhile.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ..solvers.registry import get_solver
 from ..topology import Topology
 from ..values import ExpertLoad, LayerShape, Problem
 
-# Exchanges that are tried on each candidate.
+# Exchanges tried on each starting point.
 _TRIALS = 1000
 
 
 @dataclass(frozen=True)
 class Question:
-    """The layers of one bank as they are: owners, observed load, slots, machine."""
+    """The present state of one bank's layers: owners, observed load, slots, machine."""
 
     problems: tuple[Problem, ...]
     policy: str
-    """The solver that places copies in training; owner maps are judged with its copies."""
+    """The solver that places copies in training; owner maps are priced with its copies."""
     effort: float
     least_saved_s: float = 0.0
-    """Seconds of a step that two experts which change places must save, to be worth it."""
+    """Seconds of a step that an exchange of two experts must save."""
 
 
 def propose(question: Question) -> OwnerMap:
-    """Answer a question. Deterministic. The ranks keep their numbers of experts.
+    """Answer a question. Deterministic. Every rank keeps its number of experts.
 
-    `joint` searches far, by owned loads alone. From there, and from the owners of now, pairs of experts change places as long as
-    that saves enough under the policy's copies. The cheaper outcome is proposed, what it takes to get there included.
+    `joint` searches globally, by owned loads alone. From its result, and from the present owners, pairs of experts are exchanged
+    while that saves enough under the policy's copies. The cheaper outcome is proposed, the cost of its moves included.
     """
     problems = question.problems
     current = OwnerMap(np.stack([problem.expert_to_owner_E for problem in problems]), problems[0].num_ranks)
@@ -56,7 +56,7 @@ def propose(question: Question) -> OwnerMap:
 
 
 def _exchange(question: Question, start: OwnerMap) -> tuple[OwnerMap, float]:
-    """Owners after every tried exchange that saved enough, in the same layer or across two, and the seconds of their step."""
+    """Owners after all exchanges that saved enough, within one layer or across two, and the seconds of their step."""
     problems, rng = question.problems, np.random.default_rng(0)
     owner_LE = start.expert_to_owner_LE.copy()
     num_layers, num_experts = owner_LE.shape
@@ -78,7 +78,7 @@ def _exchange(question: Question, start: OwnerMap) -> tuple[OwnerMap, float]:
 
 
 def saved_s(problems: Sequence[Problem], owners: OwnerMap, policy: str) -> float:
-    """Predicted seconds that a step is faster under other owners, all layers; the solver `policy` places the copies of both."""
+    """Predicted seconds that other owners save per step, over all layers; the solver `policy` places the copies under both."""
     return sum(
         _layer_s(problem, problem.expert_to_owner_E, policy) - _layer_s(problem, owner_E, policy)
         for problem, owner_E in zip(problems, owners.expert_to_owner_LE, strict=True)
@@ -91,11 +91,11 @@ def _layer_s(problem: Problem, owner_E: np.ndarray, policy: str) -> float:
 
 
 def main() -> None:
-    """Answer questions until there are no more, at a low priority, so that training keeps the cores.
+    """Answer questions until standard input ends, at a low priority, so that training keeps the cores.
 
-    Compiled routines are loaded first, while training starts, which takes longer than most answers.
+    Compiled routines are loaded first, while training starts, because loading takes longer than most answers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks, whose end closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process, whose exit closes the pipe
     propose(_smallest_question())
     os.nice(10)
     while True:

@@ -1,13 +1,13 @@
-"""Simulated annealing over copies and owners, priced by cost.py's model under the exact split: the exact planner's incumbents.
+"""Simulated annealing over copies and owners, priced under the exact split: the exact planner's incumbents.
 
 Proposals: empty a slot of a rank, fill it with any expert or with another one of the same owner, exchange two ranks' slots, or
-exchange the owners of two experts. A number of proposals, not a time, ends the search, and its random numbers start from a
-constant, so a run repeats exactly. The method is the textbook
-one (Kirkpatrick et al. 1983) with a geometric schedule; equal answers are always accepted, because a maximum has wide plateaus.
-Shape letters: R ranks, E experts, S slots. Import this module lazily: it imports numba, and a first call compiles.
+exchange the owners of two experts. The search ends after a number of proposals, not a time, and its random seed is constant, so a
+run repeats exactly. The method is the textbook one (Kirkpatrick et al. 1983) with a geometric schedule; equal costs are always
+accepted, because a maximum has wide plateaus. Shape letters: R ranks, E experts, S slots. Import this module lazily: it imports
+numba, and a first call compiles.
 """
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .random_numba import draw
 from .score_numba import Layer, score, static_traffic
 
 _price = njit(cache=True)(seconds_of)
-# Temperatures at both ends, as shares of the starting cost.
+# First and last temperature, as fractions of the initial cost.
 _HOT, _COLD = 3e-3, 2e-5
 _EMPTY = -1
 
 
 class _Setting(NamedTuple):
-    """What stays the same during a search. `current_E` owns the experts now, `ranks_per_node` and `half_rate_rows` as ever."""
+    """Constants of a search. `current_E`: the present owners; `ranks_per_node` and `half_rate_rows` as in `Topology`."""
 
     load_ER: np.ndarray
     totals_E: np.ndarray
@@ -40,7 +40,7 @@ class _Setting(NamedTuple):
 
 @njit(cache=True)
 def _busiest_moves(setting, owner_E, num_ranks):
-    """Return the owner moves of the busiest device and of the busiest node link."""
+    """Return the number of owner moves of the busiest device and of the busiest node link."""
     per_node = setting.ranks_per_node
     moves_2R = np.zeros((2, num_ranks), np.int64)
     moves_2N = np.zeros((2, num_ranks // per_node), np.int64)
@@ -58,7 +58,7 @@ def _busiest_moves(setting, owner_E, num_ranks):
 
 @njit(cache=True)
 def _cost(setting, owner_E, copy_RS):
-    """Price one state in seconds."""
+    """Return the cost of one state in seconds."""
     num_ranks = copy_RS.shape[0]
     owned_R = np.zeros(num_ranks, np.int64)
     for expert in range(owner_E.size):
@@ -93,7 +93,7 @@ def _cost(setting, owner_E, copy_RS):
 
 @njit(cache=True)
 def _exchange_owners(first, second, owner_E, copy_RS):
-    """Exchange two owners; a copy that would lie beside its own expert goes to the rank that gave the expert away."""
+    """Exchange two owners; a copy on the new owner's rank is removed."""
     a, b = owner_E[first], owner_E[second]
     owner_E[first], owner_E[second] = b, a
     for slot in range(copy_RS.shape[1]):
@@ -105,13 +105,13 @@ def _exchange_owners(first, second, owner_E, copy_RS):
 
 @njit(cache=True)
 def _fits(owner_E, copy_RS, rank, expert):
-    """Return whether a rank may hold a copy of an expert (or nothing) beside what it holds."""
+    """Return whether a rank may hold a further copy of an expert (or of none)."""
     return expert == _EMPTY or (owner_E[expert] != rank and not (copy_RS[rank] == expert).any())
 
 
 @njit(cache=True)
 def _propose(state_1, move_owners, owner_E, copy_RS):
-    """Change the state in place by one random step; return whether it is another, allowed state."""
+    """Change the state in place by one random step; return whether the result is a different, valid state."""
     num_ranks, slots = copy_RS.shape
     if move_owners and (slots == 0 or draw(state_1, 2)):
         first, second = draw(state_1, owner_E.size), draw(state_1, owner_E.size)
@@ -174,7 +174,7 @@ def _anneal(setting, move_owners, proposals, owner_E, copy_RS, hot, cold, run):
 
 
 def improve(problem: Problem, placement: Placement, *, move_owners: bool, proposals: int, run: int = 0) -> Placement:
-    """Return the best placement of a search from `placement`, itself if nothing cheaper was met; another `run` draws otherwise.
+    """Return the best placement found by a search from `placement`, or `placement` itself; `run` selects the random seed.
 
     Slots are respected, and every rank owns as many experts as in `placement`.
     """

@@ -1,13 +1,13 @@
-"""Simulated annealing over owners, of one layer or of many together, without copies. Import this module lazily: it needs numba.
+"""Simulated annealing over owners, of one layer or of many jointly, without copies. Import this module lazily: it imports numba.
 
-A layer's seconds are cost.py's for a placement without copies. Layers are coupled twice: tokens that follow expert i of a layer
-by expert j of the next stay on their rank or node where both live there, and an expert may change its rank in one layer if one
-of another layer takes the opposite way, so that every rank keeps its rows over all layers. The state of a layer is a few sums
-per rank, which an exchange changes in two places; half of the proposals start at the layer's busiest rank, because others
-rarely move a maximum. Shape letters: L layers, R ranks, N nodes, E experts.
+A layer's seconds are those of the cost model without copies. Layers are coupled twice: a token routed to expert i of a layer and
+expert j of the next stays on its rank or node if both experts are there; and an expert may change its rank in one layer if an
+expert of another layer moves in the opposite direction, so that every rank keeps its number of bank rows. The state of a layer is
+a few sums per rank, of which an exchange changes those of two ranks; half of the proposals start at the layer's busiest rank,
+because others rarely change a maximum. Shape letters: L layers, R ranks, N nodes, E experts.
 """
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _price = njit(cache=True)(seconds_of)
 
 
 class Layers(NamedTuple):
-    """What stays the same in a search. Loads are int64 [L, E, R], `current_LE` owns now; hops cost seconds a row.
+    """Constants of a search. Loads are int64 [L, E, R]; `current_LE`: the present owners; hops are priced in seconds per row.
 
     `back_LEE` is `pairs_LEE` with every pair of layers transposed.
     """
@@ -41,7 +41,7 @@ class Layers(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Per layer and rank, or node: rows with small-group work, rows, rows that stay, rows that start; moves out and in."""
+    """Per layer and rank, or node: rows including small-group work, rows computed, local rows, source rows; moves out and in."""
 
     work_LR: np.ndarray
     rows_LR: np.ndarray
@@ -58,7 +58,7 @@ class _Sums(NamedTuple):
 
 @njit(cache=True)
 def _count(layers, sums, layer, expert, rank, sign):
-    """Add (sign 1) or take away (-1) one expert at one rank."""
+    """Add (sign 1) or remove (-1) one expert at one rank."""
     per_node = layers.ranks_per_node
     node, total = rank // per_node, layers.totals_LE[layer, expert]
     load_R = layers.load_LER[layer, expert]
@@ -81,7 +81,7 @@ def _count(layers, sums, layer, expert, rank, sign):
 
 @njit(cache=True)
 def _link(layers, near_LRE, layer, expert, rank, sign):
-    """Tell the neighbours of one expert that it came to (1) or left (-1) a rank."""
+    """Update the neighbouring layers' sums for an expert that joins (1) or leaves (-1) a rank."""
     num_layers, num_experts = layers.totals_LE.shape
     if layers.pairs_LEE.shape[0] == 0:
         return
@@ -94,7 +94,7 @@ def _link(layers, near_LRE, layer, expert, rank, sign):
 
 @njit(cache=True)
 def _sums(layers, owner_LE):
-    """Count everything from nothing."""
+    """Compute all sums from scratch."""
     num_layers, num_experts, num_ranks = layers.load_LER.shape
     num_nodes = num_ranks // layers.ranks_per_node
     start_LR = np.zeros((num_layers, num_ranks), np.int64)
@@ -126,7 +126,7 @@ def _sums(layers, owner_LE):
 
 @njit(cache=True)
 def _layer_seconds(layers, sums, layer):
-    """Price one layer."""
+    """Return the seconds of one layer."""
     work, device, node, moves, node_moves = 0, 0, 0, 0, 0
     for r in range(sums.work_LR.shape[1]):
         work = max(work, sums.work_LR[layer, r])
@@ -142,7 +142,7 @@ def _layer_seconds(layers, sums, layer):
 
 @njit(cache=True)
 def _busiest(layers, sums, layer, by_work):
-    """Return the rank that computes, or exchanges, most rows of a layer."""
+    """Return the rank with most rows of a layer, computed or exchanged."""
     best, most = 0, -1
     for r in range(sums.work_LR.shape[1]):
         rows = sums.work_LR[layer, r]
@@ -170,7 +170,7 @@ def _hop_seconds(layers, near_LRE, layer, expert, src, dst):
 
 @njit(cache=True)
 def _pair_seconds(layers, first_layer, first, second_layer, second, src, dst):
-    """Correct two hop changes that are counted one by one: the first leaves src for dst, the second dst for src."""
+    """Correct the sum of two hop changes, of experts of neighbouring layers that exchange ranks src and dst."""
     if layers.pairs_LEE.shape[0] == 0 or abs(first_layer - second_layer) != 1:
         return 0.0
     if first_layer < second_layer:
@@ -183,7 +183,7 @@ def _pair_seconds(layers, first_layer, first, second_layer, second, src, dst):
 
 @njit(cache=True)
 def _draw_expert(state_1, layers, sums, owner_LE, layer):
-    """Draw an expert of a layer; every other time one of the busiest rank, if it has any."""
+    """Draw an expert of a layer; every second time one of the busiest rank, if it owns any."""
     num_experts = owner_LE.shape[1]
     expert = draw(state_1, num_experts)
     kind = draw(state_1, 4)
@@ -206,11 +206,11 @@ def _place(layers, sums, owner_LE, layer, expert, rank):
 
 @njit(cache=True)
 def anneal(layers, owner_LE, proposals, is_uneven, hot, cold, run=0):
-    """Lower the summed seconds of all layers and hops by exchanges of owners; owner_LE changes in place.
+    """Reduce the total seconds of all layers and hops by exchanging owners; owner_LE changes in place.
 
-    `is_uneven` lets ranks own different numbers of one layer's experts. Temperatures go from `hot` to `cold`, shares of the mean
-    layer's seconds; the last tenth of the proposals accepts no rise. Another `run` draws otherwise. Returns the change in
-    seconds, never above 0.
+    `is_uneven` lets ranks own different numbers of one layer's experts. Temperatures fall from `hot` to `cold`, as fractions of
+    the mean layer's seconds; the last tenth of the proposals accepts no increase. `run` selects the random seed. Returns the
+    change in seconds, never above 0.
     """
     num_layers, num_experts = owner_LE.shape
     state_1 = np.array([88172645463325252 + 7919 * run], np.uint64)
@@ -249,7 +249,7 @@ def anneal(layers, owner_LE, proposals, is_uneven, hot, cold, run=0):
             _link(layers, sums.near_LRE, layer, first, b, 1)
             _link(layers, sums.near_LRE, other, second, b, -1)
             _link(layers, sums.near_LRE, other, second, a, 1)
-            # A copy of all owners is dear: only notable steps are worth one, and the end is looked at anyway.
+            # Copying all owners is expensive: only notable improvements are saved; the final state is compared anyway.
             if change < best - notable:
                 best = change
                 best_LE[:] = owner_LE

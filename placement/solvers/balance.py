@@ -1,15 +1,15 @@
-"""The balance planner: fewest rows on the busiest rank first, then few copies, whatever they cost; and the forecast may be wrong.
+"""The balance planner: fewest rows on the busiest rank, then few copies at any cost, robust to forecast errors.
 
-Copies are bought for many loads at once: the forecast, and loads as far from it as forecasts have been lately, and further (a
-sample average, as in stochastic programming). All are kept levelled over the same copies. Where rows of a load are stuck, the
-ranks that hold all copies of what they compute are too busy together (Hall's condition), and a copy that leads out of them
-relieves them; bought is always the one that relieves most over all loads. So a copy is never made without a load that needs it,
-copies link ranks into chains along which rows can move (Jordan and Graves, 1995: a little flexibility, well placed, does almost
-all that full flexibility does), and an exact forecast buys the forecast's copies only.
+Copies are chosen for many loads at once: the forecast, and sampled loads at and beyond the distance of recent forecast errors (a
+sample average, as in stochastic programming). Every load is kept optimally split over the same copies. Where a load cannot be
+split evenly, a set of ranks that hold all copies of what they compute is overloaded (Hall's condition), and a copy on a rank
+outside the set relieves it; each step adds the copy that relieves most, summed over the loads. So every copy is needed by some
+load, copies link ranks into chains along which rows can move (Jordan and Graves, 1995: a little flexibility, well placed, does
+almost as much as full flexibility), and with an exact forecast only the forecast's copies are made.
 
-Its objective is lexicographic, rows then copies; `quota`'s is the weighted one of seconds, with copies that do not pay left out.
-It is the policy where gathers hide under other work or straggling costs more than bytes: many small experts. `quota` is the
-policy where experts are few and large: their copies can cost more than the balance they bring.
+The objective is lexicographic, rows before copies; `quota` minimises seconds and omits copies that cost more than they save. Use
+`balance` where gathers are hidden under other work or imbalance costs more than bytes: many small experts. Use `quota` for few
+large experts, whose copies can cost more than the balance they bring.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 from ..cost import Solution, evaluate
 from ..values import Placement, Problem
 
-# Loads beside the forecast; fewer for many ranks, because levelling one takes longer.
+# Number of sampled loads beside the forecast; fewer for many ranks, because splitting a load takes longer.
 _MOST_LOADS, _LEAST_LOADS, _LOADS_TIMES_RANKS = 256, 16, 8192
-# How far they lie from it, in multiples of its error: an average error is exceeded every other time.
+# Their distance from the forecast, in multiples of its mean error, which half of all errors exceed.
 _ERRORS = 2.5
-# A rank is balanced when it is above the mean by one part in so many: of the forecast, and of the other loads. The last copies
-# would buy less than anybody can measure.
+# A rank counts as balanced up to mean + mean / parts rows: for the forecast, and for the sampled loads. Further copies would have
+# no measurable effect.
 _FORECAST_PARTS, _OTHER_PARTS = 100, 64
-# Of the slots, where the forecast may be wrong: the rest stays free, and copies stay fewer than with full slots.
+# Share of all slots used where the forecast may be wrong; the rest stays free, which limits the number of copies.
 _UNCERTAIN_SHARE = 15 / 16
 
 

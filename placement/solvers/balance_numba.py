@@ -1,11 +1,11 @@
 """Compiled routines of the balance planner. Import this module lazily: it imports numba, and a first call compiles.
 
-All loads are kept levelled over the copies bought so far, as split_numba.level does it, and the next copy is the one that
-relieves most of what stays above the mean, summed over the loads. Shape letters: R ranks, E experts, S loads, C copies. Floats
-only in single operations, which IEEE 754 rounds the same everywhere, so every machine computes the same.
+Every load is kept optimally split over the copies chosen so far, by the algorithm of split_numba.level; the next copy is the one
+that removes most of the rows above the mean, summed over the loads. Shape letters: R ranks, E experts, S loads, C copies. Floats
+are used only in single operations, which IEEE 754 rounds identically everywhere, so every machine computes the same.
 """
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .random_numba import draw
 
 
 class Holders(NamedTuple):
-    """Who holds what, both ways: holder_ER[e, :holders_E[e]] are ranks, held_RE[r, :held_R[r]] experts with several holders."""
+    """Holders both ways: holder_ER[e, :holders_E[e]] are ranks, held_RE[r, :held_R[r]] experts with several holders."""
 
     holder_ER: np.ndarray
     holders_E: np.ndarray
@@ -29,7 +29,7 @@ class Holders(NamedTuple):
 
 @njit(cache=True)
 def _add_copy(holders, expert, rank):
-    """Let a rank hold an expert too."""
+    """Add a rank to an expert's holders."""
     count = holders.holders_E[expert]
     if count == 1:
         owner = holders.holder_ER[expert, 0]
@@ -46,7 +46,7 @@ def _add_copy(holders, expert, rank):
 def _reach(holders, source, limit, rows_ER, rows_R, queue, via, seen_E):
     """Search breadth-first from `source` for a rank below `limit`; return it or -1, and the number of ranks reached.
 
-    via[0, v] is the rank before v and via[1, v] the expert whose rows can go on to v; via[0] is -1 where v was not reached.
+    via[0, v] is the rank before v and via[1, v] the expert whose rows can move on to v; via[0, v] is -1 if v was not reached.
     """
     via[0, :] = -1
     seen_E[:] = False
@@ -75,7 +75,7 @@ def _reach(holders, source, limit, rows_ER, rows_R, queue, via, seen_E):
 
 @njit(cache=True)
 def _push(source, target, limit, rows_ER, rows_R, via):
-    """Move as many rows as fit along the path in `via`."""
+    """Move as many rows as possible along the path in `via`."""
     amount = min(rows_R[source] - limit, limit - rows_R[target])
     v = target
     while v != source:
@@ -92,10 +92,10 @@ def _push(source, target, limit, rows_ER, rows_R, via):
 
 
 class Played(NamedTuple):
-    """The loads, and how the copies so far carry them: rows_SER, rows_SR are rows by rank, limit_S those of the busiest one.
+    """Loads and their splits over the copies so far: rows_SER, rows_SR are rows by rank, limit_S those of the busiest.
 
     Where limit_S is above mean_S, stuck_SR is a set of ranks that compute limit_S rows each and hold all copies of what they
-    compute; of the other ranks, those in open_SR are below the mean, or rows can flow on from them to one that is.
+    compute; of the other ranks, those in open_SR are below the mean, or their rows can move on to a rank that is.
     """
 
     totals_SE: np.ndarray
@@ -110,7 +110,7 @@ class Played(NamedTuple):
 
 @njit(cache=True)
 def _find_open(holders, limit, rows_ER, rows_R, open_R):
-    """Mark the ranks below `limit`, and those from which rows can flow on to them."""
+    """Mark the ranks below `limit`, and those whose rows can move on to them."""
     open_R[:] = rows_R < limit
     changed = True
     while changed:
@@ -125,7 +125,7 @@ def _find_open(holders, limit, rows_ER, rows_R, open_R):
 
 @njit(cache=True)
 def _level(holders, played, s):
-    """Bring the busiest rank of load s to the fewest rows, from the rows as they are; the argument is split_numba.level's."""
+    """Minimise the rows of load s on the busiest rank, from the present split; split_numba.level has the proof."""
     rows_ER, rows_R, stuck_R = played.rows_SER[s], played.rows_SR[s], played.stuck_SR[s]
     queue = np.empty(rows_R.size, np.int64)
     via = np.empty((2, rows_R.size), np.int64)
@@ -159,10 +159,10 @@ def _is_bound(holders, stuck_R, expert):
 
 @njit(cache=True)
 def _count_relief(holders, played, s, sign, min_rows, relief_ER):
-    """Add to relief_ER, `sign` times, how many rows every copy would take from each stuck rank of load s.
+    """Add to relief_ER, `sign` times, the number of rows that every copy would take from each stuck rank of load s.
 
-    At most the expert's rows and the excess go to the host. What fits below its own mean counts once more: the rest flows on,
-    perhaps.
+    The host takes at most the expert's rows and the excess. Rows that fit below the host's own mean count twice, because the
+    others may not find a rank to move on to.
     """
     stuck_R, rows_R = played.stuck_SR[s], played.rows_SR[s]
     if played.limit_S[s] <= played.target_S[s]:
@@ -182,7 +182,7 @@ def _count_relief(holders, played, s, sign, min_rows, relief_ER):
 
 @njit(cache=True)
 def _pick(holders, relief_ER, per_node):
-    """Return the copy (expert, rank) of most relief where a slot is free, among equals one near its owner; -1 for none."""
+    """Return the copy (expert, rank) of most relief on a rank with a free slot, preferring the owner's node; -1 for none."""
     best_expert, best_rank, best, best_near = -1, -1, 0, False
     for expert in range(relief_ER.shape[0]):
         for rank in range(relief_ER.shape[1]):
@@ -226,9 +226,10 @@ def _start(totals_SE, target_S, owner_E, num_ranks, slots):
 
 @njit(cache=True)
 def buy_copies(totals_SE, target_S, most, owner_E, num_ranks, slots, min_rows, ranks_per_node):
-    """Buy copies until every load can be brought to target_S rows a rank; int64 [2, C] as (expert, rank).
+    """Add copies until every load can be split to at most target_S rows per rank; int64 [2, C] as (expert, rank).
 
-    target_S is at least the mean. `most` copies in all, `slots` for a rank; none for the sake of fewer than min_rows rows.
+    target_S is at least the mean. At most `most` copies in total and `slots` per rank; no copy for an expert of fewer than
+    min_rows rows.
     """
     num_loads, num_experts = totals_SE.shape
     holders, played = _start(totals_SE, target_S, owner_E, num_ranks, slots)
@@ -243,7 +244,7 @@ def buy_copies(totals_SE, target_S, most, owner_E, num_ranks, slots, min_rows, r
         expert, rank = _pick(holders, relief_ER, ranks_per_node)
         if expert < 0:
             break
-        # Where rows of the expert are not stuck, or the host is stuck with them, nothing changes.
+        # A load whose rows of the expert are not stuck, or whose stuck ranks include the host, does not change.
         is_relieved_S = np.zeros(num_loads, np.bool_)
         for s in range(num_loads):
             is_stuck = played.limit_S[s] > played.target_S[s] and not played.stuck_SR[s, rank]
@@ -262,14 +263,14 @@ def buy_copies(totals_SE, target_S, most, owner_E, num_ranks, slots, min_rows, r
 
 @njit(cache=True)
 def _toward(totals_E, other_E, error):
-    """Return the load as far towards another one as `error` / 1024 of the total says, int64 [E]."""
+    """Return the load moved towards another load by `error` / 1024 of the total, int64 [E]."""
     total = totals_E.sum()
     scale = total / max(other_E.sum(), 1)
     differ = 0
     for e in range(totals_E.size):
         other_E[e] = np.int64(other_E[e] * scale)
         differ += abs(totals_E[e] - other_E[e])
-    # Total variation is half of the sum of differences. Products of whole loads would not fit int64.
+    # Total variation is half of the sum of differences. Products of full loads would overflow int64.
     part = min(1024, int(2 * error * (total / max(differ, 1))))
     more_E = other_E - totals_E
     return totals_E + more_E // 1024 * part + more_E % 1024 * part // 1024
@@ -277,11 +278,11 @@ def _toward(totals_E, other_E, error):
 
 @njit(cache=True)
 def loads_around(totals_E, errors_S):
-    """Return loads that differ from the given one by errors_S / 1024 in total variation, as far as they can: int64 [S, E].
+    """Return loads at total variation errors_S / 1024 from the given one, or as near to that as possible: int64 [S, E].
 
-    The first is meant to be the forecast. The others lie on the way from it to other loads, by turns of three kinds: every
-    expert's rows times a random weight (experts surge and fade); the weights alone (another text); the rows with the experts in
-    another order. Weights are what E draws of an exponential law are expected to be when sorted (Renyi 1953), in random order.
+    The first error is usually 0, for the forecast itself. The other loads lie between it and loads of three alternating kinds:
+    every expert's rows times a random weight (experts gain and lose); the weights alone (a different text); the rows with experts
+    permuted. The weights are the expected order statistics of E exponential draws (Renyi 1953), in random order.
     """
     num_experts = totals_E.size
     totals_SE = np.empty((errors_S.size, num_experts), np.int64)

@@ -1,11 +1,10 @@
-"""A lower bound on a layer's seconds that counts the links: proven by counting, without an engine.
+"""A lower bound on a layer's seconds that includes the links: proven by counting, without an integer program.
 
-Say every device sends and receives at most C copies. Then a rank keeps at most its own tokens of what it owns and of its C best
-copies, so the rows that must travel are known from below, and with them the busiest device link, which carries at least the
-mean; some rank computes a part in 1 + C of the largest expert; and C copies cost C items on a link. The same holds for the links
-of nodes and the most experts c that copies bring to a node, at most C for each of its ranks. The least of these bounds over all
-C and c bounds every placement.
-Shape letters: R ranks, N nodes, E experts, M units (ranks or nodes).
+Suppose every device sends and receives at most C copies. Then a rank keeps at most its own tokens of the experts it owns and of
+its C best copies, which bounds the rows that must be sent from below, and so the busiest device link, which carries at least the
+mean; some rank computes at least 1 / (1 + C) of the largest expert; and C copies cost C items on a link. The same holds for node
+links and the largest number c of experts that copies bring to a node, at most C for each of its ranks. The smallest of these
+bounds over all C and c bounds every placement. Shape letters: R ranks, N nodes, E experts, M units (ranks or nodes).
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ _PRICE_STEPS = 60
 
 
 def _most_kept_by_owners(load_ME: np.ndarray, owned_M: np.ndarray) -> int:
-    """Bound sum_e load[owner(e), e] over all owners with owned_M[m] experts each: Lagrange prices on a place, by subgradient.
+    """Bound sum_e load[owner(e), e] over all owners with owned_M[m] experts each, by Lagrange multipliers (subgradient steps).
 
-    Any prices bound it: sum_e max_m(load - price_m) + sum_m owned_m * price_m. At most the sum of the columns' maxima.
+    Any multipliers give a bound: sum_e max_m(load - price_m) + sum_m owned_m * price_m. It is at most the sum of the column
+    maxima.
     """
     price_M = np.zeros(owned_M.size)
     best = float(load_ME.max(axis=0).sum())
@@ -54,7 +54,7 @@ def _most_kept(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_may
 
 
 def _least_rows(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_may_move: bool, keep_counts: bool) -> np.ndarray:
-    """Return the rows that the busiest unit must send or receive at least, with 0 ... `copies` copies a unit [copies + 1]."""
+    """Return the fewest rows that the busiest unit must send or receive, with 0 ... `copies` copies per unit [copies + 1]."""
     start_M = load_ME.sum(axis=1)
     total, num_units = int(start_M.sum()), start_M.size
     kept_C, busiest_C = np.full(copies + 1, total), np.zeros(copies + 1, dtype=np.int64)
@@ -66,7 +66,7 @@ def _least_rows(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_ma
         owned_M = np.bincount(owner_E, minlength=num_units)
         of_owners = _most_kept_by_owners(load_ME, owned_M) if keep_counts else int(load_ME.max(axis=0).sum())
         kept_C = np.minimum(kept_C, of_owners + _best_sums(load_ME, copies).sum(axis=0))
-        # A unit needs no copy of what it owns: beside one load of every expert, at most its largest, copies keep others.
+        # A unit needs no copy of its own experts: beside one load per expert, at most the largest, copies keep other loads.
         others_ME = load_ME.copy()
         others_ME[load_ME.argmax(axis=0), np.arange(load_ME.shape[1])] = 0
         most_others_C = _best_sums(others_ME.reshape(1, -1), copies * num_units)[0, ::num_units]
@@ -76,7 +76,7 @@ def _least_rows(load_ME: np.ndarray, owner_E: np.ndarray, copies: int, owners_ma
 
 @dataclass(frozen=True)
 class _Least:
-    """What every placement has to do at least: work, and rows on a device and on a node link by the copies that one receives."""
+    """Minimum work of every placement, and minimum rows on device and node links by the number of copies received there."""
 
     problem: Problem
     base: Bound
@@ -95,7 +95,7 @@ class _Least:
         return cls(problem, lower_bound(problem, owners_may_move=owners_may_move), device_rows_C, node_rows_C)
 
     def tallies(self, low: int, high: int | None) -> list[Tally]:
-        """Count for a range of copies, see `least_tallies`."""
+        """The minimum tallies for a range of copies, see `least_tallies`."""
         problem, topology = self.problem, self.problem.topology
         work_rows = round(self.base.total_s / prices_of(problem).work_row_s)
         received = problem.slots if high is None else min(high, problem.slots)
@@ -108,14 +108,14 @@ class _Least:
 
     def bound_s(self, low: int, high: int | None) -> float:
         """Bound the seconds of those placements."""
-        # Sums of rounded numbers: the least possible cost may differ from its bound in the last digits.
+        # Sums of rounded numbers: the smallest possible cost may differ from its bound in the last digits.
         return min(price(self.problem, tally).total_s for tally in self.tallies(low, high)) * (1 - 1e-12)
 
 
 def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: bool = True) -> Bound:
     """Bound every placement, compute and links together; at least `lower_bound`.
 
-    With `owners_may_move` owners are free, as many per rank as now if `keep_counts`, else any number.
+    With `owners_may_move` owners are free: with the present number of experts per rank if `keep_counts`, else any number.
     """
     least = _Least.of(problem, owners_may_move=owners_may_move, keep_counts=keep_counts)
     most = problem.num_ranks - 1 if problem.slots else 0
@@ -124,9 +124,9 @@ def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: 
 
 
 def least_tallies(problem: Problem, low: int, high: int | None, *, owners_may_move: bool = False) -> list[Tally]:
-    """Count what placements have to do at least whose busiest device sends or receives `low` to `high` copies; None: any number.
+    """Minimum tallies of placements whose busiest device sends or receives `low` to `high` copies; None: any number.
 
-    One tally for each number of experts that copies bring to the node where they bring most; the last is the least in rows.
+    One tally for each largest number of experts that copies bring to a node; the last has the fewest rows.
     """
     return _Least.of(problem, owners_may_move=owners_may_move, keep_counts=True).tallies(low, high)
 
@@ -138,7 +138,7 @@ def range_bound_s(problem: Problem, low: int, high: int | None, *, owners_may_mo
 
 @dataclass(frozen=True)
 class Room:
-    """The most work rows of a rank, rows on a device link, and owners that a device gives away or gets, within some seconds."""
+    """Maximum work rows of a rank, rows on a device link, and owner moves from or to a device, within a number of seconds."""
 
     work_rows: float
     device_rows: float
@@ -146,12 +146,12 @@ class Room:
 
 
 def room_within(problem: Problem, seconds: float, low: int, high: int | None, *, owners_may_move: bool) -> Room:
-    """Say what placements may do that cost at most `seconds` and whose busiest device moves `low` to `high` copies.
+    """Limits of placements that cost at most `seconds` and whose busiest device sends or receives `low` to `high` copies.
 
-    What one stage needs at least, by the bound's count, no other stage can spend.
+    The minimum seconds of each stage, by the bound, are not available to the other stages.
     """
     prices = prices_of(problem)
-    # The stages by themselves: as few rows as with the most copies to a node, as few copies to a node as with none.
+    # Each stage by itself: the rows of the most copies to a node, the node copies of none.
     least = replace(least_tallies(problem, low, high, owners_may_move=owners_may_move)[-1], node_copies=0)
     spent = price(problem, least)
     left_s = max(seconds * (1 + 1e-9) - spent.total_s, 0.0)

@@ -1,4 +1,4 @@
-"""The oracle for tiny layers: price every placement."""
+"""Exhaustive search for tiny layers: every placement is priced; the oracle of the tests."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Owners of all layers together: any number of a layer's experts per rank, the same rows per rank over all layers.
 
-Minimised is the sum over layers of cost.py's seconds plus the hops: tokens that follow expert i of a layer by expert j of the
-next save a message where both live on one rank, one across nodes where both live on one node. The problem decomposes: a
-search exchanges owners inside a layer, or in opposite directions in two layers, which keeps every rank's rows; then every layer
-gets its copies by itself, first as `quota` places them or of what most tokens of a node go to, then by a search from there. An
-expert above the mean rank counts as the mean rank in the search for owners, because copies will take the rest.
-The bound adds up the layers' own bounds with free owners (bounds.py) and no hop at all, so it holds for every owner map.
-Shape letters: L layers, E experts, R ranks.
+The objective is the sum over layers of the cost model's seconds plus the hops: a token routed to expert i of a layer and expert j
+of the next needs no message if both are on one rank, and none across nodes if both are on one node. The problem decomposes: a
+search exchanges owners inside a layer, or in opposite directions in two layers, which keeps every rank's number of bank rows;
+then each layer gets its copies separately, first those of `quota` or of the experts to which most tokens of a node go, then by a
+search from there. In the search for owners an expert with more rows than the mean rank counts as the mean rank, because copies
+will take the rest. The bound is the sum of the layers' bounds with free owners (bounds.py) and without hops, so it holds for
+every owner map. Shape letters: L layers, E experts, R ranks.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .bounds import link_bound
 _MOST_PROPOSALS = 20_000_000
 _PROPOSALS_PER_STATE = 40
 _LEAST_PROPOSALS = 20_000
-# For each layer: at least, at most, and by its (expert, rank) pairs.
+# Proposals per layer: minimum, maximum, and per (expert, rank) pair.
 _LEAST_COPY_PROPOSALS, _MOST_COPY_PROPOSALS, _COPY_PROPOSALS_PER_STATE = 4000, 40_000, 4
 _COLD = 1e-5
-# Small problems have steep hills for their size; they are searched twice, first from a high temperature.
+# Small problems have high barriers for their size; they are searched twice, first from a high temperature.
 _HOT, _HOT_SMALL, _SMALL_STATES = 1e-3, 0.3, 4096
 
 
 @dataclass(frozen=True)
 class JointSolution:
-    """Owners and, per layer, copies with cost and bound. `hops_s` are the seconds of the hops that leave a rank or node.
+    """Owners and, per layer, copies with cost and bound. `hops_s`: seconds of the hops between ranks or nodes.
 
-    total_s: layers and hops. bound_s: what no owner map can go below. gap: (total - bound) / total. seconds: the solver's time.
+    total_s: layers and hops. bound_s: lower bound over all owner maps. gap: (total - bound) / total. seconds: the solver's time.
     """
 
     owners: OwnerMap
@@ -77,12 +77,12 @@ def _check(problems: Sequence[Problem], pair_counts_LEE: np.ndarray | None, rows
 
 
 def _greedy(totals_LE: np.ndarray, rows_R: np.ndarray) -> np.ndarray:
-    """Give experts, per layer and largest first, to the least loaded rank that has rows left; return the owners [L, E]."""
+    """Assign experts, per layer and largest first, to the least loaded rank with free bank rows; return the owners [L, E]."""
     num_layers = totals_LE.shape[0]
     free_R, owner_LE = rows_R.copy(), np.empty_like(totals_LE)
     for layer, totals_E in enumerate(totals_LE):
         load_R = np.zeros(rows_R.size, dtype=np.int64)
-        # Ranks keep pace: none runs out of rows before the last layers.
+        # Each rank's bank rows are spread over the layers, so that none runs out early.
         room_R = free_R - (rows_R * (num_layers - 1 - layer)) // num_layers
         for expert in np.argsort(-totals_E, kind="stable"):
             open_R = np.flatnonzero(room_R > 0)
@@ -108,7 +108,7 @@ def _capped(problem: Problem) -> np.ndarray:
 
 
 def _hop_rates(problem: Problem, hop_weight: float) -> tuple[float, float]:
-    """Return the seconds that a row leaving its rank, and its node, adds to the mean device and node link."""
+    """Return the seconds that a row sent to another rank, and to another node, adds to the mean device link and node link."""
     topology, row_bytes = problem.topology, problem.shape.row_bytes
     rank_s = hop_weight * row_bytes / topology.device_bytes_per_s / problem.num_ranks
     return rank_s, hop_weight * row_bytes / topology.node_bytes_per_s / topology.num_nodes
@@ -169,7 +169,7 @@ def _cost_s(problem: Problem, placement: Placement) -> float:
 
 
 def _spread(problem: Problem, owner_E: np.ndarray) -> Placement:
-    """Copy to every node, with one node to every rank, the experts that most of its tokens go to: to its idlest ranks."""
+    """Copy to every node (to every rank of a single node) the experts to which most of its tokens go, on its idlest ranks."""
     num_ranks, topology = problem.num_ranks, problem.topology
     per_unit = topology.ranks_per_node if topology.num_nodes > 1 else 1
     load_UE = problem.load.load_RE.reshape(num_ranks // per_unit, per_unit, -1).sum(axis=1)
@@ -197,7 +197,7 @@ def _with_copies(problem: Problem, owner_E: np.ndarray) -> Placement:
 
 
 def _finish(problem: Problem, placement: Placement, effort: float) -> Solution:
-    """Search for cheaper copies of one layer under these owners; the answer's bound holds for any owners."""
+    """Search for cheaper copies of one layer under these owners; the bound of the result holds for any owners."""
     start = perf_counter()
     if problem.slots and problem.num_ranks > 1:
         from .anneal_copies_numba import improve
@@ -211,7 +211,7 @@ def _finish(problem: Problem, placement: Placement, effort: float) -> Solution:
 
 
 def solve(problem: Problem) -> Solution:
-    """Choose the owners and copies of one layer by itself, every rank with as many experts as now."""
+    """Choose the owners and copies of a single layer; every rank keeps its number of experts."""
     return solve_joint([problem]).layers[0]
 
 
@@ -226,9 +226,9 @@ def solve_joint(
     """Choose the owners of all layers, then every layer's copies; never costlier than the current owners with their copies.
 
     problems: one per layer, of one machine and model. pair_counts_LEE: tokens from expert i of a layer to expert j of the next,
-    int [L - 1, E, E]. rows_per_rank_R: experts every rank owns over all layers, by default as many as now. hop_weight scales the
-    hops, 0 ignores them. effort scales the search. Deterministic. With `rows_per_rank_R` other than now, the promise about the
-    current owners does not apply, because they are no answer.
+    int [L - 1, E, E]. rows_per_rank_R: experts that every rank owns over all layers, by default the present numbers. hop_weight
+    scales the hops, 0 ignores them. effort scales the search. Deterministic. With other `rows_per_rank_R` than the present
+    numbers the result may cost more than the current owners, which are then not feasible.
     """
     start = perf_counter()
     _check(problems, pair_counts_LEE, rows_per_rank_R)

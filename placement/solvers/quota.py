@@ -1,9 +1,10 @@
-"""The online planner: an exact-load threshold search with few copies, priced in seconds.
+"""The quota planner, for every step: a threshold search with few copies, priced in seconds.
 
-The search is UltraEP's idea (arXiv 2606.04101): find the smallest number of rows to which every rank can be brought when busy
-ranks hand rows of their largest experts to ranks with room. It fixes the copies only; who computes how many rows is then the
-exact split's answer. Plans at coarser thresholds need fewer copies, so several are priced and the cheapest is taken: copies that
-do not pay for themselves are never made, and a balanced load keeps the static placement.
+The search is that of UltraEP (arXiv 2606.04101): find the smallest number of rows to which every rank can be reduced if busy
+ranks give rows of their largest experts to ranks with room. It determines the copies only; the exact split then decides how many
+rows each holder computes. Higher thresholds need fewer copies, so several plans are priced and the cheapest is taken: copies that
+cost more than they save are never made, and a balanced load keeps the static placement. quota_reference.py states the planner in
+plain Python.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ def _break_even_rows(problem: Problem, prices: Prices) -> int:
 
 
 def plans_to_try(problem: Problem, prices: Prices) -> np.ndarray:
-    """Return int64 [2, P]: the smallest group moved and the threshold's rise, in 32nds, of every plan to price."""
+    """Return int64 [2, P]: for every plan to price, the fewest rows of a copy, and the increase of the threshold in 32nds."""
     smallest = problem.min_rows_per_copy or 1
     plans = [(smallest, 0), (smallest, 1), (smallest, 4), (smallest, 16)]
     if problem.min_rows_per_copy is None:
-        # Groups that pay for their copy by compute alone; a quarter of the mean rank is large enough for any machine.
+        # Rows whose compute pays for their copy; a quarter of the mean rank suffices on any machine.
         mean_rows = problem.load.total // problem.num_ranks
         plans.append((max(1, min(_break_even_rows(problem, prices), mean_rows // 4)), 8))
     return np.array(plans).T
 
 
 def solve(problem: Problem) -> Solution:
-    """Copy hot experts to ranks with room where that shortens the step; at most `problem.slots` copies per rank."""
+    """Copy hot experts to ranks with room if that shortens the step; at most `problem.slots` copies per rank."""
     # Imported here so that importing the package compiles nothing.
     from . import quota_numba, score_numba
 

@@ -4,7 +4,7 @@ Import this module lazily: it imports numba, and a first call compiles. Shape le
 P plans.
 """
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _price = njit(cache=True)(seconds_of)
 
 @njit(cache=True)
 def _pick_host(layer, rank, expert, amount, threshold, rows_R, free_R, hosts_R):
-    """Return the rank that can take most of `amount` rows; among equals one of the same node, then the idlest; -1 for none."""
+    """Return the rank that can take most of `amount` rows, of equals one in the same node, then with most room; -1 for none."""
     best, best_rows, best_near, best_room = -1, 0, False, 0
     node_first = rank // layer.ranks_per_node * layer.ranks_per_node
     node_end = node_first + layer.ranks_per_node
@@ -40,8 +40,8 @@ def _pick_host(layer, rank, expert, amount, threshold, rows_R, free_R, hosts_R):
 def _export(layer, threshold, min_rows, copies_2C):
     """Try to bring every rank to `threshold` rows with few copies; return their number, or -1 if that failed.
 
-    Ranks above the threshold, busiest first, hand their largest experts' rows to the ranks with most room. A copy takes at least
-    `min_rows`. copies_2C receives (expert, rank) columns.
+    Ranks above the threshold, busiest first, give rows of their largest experts to the ranks with most room. A copy takes at
+    least `min_rows` rows. copies_2C receives (expert, rank) columns.
     """
     num_ranks = layer.owned_R.size
     rows_R = layer.owned_R.copy()
@@ -80,7 +80,7 @@ def _export(layer, threshold, min_rows, copies_2C):
 
 @njit(cache=True)
 def _smallest_threshold(layer, least_rows, tolerance, min_rows, copies_2C):
-    """Return a small threshold that `_export` reaches: steps that double up from `least_rows`, then bisection."""
+    """Return a small threshold that `_export` reaches: doubling steps up from `least_rows`, then bisection."""
     low, high, step = least_rows, layer.owned_R.max(), 0
     while low < high:
         threshold = least_rows + step
@@ -102,11 +102,11 @@ def _smallest_threshold(layer, least_rows, tolerance, min_rows, copies_2C):
 
 @njit(cache=True)
 def candidates(layer, least_rows, min_rows_P, rise_P):
-    """Build and score one plan for every entry of `min_rows_P` (smallest group moved) and `rise_P` (threshold).
+    """Build and score one plan for every entry of `min_rows_P` (fewest rows of a copy) and `rise_P` (threshold).
 
-    A threshold is the smallest one reached with the first entry's groups, raised by rise_P 32nds. Returns tallies int64 [P, 5],
-    the number of copies [P], and the copies [P, 2, R * slots] as (expert, rank) columns; plan 0 has no copies, and plans that
-    failed or repeat the one before are left out.
+    The threshold is the smallest that is reached with the first entry of `min_rows_P`, increased by rise_P 32nds. Returns tallies
+    int64 [P, 5], the number of copies [P], and the copies [P, 2, R * slots] as (expert, rank) columns; plan 0 has no copies, and
+    plans that failed or repeat the one before are left out.
     """
     num_ranks = layer.owned_R.size
     most = 1 + min_rows_P.size
@@ -116,7 +116,7 @@ def candidates(layer, least_rows, min_rows_P, rise_P):
     static = static_traffic(layer)
     score(layer, static, copies[0, :, :0], tallies[0])
     count = 1
-    # A quarter of a percent of the mean rank: finer thresholds cost time and change no plan worth having.
+    # 1/400 of the mean rank: finer thresholds cost time without improving the plan.
     tolerance = max(layer.owned_R.sum() // num_ranks // 400, 1)
     lowest = _smallest_threshold(layer, least_rows, tolerance, min_rows_P[0], copies[count])
     for p in range(min_rows_P.size):
@@ -139,7 +139,7 @@ class Plan(NamedTuple):
 
 @njit(cache=True)
 def cheapest(prices, tallies, sizes, copies):
-    """Return the cheapest plan of those that `candidates` lists, of equals the one with fewest copies and then the first."""
+    """Return the cheapest of the plans that `candidates` returns, of equals the one with fewest copies, then the first."""
     best, best_s = -1, 0.0
     for p in range(sizes.size):
         stages = _price(prices, tallies[p, 0], tallies[p, 1], tallies[p, 2], tallies[p, 3], tallies[p, 4], 0, 0)
@@ -151,7 +151,7 @@ def cheapest(prices, tallies, sizes, copies):
 
 
 class Fill(NamedTuple):
-    """A plan to which copies are added: who holds what (owner or copy), and the copies that ranks and nodes get and send."""
+    """A plan to which copies are added: its holders (owners and copies), and the copies that ranks and nodes receive and send."""
 
     holds_RE: np.ndarray
     holds_NE: np.ndarray
@@ -163,7 +163,7 @@ class Fill(NamedTuple):
 
 @njit(cache=True)
 def _add(layer, state, expert, rank):
-    """Put a copy on a rank."""
+    """Add a copy on a rank."""
     owner, per_node = layer.owner_E[expert], layer.ranks_per_node
     state.holds_RE[rank, expert] = True
     state.holds_NE[rank // per_node, expert] = True
@@ -176,7 +176,7 @@ def _add(layer, state, expert, rank):
 
 @njit(cache=True)
 def _start_fill(layer, copies_2C):
-    """Count what owners and copies hold."""
+    """The state of a plan without additions."""
     num_experts, num_ranks = layer.load_ER.shape
     per_node = layer.ranks_per_node
     num_nodes = num_ranks // per_node
@@ -200,7 +200,7 @@ def _start_fill(layer, copies_2C):
 def _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, row_s, least_s):
     """Return the expert whose copy at `rank` saves most seconds of dispatch; -1 if none saves more than least_s.
 
-    A copy keeps the rank's own tokens at home and, where it is its node's first, the node's tokens in the node: first_s_NE.
+    A copy keeps the rank's own tokens local and, if it is its node's first, the node's tokens in the node: first_s_NE.
     """
     best, best_s = -1, least_s
     node = rank // layer.ranks_per_node
@@ -221,7 +221,7 @@ def _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, ro
 
 @njit(cache=True)
 def _node_seconds(load_RE, ranks_per_node, node_row_s):
-    """Return the seconds that every node's rows of every expert take on its link, float64 [N, E]."""
+    """Return the seconds on the node link of every node's rows of every expert, float64 [N, E]."""
     load_s_NE = np.zeros((load_RE.shape[0] // ranks_per_node, load_RE.shape[1]))
     if node_row_s > 0:
         for rank in range(load_RE.shape[0]):
@@ -233,11 +233,12 @@ def _node_seconds(load_RE, ranks_per_node, node_row_s):
 
 @njit(cache=True)
 def filled(layer, load_RE, copies_2C, most_2P, least_P, min_rows, row_s, node_row_s):
-    """Add copies for the sake of dispatch bytes to one plan, once for every column of most_2P; score what comes of it.
+    """Add copies that save dispatch bytes to one plan, once for every column of most_2P, and score the results.
 
-    No device sends or gets more than most_2P[0] copies then, and no node link more than most_2P[1], unless it did so already.
-    Ranks take turns, each its best copy, so that all links are relieved alike; one must save more than least_P seconds and take
-    `min_rows` rows of its rank. row_s and node_row_s are the seconds of one row on the links. Returns what `candidates` does.
+    Afterwards no device sends or receives more than most_2P[0] copies, and no node link more than most_2P[1], unless the plan
+    already did. Ranks take turns, each adding its best copy, so that all links are relieved evenly; a copy must save more than
+    least_P seconds and keep `min_rows` rows of its rank local. row_s and node_row_s are the seconds of one row on the links.
+    Returns the same as `candidates`.
     """
     given = copies_2C.shape[1]
     num_plans, slots = least_P.size, layer.slots
@@ -271,19 +272,19 @@ def filled(layer, load_RE, copies_2C, most_2P, least_P, min_rows, row_s, node_ro
 def _fills_to_try(layer, prices, tally_5):
     """Return int64 [2, P], the most copies per device and per node link, and float [P], the seconds a further copy must save.
 
-    A copy of expert e at rank d that is worth its bytes only saves n rows of dispatch and combine, forward and backward: 4 * n
-    rows' bytes; it costs its gathers and its reduce. So it pays from n = (gathers * expert bytes + gradient bytes) / (4 * row
-    bytes) rows on: w * F * (q + beta) / 4, whatever the model dimension. Copies that hide under other work, or beside the
+    A copy of expert e on rank d that serves dispatch bytes only saves n rows of dispatch and combine, forward and backward: the
+    bytes of 4 * n rows; it costs its gathers and its reduce. So it pays from n = (gathers * expert bytes + gradient bytes) / (4 *
+    row bytes) rows on: w * F * (q + beta) / 4, whatever the model dimension. Copies that hide under other work, or beside the
     busiest device's copies, cost one more small group of rows instead.
     """
     num_nodes, per_node = layer.owned_R.size // layer.ranks_per_node, layer.ranks_per_node
     group_s = prices.work_row_s * layer.half_rate_rows
     shown_s = (prices.gathers * prices.expert_bytes + prices.gradient_bytes) / prices.device_bytes_per_s
     beside_s = prices.expert_bytes * max(tally_5[3] / prices.device_bytes_per_s, tally_5[4] / prices.node_bytes_per_s)
-    # The gather hides under the work ahead, and gather and reduce of the backward under twice that.
+    # The forward's gather is hidden by the work before the layer, the backward's gather and reduce by twice that.
     behind = ((prices.gathers - 1) * prices.expert_bytes + prices.gradient_bytes) / prices.expert_bytes
     room_s = min(prices.overlap_s - prices.latency_s, (2 * prices.overlap_s - prices.gathers * prices.latency_s) / behind)
-    # A little more, so that rounding takes no copy away.
+    # A small margin, so that rounding excludes no copy.
     free = max(beside_s, room_s, 0.0) / prices.expert_bytes * (1 + 1e-9)
     most_2P, least_P = np.empty((2, 2), np.int64), np.array([group_s, group_s + shown_s])
     all_copies = layer.owned_R.size * layer.slots
@@ -296,22 +297,21 @@ def _fills_to_try(layer, prices, tally_5):
 
 @njit(cache=True)
 def _total(stages):
-    """Sum up as cost.Cost does."""
+    """The sum of the stages, in the order of cost.Cost."""
     return stages[0] + stages[1] + stages[2] + stages[3] + stages[4]
 
 
 @njit(cache=True)
 def plan(layer, load_RE, prices, least_rows, plans_2P):
-    """Return the cheapest plan found: first the best for balance, then what copies for dispatch bytes add to it.
+    """Return the cheapest plan found: the best for balance, then with further copies that save dispatch bytes.
 
-    plans_2P: the smallest group moved and the threshold's rise of every plan that `candidates` builds; all groups have at least
-    plans_2P[0, 0] rows.
+    plans_2P: `min_rows_P` and `rise_P` of the plans that `candidates` builds; every copy takes at least plans_2P[0, 0] rows.
     """
     best = cheapest(prices, *candidates(layer, least_rows, plans_2P[0], plans_2P[1]))
     if layer.slots == 0 or best.tally_5[1] == 0:
         return best
     row_s, node_row_s = 4 * prices.row_bytes / prices.device_bytes_per_s, 4 * prices.row_bytes / prices.node_bytes_per_s
-    # Only the slowest link counts; all ranks of a node relieve its link together.
+    # Only the slowest link matters; all ranks of a node relieve its link together.
     node_counts = best.tally_5[2] * node_row_s > best.tally_5[1] * row_s
     node_row_s = node_row_s * layer.ranks_per_node if node_counts else 0.0
     most_2P, least_P = _fills_to_try(layer, prices, best.tally_5)

@@ -1,4 +1,4 @@
-"""The quota planner in plain Python: what its compiled routines mean, and the oracle of their test.
+"""The quota planner in plain Python: the specification of its compiled routines, and the oracle of their test.
 
 export     ranks above a threshold of rows give rows of their largest experts to ranks below it, one copy a gift
 threshold  the smallest that an export reaches; somewhat higher ones need fewer copies

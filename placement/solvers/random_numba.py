@@ -1,6 +1,6 @@
-"""Random integers for compiled searches, the same on every machine. Import this module lazily: it imports numba."""
+"""Random integers for compiled searches, identical on every machine. Import this module lazily: it imports numba."""
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The solvers by name."""
+"""The registry of solvers, by name."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 )
 
 
-# Those that only add copies: what a training step can apply at once. The others also change owners, between steps.
+# Solvers that only add copies, which a training step can apply at once. The others also change owners, between steps.
 KEEPS_OWNERS = frozenset({"static", "flexmoe", "laer", "hecate", "quota", "balance", "exhaustive"})
 
 
 def get_solver(name: str, *, keeps_owners: bool = False) -> Solver:
     """Return the solver called `name`, or raise ValueError that names the nearest one.
 
-    With `keeps_owners` a solver that may change owners is refused as well.
+    With `keeps_owners` a solver that may change owners raises as well.
     """
     known = [solver for solver in SOLVERS if solver in KEEPS_OWNERS or not keeps_owners]
     if name in SOLVERS and name not in known:

@@ -1,11 +1,11 @@
-"""Compiled scoring of copies: the exact split over them, and the counts that its cost is priced from.
+"""Compiled scoring of copies: the exact split over them, and the counts from which its cost is computed.
 
-Import this module lazily: it imports numba, and a first call compiles. Shape letters: R ranks, E experts, N nodes, C copies,
-M replicated experts, J (expert, holder) entries. Integers throughout, so every machine computes the same. Loads come transposed,
-load_ER, because every loop walks one expert's ranks.
+Import this module lazily: it imports numba, and a first call compiles. Shape letters: R ranks, E experts, N nodes, C copies, M
+replicated experts, J (expert, holder) entries. Integer arithmetic throughout, so every machine computes the same. Loads are
+transposed, load_ER, because every loop runs over one expert's ranks.
 """
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 
 
 def layer_of(problem: Problem) -> Layer:
-    """Arrange a problem as the compiled routines read it."""
+    """Convert a problem to the arrays of the compiled routines."""
     owner_E, totals_E, owned_R = problem.expert_to_owner_E, problem.load.totals_E, problem.owned_rows_R
     experts = np.lexsort((-totals_E, owner_E))
     return Layer(
@@ -52,7 +52,7 @@ def layer_of(problem: Problem) -> Layer:
 
 
 class Traffic(NamedTuple):
-    """Rows sent and received [2, R] and [2, N], and experts with rows [R], when nothing is copied."""
+    """Rows sent and received [2, R] and [2, N], and experts with rows [R], without copies."""
 
     rows_2R: np.ndarray
     rows_2N: np.ndarray
@@ -61,7 +61,7 @@ class Traffic(NamedTuple):
 
 @njit(cache=True)
 def _table(copies_2C, owner_E):
-    """Turn copies into the sparse table of split_numba.py: experts ascending, holders of each ascending."""
+    """Convert copies to the sparse table of split_numba.py: experts ascending, holders of each ascending."""
     num_experts, count = owner_E.size, copies_2C.shape[1]
     holders_E = np.zeros(num_experts, np.int64)
     for c in range(count):
@@ -89,7 +89,7 @@ def _table(copies_2C, owner_E):
 
 @njit(cache=True)
 def static_traffic(layer):
-    """Count what static expert parallelism sends: all that is not computed where it came from."""
+    """Count the traffic of static expert parallelism: all rows not computed on their source rank."""
     num_experts, num_ranks = layer.load_ER.shape
     per_node = layer.ranks_per_node
     rows_2R = np.zeros((2, num_ranks), np.int64)
@@ -116,7 +116,7 @@ def _tally(layer, static, experts_M, start_M, ranks_J, rows_J, rows_R, tally_5):
     """Write the first five fields of cost.Tally for one plan, from the static traffic and the replicated experts only.
 
     Own tokens come first and the node's next, so a holder gets min(rows, own load) from itself and a node min(rows, load) from
-    inside: the traffic follows from the rows alone, without saying whose rows they are.
+    inside: the traffic follows from the numbers of rows alone, without assigning them to source ranks.
     """
     per_node = layer.ranks_per_node
     rows_2R, rows_2N, groups_R = static.rows_2R.copy(), static.rows_2N.copy(), static.groups_R.copy()

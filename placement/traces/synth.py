@@ -1,4 +1,4 @@
-"""Generated traces: popularity laws over time, drawn step by step, so that a trace of any length needs the memory of one step.
+"""Synthetic traces: expert popularity over time, sampled step by step in the memory of one step.
 
 Shape letters: L layers, R ranks, E experts, K top-k, T tokens per rank.
 """
@@ -22,7 +22,7 @@ _BURST_CHANCE = 0.2
 
 @dataclass(frozen=True)
 class SynthSpec:
-    """What to generate. `skew` is the Zipf exponent; `drift` the standard deviation of a step of the log-popularities' walk."""
+    """Parameters of a synthetic trace. `skew`: Zipf exponent; `drift`: standard deviation of a step of the log-popularities."""
 
     meta: TraceMeta
     kind: str
@@ -46,7 +46,7 @@ class SynthSpec:
 
 
 def _zipf(spec: SynthSpec, rng: np.random.Generator) -> np.ndarray:
-    """Return log-popularities [L, E] of a Zipf law, in another random order in every layer."""
+    """Return log-popularities [L, E] of a Zipf law, in a different random order in every layer."""
     ranks_E = np.arange(1, spec.meta.num_experts + 1)
     return np.stack([-spec.skew * np.log(rng.permutation(ranks_E)) for _ in range(spec.meta.num_layers)])
 
@@ -104,9 +104,10 @@ KINDS = tuple(_LAWS)
 
 
 def _draw(popularity_E: np.ndarray, spec: SynthSpec, rng: np.random.Generator) -> np.ndarray:
-    """Draw one layer's loads, int64 [R, E]: T x K assignments a rank, no expert more often than there are tokens.
+    """Sample one layer's loads, int64 [R, E]: T x K assignments per rank, at most T for one expert.
 
-    A token chooses K different experts, so what a multinomial draw gives an expert above T goes to the experts below it.
+    A token chooses K different experts, so assignments of a multinomial sample above T per expert are moved to the experts below
+    it.
     """
     num_ranks, tokens = spec.meta.num_ranks, spec.tokens_per_rank
     load_RE = rng.multinomial(tokens * spec.meta.top_k, popularity_E / popularity_E.sum(), size=num_ranks)
@@ -119,7 +120,7 @@ def _draw(popularity_E: np.ndarray, spec: SynthSpec, rng: np.random.Generator) -
 
 
 def synthesize(spec: SynthSpec) -> Iterator[np.ndarray]:
-    """Yield every step's loads, int64 [L, R, E]; the same for the same spec."""
+    """Yield every step's loads, int64 [L, R, E]; deterministic for a given spec."""
     rng = np.random.default_rng(spec.seed)
     law = _LAWS[spec.kind]
     laws = law.change(law.start(spec, rng), spec, rng)

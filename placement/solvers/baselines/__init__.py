@@ -1,4 +1,4 @@
-"""Solvers of other systems, as published, and placements that only exchange owners.
+"""Baselines: solvers of other systems, as published, and placements that only exchange owners.
 
 eplb.py         EPLB, DeepSeek's replicate-then-pack balancer (deepseek-ai/EPLB), the public baseline.
 flexmoe.py      FlexMoE's scheduler (SIGMOD 2023) as LAER-MoE's artifact ports it: expand and shrink replicas for a few rounds.

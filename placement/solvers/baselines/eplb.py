@@ -16,14 +16,14 @@ from ...values import Placement, Problem
 
 @dataclass(frozen=True)
 class Packing:
-    """Where every item went: pack and position in the pack, int64 [n] each."""
+    """The pack of every item and its position in the pack, int64 [n] each."""
 
     pack: np.ndarray
     position: np.ndarray
 
 
 def balanced_packing(weights: np.ndarray, num_packs: int) -> Packing:
-    """Put n weighted items into equally many per pack: heaviest first, each to the lightest pack with room."""
+    """Distribute n weighted items over packs of equal size: heaviest first, each to the lightest pack with room."""
     count = weights.size
     if count % num_packs:
         raise ValueError(f"{count} items do not fill {num_packs} packs evenly")
@@ -69,10 +69,10 @@ def _rebalance_layer(weights_E: np.ndarray, num_physical: int, num_groups: int, 
 
 
 def rebalance(weights_LE: np.ndarray, num_physical: int, num_groups: int, num_nodes: int, num_gpus: int) -> np.ndarray:
-    """Return the logical expert in every physical place, int64 [L, P], GPU by GPU.
+    """Return the logical expert of every physical expert, int64 [L, P], GPU by GPU.
 
     Hierarchical if the nodes divide the groups (groups to nodes, replicas inside a node, replicas to GPUs), else global (one
-    group, one node). Replicas of one expert may land on one GPU, as in the original.
+    group, one node). Replicas of one expert may be placed on one GPU, as in the original.
     """
     weights_LE = np.asarray(weights_LE, dtype=np.float64)
     num_experts = weights_LE.shape[1]
@@ -87,9 +87,9 @@ def rebalance(weights_LE: np.ndarray, num_physical: int, num_groups: int, num_no
 
 
 def choose_owners(problem: Problem, held_RE: np.ndarray) -> np.ndarray:
-    """Choose an owner among every expert's holders so that ranks own as many experts as now, current owners first.
+    """Choose an owner among every expert's holders so that every rank keeps its number of experts, current owners first.
 
-    Augmenting paths of a bipartite matching; an expert that no path can place goes to its first holder.
+    Augmenting paths of a bipartite matching; an expert that no path reaches goes to its first holder.
     """
     current_E = problem.expert_to_owner_E
     room_R = np.bincount(current_E, minlength=problem.num_ranks)
@@ -133,7 +133,7 @@ def _within_slots(problem: Problem, owner_E: np.ndarray, held_RE: np.ndarray) ->
 def _solve(problem: Problem, num_groups: int, solver: str) -> Solution:
     start = perf_counter()
     num_ranks, num_experts = problem.num_ranks, problem.num_experts
-    # Each rank's places: what it owns on average and its slots; without slots and even ownership, one place more.
+    # Physical experts per rank: the mean number owned plus the slots, but at least the mean number owned, rounded up.
     per_rank = max((num_experts + num_ranks * problem.slots) // num_ranks, -(-num_experts // num_ranks))
     weights_LE = problem.load.totals_E[None, :]
     physical_P = rebalance(weights_LE, per_rank * num_ranks, num_groups, problem.topology.num_nodes, num_ranks)[0]
@@ -144,7 +144,7 @@ def _solve(problem: Problem, num_groups: int, solver: str) -> Solution:
 
 
 def solve(problem: Problem) -> Solution:
-    """Run global EPLB. It re-homes experts: an owner is chosen among the holders, and moves are charged."""
+    """Run global EPLB. It migrates experts: an owner is chosen among the holders, and the moves are charged."""
     return _solve(problem, 1, "eplb")
 
 

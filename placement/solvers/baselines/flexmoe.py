@@ -19,7 +19,7 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class _Rating:
-    """The two measures a round must improve one of, under the even dispatch."""
+    """Two measures under the even dispatch; a round must improve one of them."""
 
     total_s: float
     max_over_min: float
@@ -27,13 +27,13 @@ class _Rating:
 
 def _rate(problem: Problem, placement: Placement) -> _Rating:
     split = split_local_even(problem.load, placement, problem.topology)
-    # One row more on both sides keeps an idle rank's ratio finite.
+    # Adding one row to both keeps the ratio finite for an idle rank.
     ratio = (int(split.rows_R.max()) + 1) / (int(split.rows_R.min()) + 1)
     return _Rating(cost(problem, placement, split).total_s, ratio)
 
 
 def _change_node(problem: Problem, ranks: np.ndarray, rows_R: np.ndarray, replicas_RE: np.ndarray) -> None:
-    """Give one slot of the node to the expert with most load per replica; without a free slot, take the idlest copy's."""
+    """Use one slot of the node for the expert with most load per replica; without a free slot, replace the least loaded copy."""
     owner_E = problem.expert_to_owner_E
     per_replica_E = problem.load.totals_E / replicas_RE.sum(axis=0)
     hot = int(np.argmax(per_replica_E))

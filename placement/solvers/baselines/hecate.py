@@ -17,7 +17,7 @@ from ...values import Placement, Problem
 
 
 def overlap_degree(problem: Problem) -> int:
-    """Return t, the number of experts whose movement hides under the work before the layer.
+    """Return t, the number of experts whose transfer is hidden by the work before the layer.
 
     The bandwidth is the inter-node rate when there is more than one node, else the device rate, as in the paper.
     """
@@ -27,7 +27,7 @@ def overlap_degree(problem: Problem) -> int:
 
 
 def _slots_by_load(load: int, top_load: int, slots: int, left: int, most: int) -> int:
-    """Return an expert's copies: its share of all slots, rounded half up, at least 1, within what is left and what can differ.
+    """Return an expert's number of copies: its share of all slots, rounded half up, at least 1, at most `left` and `most`.
 
     The paper does not give the rounding of assignSlotsByLoad.
     """
@@ -36,7 +36,7 @@ def _slots_by_load(load: int, top_load: int, slots: int, left: int, most: int) -
 
 
 def _spread(problem: Problem, top_experts: np.ndarray, memory: int, replicas_RE: np.ndarray) -> None:
-    """Algorithm 1 when memory is tight: copies in proportion to load, to nodes that lack the expert first, then roomy devices."""
+    """Algorithm 1 with limited memory: copies in proportion to load, to nodes without the expert first."""
     totals_E, per_node = problem.load.totals_E, problem.topology.ranks_per_node
     node_R = problem.topology.node_of_rank_R
     free_R = np.full(problem.num_ranks, memory, dtype=np.int64)
@@ -50,7 +50,8 @@ def _spread(problem: Problem, top_experts: np.ndarray, memory: int, replicas_RE:
                 break
             held_N = replicas_RE[:, expert].reshape(-1, per_node).sum(axis=1)
             free_N = free_R.reshape(-1, per_node).sum(axis=1)
-            # lexsort is stable and its last key leads: fewest copies in the node, most room in the node, most room on the device.
+            # lexsort is stable and its last key is primary: fewest copies in the node, most room in the node, most room on the
+            # device.
             order = np.lexsort((-free_R, -free_N[node_R], held_N[node_R], ~open_R))
             rank = int(order[0])
             replicas_RE[rank, expert] = True
@@ -60,8 +61,8 @@ def _spread(problem: Problem, top_experts: np.ndarray, memory: int, replicas_RE:
 def solve(problem: Problem, *, degree: int | None = None) -> Solution:
     """Algorithm 1: materialize the most loaded experts, on every rank if memory allows, else by load.
 
-    `degree` is t, the number of experts considered; by default as many as hide under `problem.overlap_s`. Memory is
-    `problem.slots`. Never more than `slots` copies on a rank.
+    `degree` is t, the number of experts considered; by default as many as `problem.overlap_s` hides. Memory is `problem.slots`:
+    at most `slots` copies per rank.
     """
     start = perf_counter()
     degree = (
@@ -78,13 +79,13 @@ def solve(problem: Problem, *, degree: int | None = None) -> Solution:
 
 
 def hecate_owners(loads_LE: np.ndarray, topology: Topology, degree: int) -> OwnerMap:
-    """Algorithm 2: shard all layers jointly, the experts that will not be copied by load, every rank with as many rows.
+    """Algorithm 2: shard all layers jointly, experts without copies by load, with an equal number of bank rows per rank.
 
-    loads_LE: predicted load, int [L, E]. degree: t, the experts of every layer that will be materialized anyway; they fill the
-    remaining rows. Layers go by their largest uncopied expert, descending; each uncopied expert goes to the least loaded node
-    and device of its layer with a free row (tie: fewer free rows, then the lower index). Loads are compared within a layer,
-    because a layer's dispatch waits for that layer only. "Filled arbitrarily" is done by load as well. Rows per rank differ by
-    at most one when L * E does not divide.
+    loads_LE: predicted load, int [L, E]. degree: t, the experts of every layer that will be materialized in any case; they fill
+    the remaining bank rows. Layers are processed by their largest uncopied expert, descending; each uncopied expert goes to the
+    least loaded node and device of its layer with a free row (tie: fewer free rows, then the lower index). Loads are compared
+    within a layer, because a layer's dispatch waits for that layer only. The paper's "filled arbitrarily" is by load here. Rows
+    per rank differ by at most one if L * E does not divide.
     """
     loads_LE = as_counts("loads_LE", loads_LE, ndim=2)
     if loads_LE.min() < 0:

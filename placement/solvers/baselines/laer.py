@@ -1,7 +1,7 @@
 """LAER-MoE's planner (arXiv 2602.11686, ASPLOS 2026): replica counts by load, spread over nodes, candidates compared by cost.
 
-LAER has no owners; here an expert's first replica is the one at its owner, and only the further ones take slots.
-Shape letters: E experts, R ranks, N nodes.
+LAER has no owners; here an expert's first replica is the one at its owner, and only further replicas take slots. Shape letters: E
+experts, R ranks, N nodes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ...values import Placement, Problem
 
 
 def _even_counts(problem: Problem, num_replicas: int) -> np.ndarray | None:
-    """Give every expert equally many replicas, if that comes out even."""
+    """Give every expert the same number of replicas, if that divides."""
     share, rest = divmod(num_replicas, problem.num_experts)
     return None if rest else np.full(problem.num_experts, share, dtype=np.int64)
 
 
 def _precise_counts(problem: Problem, num_replicas: int) -> np.ndarray:
-    """Give replicas to the expert with most load per replica: up to one per node singly, beyond that one for every node.
+    """Give replicas to the expert with most load per replica: singly up to one per node, then one for every node.
 
     Every expert starts with one replica per node if all of them fit.
     """
@@ -44,7 +44,7 @@ def _precise_counts(problem: Problem, num_replicas: int) -> np.ndarray:
 
 
 def _place(problem: Problem, counts_E: np.ndarray) -> Placement:
-    """Place replicas, largest share first: a free slot in the nodes with fewest of the expert, there on the least loaded rank."""
+    """Place replicas, largest share first: in the nodes with fewest of the expert, on their least loaded rank with a slot."""
     owner_E, node_R, num_nodes = problem.expert_to_owner_E, problem.topology.node_of_rank_R, problem.topology.num_nodes
     share_E = problem.load.totals_E / counts_E
     replicas_RE = Placement.owners_only(owner_E, problem.num_ranks).replicas_RE.copy()
@@ -67,7 +67,7 @@ def _place(problem: Problem, counts_E: np.ndarray) -> Placement:
 
 
 def solve(problem: Problem) -> Solution:
-    """Take the cheaper of the even and the precise replica counts, under LAER's own even dispatch."""
+    """Take the cheaper of the even and the load-based replica counts, under LAER's own even dispatch."""
     start = perf_counter()
     num_replicas = problem.num_experts + problem.num_ranks * problem.slots
     counts = [_precise_counts(problem, num_replicas)]

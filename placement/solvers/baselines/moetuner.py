@@ -1,11 +1,10 @@
 """MoETuner's two integer programs (arXiv 2502.06643): balanced clusters of experts per layer, then clusters to ranks.
 
-Stage 1, per layer: as many experts in every cluster (the cardinality constraint that the paper's text lacks and without which its
-answer degenerates), minimising the sum of |cluster load - mean|.
-Stage 2: one cluster per rank and layer, minimising per pair of layers the slowest flow between two ranks. The paper's program
-over all layers is quadratic; here every layer's assignment is solved exactly given its neighbours, in sweeps over the layers
-until no sweep helps. The mean flow is added, because the slowest one alone leaves almost every assignment a tie.
-Shape letters: L layers, E experts, R ranks (as many clusters).
+Stage 1, per layer: clusters of equal numbers of experts (a cardinality constraint that the paper's text lacks and without which
+the result degenerates), minimising the sum of |cluster load - mean|. Stage 2: one cluster per rank and layer, minimising per pair
+of layers the slowest flow between two ranks. The paper's program over all layers is quadratic; here every layer's assignment is
+solved exactly given its neighbours, in sweeps over the layers until no sweep improves the result. The mean flow is added, because
+with the slowest flow alone almost all assignments tie. Shape letters: L layers, E experts, R ranks (as many clusters).
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ _MOST_SWEEPS = 6
 
 @dataclass(frozen=True)
 class Hops:
-    """Shares of the tokens that leave the rank, and the node, between one layer's expert and the next layer's."""
+    """Shares of the tokens that change the rank, and the node, between one layer's expert and the next layer's."""
 
     off_rank: float
     off_node: float
 
 
 def count_hops(owners: OwnerMap, pair_counts_LEE: np.ndarray, topology: Topology) -> Hops:
-    """Measure an owner map on pair counts [L - 1, E, E]; zero shares where nothing was counted."""
+    """Evaluate an owner map on pair counts [L - 1, E, E]; zero shares without counts."""
     total = int(pair_counts_LEE.sum())
     if not total:
         return Hops(0.0, 0.0)
@@ -92,7 +91,7 @@ def best_assignment(slowest_CR: np.ndarray, mean_CR: np.ndarray, sizes_fit_CR: n
 
     from ..engines import make_engine
 
-    # Any scale serves where there is nothing to weigh.
+    # Any scale will do if all flows are zero.
     unit = max(float(slowest_CR.max()), float(mean_CR.max())) or 1.0
     pairs = [(int(c), int(r)) for c, r in np.argwhere(sizes_fit_CR)]
     program = pulp.LpProblem("assignment", pulp.LpMinimize)
@@ -130,7 +129,7 @@ class _Flows:
         return float(sum(part.max() + part.mean() for part in parts))
 
     def around(self, layer: int, ranks_LC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return slowest and mean flow [C, R] of every cluster of `layer` on every rank, the neighbours staying."""
+        """Return slowest and mean flow [C, R] of every cluster of `layer` on every rank, with the neighbouring layers fixed."""
         num_clusters = ranks_LC.shape[1]
         slowest_CR, mean_CR = np.zeros((num_clusters, num_clusters)), np.zeros((num_clusters, num_clusters))
         for pair, neighbour in ((layer - 1, layer - 1), (layer, layer + 1)):
@@ -144,7 +143,7 @@ class _Flows:
 
 
 def _seconds_per_row(topology: Topology) -> np.ndarray:
-    """Return the relative seconds of one row between two ranks: none on a rank, a rank's share of the node link across nodes."""
+    """Return the relative seconds of a row between two ranks: 0 on one rank; across nodes by the rank's share of the link."""
     node_R = topology.node_of_rank_R
     across = np.where(
         node_R[:, None] == node_R[None, :], 1 / topology.device_bytes_per_s, topology.ranks_per_node / topology.node_bytes_per_s
@@ -157,7 +156,7 @@ def tune_owners(loads_LE: np.ndarray, pair_counts_LEE: np.ndarray, topology: Top
     """Run both stages over all layers; `time_limit_s` bounds stage 1 of every layer.
 
     loads_LE: tokens per layer and expert, int [L, E]. pair_counts_LEE: tokens from expert i of a layer to expert j of the next,
-    int [L - 1, E, E]. Ranks own the same number of experts of a layer, up to one.
+    int [L - 1, E, E]. Numbers of experts of a layer per rank differ by at most one.
     """
     loads_LE, pairs_LEE = as_counts("loads_LE", loads_LE, ndim=2), np.asarray(pair_counts_LEE)
     num_layers, num_experts = loads_LE.shape
@@ -180,7 +179,7 @@ def tune_owners(loads_LE: np.ndarray, pair_counts_LEE: np.ndarray, topology: Top
 
 
 def _place_clusters(flows: _Flows, sizes_LC: np.ndarray) -> np.ndarray:
-    """Stage 2: return the rank of every cluster [L, C]; a rank keeps the number of experts it has per layer."""
+    """Stage 2: return the rank of every cluster [L, C]; every rank keeps its number of experts per layer."""
     num_layers, num_ranks = sizes_LC.shape
     ranks_LC = np.tile(np.arange(num_ranks), (num_layers, 1))
     best = flows.objective(ranks_LC)
@@ -200,7 +199,7 @@ def _place_clusters(flows: _Flows, sizes_LC: np.ndarray) -> np.ndarray:
 
 
 def solve(problem: Problem, *, time_limit_s: float = 10.0) -> Solution:
-    """Run stage 1 for one layer; without neighbours stage 2 has no flows, so clusters go where most of their experts are."""
+    """Run stage 1 for one layer. A single layer has no flows for stage 2: each cluster goes where most of its experts are."""
     start = perf_counter()
     current_E, num_ranks = problem.expert_to_owner_E, problem.num_ranks
     sizes_R = np.bincount(current_E, minlength=num_ranks)

@@ -1,6 +1,7 @@
 """Placements that only exchange owners: longest processing time first, and SmartMoE's guarded form of it.
 
-Every rank keeps as many experts as it owns now. Without copies no such placement gets below the busiest expert.
+Every rank keeps its number of experts. Without copies no such placement has fewer rows on the busiest rank than the busiest
+expert.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from ...values import Placement, Problem
 
 
 def by_load(totals_E: np.ndarray, current_E: np.ndarray, num_ranks: int, *, keep_on_tie: bool) -> np.ndarray:
-    """Give experts, largest first, to the least loaded rank that owns fewer than in `current_E`; return the owners [E].
+    """Assign experts, largest first, to the least loaded rank that owns fewer than in `current_E`; return the owners [E].
 
-    Ties go to the current owner if `keep_on_tie`, else and otherwise to the lowest rank.
+    Ties go to the current owner if `keep_on_tie`, and otherwise to the lowest rank.
     """
     free_R = np.bincount(current_E, minlength=num_ranks)
     rows_R = np.zeros(num_ranks, dtype=np.int64)
@@ -34,7 +35,7 @@ def by_load(totals_E: np.ndarray, current_E: np.ndarray, num_ranks: int, *, keep
 
 
 def solve_lpt(problem: Problem) -> Solution:
-    """Re-home by longest processing time first (Graham 1969 with a cardinality cap), whatever the moves cost."""
+    """Migrate by longest processing time first (Graham 1969 with a cardinality cap), whatever the moves cost."""
     start = perf_counter()
     owner_E = by_load(problem.load.totals_E, problem.expert_to_owner_E, problem.num_ranks, keep_on_tie=False)
     placement = Placement.owners_only(owner_E, problem.num_ranks)
@@ -42,7 +43,7 @@ def solve_lpt(problem: Problem) -> Solution:
 
 
 def solve_smartmoe(problem: Problem) -> Solution:
-    """Re-home as SmartMoE (ATC 2023) does: keep the old rank on a tie, accept only if the busiest rank's rows fall."""
+    """Migrate as SmartMoE (ATC 2023) does: keep the old rank on a tie, accept only if the busiest rank's rows decrease."""
     start = perf_counter()
     owner_E = by_load(problem.load.totals_E, problem.expert_to_owner_E, problem.num_ranks, keep_on_tie=True)
     rows_R = np.zeros(problem.num_ranks, dtype=np.int64)

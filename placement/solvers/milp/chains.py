@@ -1,10 +1,11 @@
-"""The best placement among those whose ranks send and receive one copy at most: found, and proven, without an engine.
+"""The best placement whose ranks send and receive at most one copy: found, and proven best, without an integer program.
 
-Where a second copy on the busiest device costs more than it saves, only these placements are left, and an integer program takes
-minutes to refute what fractions of copies seem to save. But a placement costs what its busiest rank computes and its busiest
-device sends or receives. For any limit on both, a walk over all paths and rings that single copies can form (chains_numba.py)
-says that there is no such placement, or shows one. A range of work is proven by the least work in it and the most rows that this
-leaves time for, and is halved where that is too wide. Owners stay as they are; links of nodes are bounded as in bounds.py only.
+Where a second copy on the busiest device costs more than it saves, only these placements remain, and an integer program takes
+minutes to refute the apparent savings of fractional copies. The cost of a placement depends on the work of its busiest rank and
+the traffic of its busiest device. For any limit on both, a search over all paths and rings that single copies can form
+(chains_numba.py) finds a placement or proves that there is none. A range of work is proven with the least work in it and the most
+rows for which that leaves time, and is halved where this is too loose. Owners are fixed; node links are only bounded, as in
+bounds.py.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from ..bounds import least_tallies
 if TYPE_CHECKING:
     from .chains_numba import Limits
 
-# Sets of ranks times arcs: a table of these is kept, and looked through often.
+# Sets of ranks times arcs: size of a table that is kept and scanned often.
 _MOST_STATES = 1 << 20
-# A ring's rows are guessed to this many.
+# Width of the range of rows that is guessed for a ring.
 _RING_ROWS = 8
-# Walks of one call at most, and for each second that is left; and after how many calls that cannot tell the search is given up.
+# Most walks of one call, walks per remaining second, and most inconclusive calls before the search is abandoned.
 _MOST_WALKS, _WALKS_PER_S, _MOST_UNKNOWN = 3_000_000, 2_000_000, 3
 
 
 def are_few(problem: Problem) -> bool:
-    """Return whether single copies can be searched: every set of ranks is looked at."""
+    """Return whether single copies can be searched, which enumerates every set of ranks."""
     arcs = 2 * problem.num_experts * problem.num_ranks
     return problem.slots > 0 and problem.num_ranks > 1 and arcs << min(problem.num_ranks, 30) <= _MOST_STATES
 
 
 def limits_of(problem: Problem, work_rows: int, device_rows: int) -> Limits:
-    """Say what every rank must hand on, and may, to stay within work rows and within rows on its link."""
+    """Return what every rank must and may pass on to stay within limits of work rows and of rows on its link."""
     from .chains_numba import Limits
 
     load_ER, totals_E, owner_E = problem.load.load_ER, problem.load.totals_E, problem.expert_to_owner_E
@@ -63,9 +64,9 @@ def limits_of(problem: Problem, work_rows: int, device_rows: int) -> Limits:
 
 
 def find(problem: Problem, work_rows: int, device_rows: int, most_walks: int = _MOST_WALKS) -> tuple[bool, Placement | None]:
-    """Look for a placement of single copies within both limits; return (whether there may be one, one, nearly within them).
+    """Search for a placement of single copies within both limits; return (whether one may exist, one nearly within the limits).
 
-    None if there is none, or if it would take more than `most_walks` walks to say.
+    None if there is none, or if deciding takes more than `most_walks` walks.
     """
     from . import chains_numba
 
@@ -77,7 +78,7 @@ def find(problem: Problem, work_rows: int, device_rows: int, most_walks: int = _
 
 
 def _most(is_within: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the largest number from low to high that is within, low - 1 if none is; smaller ones are if larger are."""
+    """Return the largest number from low to high that is within, low - 1 if none is; `is_within` is monotone."""
     while low <= high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if is_within(middle) else (low, middle - 1)
@@ -87,8 +88,8 @@ def _most(is_within: Callable[[int], bool], low: int, high: int) -> int:
 def refute(problem: Problem, low: int, wanted_s: Callable[[], float], consider: Callable[[Placement], bool], end: float) -> bool:
     """Return whether it is proven that no placement with `low` to one copies on the busiest device costs at most `wanted_s`.
 
-    Placements met go to `consider`, which says whether one is the best so far; if so, less may be wanted. The proof is given up
-    where it would take too many walks, and when perf_counter reaches `end`.
+    Placements found are passed to `consider`, which returns whether one is the best so far; then `wanted_s` may decrease. The
+    proof is abandoned if it would take too many walks, and when perf_counter reaches `end`.
     """
     tallies = least_tallies(problem, low, 1)
 

@@ -1,22 +1,22 @@
 """Compiled routines of chains.py. Import this module lazily: it imports numba, and a first call compiles.
 
-Where every rank sends and receives one copy at most, copies join ranks to paths and rings. What a rank may hand on depends only
-on what it receives, so a dynamic program walks all of them at once. Its state is a set of ranks, the arc taken last, and an
-interval of rows that this arc may carry; the intervals of all walks to one state are joined into one around them. A ring is
-opened at its lowest rank: the rows that come in there are guessed as a range, halved until nothing closes the ring or the range
-is narrow.
+If every rank sends and receives at most one copy, copies connect ranks to paths and rings. What a rank may pass on depends only
+on what it receives, so a dynamic program enumerates all of them at once. Its state is a set of ranks, the last arc, and an
+interval of rows that this arc may carry; the intervals of all walks to one state are merged into their hull. A ring is opened at
+its lowest rank: the rows received there are guessed as a range, which is halved until no walk closes the ring or the range is
+narrow.
 
-An arc is a copy, (expert * R + receiver) * 2 + whole; whole where the owner keeps no rows of the expert, saving the group. Say y
-rows of an expert come to a rank, `own` of which could be its own tokens', and x rows of an expert go out, `foreign` of which need
-not be. The rank stays within its limits where
+An arc is a copy, (expert * R + receiver) * 2 + whole; whole where the owner keeps no rows of the expert, saving the group. Let a
+rank receive y rows of an expert, of which `own` can be its own tokens, and pass on x rows of an expert, of which `foreign` can be
+other ranks' tokens. The rank stays within its limits if
     x >= hand_on + y (+ half_rate_rows for the group)              work
     min(x, foreign) >= hand_on_foreign + max(0, y - own)           rows that it receives
     max(0, x - foreign) <= spare_own + min(own, y)                 rows that it sends
-Such (x, y) are a convex set whose least and most x rise with y, so an interval of y gives an interval of x, all in integers.
-Shape letters: R ranks, E experts, A arcs, M sets of ranks as bit masks.
+These (x, y) are a convex set whose smallest and largest x increase with y, so an interval of y gives an interval of x, in
+integers. Shape letters: R ranks, E experts, A arcs, M sets of ranks as bit masks.
 """
 # mypy: disable-error-code=no-untyped-def
-# numba infers the types of compiled functions.
+# Numba infers the types of compiled functions.
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EMPTY = (1, 0)
 
 
 class Limits(NamedTuple):
-    """A layer under limits. `experts` lists every rank's experts that have rows, from first_R[rank]; the needs are as above."""
+    """A layer with limits. `experts` lists every rank's experts with rows, from first_R[rank]; for the other fields see above."""
 
     load_ER: np.ndarray
     totals_E: np.ndarray
@@ -45,7 +45,7 @@ class Limits(NamedTuple):
 
 
 class _Walks(NamedTuple):
-    """What walks reach: rows low_MA to high_MA (none where low is above high) and the arc before, _NONE at a start."""
+    """States reached by walks: rows low_MA to high_MA (unreached if low is above high) and the previous arc, _NONE at a start."""
 
     low_MA: np.ndarray
     high_MA: np.ndarray
@@ -54,9 +54,10 @@ class _Walks(NamedTuple):
 
 @njit(cache=True)
 def _handed_on(limits, rank, arc, low, high, expert, whole):
-    """Return the least and most rows of `expert` that a rank may hand on when `arc` brings it low to high rows.
+    """Return the fewest and most rows of `expert` that a rank may pass on if it receives low to high rows by `arc`.
 
-    `arc` may be _NONE: nothing comes in. `expert` may be _NONE: nothing goes out, and the answer says whether that may be.
+    `arc` may be _NONE: the rank receives nothing. `expert` may be _NONE: it passes on nothing, and the interval is empty if that
+    is not permitted.
     """
     hand_on, hand_on_foreign, spare_own = limits.hand_on_R[rank], limits.hand_on_foreign_R[rank], limits.spare_own_R[rank]
     own = 0
@@ -78,7 +79,7 @@ def _handed_on(limits, rank, arc, low, high, expert, whole):
     if whole:
         low, high = max(low, kept_own - spare_own), min(high, total + limits.half_rate_rows - hand_on)
         return (total, total) if low <= high and own >= kept_own - spare_own else _EMPTY
-    # Less than all: what must go out may not be more than what can.
+    # Fewer than all rows: what must be passed on is at most what can be.
     most = total - 1
     low = max(low, hand_on_foreign - foreign - spare_own)
     high = min(high, most - hand_on, foreign + own + spare_own - hand_on)
@@ -90,7 +91,7 @@ def _handed_on(limits, rank, arc, low, high, expert, whole):
 
 @njit(cache=True)
 def _extend(limits, walks, mask, rank, arc, low, high, allowed):
-    """Go on from a rank by each of its arcs to ranks of `allowed` outside of `mask`."""
+    """Extend a walk from a rank by each of its arcs to ranks of `allowed` outside of `mask`."""
     num_ranks = limits.hand_on_R.size
     for k in range(limits.first_R[rank], limits.first_R[rank + 1]):
         expert = limits.experts[k]
@@ -102,7 +103,8 @@ def _extend(limits, walks, mask, rank, arc, low, high, allowed):
                 reached, out = mask | 1 << receiver, (expert * num_ranks + receiver) * 2 + whole
                 is_new = walks.low_MA[reached, out] > walks.high_MA[reached, out]
                 if is_new or least < walks.low_MA[reached, out]:
-                    # Least comes of least: going back along these arcs gives one walk, not parts of several.
+                    # The lowest interval comes from the lowest, so tracing back these arcs yields a single walk, not parts of
+                    # several.
                     walks.low_MA[reached, out], walks.before_MA[reached, out] = least, arc
                 if is_new or most > walks.high_MA[reached, out]:
                     walks.high_MA[reached, out] = most
@@ -110,7 +112,7 @@ def _extend(limits, walks, mask, rank, arc, low, high, allowed):
 
 @njit(cache=True)
 def _walk_on(limits, walks, mask, allowed, stop):
-    """Extend every walk over `mask` that is not at rank `stop`; return how many there were."""
+    """Extend every walk over `mask` that is not at rank `stop`; return their number."""
     num_ranks, count = limits.hand_on_R.size, 0
     for expert in range(limits.totals_E.size if allowed & ~mask else 0):
         if not mask >> limits.owner_E[expert] & 1:
@@ -129,7 +131,7 @@ def _walk_on(limits, walks, mask, allowed, stop):
 
 @njit(cache=True)
 def _last_arc(limits, walks, mask, rank, expert, whole, low, high):
-    """Return the last arc of a walk over `mask` to `rank` that can hand on low to high rows of `expert`; _NONE if none can."""
+    """Return the last arc of a walk over `mask` to `rank` that can pass on low to high rows of `expert`; _NONE if none can."""
     num_ranks = limits.hand_on_R.size
     for brought in range(limits.totals_E.size):
         for part in range(2):
@@ -144,7 +146,7 @@ def _last_arc(limits, walks, mask, rank, expert, whole, low, high):
 
 @njit(cache=True)
 def _note(limits, walks, mask, arc, first, arcs_R):
-    """Write down by which arc every rank of a walk sends, back from its last arc to the arc `first`."""
+    """Record the arc by which every rank of a walk sends, tracing back from its last arc to the arc `first`."""
     num_ranks = limits.hand_on_R.size
     while arc != first:
         arcs_R[limits.owner_E[arc // 2 // num_ranks]] = arc
@@ -155,7 +157,7 @@ def _note(limits, walks, mask, arc, first, arcs_R):
 
 @njit(cache=True)
 def _find_paths(limits, walks, is_joined_M, arcs_MR):
-    """Mark the sets of ranks that a path can join, and note one of each; return how many walks there were."""
+    """Mark the sets of ranks that a path can connect, and record one path for each; return the number of walks."""
     num_ranks, count = limits.hand_on_R.size, 0
     everyone = (1 << num_ranks) - 1
     for rank in range(num_ranks):
@@ -175,7 +177,7 @@ def _find_paths(limits, walks, is_joined_M, arcs_MR):
 
 @njit(cache=True)
 def _clear(walks, root, rest):
-    """Forget the walks over the root and any ranks of `rest`."""
+    """Clear the walks over the root and any ranks of `rest`."""
     part = rest
     while True:
         walks.low_MA[part | root], walks.high_MA[part | root] = 1, 0
@@ -186,9 +188,9 @@ def _clear(walks, root, rest):
 
 @njit(cache=True)
 def _close(limits, walks, root, back, low, high, is_wanted_M, last_M):
-    """Walk from rank `root`, which arc `back` brings low to high rows, to the rank that sends them; return how many walks.
+    """Search walks from rank `root`, which receives low to high rows by arc `back`, to their sender; return the number of walks.
 
-    last_M gets the last arc of a ring over every wanted set of ranks, _NONE where there is none.
+    last_M receives the last arc of a ring over every wanted set of ranks, _NONE if there is none.
     """
     num_ranks = limits.hand_on_R.size
     everyone = (1 << num_ranks) - 1
@@ -208,7 +210,7 @@ def _close(limits, walks, root, back, low, high, is_wanted_M, last_M):
 
 @njit(cache=True)
 def _find_rings(limits, walks, root, back, width, is_wanted_M, is_joined_M, arcs_MR, most_walks):
-    """Mark the wanted sets of ranks that a ring from `root` through arc `back` can join; return how many walks there were."""
+    """Mark the wanted sets of ranks that a ring from `root` through arc `back` can connect; return the number of walks."""
     expert = back // 2 // limits.hand_on_R.size
     total = limits.totals_E[expert]
     last_M = np.empty(is_joined_M.size, np.int64)
@@ -235,7 +237,7 @@ def _find_rings(limits, walks, root, back, width, is_wanted_M, is_joined_M, arcs
 
 @njit(cache=True)
 def _first_part(mask, is_joined_M, is_covered_M):
-    """Return a joined set with the lowest rank of `mask` whose complement in it is covered; 0 if there is none."""
+    """Return a connected set with the lowest rank of `mask` whose complement in `mask` is covered; 0 if there is none."""
     lowest = mask & -mask
     rest = mask & ~lowest
     part = rest
@@ -249,10 +251,10 @@ def _first_part(mask, is_joined_M, is_covered_M):
 
 @njit(cache=True, nogil=True)
 def find(limits, width, most_walks):
-    """Look for a placement within the limits; return (FOUND, NOTHING or UNKNOWN, the arc by which every rank sends, or -1, [R]).
+    """Search for a placement within the limits; return FOUND, NOTHING or UNKNOWN, and the arc by which every rank sends [R].
 
-    NOTHING is certain. What is FOUND may exceed the limits by a little: intervals of walks are joined, and rings guessed to
-    `width` rows. UNKNOWN: it would have taken more than `most_walks` walks to say.
+    The arc is -1 where a rank sends nothing. NOTHING is certain. A placement FOUND may exceed the limits slightly: intervals of
+    walks are merged, and rings guessed to `width` rows. UNKNOWN: deciding takes more than `most_walks` walks.
     """
     num_ranks, num_arcs = limits.hand_on_R.size, limits.totals_E.size * limits.hand_on_R.size * 2
     everyone = (1 << num_ranks) - 1
@@ -268,7 +270,7 @@ def find(limits, width, most_walks):
     for root in range(num_ranks - 1, -1, -1):
         is_wanted_M = ~is_joined_M
         for mask in range(everyone + 1):
-            # Only the whole is asked for in the end.
+            # Only the set of all ranks is needed at the end.
             is_wanted_M[mask] &= root > 0 or is_covered_M[everyone & ~mask]
         for expert in range(limits.totals_E.size):
             for whole in range(2 if limits.owner_E[expert] > root and limits.totals_E[expert] else 0):
