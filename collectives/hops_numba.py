@@ -136,10 +136,10 @@ def node_hops(owners_M, start_M, ranks_J, num_ranks, ranks_per_node):
     h = 0
     for m in range(owners_M.size):
         begin, end, first_hop = start_M[m], start_M[m + 1], h
-        home = owners_M[m] // ranks_per_node
+        owner_node = owners_M[m] // ranks_per_node
         source = owners_M[m]
         for j in range(begin, end):
-            if ranks_J[j] // ranks_per_node == home:
+            if ranks_J[j] // ranks_per_node == owner_node:
                 hops_2J[0, h], hops_2J[1, h] = source, ranks_J[j]
                 source = ranks_J[j]
                 h += 1
@@ -149,7 +149,7 @@ def node_hops(owners_M, start_M, ranks_J, num_ranks, ranks_per_node):
             node_begin = j
             while j < end and ranks_J[j] // ranks_per_node == node:
                 j += 1
-            if node == home:
+            if node == owner_node:
                 continue
             leader = ranks_J[node_begin]
             for other in ranks_J[node_begin:j]:

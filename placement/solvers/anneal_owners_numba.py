@@ -65,17 +65,17 @@ def _count(layers, sums, layer, expert, rank, sign):
     sums.rows_LR[layer, rank] += sign * total
     sums.work_LR[layer, rank] += sign * (total + (layers.half_rate_rows if total else 0))
     sums.stay_LR[layer, rank] += sign * load_R[rank]
-    home = layers.current_LE[layer, expert]
-    if home != rank:
-        sums.moves_2LR[0, layer, home] += sign
+    current = layers.current_LE[layer, expert]
+    if current != rank:
+        sums.moves_2LR[0, layer, current] += sign
         sums.moves_2LR[1, layer, rank] += sign
     if sums.rows_LN.shape[1] == 1:
         return
     sums.rows_LN[layer, node] += sign * total
     for r in range(node * per_node, (node + 1) * per_node):
         sums.stay_LN[layer, node] += sign * load_R[r]
-    if home // per_node != node:
-        sums.moves_2LN[0, layer, home // per_node] += sign
+    if current // per_node != node:
+        sums.moves_2LN[0, layer, current // per_node] += sign
         sums.moves_2LN[1, layer, node] += sign
 
 

@@ -210,10 +210,10 @@ def _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, ro
         if saved_s <= best_s or holds_E[expert]:
             continue
         owner = layer.owner_E[expert]
-        home = owner // layer.ranks_per_node
+        owner_node = owner // layer.ranks_per_node
         if state.sent_R[owner] >= most:
             continue
-        if home != node and (state.got_N[node] >= most_node or state.sent_N[home] >= most_node):
+        if owner_node != node and (state.got_N[node] >= most_node or state.sent_N[owner_node] >= most_node):
             continue
         best, best_s = expert, saved_s
     return best

@@ -97,15 +97,15 @@ def static_traffic(layer):
     groups_R = np.zeros(num_ranks, np.int64)
     for expert in range(num_experts):
         owner = layer.owner_E[expert]
-        home = owner // per_node
+        owner_node = owner // per_node
         for rank in range(num_ranks):
             rows_2R[0, rank] += layer.load_ER[expert, rank]
         rows_2R[0, owner] -= layer.load_ER[expert, owner]
         rows_2R[1, owner] += layer.totals_E[expert] - layer.load_ER[expert, owner]
         groups_R[owner] += layer.totals_E[expert] > 0
-        inside = layer.load_ER[expert, home * per_node : (home + 1) * per_node].sum()
-        rows_2N[0, home] += layer.load_ER[expert, owner] - inside
-        rows_2N[1, home] += layer.totals_E[expert] - inside
+        inside = layer.load_ER[expert, owner_node * per_node : (owner_node + 1) * per_node].sum()
+        rows_2N[0, owner_node] += layer.load_ER[expert, owner] - inside
+        rows_2N[1, owner_node] += layer.totals_E[expert] - inside
     for rank in range(num_ranks):
         rows_2N[0, rank // per_node] += rows_2R[0, rank]
     return Traffic(rows_2R, rows_2N, groups_R)
@@ -125,7 +125,7 @@ def _tally(layer, static, experts_M, start_M, ranks_J, rows_J, rows_R, tally_5):
     for m in range(experts_M.size):
         expert = experts_M[m]
         owner, total = layer.owner_E[expert], layer.totals_E[expert]
-        home = owner // per_node
+        owner_node = owner // per_node
         load_R = layer.load_ER[expert]
         rows_N[:] = 0
         rows_2R[0, owner] += load_R[owner]
@@ -142,15 +142,15 @@ def _tally(layer, static, experts_M, start_M, ranks_J, rows_J, rows_R, tally_5):
             if rank != owner:
                 copies_2R[0, owner] += 1
                 copies_2R[1, rank] += 1
-                if node != home:
-                    copies_2N[0, home] += 1
+                if node != owner_node:
+                    copies_2N[0, owner_node] += 1
                     copies_2N[1, node] += 1
         for node in range(rows_N.size):
             inside = load_R[node * per_node : (node + 1) * per_node].sum()
             own = min(rows_N[node], inside)
             rows_2N[0, node] -= own
             rows_2N[1, node] += rows_N[node] - own
-            if node == home:
+            if node == owner_node:
                 rows_2N[0, node] += inside
                 rows_2N[1, node] -= total - inside
     tally_5[0] = (rows_R + layer.half_rate_rows * groups_R).max()
