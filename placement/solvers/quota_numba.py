@@ -150,7 +150,7 @@ def cheapest(prices, tallies, sizes, copies):
     return Plan(copies[best, :, : sizes[best]], t, _price(prices, t[0], t[1], t[2], t[3], t[4], 0, 0))
 
 
-class Fill(NamedTuple):
+class Holdings(NamedTuple):
     """A plan to which copies are added: its holders (owners and copies), and the copies that ranks and nodes receive and send."""
 
     holds_RE: np.ndarray
@@ -175,12 +175,12 @@ def _add(layer, state, expert, rank):
 
 
 @njit(cache=True)
-def _start_fill(layer, copies_2C):
+def _start(layer, copies_2C):
     """The state of a plan without additions."""
     num_experts, num_ranks = layer.load_ER.shape
     per_node = layer.ranks_per_node
     num_nodes = num_ranks // per_node
-    state = Fill(
+    state = Holdings(
         np.zeros((num_ranks, num_experts), np.bool_),
         np.zeros((num_nodes, num_experts), np.bool_),
         np.zeros(num_ranks, np.int64),
@@ -232,7 +232,7 @@ def _node_seconds(load_RE, ranks_per_node, node_row_s):
 
 
 @njit(cache=True)
-def filled(layer, load_RE, copies_2C, most_2P, least_P, min_rows, row_s, node_row_s):
+def with_further_copies(layer, load_RE, copies_2C, most_2P, least_P, min_rows, row_s, node_row_s):
     """Add copies that save dispatch bytes to one plan, once for every column of most_2P, and score the results.
 
     Afterwards no device sends or receives more than most_2P[0] copies, and no node link more than most_2P[1], unless the plan
@@ -250,7 +250,7 @@ def filled(layer, load_RE, copies_2C, most_2P, least_P, min_rows, row_s, node_ro
     for p in range(num_plans):
         most, most_node, count = most_2P[0, p], most_2P[1, p], given
         copies[p, :, :given] = copies_2C
-        state = _start_fill(layer, copies_2C)
+        state = _start(layer, copies_2C)
         first_s_NE = np.where(state.holds_NE, 0.0, load_s_NE)
         for turn in range(min(most, slots)):
             for rank in layer.ranks:
@@ -269,7 +269,7 @@ def filled(layer, load_RE, copies_2C, most_2P, least_P, min_rows, row_s, node_ro
 
 
 @njit(cache=True)
-def _fills_to_try(layer, prices, tally_5):
+def _limits_to_try(layer, prices, tally_5):
     """Return int64 [2, P], the most copies per device and per node link, and float [P], the seconds a further copy must save.
 
     A copy of expert e on rank d that serves dispatch bytes only saves n rows of dispatch and combine, forward and backward: the
@@ -314,7 +314,7 @@ def plan(layer, load_RE, prices, least_rows, plans_2P):
     # Only the slowest link matters; all ranks of a node relieve its link together.
     node_counts = best.tally_5[2] * node_row_s > best.tally_5[1] * row_s
     node_row_s = node_row_s * layer.ranks_per_node if node_counts else 0.0
-    most_2P, least_P = _fills_to_try(layer, prices, best.tally_5)
-    fills = filled(layer, load_RE, best.copies_2C, most_2P, least_P, plans_2P[0, 0], row_s, node_row_s)
-    more = cheapest(prices, *fills)
+    most_2P, least_P = _limits_to_try(layer, prices, best.tally_5)
+    plans = with_further_copies(layer, load_RE, best.copies_2C, most_2P, least_P, plans_2P[0, 0], row_s, node_row_s)
+    more = cheapest(prices, *plans)
     return more if _total(more.stages) < _total(best.stages) else best

@@ -66,7 +66,7 @@ def test_further_copies_are_the_reference_s(
     threshold = reference.smallest_threshold(problem, 1)
     first = reference.export(problem, threshold, 1) or []
     limit = reference.Limit(per_device, per_node, saved_rows * row_s)
-    _, sizes, copies = quota_numba.filled(
+    _, sizes, copies = quota_numba.with_further_copies(
         score_numba.layer_of(problem),
         problem.load.load_RE,
         np.array(first, np.int64).reshape(-1, 2).T.copy(),
