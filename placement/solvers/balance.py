@@ -46,7 +46,7 @@ def solve(problem: Problem) -> Solution:
     errors_S[0] = 0
     totals_SE = balance_numba.loads_around(problem.load.totals_E, errors_S)
     mean_S = -(-totals_SE.sum(axis=1) // num_ranks)
-    copies_2C = balance_numba.buy_copies(
+    copies_2C = balance_numba.choose_copies(
         totals_SE,
         mean_S + mean_S // np.where(np.arange(errors_S.size) == 0, _FORECAST_PARTS, _OTHER_PARTS),
         int(problem.slots * num_ranks * share),

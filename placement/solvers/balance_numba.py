@@ -91,7 +91,7 @@ def _push(source, target, limit, rows_ER, rows_R, via):
     rows_R[target] += amount
 
 
-class Played(NamedTuple):
+class Splits(NamedTuple):
     """Loads and their splits over the copies so far: rows_SER, rows_SR are rows by rank, limit_S those of the busiest.
 
     Where limit_S is above mean_S, stuck_SR is a set of ranks that compute limit_S rows each and hold all copies of what they
@@ -124,13 +124,13 @@ def _find_open(holders, limit, rows_ER, rows_R, open_R):
 
 
 @njit(cache=True)
-def _level(holders, played, s):
+def _level(holders, splits, s):
     """Minimise the rows of load s on the busiest rank, from the present split; split_numba.level has the proof."""
-    rows_ER, rows_R, stuck_R = played.rows_SER[s], played.rows_SR[s], played.stuck_SR[s]
+    rows_ER, rows_R, stuck_R = splits.rows_SER[s], splits.rows_SR[s], splits.stuck_SR[s]
     queue = np.empty(rows_R.size, np.int64)
     via = np.empty((2, rows_R.size), np.int64)
     seen_E = np.empty(rows_ER.shape[0], np.bool_)
-    limit = played.mean_S[s]
+    limit = splits.mean_S[s]
     stuck_R[:] = False
     for source in range(rows_R.size):
         while rows_R[source] > limit:
@@ -144,8 +144,8 @@ def _level(holders, played, s):
                 rows += rows_R[queue[i]]
                 stuck_R[queue[i]] = True
             limit = -(-rows // reached)
-    played.limit_S[s] = limit
-    _find_open(holders, played.mean_S[s], rows_ER, rows_R, played.open_SR[s])
+    splits.limit_S[s] = limit
+    _find_open(holders, splits.mean_S[s], rows_ER, rows_R, splits.open_SR[s])
 
 
 @njit(cache=True)
@@ -158,25 +158,25 @@ def _is_bound(holders, stuck_R, expert):
 
 
 @njit(cache=True)
-def _count_relief(holders, played, s, sign, min_rows, relief_ER):
+def _count_relief(holders, splits, s, sign, min_rows, relief_ER):
     """Add to relief_ER, `sign` times, the number of rows that every copy would take from each stuck rank of load s.
 
     The host takes at most the expert's rows and the excess. Rows that fit below the host's own mean count twice, because the
     others may not find a rank to move on to.
     """
-    stuck_R, rows_R = played.stuck_SR[s], played.rows_SR[s]
-    if played.limit_S[s] <= played.target_S[s]:
+    stuck_R, rows_R = splits.stuck_SR[s], splits.rows_SR[s]
+    if splits.limit_S[s] <= splits.target_S[s]:
         return
     num_stuck = stuck_R.sum()
-    excess = (played.limit_S[s] - played.mean_S[s]) * num_stuck
+    excess = (splits.limit_S[s] - splits.mean_S[s]) * num_stuck
     for expert in range(relief_ER.shape[0]):
-        total = played.totals_SE[s, expert]
+        total = splits.totals_SE[s, expert]
         if total < min_rows or not _is_bound(holders, stuck_R, expert):
             continue
         rows = min(total, excess)
         for rank in range(rows_R.size):
-            if played.open_SR[s, rank] and not stuck_R[rank]:
-                fits = max(min(rows, played.mean_S[s] - rows_R[rank]), 0)
+            if splits.open_SR[s, rank] and not stuck_R[rank]:
+                fits = max(min(rows, splits.mean_S[s] - rows_R[rank]), 0)
                 relief_ER[expert, rank] += sign * -(-(rows + fits) // num_stuck)
 
 
@@ -207,7 +207,7 @@ def _start(totals_SE, target_S, owner_E, num_ranks, slots):
         np.full(num_ranks, slots, np.int64),
     )
     holders.holder_ER[:, 0] = owner_E
-    played = Played(
+    splits = Splits(
         totals_SE,
         -(-totals_SE.sum(axis=1) // num_ranks),
         target_S,
@@ -219,46 +219,46 @@ def _start(totals_SE, target_S, owner_E, num_ranks, slots):
     )
     for s in range(num_loads):
         for expert in range(num_experts):
-            played.rows_SER[s, expert, owner_E[expert]] = totals_SE[s, expert]
-            played.rows_SR[s, owner_E[expert]] += totals_SE[s, expert]
-    return holders, played
+            splits.rows_SER[s, expert, owner_E[expert]] = totals_SE[s, expert]
+            splits.rows_SR[s, owner_E[expert]] += totals_SE[s, expert]
+    return holders, splits
 
 
 @njit(cache=True)
-def buy_copies(totals_SE, target_S, most, owner_E, num_ranks, slots, min_rows, ranks_per_node):
+def choose_copies(totals_SE, target_S, most, owner_E, num_ranks, slots, min_rows, ranks_per_node):
     """Add copies until every load can be split to at most target_S rows per rank; int64 [2, C] as (expert, rank).
 
     target_S is at least the mean. At most `most` copies in total and `slots` per rank; no copy for an expert of fewer than
     min_rows rows.
     """
     num_loads, num_experts = totals_SE.shape
-    holders, played = _start(totals_SE, target_S, owner_E, num_ranks, slots)
+    holders, splits = _start(totals_SE, target_S, owner_E, num_ranks, slots)
     relief_ER = np.zeros((num_experts, num_ranks), np.int64)
     min_rows = max(min_rows, 1)
     for s in range(num_loads):
-        _level(holders, played, s)
-        _count_relief(holders, played, s, 1, min_rows, relief_ER)
+        _level(holders, splits, s)
+        _count_relief(holders, splits, s, 1, min_rows, relief_ER)
     copies_2C = np.empty((2, most), np.int64)
-    bought = 0
-    while bought < most:
+    count = 0
+    while count < most:
         expert, rank = _pick(holders, relief_ER, ranks_per_node)
         if expert < 0:
             break
         # A load whose rows of the expert are not stuck, or whose stuck ranks include the host, does not change.
         is_relieved_S = np.zeros(num_loads, np.bool_)
         for s in range(num_loads):
-            is_stuck = played.limit_S[s] > played.target_S[s] and not played.stuck_SR[s, rank]
-            is_relieved_S[s] = is_stuck and _is_bound(holders, played.stuck_SR[s], expert)
+            is_stuck = splits.limit_S[s] > splits.target_S[s] and not splits.stuck_SR[s, rank]
+            is_relieved_S[s] = is_stuck and _is_bound(holders, splits.stuck_SR[s], expert)
             if is_relieved_S[s]:
-                _count_relief(holders, played, s, -1, min_rows, relief_ER)
+                _count_relief(holders, splits, s, -1, min_rows, relief_ER)
         _add_copy(holders, expert, rank)
-        copies_2C[0, bought], copies_2C[1, bought] = expert, rank
-        bought += 1
+        copies_2C[0, count], copies_2C[1, count] = expert, rank
+        count += 1
         for s in range(num_loads):
             if is_relieved_S[s]:
-                _level(holders, played, s)
-                _count_relief(holders, played, s, 1, min_rows, relief_ER)
-    return copies_2C[:, :bought].copy()
+                _level(holders, splits, s)
+                _count_relief(holders, splits, s, 1, min_rows, relief_ER)
+    return copies_2C[:, :count].copy()
 
 
 @njit(cache=True)

@@ -34,7 +34,7 @@ def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
     errors_S = np.array([0, error, error // 2])
     totals_SE = balance_numba.loads_around(load.totals_E, errors_S)
     target_S = -(-totals_SE.sum(axis=1) // 5)
-    copies_2C = balance_numba.buy_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
+    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
     placement = Placement.with_copies(owner_E, 5, copies_2C)
     assert placement.num_copies == copies_2C.shape[1]
     for totals_E, target in zip(totals_SE, target_S, strict=True):
