@@ -31,7 +31,7 @@ class Endpoint(Protocol):
     def incoming(self, message: Message) -> Sequence[Tensor] | None:
         """The tensors to receive into; None while no buffer is free."""
 
-    def arrived(self, message: Message) -> None:
+    def received(self, message: Message) -> None:
         """Called when the message has been received, in schedule order."""
 
 
@@ -71,7 +71,7 @@ class ScheduleExecutor:
             message, pending = self._arriving[0]
             pending.wait()
             self._arriving.popleft()
-            self._endpoint.arrived(message)
+            self._endpoint.received(message)
             self._missing[message.item, message.chunk] -= 1
             self._post_sends()
             self._post_receives()
@@ -127,7 +127,7 @@ class GroupedExecutor:
             pending.wait()
             for message in messages:
                 if message.dst == self._transport.rank:
-                    self._endpoint.arrived(message)
+                    self._endpoint.received(message)
             self._start_next()
         self._transport.traffic.finished(self)
 

@@ -94,7 +94,7 @@ class _GatherEndpoint:
         item = self._copies[message.item]
         return _part(item, _bounds(message, item))
 
-    def arrived(self, message: Message) -> None:
+    def received(self, message: Message) -> None:
         pass
 
 
@@ -136,7 +136,7 @@ class _ReduceEndpoint:
                 return self._landed(i, bounds)
         return None
 
-    def arrived(self, message: Message) -> None:
+    def received(self, message: Message) -> None:
         key = message.item, message.chunk
         place = self._landing.pop(message)
         parts = self._landed(*place)
