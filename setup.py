@@ -3,22 +3,12 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-FOLDERS = [
-    "jit",
-    "runtime",
-    "runtime.adapters",
-    "collectives",
-    "collectives.schedules",
-    "collectives.transports",
-    "placement",
-    "kernels",
-    "launch",
-    "benchmarks",
-]
+# Tests, and whatever else lies beside these folders, stay out.
+FOLDERS = ("jit", "runtime", "collectives", "placement", "kernels", "launch", "benchmarks")
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -53,7 +43,13 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildModules},
     package_dir={"moesaic": "."},
-    packages=["moesaic", *(f"moesaic.{folder}" for folder in FOLDERS)],
+    packages=[
+        "moesaic",
+        *(
+            f"moesaic.{package}"
+            for package in find_packages(str(ROOT), include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
+        ),
+    ],
     package_data={"moesaic": ["py.typed"], "moesaic.benchmarks": ["*.sh"]},
     install_requires=[
         "torch>=2.11",

@@ -1,24 +1,29 @@
 """Sparse collectives: a collective is a schedule, a schedule is data, and one executor runs it over any transport.
 
-traffic.py     bytes and messages counted by operation and peer
-tags.py        what a message is about, as a number that both of its ranks must have
-transport.py   what a transport is: `exchange` and `all_gather_ints`
-transports/    c10d (Gloo or NCCL), shm (ranks of one host), mpi, hierarchical (shm inside nodes, c10d between), local (one rank)
-schedule.py    the values: messages, routes, schedules; the reduce is the gather transposed
-schedules/     direct, relay, hierarchical, element_sharded: from a placement to a schedule; and the choice among them
-hops.py        schedules as arrays, which the making and the prediction of a schedule compute with
-compiled.py    their compiled loops
-account.py     bytes and messages by link class, predicted seconds, lower bounds: read from the schedule that runs
-progress.py    the communication thread, and waits that are counted
-flow.py        the executor: chunks go on as soon as they have arrived
-verbs.py       sparse_all_gather, sparse_reduce_scatter, all_to_all_rows
-lifetime.py    ranks end with the process that started them
-average.py     the mean of tensors that all ranks hold
-reference.py   the same verbs on plain lists of per-rank tensors: what each of them means
+messages.py    Point-to-point messages: buffers and row ranges with their peers, handles of messages in flight, the error of a
+               failure.
+schedule.py    Schedules: the point-to-point messages of a sparse collective, as plain data.
+traffic.py     Traffic counters of one rank: bytes and messages sent, by operation and peer, and the time spent waiting.
+hops_numba.py  Compiled loops over the hops of schedules.
+lifetime.py    Processes that end with their parent, so that no rank is left waiting for its peers, or training, after its
+               launcher has died.
+tags.py        What a message is about, as a number that both of its ranks must have: operation, step, layer and pass.
+hops.py        Schedules as arrays, the form in which schedules are built, predicted and counted.
+reference.py   Reference implementations of the collectives on plain lists of per-rank values.
+progress.py    Collectives that make progress while the main thread computes, and the time spent waiting for them.
+account.py     The cost of a schedule: bytes and messages by link class, predicted seconds, and a lower bound over all schedules.
+transport.py   The interface of a transport: groups of point-to-point messages between ranks, and an all-gather of small integer
+               tensors.
+schedules/     Pure functions from a placement and a topology to a schedule, one kind per file.
+average.py     The mean of a tensor over all ranks, in place: the all-reduce of gradients over replicated groups.
+executor.py    The executor: runs one rank's part of any schedule over any transport.
+transports/    Transports: how bytes move between ranks, one kind per file.
+verbs.py       The collective operations: each is launched by its call and completed by waiting on the handle that it returns.
 """
 
 from .account import Account, Bound, LinkCounts, account, predicted_s
 from .average import average
+from .messages import Buffer, CollectiveError, Pending, RowLayout, RowPart
 from .schedule import Message, Route, Schedule
 from .schedules.choose import SCHEDULES, ScheduleChoice, choose_schedule, make_schedule
 from .schedules.direct import direct_gather
@@ -26,7 +31,7 @@ from .schedules.element_sharded import element_sharded_gather
 from .schedules.hierarchical import hierarchical_gather
 from .schedules.relay import relay_gather
 from .traffic import Span, Traffic
-from .transport import Buffer, CollectiveError, Pending, RowLayout, RowPart, RowsAsMessages, Transport
+from .transport import RowsAsMessages, Transport
 from .transports.c10d import C10dTransport
 from .transports.choose import (
     TRANSPORTS,

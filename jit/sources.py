@@ -3,8 +3,8 @@
 Machine code holds what its function called and which constants it read when it was compiled. All of that comes from the file the
 function is written in and from what that file imports, all the way down. An import inside a function has no part in it.
 
-Example: search.py has `from .cost import seconds_of`, cost.py has `from .values import Problem`, and flow.py imports neither. A
-change of values.py changes the digests of all but flow.py's.
+Example: quota_numba.py has `from ..cost import seconds_of`, cost.py has `from .values import Problem`, and split_numba.py imports
+neither. A change of values.py changes the digests of all but split_numba.py's.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ...jit.decorators import njit
-from ...kernels.memory_cpu import copy_bytes, fence, stream_bytes
+from ...kernels.cpu.memory import copy_bytes, fence, stream_bytes
 from .shm_memory import Segment
 
 RING = 512

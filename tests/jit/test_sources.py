@@ -26,12 +26,13 @@ IMPORTS = """
 import importlib, json, sys, types
 
 root, *names = sys.argv[1:]
+folders = {"jit", *("/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1))}
 brought = {}
 for name in names:
     for module in [module for module in sys.modules if module.startswith("moesaic")]:
         del sys.modules[module]
     parts = name.split("/")
-    for folder in ("", "placement", "kernels", "collectives", "collectives/transports", "jit"):
+    for folder in folders:
         package = types.ModuleType(".".join(["moesaic", *folder.split("/")]).rstrip("."))
         package.__path__ = [f"{root}/{folder}"]
         sys.modules[package.__name__] = package
@@ -43,7 +44,7 @@ print(json.dumps(brought))
 
 
 def test_the_sources_are_what_an_import_brings() -> None:
-    assert {"placement/flow", "kernels/permute_cpu", "collectives/compiled"} <= set(COMPILED)
+    assert {"placement/split_numba", "kernels/permute_cpu", "kernels/cpu/blas", "collectives/hops_numba"} <= set(COMPILED)
     command = [sys.executable, "-c", IMPORTS, str(PACKAGE), *COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -69,20 +70,20 @@ def test_a_digest_needs_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_cpu_and_the_compiler_are_part_of_the_folders_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Machines with other CPUs may share a home directory."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    file = str(PACKAGE / "placement" / "flow.py")
+    file = str(PACKAGE / "placement" / "split_numba.py")
     found = [decorators.folder_of.__wrapped__(file)]
     monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: "another")
     found.append(decorators.folder_of.__wrapped__(file))
     monkeypatch.setattr("numba.__version__", "0.0")
     found.append(decorators.folder_of.__wrapped__(file))
     assert len(set(found)) == 3
-    assert all(folder is not None and folder.name.startswith("placement.flow-") for folder in found)
+    assert all(folder is not None and folder.name.startswith("placement.split_numba-") for folder in found)
 
 
 def test_folders_that_nothing_uses_are_deleted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """After two months, of the same module; using one counts."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    source, other = PACKAGE / "placement" / "flow.py", PACKAGE / "placement" / "fill.py"
+    source, other = PACKAGE / "placement" / "split_numba.py", PACKAGE / "placement" / "solvers" / "quota_numba.py"
     old, used, of_another = (
         folders.folder_for(path, digest * 20) for path, digest in ((source, "a"), (source, "b"), (other, "c"))
     )
@@ -101,13 +102,13 @@ def test_a_folder_that_is_filled_may_be_read_only(monkeypatch: pytest.MonkeyPatc
     spare.mkdir()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(image))
     monkeypatch.setattr("tempfile.tempdir", str(spare))
-    source = PACKAGE / "placement" / "flow.py"
+    source = PACKAGE / "placement" / "split_numba.py"
     filled = folders.folder_for(source, "a" * 20)
     assert filled is not None
     (filled / "routine.nbi").touch()
     monkeypatch.setattr(folders, "_can_write", lambda folder: not folder.is_relative_to(image))
     assert folders.folder_for(source, "a" * 20) == filled
-    assert folders.folder_for(source, "b" * 20) == spare / f"moesaic-{os.getuid()}" / f"placement.flow-{'b' * 20}"
+    assert folders.folder_for(source, "b" * 20) == spare / f"moesaic-{os.getuid()}" / f"placement.split_numba-{'b' * 20}"
 
 
 def test_local_ranks_are_those_of_the_launchers() -> None:

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, milp
-from moesaic.placement.chains import are_few, find, refute
+from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology
 from moesaic.placement.cost import price, prices_of, seconds_of, tally
-from moesaic.placement.exhaustive import every_placement
-from moesaic.placement.milp_model import CopyRange
-from moesaic.placement.priced import split_priced
+from moesaic.placement.solvers.exhaustive import every_placement
+from moesaic.placement.solvers.milp import planner as milp
+from moesaic.placement.solvers.milp.chains import are_few, find, refute
+from moesaic.placement.solvers.milp.model import CopyRange
+from moesaic.placement.solvers.milp.priced import split_priced
 from tests.placement.cases import examples, problems, shared_trace
 
 
