@@ -220,7 +220,7 @@ def test_engines_print_nothing():
     """From HiGHS 1.16 on the first solver of a process says who it is, on the standard output that `--json -` has to itself."""
     script = """
 import os, pulp
-from moesaic.placement import engines
+from moesaic.placement.solvers import engines
 program = pulp.LpProblem("one", pulp.LpMinimize)
 count = program.add_variable("count", 0, None, pulp.LpInteger)
 program += 2 * count, "cost"
@@ -310,6 +310,17 @@ def test_owners_may_leave_an_expert_to_its_copies(problem, seed):
     other = cost(problem, left, split_exact(problem.load, left, problem.topology))
     a_row = seconds_of(prices_of(problem)._replace(latency_s=0.0), 1, 2, 2, 0, 0, 0, 0)
     assert priced.compute_s + priced.dispatch_s <= other.compute_s + other.dispatch_s + 2 * sum(a_row[:2])
+
+
+def test_a_split_that_sends_no_row_saves_the_latency_of_dispatch() -> None:
+    """Few rows, every expert everywhere: the second group on each rank costs less than four messages."""
+    load = ExpertLoad(np.array([[2, 3], [4, 3]]))
+    problem = Problem(load, np.array([0, 1]), Topology.preset("h100", 2), LayerShape(2, 1, 16, 512), slots=1)
+    everywhere = Placement(problem.expert_to_owner_E, np.ones((2, 2), dtype=bool))
+    assert (split_priced(problem, everywhere).rows_RE == load.load_RE).all()
+    assert milp.solve(problem).cost.dispatch_s == 0.0
+    one_copy = Placement(problem.expert_to_owner_E, np.array([[True, True], [False, True]]))
+    assert cost(problem, one_copy, split_priced(problem, one_copy)).dispatch_s > 4 * problem.topology.latency_s
 
 
 def test_covers_say_which_copies_a_cheap_placement_needs():

@@ -3,9 +3,10 @@
 `split_exact` gives the busiest rank the fewest rows. In seconds that is not quite the best: a group costs its rank
 `half_rate_rows` rows on top, so ranks with more groups should compute fewer, and a few rows more than the mean may be worth it
 where they save the busiest link; an owner may even leave all rows of an expert to its copies, which saves it the group. Here the
-cost model's compute and dispatch are minimised together, over fractional rows that are rounded afterwards. It takes tens of
-milliseconds: for plans solved ahead, not for a step. Shape letters: R ranks, E experts, M replicated experts, J (expert, holder)
-entries.
+cost model's compute and dispatch are minimised together, over fractional rows that are rounded afterwards. The program leaves
+out the latency of dispatch, which every split pays but the one that sends no row; that one is priced beside the program's. It
+takes tens of milliseconds: for plans solved ahead, not for a step. Shape letters: R ranks, E experts, M replicated experts, J
+(expert, holder) entries.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pulp
 
 from ... import split_numba
 from ...cost import cost, prices_of
-from ...split import Replicated, Split, split_exact
+from ...split import Replicated, Split, split_exact, split_local_even
 from ...values import Placement, Problem
 from ..engines import minimise
 
@@ -104,6 +105,15 @@ def _minimise(
     return np.array([max(variable.varValue or 0.0, 0.0) for variable in rows]) * unit
 
 
+def _split_of(problem: Problem, placement: Placement, table: Replicated, fractional_J: np.ndarray) -> Split:
+    """Return a split with about so many rows of every (expert, holder) entry, rounded."""
+    rows_J = _rounded(fractional_J, table.start_M, problem.load.totals_E[table.experts_M])
+    per_node = problem.topology.ranks_per_node
+    segments_4G = split_numba.decompose(problem.load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
+    segments_4G[0] = table.experts_M[segments_4G[0]]
+    return Split(problem.load, placement, segments_4G)
+
+
 def split_priced(problem: Problem, placement: Placement, time_limit_s: float = 10.0, below_s: float = inf) -> Split:
     """Split the load so that the cost model's seconds are least; never dearer than `split_exact`, which is returned on a tie.
 
@@ -116,12 +126,10 @@ def split_priced(problem: Problem, placement: Placement, time_limit_s: float = 1
     if not table.experts_M.size:
         return exact
     copies_s = exact_cost.gather_s + exact_cost.reduce_s + exact_cost.move_s
+    splits = [exact]
+    if not ((problem.load.load_RE > 0) & ~placement.replicas_RE).any():
+        splits.append(split_local_even(problem.load, placement, problem.topology))  # every rank holds all that it needs
     fractional_J = _minimise(problem, placement, table, time_limit_s, below_s - copies_s)
-    if fractional_J is None:
-        return exact
-    rows_J = _rounded(fractional_J, table.start_M, problem.load.totals_E[table.experts_M])
-    per_node = problem.topology.ranks_per_node
-    segments_4G = split_numba.decompose(problem.load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
-    segments_4G[0] = table.experts_M[segments_4G[0]]
-    priced = Split(problem.load, placement, segments_4G)
-    return priced if cost(problem, placement, priced).total_s < exact_cost.total_s else exact
+    if fractional_J is not None:
+        splits.append(_split_of(problem, placement, table, fractional_J))
+    return min(splits, key=lambda split: cost(problem, placement, split).total_s)
