@@ -137,16 +137,21 @@ class Bank:
             self._grads, self._grad_objects = {}, {}
 
     @property
+    def device(self) -> torch.device:
+        """The device that the experts lie on."""
+        return self.storage["gate_up"].device
+
+    @property
     def gate_up(self) -> Tensor:
-        """Every row's gate_up [B, 2F, D], the memory itself, with a copy of the gradients if all have one; to read."""
-        return self._readable("gate_up")
+        """Every row's gate_up [B, 2F, D], the memory itself, with a copy of the gradients if all have one; to inspect."""
+        return self._with_gradients("gate_up")
 
     @property
     def down(self) -> Tensor:
         """Every row's down [B, D, F]; see `gate_up`."""
-        return self._readable("down")
+        return self._with_gradients("down")
 
-    def _readable(self, weight: str) -> Tensor:
+    def _with_gradients(self, weight: str) -> Tensor:
         rows = self.storage[weight].detach()
         grads = [grad for expert in self.experts if (grad := expert.parameter(weight).grad) is not None]
         if len(grads) == len(self.experts):
@@ -286,7 +291,7 @@ class Bank:
     @property
     def compute_like(self) -> Tensor:
         """An empty tensor with the dtype and on the device that the experts compute in."""
-        return torch.empty(0, dtype=self.compute_dtype, device=self.storage["gate_up"].device)
+        return torch.empty(0, dtype=self.compute_dtype, device=self.device)
 
     def grads(self, layer: int, expert: int) -> ExpertTensors:
         """Gradient of an owned expert, in place; see `begin_grads`."""

@@ -18,16 +18,19 @@ class ExpertNames:
 
 @dataclass(frozen=True)
 class Family:
-    """The names of a family. The default is moesaic's own layer.
+    """The names of a family.
 
     Args:
         fused: (ours, theirs) for every weight of the experts: a bank's parameter, and the tensor [E, ...] inside the block.
+        state_experts: where the model itself keeps experts apart, the name of one's weight inside the block; `{expert}` and
+            `{weight}` stand for the expert's number and for ours. `fused` are names of older checkpoints then.
         renames: (ours, theirs) for submodules of the layer and of the block.
         checkpoint_experts: where checkpoints keep experts apart, an expert's names; None where they hold the fused tensors.
         checkpoint_block: the block's own name in checkpoints, where that is another than in the model.
     """
 
-    fused: tuple[tuple[str, str], ...] = (("gate_up", "experts.gate_up"), ("down", "experts.down"))
+    fused: tuple[tuple[str, str], ...]
+    state_experts: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     checkpoint_experts: ExpertNames | None = None
     checkpoint_block: str | None = None
@@ -55,6 +58,8 @@ class Family:
         return tensor
 
 
+# moesaic's own layer; earlier checkpoints of it have one tensor for each weight of all experts.
+OWN_LAYER = Family(fused=(("gate_up", "experts.gate_up"), ("down", "experts.down")), state_experts="experts.{expert}.{weight}")
 # The layout that transformers 5 gives most families: gate rows, then up rows, in one tensor for all experts of a layer.
 FUSED = (("gate_up", "experts.gate_up_proj"), ("down", "experts.down_proj"))
 # The names most families use in checkpoints.

@@ -377,7 +377,7 @@ class Handle:
 
     @property
     def _device(self) -> torch.device:
-        return self.banks[0].gate_up.device
+        return self.banks[0].device
 
 
 def _has_run(layer: ShardedExperts) -> bool:

@@ -199,7 +199,7 @@ class LayerRuntime:
         assert load is not None
         if replicas.world_size > 1:
             if layer_pass.load_of_all is None:
-                counts = torch.from_numpy(load.load_RE.flatten()).to(self.bank.storage["gate_up"].device)
+                counts = torch.from_numpy(load.load_RE.flatten()).to(self.bank.device)
                 place = self.name, layer_pass.number, self.step
                 loads = self.agreement.gather_loads(counts, *place, is_training=layer_pass.is_training, where=layer_pass.where)
                 layer_pass.load_of_all = ExpertLoad(loads.host_Rn.reshape(-1, load.num_experts))

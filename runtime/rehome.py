@@ -246,7 +246,7 @@ def _gathered_kinds(bank: Bank, states: Sequence[ExpertState], transport: Transp
     mine_LE = np.zeros(owners_LE.shape, np.int64)
     for pair, row in bank.rows.items():
         mine_LE[pair] = states[row].kind
-    told = torch.from_numpy(mine_LE.ravel()).to(bank.storage["gate_up"].device)
+    told = torch.from_numpy(mine_LE.ravel()).to(bank.device)
     kinds = transport.all_gather_ints(told, where=where or "re-homing").cpu().numpy().reshape(-1, *owners_LE.shape)
     return np.take_along_axis(kinds, owners_LE[None], axis=0)[0]
 
@@ -262,7 +262,7 @@ def _exchange(
 
     Tensor by tensor. What differs from expert to expert in the number of tensors is of another kind, but a round may mix kinds.
     """
-    device, sent_bytes = bank.storage["gate_up"].device, 0
+    device, sent_bytes = bank.device, 0
     most = max((len(state.tensors) for state, _ in leaving), default=0)
     numbers = [(_packed(state, device), dst) for state, dst in leaving]
     packed = [torch.empty(len(state.numbers), dtype=torch.float64, device=device) for state, _ in arriving]

@@ -20,7 +20,7 @@ from .bank import Bank
 from .capacity import Capacity
 from .config import RuntimeConfig
 from .expert import Expert, ExpertShape, ExpertTensors
-from .family import Family
+from .family import OWN_LAYER, Family
 from .group import single_rank_group
 from .layer_pass import LayerPass
 from .layer_runtime import LayerRuntime
@@ -81,7 +81,7 @@ class ShardedExperts(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.capacity = capacity or Capacity()
-        self.family = Family()
+        self.family: Family = OWN_LAYER
         """How the weights are called where the model comes from."""
         self.is_sharded = False
         self._run_on(Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype))
@@ -172,7 +172,7 @@ class ShardedExperts(nn.Module):
             self.shape,
             self.num_experts,
             bank.storage["gate_up"].dtype,
-            bank.storage["gate_up"].device,
+            bank.device,
             lambda e: bank.weights(0, e),
             lambda e, weight: bank.module_of(0, e).parameter(weight).requires_grad,
             tuple(self.parameters()),
@@ -222,18 +222,15 @@ class ShardedExperts(nn.Module):
 
     @property
     def gate_up(self) -> Tensor:
-        """Every owned expert's gate_up in one tensor [B, 2F, D], with their gradients if all have one; to read."""
+        """A copy of every owned expert's gate_up [B, 2F, D], with a copy of their gradients if all have one."""
         return self._stacked("gate_up")
 
     @property
     def down(self) -> Tensor:
-        """Every owned expert's down in one tensor [B, D, F]; see `gate_up`."""
+        """A copy of every owned expert's down [B, D, F]; see `gate_up`."""
         return self._stacked("down")
 
     def _stacked(self, weight: str) -> Tensor:
-        bank = self.runtime.bank
-        if not self.is_sharded:
-            return bank.gate_up if weight == "gate_up" else bank.down
         parameters = [expert.parameter(weight) for expert in self]
         stacked = torch.stack([parameter.detach() for parameter in parameters])
         grads = [parameter.grad.as_subclass(Tensor) for parameter in parameters if parameter.grad is not None]

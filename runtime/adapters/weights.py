@@ -53,8 +53,7 @@ def _family_names(name: str, layers: Mapping[str, ShardedExperts]) -> tuple[str,
 
 
 def _in_checkpoint(layer: ShardedExperts, block: str, inner: str) -> str:
-    block = layer.family.block_in_checkpoint(block)
-    return f"{block}.{inner}" if block else inner
+    return _in_block(layer.family.block_in_checkpoint(block), inner)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -93,9 +92,24 @@ def state_on_rank_zero(model: nn.Module, layers: Mapping[str, ShardedExperts], t
     for block, layer in layers.items():
         for weight, inner in layer.family.fused:
             experts = gather_experts(layer, weight, transport)
-            if experts is not None:
-                state[f"{block}.{inner}" if block else inner] = layer.family.to_family(weight, experts).contiguous().cpu()
+            if experts is None:
+                continue
+            if layer.family.state_experts is not None:
+                names = _names_apart(block, layer, weight)
+                state |= {name: experts[e].to("cpu", copy=True) for e, name in enumerate(names)}
+            else:
+                state[_in_block(block, inner)] = layer.family.to_family(weight, experts).contiguous().cpu()
     return state
+
+
+def _in_block(block: str, inner: str) -> str:
+    return f"{block}.{inner}" if block else inner
+
+
+def _names_apart(block: str, layer: ShardedExperts, weight: str) -> list[str]:
+    """By expert: the name of a weight in models that keep experts apart."""
+    assert layer.family.state_experts is not None
+    return [_in_block(block, layer.family.state_experts.format(expert=e, weight=weight)) for e in range(layer.num_experts)]
 
 
 def checkpoint_tensors(
@@ -111,17 +125,22 @@ def checkpoint_tensors(
             yield dense.checkpoint_names[0], full
     for block, layer in layers.items():
         names, runtime = layer.family.checkpoint_experts, layer.runtime
-        if names is None:
+        if layer.family.state_experts is not None:
+            for weight in runtime.bank.weight_names:
+                apart = _names_apart(block, layer, weight)
+                for e in runtime.owned_experts:
+                    yield apart[e], getattr(runtime.bank.weights(runtime.layer, e), weight)
+        elif names is None:
             for weight, inner in layer.family.fused:
                 experts = gather_experts(layer, weight, transport)
                 if experts is not None:
                     yield _in_checkpoint(layer, block, inner), layer.family.to_family(weight, experts)
-            continue
-        for e in runtime.owned_experts:
-            expert = runtime.bank.weights(runtime.layer, e)
-            gate, up = expert.gate_up.chunk(2)
-            for name, tensor in ((names.gate, gate), (names.up, up), (names.down, expert.down)):
-                yield _in_checkpoint(layer, block, name.format(expert=e)), tensor
+        else:
+            for e in runtime.owned_experts:
+                expert = runtime.bank.weights(runtime.layer, e)
+                gate, up = expert.gate_up.chunk(2)
+                for name, tensor in ((names.gate, gate), (names.up, up), (names.down, expert.down)):
+                    yield _in_checkpoint(layer, block, name.format(expert=e)), tensor
 
 
 @dataclass(frozen=True)
@@ -203,7 +222,10 @@ def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]
                 continue
             for weight, inner in layer.family.fused:
                 target = getattr(expert, weight)
-                fused_names = (f"{block}.{inner}" if block else inner, _in_checkpoint(layer, block, inner))
+                fused_names = (_in_block(block, inner), _in_checkpoint(layer, block, inner))
+                if layer.family.state_experts is not None and not any(name in state for name in fused_names):
+                    yield _Read((_names_apart(block, layer, weight)[e],), tuple(target.shape), None, target)
+                    continue
                 shape = (runtime.num_experts, *layer.family.to_family(weight, target).shape)
                 yield _Read(fused_names, shape, e, target, layer, weight)
 
@@ -212,8 +234,10 @@ def _expert_names(block: str, layer: ShardedExperts) -> Sequence[str]:
     """All names that weights of a layer's experts may have."""
     names = layer.family.checkpoint_experts
     apart = () if names is None else (names.gate, names.up, names.down)
+    weights = () if layer.family.state_experts is None else layer.runtime.bank.weight_names
     return [
-        *(f"{block}.{inner}" if block else inner for _, inner in layer.family.fused),
+        *(name for weight in weights for name in _names_apart(block, layer, weight)),
+        *(_in_block(block, inner) for _, inner in layer.family.fused),
         *(_in_checkpoint(layer, block, inner) for _, inner in layer.family.fused),
         *(_in_checkpoint(layer, block, name.format(expert=e)) for name in apart for e in range(layer.num_experts)),
     ]

@@ -92,7 +92,7 @@ def test_a_row_is_cast_once_until_its_masters_change(change: Callable[[Bank], No
     assert bank.compute_weights(0, 1).down.isnan().all()  # nothing changed, nothing was cast
     change(bank)
     assert_cast()
-    bank.gate_up.data.mul_(2.0)  # unseen, until a step is closed
+    bank.storage["gate_up"].data.mul_(2.0)  # unseen, until a step is closed
     bank.weights_changed()
     assert_cast()
 
@@ -113,7 +113,7 @@ def test_experts_that_ranks_share_keep_their_dtype() -> None:
     with pytest.raises(ValueError, match=r"float32 and cannot become torch.bfloat16; .* before shard_experts") as refused:
         layer.to(torch.bfloat16)
     assert "\n" not in str(refused.value)
-    assert layer.float().to("cpu").runtime.bank.gate_up.dtype == torch.float32
+    assert layer.float().to("cpu").runtime.bank.compute_dtype == torch.float32
 
 
 def wrapped(solver: str, compute_dtype: Any, router: RouterConfig | None = None, **options: Any) -> tuple[Model, Handle]:

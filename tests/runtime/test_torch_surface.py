@@ -230,6 +230,41 @@ class ClippedByValue(Way):
                 parameter.grad.clamp_(-1e-3, 1e-3)
 
 
+class Evaluated(Way):
+    """A forward without gradients before the optimizer is made, and one between backward and clipping and the step."""
+
+    def after_sharding(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            model(tokens(7, dist.get_rank()))
+
+    def before_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        with torch.no_grad():
+            model.eval()(tokens(8, dist.get_rank()))
+        model.train()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+
+class AveragedAfterEvaluation(Way):
+    """An average of the dense weights that is begun after a forward without gradients, and takes the weights' place at last."""
+
+    def after_sharding(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            model(tokens(7, dist.get_rank()))
+        self.model, self.num_steps = model, 0
+        self.averages = [p.detach().clone() for n, p in model.named_parameters() if not is_expert(n)]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        self.num_steps += 1
+        with torch.no_grad():
+            self.model(tokens(7, dist.get_rank()))
+        current = [p.detach() for n, p in self.model.named_parameters() if not is_expert(n)]
+        torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)(self.averages, current, self.num_steps)
+        if self.num_steps == STEPS:
+            for weight, average in zip(current, self.averages, strict=True):
+                weight.copy_(average)
+
+
 class Accumulated(Way):
     micro_batches = 2
 
@@ -317,6 +352,8 @@ WAYS: dict[str, Way] = {
     "clipped by the largest": Clipped(torch.inf, None),
     "clipped by group": ClippedByGroup(),
     "clipped by value": ClippedByValue(),
+    "evaluated": Evaluated(),
+    "averaged after an evaluation": AveragedAfterEvaluation(),
     "accumulated": Accumulated(),
     "zeroed in place": Zeroed(),
     "scheduled": Scheduled(),
