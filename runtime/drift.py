@@ -290,12 +290,12 @@ _CURES = {
     _Kind.PROPERTIES: "Build, convert, freeze and tie the model alike on all ranks",
     _Kind.SETTINGS: "Give all ranks the same optimizer and schedule, by numbers that are the same on all of them, and let no "
     "rank skip a step alone",
-    _Kind.STEPS: "A rank skips a step alone where a GradScaler looks at its gradients only: have ranks agree, as torch's "
-    "ShardedGradScaler does, or train in bf16 without one",
-    _Kind.BITS: "Likely causes: gradients clipped by each rank's own norm, where the dense part is left to DDP "
-    "(use handle.clip_grad_norm_); dense gradients that nothing averages (use DDP or FSDP2); a GradScaler that skipped a step "
-    "on one rank only (use torch's ShardedGradScaler); a learning rate that was another on one rank; weights set on one rank "
-    "only (initialize and load them alike on all); a buffer that follows each rank's own tokens",
+    _Kind.STEPS: "A rank has skipped a step alone, or taken one more: decide that by numbers that are the same on all of them "
+    "(torch.amp.GradScaler on the handle's parameters does)",
+    _Kind.BITS: "Likely causes: gradients that each rank clipped or scaled by numbers of its own "
+    "(use handle.clip_grad_norm_, or torch's); dense gradients that nothing averages (use DDP or FSDP2); a step that one rank "
+    "skipped alone; a learning rate that was another on one rank; weights set on one rank only (initialize and load them "
+    "alike on all); a buffer that follows each rank's own tokens",
 }
 
 
