@@ -118,7 +118,7 @@ def test_a_gather_that_failed_does_not_keep_the_process() -> None:
 
 
 def be_in_different_layers(rank: int, first: int) -> str:
-    """Both ranks exchange as many bytes, rank 0 those of the second layer, rank 1 those of the first. One has the shorter limit."""
+    """Both ranks exchange as many bytes, rank 0 those of the second layer, rank 1 of the first. `first` has the shorter limit."""
     transport, other = c10d(1.0 if rank == first else 30.0), 1 - rank
     sends, recvs = [Buffer(torch.ones(3), other)], [Buffer(torch.full((3,), -1.0), other)]
 
