@@ -59,6 +59,8 @@ class Doing(IntEnum):
     """The gradients' norm."""
     OWNERS = 0x6D6F6505
     """Whether experts change their owner."""
+    DRIFT = 0x6D6F6507
+    """Whether ranks hold the same."""
 
 
 class Place(NamedTuple):
@@ -159,7 +161,8 @@ class Agreement:
 
     def gather(self, ranks: Transport, values: Tensor, doing: Doing, step: int) -> Gathered:
         """Values [n] of every rank, outside of any layer."""
-        where = {Doing.CLIP: "clip_grad_norm_", Doing.OWNERS: "re-homing"}[doing]
+        drift = f"the drift check after step {step}"
+        where = {Doing.CLIP: "clip_grad_norm_", Doing.OWNERS: "re-homing", Doing.DRIFT: drift}[doing]
         return self._gather(ranks, values, doing, step, where=where)
 
     def _gather(
@@ -239,6 +242,7 @@ class Agreement:
             Doing.ROUTER_LOSS: f"the router's losses of {name}, {at_layer}",
             Doing.CLIP: f"clip_grad_norm_, {step}, after forward {place.forward} of the model",
             Doing.OWNERS: f"handle.step() after {step}, where experts may change their owner",
+            Doing.DRIFT: f"handle.step() after {step}, where ranks compare what they hold",
         }
         return told.get(place.doing, f"no header of this version of moesaic ({place.doing})")
 

@@ -117,6 +117,19 @@ def test_a_gather_that_failed_does_not_keep_the_process() -> None:
     )
 
 
+def gather_another_number(rank: int) -> str:
+    """Rank 1 gathers more integers than rank 0, whose limit is the shorter."""
+    transport = c10d(30.0 if rank else 1.0)
+    return failure(lambda: transport.all_gather_ints(torch.arange(2 + rank), where=f"step {rank}"))
+
+
+def test_gathers_of_different_sizes_never_meet() -> None:
+    """Gloo would end the process that receives the longer one."""
+    first, second = run_ranks(2, gather_another_number)
+    assert first.startswith("rank 0: gather of 2 integers at step 0 did not complete within 1 s (received 0 of 16 B")
+    assert second.startswith("rank 1: gather of 3 integers at step 1 failed (received 0 of 24 B")
+
+
 def be_in_different_layers(rank: int, first: int) -> str:
     """Both ranks exchange as many bytes, rank 0 those of the second layer, rank 1 of the first. `first` has the shorter limit."""
     transport, other = c10d(1.0 if rank == first else 30.0), 1 - rank

@@ -97,7 +97,27 @@ def act_on_ranks(group: RankGroup, actions: list[Callable[[Agreement, RankGroup]
             "rank 1: handle.step() after step 4, where experts may change their owner",
             AS_MANY,
         ),
+        (
+            in_forward(),
+            outside(Doing.DRIFT, 1),
+            "rank 1: handle.step() after step 1, where ranks compare what they hold",
+            AS_MANY,
+        ),
         (in_layer(0), gather_without_header, "rank 1: no header of this version of moesaic (0)", AS_MANY),
+    ],
+    ids=[
+        "layer",
+        "pass",
+        "mode of a layer",
+        "step",
+        "layer and forward",
+        "mode of a forward",
+        "forward and backward",
+        "backward",
+        "forward and clipping",
+        "clipping and owners",
+        "forward and drift",
+        "no header",
     ],
 )
 def test_every_difference_is_named_on_all_ranks(
