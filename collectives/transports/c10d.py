@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..messages import Buffer, CollectiveError, Pending
 from ..progress import CommunicationThread
 from ..tags import Tags, gather_op
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
+from ..transport import RowsAsMessages
 from .parts import Part, parts_of, progress
 
 # The shortest wait that has a limit: torch counts whole milliseconds, and takes 0 for none.

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..messages import Buffer, Pending
 from ..progress import CommunicationThread
 from ..tags import gather_op
 from ..traffic import Traffic
-from ..transport import Buffer, Pending, RowsAsMessages, Transport
+from ..transport import RowsAsMessages, Transport
 
 
 class _Both:
