@@ -9,11 +9,7 @@ VENV   := .venv
 READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
-PACKAGES := runtime collectives placement kernels launch benchmarks
-
-# Numba drops what it compiled when the function's own file changes, and not when one does that it calls.
-COMPILED := $(shell grep -rl --include=*.py '^from numba' $(PACKAGES))
-CURRENT  := $(VENV)/.compiled
+PACKAGES := jit runtime collectives placement kernels launch benchmarks
 
 .PHONY: demo test lint docs clean
 
@@ -23,24 +19,21 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,test]'
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/moesaic
+	$(BIN)/moesaic doctor --warm
 	touch $@
 
-$(CURRENT): $(READY) $(COMPILED)
-	find $(PACKAGES) -name '*.nb[ic]' -delete
-	touch $@
-
-demo: $(CURRENT)
+demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m moesaic.launch.train
 
 test: lint
 	$(BIN)/python -m pytest
 
-lint: $(CURRENT)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/src $(BIN)/mypy $(PACKAGES:%=-p moesaic.%)
 
-docs: $(CURRENT)
+docs: $(READY)
 	$(BIN)/python -m docs.tools.pages
 	$(BIN)/python -m mkdocs build --strict
 

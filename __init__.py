@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import jit as jit  # first of all: it notes when the package was imported
+
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .runtime import (
         Adapter,

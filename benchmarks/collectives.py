@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import numpy as np
@@ -180,7 +181,8 @@ def _run_ranks(case: CollectivesCase, folder: Path) -> None:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "PRTE_MCA_hwloc_default_binding_policy": "none",
         }
-        wait_for([start([mpirun, "-n", str(case.ranks), *program], env=env)])
+        # mpirun gives ranks a terminal each, on which libraries may reset colors; standard output is for what was measured.
+        wait_for([start([mpirun, "-n", str(case.ranks), *program], env=env, stdout=DEVNULL)])
         return
     run_on_nodes(program, case.ranks, case.nodes, case.link_bits_per_s, env)
 

@@ -17,11 +17,9 @@ from torch.nn import functional
 
 from ..kernels import (
     SwigluGrads,
-    accumulate_rows,
     bags_of,
     gather_rows,
     histogram,
-    pack_rows,
     split_tokens,
     sum_rows,
     swiglu,
@@ -145,37 +143,6 @@ def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
         ours=partial(swiglu_backward, dh, gate_up, weights, out=grads),
         torch={},
         check=lambda: difference(swiglu_backward(dh, gate_up, weights).h_NF, plain_swiglu()),
-    )
-
-
-def bank_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Bank rows to a send buffer with a cast, and back into fp32 gradients."""
-    G, row = len(shape.group_sizes), 2 * shape.F * shape.D
-    bank, ids = torch.randn(G, row, device=device), torch.arange(G, device=device).flip(0)
-    buffer, item = torch.randn(G, row, device=device).to(dtype), torch.empty((), dtype=dtype).element_size()
-    bags, out = bags_of(ids, G), torch.empty(G, row, dtype=dtype, device=device)
-
-    make = partial(_copy_bound, shape=shape, dtype=dtype, device=device, tolerance=1e-2)
-
-    def check_accumulate() -> float:
-        expected = bank.index_add(0, ids, buffer.float())
-        accumulated = bank.clone()
-        accumulate_rows(accumulated, bags, buffer)
-        return difference(accumulated, expected)
-
-    yield make(
-        "pack_rows",
-        G * row * (4 + item),
-        ours=partial(pack_rows, bank, ids, out=out),
-        torch={"index, to": lambda: out.copy_(bank[ids])},
-        check=lambda: difference(pack_rows(bank, ids, dtype=dtype), bank[ids]),
-    )
-    yield make(
-        "accumulate_rows",
-        G * row * (8 + item),
-        ours=partial(accumulate_rows, bank, bags, buffer),
-        torch={"index_add": lambda: bank.index_add_(0, ids, buffer.float())},
-        check=check_accumulate,
     )
 
 

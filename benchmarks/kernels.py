@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .kernel_cases import Call, Case, ffn_case, layer_case, product_cases, shapes
-from .kernel_row_cases import bank_cases, router_cases, row_cases, with_cold_operands
+from .kernel_row_cases import router_cases, row_cases, with_cold_operands
 from .rows import median_interval, publish
 
 COLUMNS = (
@@ -188,7 +188,6 @@ def all_cases(device: str, dtype: torch.dtype, only: str = "") -> Iterator[Case]
         yield layer_case(shape, dtype, device)
         if shape.name.endswith("balanced"):
             yield from with_cold_operands(partial(row_cases, shape, dtype, device), shape, device)
-            yield from with_cold_operands(partial(bank_cases, shape, dtype, device), shape, device)
     yield from router_cases(device)
 
 

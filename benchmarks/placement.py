@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver, solve_joint, split_exact
-from ..placement.milp import solve as solve_milp
+from ..placement.solvers.milp.planner import solve as solve_milp
 from . import placement_trace
 from .placement_trace import TraceCase
 

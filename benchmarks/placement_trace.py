@@ -25,8 +25,8 @@ from ..placement import (
     split_exact,
     tune_owners,
 )
-from ..placement.milp import solve as solve_milp
-from ..placement.npz import NpzReader
+from ..placement.solvers.milp.planner import solve as solve_milp
+from ..placement.traces.npz import NpzReader
 
 _MOST_BYTES = 1 << 28
 _DIM, _FFN_DIM = 2048, 1408

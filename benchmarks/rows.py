@@ -16,8 +16,8 @@ import click
 import numpy as np
 import torch
 
-from ..placement import rows as printed
 from ..placement.files import writable
+from ..placement.offline import records as printed
 
 JSON_OPTION = click.option(
     "--json",
@@ -59,7 +59,7 @@ def commit_of_source() -> str:
 
 
 def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
-    """See `placement.rows.publish`; with the machine and the commit."""
+    """See `placement.offline.records.publish`; with the machine and the commit."""
     schema = f"moesaic.bench.{name}/1"
     printed.publish(schema, rows, columns, json_path, machine=describe_machine(), commit=commit_of_source())
 

@@ -27,7 +27,7 @@ from ..placement import (
     split_exact,
     split_local_even,
 )
-from ..placement.hecate import solve as hecate
+from ..placement.solvers.baselines.hecate import solve as hecate
 from ..runtime.metrics import max_over_mean
 from ..runtime.router import balanced_ids
 from .step import NUM_ROUTINGS, StepCase, zipf_ids

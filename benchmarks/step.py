@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..collectives.lifetime import end_with_parent
 from ..placement import Topology
-from ..placement.hecate import solve as hecate
+from ..placement.solvers.baselines.hecate import solve as hecate
 from ..runtime import Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
 from ..runtime.metrics import EXPOSED
 from ..runtime.router import TopKRouter, balanced_ids

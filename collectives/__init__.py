@@ -1,24 +1,29 @@
 """Sparse collectives: a collective is a schedule, a schedule is data, and one executor runs it over any transport.
 
-account.py    What a schedule costs: bytes and messages by link class, predicted seconds, and what no schedule can go below.
-average.py    The mean of tensors over ranks that all hold them: what brings the gradients of replicated groups together.
-compiled.py   Compiled loops over the hops of schedules.
-flow.py       The executor: carries out one rank's part of any schedule over any transport.
-hops.py       Schedules as arrays: what the making, the prediction and the account of a schedule compute with.
-lifetime.py   Ranks that end with the process that started them: nobody is left to end one that waits for its peers, or trains on.
-progress.py   Collectives that go on while the main thread computes, and what waiting for them cost.
-reference.py  What each collective means, on plain lists of per-rank values.
-schedule.py   Schedules: the point-to-point messages of a sparse collective, as plain data.
-schedules/    Pure functions from a placement and a topology to a schedule, one kind a file.
-tags.py       What a message is about, as a number that both of its ranks must have: operation, step, layer and pass.
-traffic.py    What this rank sent, by operation and peer, and how long it waited.
-transport.py  What a transport is: groups of point-to-point messages between ranks, and a gather of small integers.
-transports/   How bytes travel between ranks, one transport a file.
-verbs.py      The collective verbs: launched now, waited for later.
+messages.py    Point-to-point messages: buffers and row ranges with their peers, handles of messages in flight, the error of a
+               failure.
+schedule.py    Schedules: the point-to-point messages of a sparse collective, as plain data.
+traffic.py     Traffic counters of one rank: bytes and messages sent, by operation and peer, and the time spent waiting.
+hops_numba.py  Compiled loops over the hops of schedules.
+lifetime.py    Processes that end with their parent, so that no rank is left waiting for its peers, or training, after its
+               launcher has died.
+tags.py        What a message is about, as a number that both of its ranks must have: operation, step, layer and pass.
+hops.py        Schedules as arrays, the form in which schedules are built, predicted and counted.
+reference.py   Reference implementations of the collectives on plain lists of per-rank values.
+progress.py    Collectives that make progress while the main thread computes, and the time spent waiting for them.
+account.py     The cost of a schedule: bytes and messages by link class, predicted seconds, and a lower bound over all schedules.
+transport.py   The interface of a transport: groups of point-to-point messages between ranks, and an all-gather of small integer
+               tensors.
+schedules/     Pure functions from a placement and a topology to a schedule, one kind per file.
+average.py     The mean of a tensor over all ranks, in place: the all-reduce of gradients over replicated groups.
+executor.py    The executor: runs one rank's part of any schedule over any transport.
+transports/    Transports: how bytes move between ranks, one kind per file.
+verbs.py       The collective operations: each is launched by its call and completed by waiting on the handle that it returns.
 """
 
 from .account import Account, Bound, LinkCounts, account, predicted_s
 from .average import average
+from .messages import Buffer, CollectiveError, Pending, RowLayout, RowPart
 from .schedule import Message, Route, Schedule
 from .schedules.choose import SCHEDULES, ScheduleChoice, choose_schedule, make_schedule
 from .schedules.direct import direct_gather
@@ -26,7 +31,7 @@ from .schedules.element_sharded import element_sharded_gather
 from .schedules.hierarchical import hierarchical_gather
 from .schedules.relay import relay_gather
 from .traffic import Span, Traffic
-from .transport import Buffer, CollectiveError, Pending, RowLayout, RowPart, RowsAsMessages, Transport
+from .transport import RowsAsMessages, Transport
 from .transports.c10d import C10dTransport
 from .transports.choose import (
     TRANSPORTS,

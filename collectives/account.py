@@ -1,9 +1,9 @@
-"""What a schedule costs: bytes and messages by link class, predicted seconds, and what no schedule can go below.
+"""The cost of a schedule: bytes and messages by link class, predicted seconds, and a lower bound over all schedules.
 
-The model of time. A rank sends and receives at `device_bytes_per_s`, a node's link carries `node_bytes_per_s` each way, and
-each message costs the ranks at its ends `latency_s`, one after the other where a rank sends and receives. The busiest rank or
-node link sets the pace; to it comes the way of one chunk through the relays: at every hop after the first, as often as the
-relay sends it, a chunk's time and a latency.
+The time model. A rank sends and receives at `device_bytes_per_s`, a node's link carries `node_bytes_per_s` in each direction, and
+each message costs both of its ranks `latency_s`; a rank's messages are posted one after the other. The predicted time is that of
+the busiest rank or node link, plus the pipeline fill: at every hop after the first, the time and latency of one chunk, as often
+as the forwarding rank sends it.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class LinkCounts:
 
 @dataclass(frozen=True)
 class Loads:
-    """The numbers a prediction is made of. `fill_*`: seconds of the longest way through relays, bytes and latencies apart."""
+    """The inputs of a prediction. `fill_*`: seconds of the longest forwarding path, its bytes and its latencies separately."""
 
-    most_bytes: float  # that one rank sends, or receives
-    most_node_bytes: float  # that one node sends, or receives
-    most_messages: int  # that one rank sends and receives
+    most_bytes: float  # sent, or received, by the busiest rank
+    most_node_bytes: float  # sent, or received, by the busiest node
+    most_messages: int  # sent and received by the busiest rank
     fill_bytes_s: float
     fill_latency_s: float
 
     @classmethod
     def of(cls, hops: Hops, topology: Topology, item_bytes: int) -> Loads:
-        """Count a schedule of items of `item_bytes`. A reduce loads links as its gather does, the other way."""
+        """Count a schedule of items of `item_bytes`. A reduce loads the same links as its gather, in the opposite direction."""
         # Imported here so that importing the package compiles nothing.
-        from .compiled import count_loads
+        from .hops_numba import count_loads
 
         loads = count_loads(
             hops.start_G,
@@ -88,10 +88,11 @@ def predicted_s(schedule: Schedule, topology: Topology, item_bytes: int) -> floa
 
 @dataclass(frozen=True)
 class Bound:
-    """What no schedule goes below: each rank must receive its copies, each owner must send each copied expert once.
+    """Lower bound over all schedules: each rank receives its copies, each owner sends each copied expert at least once.
 
-    The same for nodes: every expert must enter each node that needs it. `busiest_bytes` is what the schedule at hand makes the
-    busiest rank send or receive, `rank_bytes` the least that the busiest rank has to. `seconds` is the bound over the link rates.
+    Likewise each expert enters every node that needs it. `busiest_bytes`: sent or received by the busiest rank in this schedule;
+    `rank_bytes`, `node_bytes`: the lower bounds for the busiest rank and node. `seconds`: the larger of the two divided by its
+    link rate.
     """
 
     busiest_bytes: int
@@ -102,7 +103,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Account:
-    """One collective in numbers, all ranks together; for the rows of benchmarks and the metrics of a step."""
+    """The totals of one collective over all ranks, for benchmark records and step metrics."""
 
     bytes: LinkCounts
     messages: LinkCounts
@@ -110,7 +111,7 @@ class Account:
     bound: Bound
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         bound = self.bound
         return (
             f"{self.bytes.same_node} B inside nodes, {self.bytes.cross_node} B across, "
@@ -133,7 +134,7 @@ def account(schedule: Schedule, topology: Topology, num_elements: int, element_b
 
 
 def _bound(schedule: Schedule, topology: Topology, item_bytes: int, busiest_bytes: int) -> Bound:
-    """The bound follows from who needs what, which every schedule of a placement says alike."""
+    """The bound depends only on which rank needs which item, which is the same in every schedule of a placement."""
     per_node = topology.ranks_per_node
     copies = {(route.item, dst) for route in schedule.routes for _, dst in route.hops}
     owners = {route.item: route.owner for route in schedule.routes}
@@ -148,5 +149,5 @@ def _bound(schedule: Schedule, topology: Topology, item_bytes: int, busiest_byte
 
 
 def _most(ids: Iterable[int]) -> int:
-    """How often the most frequent id occurs."""
+    """The number of occurrences of the most frequent id."""
     return max(Counter(ids).values(), default=0)

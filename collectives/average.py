@@ -1,9 +1,9 @@
-"""The mean of tensors over ranks that all hold them: what brings the gradients of replicated groups together.
+"""The mean of a tensor over all ranks, in place: the all-reduce of gradients over replicated groups.
 
     average   in place, bitwise the same on every rank
 
-Every rank adds up one part of a piece, in rank order, and sends the sum to the others: 2 (R - 1) / R of the bytes leave each
-rank, which no all-reduce goes below. Shape letters: R ranks.
+Each rank sums one part of a piece, in rank order, and sends the mean to the others: each rank sends 2 (R - 1) / R of the bytes,
+the minimum for any all-reduce. Shape letters: R ranks.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .messages import Buffer
 from .schedule import chunk_bounds
-from .transport import Buffer, Transport
+from .transport import Transport
 
-# Bytes that a rank receives into and sums in.
+# Bytes of the buffers for receiving and summing.
 _PIECE_BYTES = 32 << 20
 
 
 def average(
     transport: Transport, tensors: Sequence[Tensor], *, op: str, where: str = "", piece_bytes: int = _PIECE_BYTES
 ) -> None:
-    """Replace `tensors`, contiguous and alike on all ranks, by their mean over the ranks. Collective.
+    """Replace `tensors`, contiguous and of the same shapes on all ranks, by their mean over the ranks. Collective.
 
-    Sums run in rank order, in fp32 (fp64 for fp64), and are rounded once. The buffers for it take at most `piece_bytes`, rounded
-    up to R elements; a transport that sends from memory of its own (shm) keeps as much again, at most, of what it sends.
+    Sums run in rank order, in fp32 (fp64 for fp64), and are rounded once. Buffers take at most `piece_bytes`, rounded up to R
+    elements; a transport that sends from memory of its own (shm) uses at most as much again.
     """
     if transport.world_size == 1:
         return
@@ -40,18 +41,18 @@ def _average_piece(transport: Transport, piece: Tensor, op: str, where: str) -> 
     peers = [r for r in range(world_size) if r != rank]
     mine = parts_R[rank]
 
-    # Phase 1: everybody's values of this rank's part.
+    # Phase 1: gather all ranks' values of this rank's part.
     arriving = {r: torch.empty_like(mine) for r in peers}
     sends = [Buffer(parts_R[r], r) for r in peers]
     transport.exchange(sends, [Buffer(arriving[r], r) for r in peers], op=op, where=where).wait()
 
-    # Phase 2: their mean.
+    # Phase 2: compute their mean.
     total = torch.zeros_like(mine, dtype=_sum_dtype(mine))
     for r in range(world_size):
         total += arriving.get(r, mine)
     mine.copy_(total.div_(world_size))
 
-    # Phase 3: to everybody.
+    # Phase 3: send it to all ranks.
     sends = [Buffer(mine, r) for r in peers]
     transport.exchange(sends, [Buffer(parts_R[r], r) for r in peers], op=op, where=where).wait()
 

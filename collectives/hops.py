@@ -1,4 +1,4 @@
-"""Schedules as arrays: what the making, the prediction and the account of a schedule compute with.
+"""Schedules as arrays, the form in which schedules are built, predicted and counted.
 
 Shape letters: R ranks, E experts, M copied experts, J (expert, copy) entries, G routes, H hops.
 """
@@ -29,7 +29,7 @@ class Copies:
 
     @classmethod
     def of(cls, placement: Placement) -> Copies:
-        """Read a placement."""
+        """The copies of a placement."""
         num_ranks = placement.num_ranks
         experts_M = np.flatnonzero(placement.num_replicas_E > 1)
         entries_J = np.flatnonzero(placement.copies_RE.T[experts_M, ::-1])
@@ -43,7 +43,7 @@ class Copies:
         return np.diff(self.start_M)
 
     def routes(self, src_J: np.ndarray, dst_J: np.ndarray | None = None) -> Hops:
-        """One route for each expert that carries it whole, a hop for each entry; to the entry's rank unless `dst_J` says else."""
+        """One route per expert, uncut, one hop per entry; each hop goes to the entry's rank unless `dst_J` is given."""
         ones_M = np.ones(self.experts_M.size, np.int64)
         dst_J = self.ranks_J if dst_J is None else dst_J
         return Hops(self.num_ranks, self.experts_M, self.start_M, src_J, dst_J, 0 * ones_M, ones_M, ones_M)
@@ -64,7 +64,7 @@ class Hops:
 
     @classmethod
     def of(cls, schedule: Schedule) -> Hops:
-        """The inverse of `schedule`, but for the direction."""
+        """The inverse of `schedule`, except that the direction (gather or reduce) is dropped."""
         routes = schedule.routes
         hops_H2 = np.array([hop for route in routes for hop in route.hops], np.int64).reshape(-1, 2)
         fields = [(r.item, len(r.hops), r.first_chunk, r.end_chunk, r.num_chunks) for r in routes]
@@ -85,7 +85,7 @@ class Hops:
         )
 
     def schedule(self) -> Schedule:
-        """As the value that the executor runs."""
+        """The same routes as a `Schedule`, which the executor runs."""
         pairs = list(zip(self.src_H.tolist(), self.dst_H.tolist(), strict=True))
         fields = (self.items_G, self.first_chunk_G, self.end_chunk_G, self.num_chunks_G)
         routes = zip(*(field.tolist() for field in fields), pairwise(self.start_G.tolist()), strict=True)

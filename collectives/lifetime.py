@@ -1,6 +1,6 @@
-"""Ranks that end with the process that started them: nobody is left to end one that waits for its peers, or trains on.
+"""Processes that end with their parent, so that no rank is left waiting for its peers, or training, after its launcher has died.
 
-On Linux the kernel sees to it, however that process ended (`PR_SET_PDEATHSIG`, prctl(2)). Elsewhere nothing does.
+On Linux the kernel signals them however the parent ended (`PR_SET_PDEATHSIG`, prctl(2)). Other systems have no such signal.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from functools import partial
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-# Loaded before any fork: what runs between a fork and its exec must not wait for a lock that no thread is left to release.
+# Loaded before any fork: code between fork and exec must not wait for a lock whose owner, another thread, was not forked.
 _prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 
 
 def end_with_parent(parent_pid: int | None = None, signum: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process `signum` when its parent ends; at once if that was `parent_pid` and has ended.
+    """Have the kernel send this process `signum` when its parent ends; at once if `parent_pid` is given and has ended already.
 
-    To the kernel the parent is the thread that started this process. It remembers when this process becomes another program,
-    and does not for the processes that this one starts.
+    The kernel takes the thread that started this process as the parent. The setting survives exec, and is not inherited by child
+    processes.
     """
     if _prctl is None:
         return
@@ -34,9 +34,9 @@ def end_with_parent(parent_pid: int | None = None, signum: int = signal.SIGKILL)
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """`subprocess.Popen(command, **options)` of a process that ends with this one; call it on a thread that lives as long.
+    """`subprocess.Popen(command, **options)` of a process that ends with this one.
 
-    It is asked to end (SIGTERM), so that mpirun ends its ranks too.
+    Call it from a thread that lives as long as that process. The signal is SIGTERM, so that mpirun ends its ranks too.
     """
     before_exec = None if _prctl is None else partial(end_with_parent, os.getpid(), signal.SIGTERM)
     return subprocess.Popen(command, preexec_fn=before_exec, **options)

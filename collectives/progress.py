@@ -1,8 +1,8 @@
-"""Collectives that go on while the main thread computes, and what waiting for them cost.
+"""Collectives that make progress while the main thread computes, and the time spent waiting for them.
 
-Between nodes a message takes long, and a rank that passes chunks on must do so while its main thread is in a matrix product. So
-a transport between nodes has one communication thread, which carries out its collectives from launch to end, in the order in
-which they were launched. It sleeps while bytes travel. Inside a node receivers copy for themselves, at their wait.
+Between nodes a message takes long, and a rank that forwards chunks must do so while its main thread runs a matrix product. A
+transport between nodes therefore has one communication thread, which runs its collectives from launch to completion, in launch
+order, and sleeps while bytes travel. Inside a node each receiver copies for itself, during its wait.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from queue import SimpleQueue
 
 import torch
 
+from .messages import Pending
 from .traffic import Traffic
-from .transport import Pending
 
 
 class CommunicationThread:
-    """A thread that does what it is given, one after the other. It starts with the first piece of work.
+    """A thread that runs submitted work in order. It starts with the first submission.
 
-    It ends with this object, or with the process, which never waits for it.
+    It ends with this object, or with the process: it is a daemon thread, and process exit does not wait for it.
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[_Carried | None] | None = None
+        self._queue: SimpleQueue[Future | None] | None = None
 
-    def carry_out(self, work: Callable[[], None]) -> _Carried:
-        """Have `work` done; what it raises is raised by the wait."""
+    def submit(self, work: Callable[[], None]) -> Future:
+        """Enqueue `work`; an exception it raises is raised again by the future's wait."""
         if self._queue is None:
             self._queue = SimpleQueue()
             threading.Thread(target=_serve, args=(self._queue,), name="moesaic communication", daemon=True).start()
             weakref.finalize(self, self._queue.put, None)
-        carried = _Carried(work)
-        self._queue.put(carried)
-        return carried
+        future = Future(work)
+        self._queue.put(future)
+        return future
 
 
-class _Carried:
-    """One piece of work of the communication thread."""
+class Future:
+    """One unit of work of the communication thread."""
 
     def __init__(self, work: Callable[[], None]):
         self._work: Callable[[], None] | None = work
@@ -48,14 +48,15 @@ class _Carried:
         self._error: BaseException | None = None
         self.arrived_s: float | None = None
 
-    def carry_out(self) -> None:
+    def run(self) -> None:
+        """Run the work and record its exception; called once, by the communication thread."""
         assert self._work is not None
         try:
             self._work()
         except BaseException as error:
             self._error = error
         self.arrived_s = time.perf_counter()
-        self._work = None  # and with it every buffer
+        self._work = None  # releases the buffers that the work refers to
         self._done.set()
 
     def wait(self, *, until_sent: bool = True) -> None:
@@ -65,15 +66,15 @@ class _Carried:
             raise self._error
 
 
-def _serve(queue: SimpleQueue[_Carried | None]) -> None:
+def _serve(queue: SimpleQueue[Future | None]) -> None:
     with torch.no_grad():
-        while (carried := queue.get()) is not None:
-            carried.carry_out()
-            del carried  # a thread that waits keeps no buffer alive
+        while (future := queue.get()) is not None:
+            future.run()
+            del future  # so that no buffer stays alive while the thread waits for work
 
 
-class Watched:
-    """A collective whose waits are counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
+class TimedWork:
+    """A collective whose waiting time is counted and, while `Traffic.spans` is a list, recorded with its launch and its end."""
 
     __slots__ = ("_launched_s", "_op", "_pending", "_traffic", "_where")
 
@@ -89,5 +90,5 @@ class Watched:
         start_s = time.perf_counter()
         self._pending.wait(until_sent=until_sent)
         end_s = time.perf_counter()
-        arrived_s = self._pending.arrived_s if isinstance(self._pending, _Carried) else None
+        arrived_s = self._pending.arrived_s if isinstance(self._pending, Future) else None
         self._traffic.add_wait(self._op, self._where, self._launched_s, arrived_s or end_s, start_s, end_s)

@@ -1,4 +1,7 @@
-"""What each collective means, on plain lists of per-rank values. One process, no transport: the oracle of the tests."""
+"""Reference implementations of the collectives on plain lists of per-rank values.
+
+One process, no transport: the oracle of the tests.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -36,7 +39,7 @@ def reduce_along_reference(
 ) -> list[Tensor]:
     """Every expert's total after a reduce along the routes of `schedule`.
 
-    Each rank adds what reaches it in rank order, then its own part. What it forwards is rounded to its dtype.
+    Each rank sums what it receives in rank order, then adds its own part. A forwarded sum is rounded to the dtype of the part.
     """
     sums = [total.clone().view(-1) for total in totals_E]
     for route in schedule.routes:
@@ -62,7 +65,7 @@ def reduce_along_reference(
 
 
 def average_reference(tensors_R: Sequence[Tensor]) -> Tensor:
-    """What every rank's tensor becomes: the mean, added up in rank order, in fp32 (fp64 for fp64)."""
+    """The mean that replaces every rank's tensor: summed in rank order, in fp32 (fp64 for fp64)."""
     dtype = torch.promote_types(tensors_R[0].dtype, torch.float32)
     return (reduce(torch.add, [t.to(dtype) for t in tensors_R]) / len(tensors_R)).to(tensors_R[0].dtype)
 

@@ -1,7 +1,7 @@
 """Schedules: the point-to-point messages of a sparse collective, as plain data.
 
-The byte accounting, the predicted time, the tests and the executor all read the same schedule. A schedule moves *items*; what
-an item is made of (the weight matrices of one expert) is the caller's business. The pure functions of `schedules/` make them.
+The byte accounting, the predicted time, the tests and the executor all read the same schedule. A schedule moves *items*; the
+caller decides what an item is (the weight matrices of one expert). The pure functions of `schedules/` make schedules.
 """
 
 from collections import defaultdict
@@ -15,8 +15,8 @@ import numpy as np
 class Message:
     """Chunk `chunk` of the `num_chunks` of `item` goes from rank `src` to rank `dst`.
 
-    Ordered by round, item, chunk and `position`: the order in which every rank posts what it exchanges, and in which a rank adds
-    up what it receives. Two ranks therefore match their messages without talking about it.
+    Ordered by round, item, chunk and `position`: every rank posts its messages, and sums what it receives, in this order. Two
+    ranks therefore match their messages without negotiation.
     """
 
     round: int
@@ -28,12 +28,12 @@ class Message:
     num_chunks: int
 
     def bounds(self, num_elements: int) -> tuple[int, int]:
-        """The chunk's first element and its end, of an item of `num_elements`."""
+        """The first element of the chunk and the one after its last, in an item of `num_elements`."""
         return chunk_bounds(self.chunk, self.num_chunks, num_elements)
 
 
 def chunk_bounds(chunk: int, num_chunks: int, num_elements: int) -> tuple[int, int]:
-    """Where a chunk begins and ends. Example: 10 elements in 4 chunks are [0, 2), [2, 5), [5, 7), [7, 10)."""
+    """The range of elements of a chunk. Example: 10 elements in 4 chunks are [0, 2), [2, 5), [5, 7), [7, 10)."""
     return num_elements * chunk // num_chunks, num_elements * (chunk + 1) // num_chunks
 
 
@@ -41,8 +41,8 @@ def chunk_bounds(chunk: int, num_chunks: int, num_elements: int) -> tuple[int, i
 class Route:
     """How chunks `first_chunk` to `end_chunk` of an item, cut into `num_chunks`, reach ranks: a tree of hops from its owner.
 
-    `hops` are (src, dst), every src the owner or an earlier dst: a rank that forwards is one that needs the item itself.
-    The children of a rank stand in descending rank order, so that the reverse collective adds in ascending order.
+    `hops` are (src, dst), every src the owner or an earlier dst: only ranks that need the item forward it. The children of a rank
+    are in descending rank order, so that the reverse collective sums in ascending order.
     """
 
     item: int
@@ -60,7 +60,7 @@ class Route:
 
     @property
     def owner(self) -> int:
-        """The rank that has the item."""
+        """The rank that owns the item."""
         return self.hops[0][0]
 
     @property
@@ -69,7 +69,7 @@ class Route:
         return self.end_chunk - self.first_chunk == self.num_chunks
 
     def depths(self) -> list[int]:
-        """Of every hop, how many hops its chunks have behind them."""
+        """For every hop, the number of hops that precede it on the path from the owner."""
         depth_of = {self.owner: 0}
         for src, dst in self.hops:
             depth_of[dst] = depth_of[src] + 1
@@ -90,11 +90,11 @@ class Route:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The messages of one collective. `is_reduce` turns every route around: from the copies to the owner, adding up on the way.
+    """The messages of one collective. With `is_reduce` every route is reversed: from the copies to the owner, summing on the way.
 
-    A message's round is the earliest step at which its chunk can be there when every hop takes one step. Rounds order
-    messages; they are barriers only where a transport needs its messages in groups (`rounds`).
-    `limit`: the most item-sized buffers in which a rank receives, None where messages arrive at their destination (a gather).
+    A message's round is the earliest step at which its chunk can be there when every hop takes one step. Rounds order messages;
+    they are barriers only where a transport needs its messages in groups (`rounds`). `limit`: the most item-sized buffers in
+    which a rank receives; None where messages are received in place (a gather).
     """
 
     num_ranks: int
@@ -106,7 +106,7 @@ class Schedule:
         assert self.limit is None or self.limit > 0
 
     def transpose(self) -> "Schedule":
-        """The reverse collective: every message the other way, the last round first."""
+        """The reverse collective: every message in the opposite direction, the last round first."""
         return Schedule(self.num_ranks, self.routes, not self.is_reduce)
 
     def limit_receives(self, limit: int) -> "Schedule":
@@ -114,7 +114,7 @@ class Schedule:
         return replace(self, limit=limit)
 
     def most_received(self, rank: int) -> int:
-        """Item-sized buffers that `rank` can make use of to receive in, at most `limit`."""
+        """Item-sized receive buffers that `rank` can use, at most `limit`."""
         dst = 0 if self.is_reduce else 1
         received = sum(hop[dst] == rank for route in self.routes for hop in route.hops)
         return received if self.limit is None else min(received, self.limit)
@@ -124,7 +124,7 @@ class Schedule:
         return any(rank in hop for route in self.routes for hop in route.hops)
 
     def messages_of(self, rank: int) -> list[Message]:
-        """What `rank` sends and receives, in order."""
+        """The messages that `rank` sends or receives, in order."""
         return sorted(self._messages([route for route in self.routes if any(rank in hop for hop in route.hops)], rank))
 
     def messages(self) -> list[Message]:
@@ -132,9 +132,10 @@ class Schedule:
         return sorted(self._messages(self.routes))
 
     def rounds(self) -> list[list[Message]]:
-        """All messages in groups, one after the other; what a message waits for is in an earlier group.
+        """All messages in consecutive groups; the messages that a message depends on are in earlier groups.
 
-        No rank receives more in a group than `limit` allows beside a sum in progress, which a single buffer need not hold.
+        In one group a rank receives at most `limit` items less one for the sum in progress; with a single buffer the sum is held
+        elsewhere.
         """
         rounds: list[list[Message]] = []
         by_round: dict[int, list[Message]] = defaultdict(list)

@@ -9,14 +9,20 @@ other's rows.
 
 from zlib import crc32
 
-GATHER = "all_gather_ints"
-"""The operation of a gather's own messages. All of them have tag 0: who gathers, compares what the integers say."""
+_GATHER = "gather of"
 
 DIFFERENT_PLACES = "the ranks are at different places of the program"
 SAME_ORDER = "every rank must run the same layers in the same order, in forward and in backward"
 
 # Pairs of a few passes of a large model.
 _MOST_KNOWN = 4096
+
+
+def gather_op(num_integers: int) -> str:
+    """The operation of a gather's own messages. Wherever gathers are, those of one size have one tag: the ranks compare what the
+    integers say. Those of different sizes never meet.
+    """
+    return f"{_GATHER} {num_integers} integers"
 
 
 class Tags:
@@ -50,4 +56,5 @@ class Tags:
         return "something that this rank has not come to"
 
     def _number(self, op: str, where: str) -> int:
-        return 0 if op == GATHER else 1 + crc32(f"{op} at {where}".encode()) % self._largest
+        text = op if op.startswith(_GATHER) else f"{op} at {where}"
+        return 1 + crc32(text.encode()) % self._largest

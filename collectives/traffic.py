@@ -1,4 +1,4 @@
-"""What this rank sent, by operation and peer, and how long it waited."""
+"""Traffic counters of one rank: bytes and messages sent, by operation and peer, and the time spent waiting."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ import numpy as np
 
 
 class Unfinished(Protocol):
-    """A collective that somebody else may have to finish."""
+    """A collective with messages still to post, which may have to be completed before its own wait."""
 
     def take_in(self) -> None:
-        """Wait for all that comes, and pass on all that others wait for.
+        """Receive everything that is due and forward everything that other ranks wait for.
 
-        Not for others to take what was sent: they may be waiting for this rank elsewhere.
+        Does not wait until peers have received what this rank sent: they may be blocked on this rank in another collective.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One collective on this rank's clock, `time.perf_counter` in seconds: in flight from launch to arrival, waited for from, to.
+    """One collective on this rank's clock, in seconds of `time.perf_counter`: launch, arrival, start and end of the wait.
 
-    Without a communication thread nobody looks before the wait: the arrival is then the end of the wait.
+    Without a communication thread the arrival is not observed before the wait; it is then recorded as the end of the wait.
     """
 
     op: str
@@ -33,16 +33,16 @@ class Span:
 
 
 class Traffic:
-    """Bytes and messages that one rank has sent, by operation name and destination rank, and the seconds it waited for others.
+    """Bytes and messages that one rank has sent, by operation and destination rank, and the seconds it waited for other ranks.
 
     Only what leaves the rank counts: a copy inside a rank is not traffic.
 
-    `waited_s` is host time since the transport was made: on CUDA, where waits are left to the stream, next to nothing. `spans`
-    collects every collective while it is a list.
+    `waited_s` is the host time spent waiting since the transport was created; on CUDA, where the stream waits, it stays near
+    zero. While `spans` is a list, every collective is appended to it.
 
-    `unfinished` is the collective on this transport, if any, that the next of its kind takes in first. Either it has messages
-    still to post, and messages between two ranks are matched in the order in which they are posted; or other work runs before
-    its wait, which never comes if that work fails.
+    `unfinished` is the collective on this transport, if any, that the next collective of its kind drains first (`take_in`).
+    Either it has messages still to post, and messages between two ranks are matched in the order in which they are posted; or
+    other work runs before its wait, which is never reached if that work fails.
     """
 
     def __init__(self, world_size: int):
@@ -53,12 +53,12 @@ class Traffic:
         self._counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, world_size), np.int64))
 
     def finished(self, collective: Unfinished) -> None:
-        """Note that this collective is over, the one that was `unfinished` or another."""
+        """Record that a collective is complete, whether or not it was the `unfinished` one."""
         if self.unfinished is collective:
             self.unfinished = None
 
     def counts_2R(self, op: str) -> np.ndarray:
-        """Bytes and messages sent to every rank by `op`, int64 [2, R]: for those who add to them, until the next `reset`."""
+        """The counters of `op`, bytes and messages to every rank, int64 [2, R], for callers that add to them until `reset`."""
         return self._counts[op]
 
     def add(self, op: str, peer: int, num_bytes: int) -> None:
@@ -68,7 +68,7 @@ class Traffic:
         counts_2R[1, peer] += 1
 
     def add_wait(self, op: str, where: str, launched_s: float, arrived_s: float, wait_from_s: float, wait_to_s: float) -> None:
-        """Count the wait for one collective, which is over; see `Span`."""
+        """Count the wait for one completed collective; see `Span`."""
         self.waited_s += wait_to_s - wait_from_s
         if self.spans is not None:
             self.spans.append(Span(op, where, launched_s, arrived_s, wait_from_s, wait_to_s))

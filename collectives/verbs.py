@@ -1,4 +1,4 @@
-"""The collective verbs: launched now, waited for later.
+"""The collective operations: each is launched by its call and completed by waiting on the handle that it returns.
 
     sparse_all_gather      copy items along a schedule (SparseAllGather: Hecate, arXiv 2502.02581, section 3)
     sparse_reduce_scatter  its transpose: contributions flow back and are summed on the way to the owner
@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .flow import launch
-from .progress import Watched
+from .executor import launch
+from .messages import Pending, RowLayout
+from .progress import TimedWork
 from .schedule import Message, Schedule
-from .transport import Pending, RowLayout, Transport
+from .transport import Transport
 
 # The tensors one item is made of, in a fixed order (for an expert: gate_up, down), contiguous.
 Item = Sequence[Tensor]
@@ -36,13 +37,13 @@ def sparse_all_gather(
 
     Args:
         schedule: the gather schedule, the same on every rank.
-        owned: this rank's items that others may ask for; read until the wait returns.
-        copies: where each item that this rank receives is written, and read again where the schedule says to pass it on.
-        op, where: the name the bytes are counted under, and the place that errors name.
+        owned: this rank's items that the schedule sends; read until the wait returns.
+        copies: where each item that this rank receives is written; also read, where the schedule has this rank forward the item.
+        op, where: the name under which bytes are counted, and the place that error messages quote.
     """
     assert not schedule.is_reduce
-    side = _GatherSide(owned, copies)
-    return launch(schedule, transport, side, op=op, where=where, in_rounds=_is_on_cuda(owned, copies))
+    endpoint = _GatherEndpoint(owned, copies)
+    return launch(schedule, transport, endpoint, op=op, where=where, in_rounds=_is_on_cuda(owned, copies))
 
 
 def sparse_reduce_scatter(
@@ -64,23 +65,23 @@ def sparse_reduce_scatter(
     dtype below fp32 a partial sum that is forwarded is rounded to it on each hop; only a direct schedule rounds once.
 
     Args:
-        schedule: the transposed gather schedule, limited to the staging there is; the same on every rank.
-        contributions: this rank's addends for items it holds copies of. They are consumed: partial sums are made in them.
-        totals: the owned items that are added to.
-        staging: items to receive into, `schedule.most_received(rank)` of them or more, in the dtype of contributions. Sums that
-            need another dtype, or find one item only, are made in memory of their own, as large as a chunk.
-        wire: the dtype in which contributions travel when it is narrower than theirs; direct schedules only. Sums stay as above.
+        schedule: the transposed gather schedule, with its receives limited to the staging available; the same on every rank.
+        contributions: this rank's addends for items it holds copies of. They are overwritten by partial sums.
+        totals: the owned items, to which the sums are added.
+        staging: receive buffers of one item each, at least `schedule.most_received(rank)`, in the dtype of contributions. A sum
+            that needs another dtype, or has only one buffer, is made in a separate buffer of one chunk.
+        wire: a narrower dtype in which contributions are sent; direct schedules only. Sums are computed as above.
     """
     assert schedule.is_reduce
     assert len(staging) >= schedule.most_received(transport.rank), "too little staging"
     mine = [m for m in schedule.messages_of(transport.rank) if m.dst == transport.rank]
     num_addends = Counter((m.item, m.chunk) for m in mine)
-    side = _ReduceSide(num_addends, contributions, totals, staging, wire)
-    return launch(schedule, transport, side, op=op, where=where, in_rounds=_is_on_cuda(contributions, totals))
+    endpoint = _ReduceEndpoint(num_addends, contributions, totals, staging, wire)
+    return launch(schedule, transport, endpoint, op=op, where=where, in_rounds=_is_on_cuda(contributions, totals))
 
 
-class _GatherSide:
-    """Owned items go out, copies come in where they stay, and go out again."""
+class _GatherEndpoint:
+    """Sends owned items, receives copies in place, and forwards them from there."""
 
     def __init__(self, owned: Mapping[int, Item], copies: Mapping[int, Item]):
         self._owned, self._copies = owned, copies
@@ -93,14 +94,14 @@ class _GatherSide:
         item = self._copies[message.item]
         return _part(item, _bounds(message, item))
 
-    def arrived(self, message: Message) -> None:
+    def received(self, message: Message) -> None:
         pass
 
 
-class _ReduceSide:
-    """Contributions come into staging, are added up there one item's chunk at a time, and the sum goes to its target.
+class _ReduceEndpoint:
+    """Receives contributions into staging, sums them there one chunk at a time, and adds each sum to its target.
 
-    Messages of one chunk arrive one after the other (the order of a schedule), so at most one sum is in progress.
+    Messages of one chunk arrive consecutively (schedule order), so at most one sum is in progress.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class _ReduceSide:
         self._remaining = num_addends
         self._contributions, self._totals = contributions, totals
         self._staging = [[t.view(-1) for t in item] for item in staging]
-        self._taken: list[list[tuple[int, int]]] = [[] for _ in staging]  # element ranges in use, by staging item
+        self._taken: list[list[tuple[int, int]]] = [[] for _ in staging]  # element ranges in use, by staging buffer
         self._landing: dict[Message, tuple[int, tuple[int, int]]] = {}
         self._wire = wire
         self._sum: list[Tensor] | None = None
-        self._sum_place: tuple[int, tuple[int, int]] | None = None  # None while it is not in staging
+        self._sum_place: tuple[int, tuple[int, int]] | None = None  # None while the sum is not in staging
         self._scratch: Tensor | None = None
 
     def outgoing(self, message: Message) -> list[Tensor]:
@@ -135,7 +136,7 @@ class _ReduceSide:
                 return self._landed(i, bounds)
         return None
 
-    def arrived(self, message: Message) -> None:
+    def received(self, message: Message) -> None:
         key = message.item, message.chunk
         place = self._landing.pop(message)
         parts = self._landed(*place)
@@ -158,7 +159,7 @@ class _ReduceSide:
     def _begin_sum(self, place: tuple[int, tuple[int, int]], parts: list[Tensor]) -> None:
         like = self._staging[0][0]
         dtype = torch.promote_types(like.dtype, torch.float32)
-        # What is added to a sum lands in the same elements of another staging item; where there is no other, the sum gives way.
+        # Addends are received into the same elements of another staging buffer; with a single buffer the sum moves to scratch.
         if len(self._staging) > 1 and all(part.dtype == dtype for part in parts):
             self._sum, self._sum_place = parts, place
             return
@@ -187,7 +188,7 @@ def _bounds(message: Message, item: Item) -> tuple[int, int]:
 
 
 def _part(item: Item, bounds: tuple[int, int]) -> list[Tensor]:
-    """The elements `bounds` of an item's tensors laid end to end, as flat views, one for each tensor they touch."""
+    """The elements `bounds` of an item's concatenated tensors, as flat views, one for each tensor they overlap."""
     parts, start = [], 0
     for tensor in item:
         first, end = max(bounds[0] - start, 0), min(bounds[1] - start, tensor.numel())
@@ -198,12 +199,12 @@ def _part(item: Item, bounds: tuple[int, int]) -> list[Tensor]:
 
 
 def _narrow_view(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """The first half (for a dtype half as wide) of a tensor's memory, with as many elements as the tensor."""
+    """A view in a narrower dtype of the start of a tensor's memory, with as many elements as the tensor."""
     return part if part.dtype.itemsize <= dtype.itemsize else part.view(dtype)[: part.numel()]
 
 
 def _narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor rounded to a narrower dtype, within its own memory."""
+    """The tensor rounded to a narrower dtype, in place."""
     narrow = _narrow_view(part, dtype)
     return narrow if narrow is part else narrow.copy_(part.to(dtype))
 
@@ -215,10 +216,10 @@ def _is_on_cuda(*items: Mapping[int, Item]) -> bool:
 def all_to_all_rows(
     transport: Transport, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = ""
 ) -> Pending:
-    """Send rows of `outgoing` [P, ...] to other ranks, and receive theirs in rows of `incoming` [Q, ...], as the layout says.
+    """Send rows of `outgoing` [P, ...] to other ranks and receive rows from them into `incoming` [Q, ...], as the layout says.
 
-    Both sides know the counts. What stays on a rank does not travel: the caller reads and writes its own rows in place.
+    Sender and receiver know the counts. Rows that stay on their rank are not copied: the caller reads and writes them in place.
     """
     launched_s = time.perf_counter()
     pending = transport.exchange_rows(layout, outgoing, incoming, op=op, where=where)
-    return Watched(pending, launched_s, transport.traffic, op, where)
+    return TimedWork(pending, launched_s, transport.traffic, op, where)

@@ -7,7 +7,7 @@
 Example with D = F = 1, all weights 1, biases 0, alpha 1.702, limit 7 and row weight 1: x = 1 gives gate = up = 1, then
 1 * sigmoid(1.702) * 2 = 1.692. At x = 9 both are clamped to 7, and no gradient passes through them.
 
-Plain torch on every device, group by group: one form serves as op and as twin.
+Plain torch on every device, group by group: the op is its own torch twin.
 
 Shapes: N rows, D model dim, F expert ffn dim.
 """
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grouped_ffn import FFNWeights, GroupedFFNGrads, GroupedFFNOutput
-from .grouped_gemm import add_wgrad, check_groups, group_slices
+from .groups import add_wgrad, check_groups, group_slices
+from .types import FFNWeights, GroupedFFNGrads, GroupedFFNOutput
 
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """The activation's constants: the slope of its sigmoid, and the largest magnitude of what enters it."""
+    """The activation's constants: the slope of its sigmoid, and the limit to which its inputs are clamped."""
 
     alpha: float
     limit: float
@@ -71,8 +71,8 @@ def clamped_ffn_backward(
 ) -> GroupedFFNGrads:
     """Backward of `clamped_ffn`: returns the row gradients and adds `alpha` times the weight gradients to `grads`.
 
-    `grads` is None when the experts are frozen. Groups marked in `overwrite` have buffers that hold nothing yet: theirs are
-    set, not added to, and set to zero where the group has no rows.
+    `grads` is None when the experts are frozen. The gradients of groups marked in `overwrite` are uninitialised: they are set,
+    not added to, and set to zero where the group has no rows.
     """
     check_groups(x_ND.shape[0], weights.gate_up, group_sizes)
     if out is None:
@@ -100,7 +100,7 @@ def clamped_ffn_backward(
 
 @dataclass(frozen=True)
 class _Activation:
-    """h, and the factors it is the product of."""
+    """h, and its factors."""
 
     h: Tensor
     gate: Tensor  # clamped

@@ -3,10 +3,10 @@
 The row weights (the router's gates) multiply h before the down product, so y comes out weighted and the gate
 gradients fall out of the activation's backward. The forward keeps the pre-activation only; the backward recomputes h.
 
-On the CPU rows go through in chunks: a chunk is large enough for the matrix products to run at full rate and small
-enough for its intermediates to be reused from one workspace, allocated once per call. In fp32 all chunks are one compiled
-call (grouped_ffn_cpu.py); the torch twin makes one for every product. Elsewhere the ops run one after the other over all
-rows, each one launch.
+On the CPU rows are processed in chunks: a chunk is large enough for the matrix products to run at full rate, and small enough for
+its intermediates to stay in one workspace, allocated once per call. In fp32 one compiled call processes all chunks
+(grouped_ffn_cpu.py); the torch twin makes one call per product. On other devices the ops run one after the other over all rows,
+one launch each.
 
 Shapes: N rows, D model dim, F expert ffn dim.
 """
@@ -21,69 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grouped_gemm import (
-    add_wgrad,
-    check_groups,
-    group_slices,
-    grouped_gemm,
-    grouped_gemm_backward,
-    grouped_gemm_dgrad,
-    grouped_gemm_wgrad,
-    zero_empty,
-)
-from .operands_cpu import address_of, addresses_of, words_of_rows
-from .swiglu import SwigluGrads, serves_threads, swiglu, swiglu_backward
+from .cpu.operands import address_of, addresses_of, words_of_rows
+from .grouped_gemm import grouped_gemm, grouped_gemm_backward, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .groups import add_wgrad, check_groups, group_slices, zero_empty
+from .swiglu import serves_threads, swiglu, swiglu_backward
+from .types import FFNWeights, GroupedFFNGrads, GroupedFFNOutput, SwigluGrads
 
 # Upper bound on the rows of one chunk.
 _CHUNK_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class FFNWeights:
-    """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to.
-
-    Only `clamped_ffn` knows biases, gate_up_bias [2F] and down_bias [D] per group.
-    """
-
-    gate_up: Sequence[Tensor]
-    down: Sequence[Tensor]
-    gate_up_bias: Sequence[Tensor] = ()
-    down_bias: Sequence[Tensor] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.gate_up) != len(self.down):
-            raise ValueError(f"{len(self.gate_up)} gate_up and {len(self.down)} down matrices; give one pair per group")
-        biases = len(self.gate_up_bias), len(self.down_bias)
-        if biases not in ((0, 0), (len(self.down), len(self.down))):
-            raise ValueError(f"{biases[0]} gate_up and {biases[1]} down biases for {len(self.down)} groups; give all or none")
-
-    def of_groups(self, groups: slice) -> FFNWeights:
-        """Those of some of the groups."""
-        return FFNWeights(self.gate_up[groups], self.down[groups], self.gate_up_bias[groups], self.down_bias[groups])
-
-
-@dataclass(frozen=True)
-class GroupedFFNOutput:
-    """Forward result: the weighted output, and the pre-activation that the backward needs."""
-
-    y_ND: Tensor
-    gate_up_N2F: Tensor
-
-    def of_rows(self, rows: slice) -> GroupedFFNOutput:
-        """Those of some of the rows."""
-        return GroupedFFNOutput(self.y_ND[rows], self.gate_up_N2F[rows])
-
-
-@dataclass(frozen=True)
-class GroupedFFNGrads:
-    """Gradients of rows and row weights; weight gradients were added in place."""
-
-    dx_ND: Tensor
-    drow_weights_N: Tensor
-
-    def of_rows(self, rows: slice) -> GroupedFFNGrads:
-        """Those of some of the rows."""
-        return GroupedFFNGrads(self.dx_ND[rows], self.drow_weights_N[rows])
 
 
 def grouped_ffn(
@@ -96,7 +41,7 @@ def grouped_ffn(
 ) -> GroupedFFNOutput:
     """Run each group's rows through its expert; rows are sorted by group. No autograd. `out` names buffers to fill."""
     N, D = x_ND.shape
-    # A rank may have no expert of a layer, and then no rows either.
+    # A rank may hold no expert of a layer, and then has no rows.
     F = weights.down[0].shape[1] if len(weights.down) else 0
     if out is None:
         out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
@@ -129,9 +74,9 @@ def grouped_ffn_backward(
 ) -> GroupedFFNGrads:
     """Backward of `grouped_ffn`: returns the row gradients and adds `alpha` times the weight gradients to `grads`.
 
-    `grads` holds fp32 views, one pair per group, added to in place; None when the experts are frozen. Groups without
-    rows leave theirs untouched. `alpha` scales the weight gradients only. Groups marked in `overwrite` have buffers that
-    hold nothing yet: theirs are set, not added to, and set to zero where the group has no rows.
+    `grads` holds fp32 views, one pair per group, added to in place; None when the experts are frozen. The gradients of groups
+    without rows are left unchanged. `alpha` scales the weight gradients only. The gradients of groups marked in `overwrite` are
+    uninitialised: they are set, not added to, and set to zero where the group has no rows.
     """
     if out is None:
         out = GroupedFFNGrads(
@@ -173,7 +118,7 @@ def _backward_by_ops(
     overwrite: Sequence[bool],
     out: GroupedFFNGrads,
 ) -> None:
-    """One op after the other over all rows; those of the weight gradients deal with groups that have no rows."""
+    """The ops one after the other over all rows; the weight-gradient ops handle groups without rows."""
     dh_NF = grouped_gemm_dgrad(dy_ND, weights.down, group_sizes)
     buffers = SwigluGrads(torch.empty_like(gate_up_N2F), out.drow_weights_N, dh_NF)
     inner = swiglu_backward(dh_NF, gate_up_N2F, row_weights_N, out=buffers)
@@ -212,10 +157,10 @@ def grouped_ffn_backward_torch(
     overwrite: Sequence[bool],
     out: GroupedFFNGrads,
 ) -> None:
-    """Torch twin of `grouped_ffn_backward`, which itself deals with groups that have no rows."""
+    """Torch twin of `grouped_ffn_backward`, including its handling of groups without rows."""
     is_fresh, F = list(overwrite), gate_up_N2F.shape[1] // 2
     chunks = list(_row_chunks(group_sizes))
-    # One allocation for dh (later h) and dgate_up: the allocator keeps and recycles a single block.
+    # One allocation for dh (later h) and dgate_up: the allocator then caches and reuses a single block.
     max_rows = _max_rows(chunks)
     dh_buffer, dgate_up_buffer = x_ND.new_empty(3 * max_rows * F).split([max_rows * F, 2 * max_rows * F])
     for group, rows in chunks:
@@ -233,7 +178,7 @@ def grouped_ffn_backward_torch(
 
 @dataclass(frozen=True)
 class CompiledOperands:
-    """Where the operands of a pass lie, as the compiled routines take them."""
+    """The addresses, widths and strides of a pass's operands, as the compiled routines take them."""
 
     rows: list[int]  # address, width and row stride of gate_up_N2F, x_ND, then y_ND, or dy_ND and dx_ND
     row_weights: list[int]  # address of row_weights_N, and in the backward of drow_weights_N
@@ -247,10 +192,10 @@ def _compiled_operands(
     parts: Sequence[FFNWeights],
     num_groups: int,
 ) -> CompiledOperands | None:
-    """These as words, where the compiled routines take them: fp32 on the CPU, in plain layouts; None otherwise."""
+    """The operands as words, if the compiled routines support them (fp32 on the CPU, plain layouts); else None."""
     N, wide = gate_up_N2F.shape
     rows = words_of_rows(N, gate_up_N2F, *rows_ND)
-    # The pass between the products takes contiguous rows of whole halves.
+    # The activation pass takes contiguous rows whose gate and up halves are equally wide.
     if rows is None or wide % 2 or (rows[2] != wide and N > 1):
         return None
     D = rows[4]
@@ -277,22 +222,25 @@ def _run_compiled(
     alpha: float = 1.0,
     overwrite: Sequence[bool] = (),
 ) -> bool:
-    """Do a pass in one compiled call where there is one and the groups fit the rows; False where it does nothing."""
+    """Run a pass as one compiled call; return False, having done nothing, if there is none or the groups do not fit the rows."""
     run = compiled_ffn() if serves_threads() else None
     return run is not None and run(gate_up_N2F, operands, group_sizes, _CHUNK_ROWS, alpha, overwrite)
 
 
 @cache
 def compiled_ffn() -> Callable[..., bool] | None:
-    """What runs the compiled routines; None where torch's library has no BLAS for them. Only now is numba imported."""
-    from .blas_cpu import sgemm_address
+    """The function that runs the compiled routines; None where torch's library has no usable BLAS.
+
+    Imports numba on first use.
+    """
+    from .cpu.blas import sgemm_address
     from .grouped_ffn_cpu import run
 
     return run if sgemm_address() else None
 
 
 def _row_chunks(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield (group, slice of rows); a group longer than `_CHUNK_ROWS` comes in equal parts."""
+    """Yield (group, slice of rows); a group longer than `_CHUNK_ROWS` is split into equal chunks."""
     for group, rows in group_slices(group_sizes):
         size = rows.stop - rows.start
         num_parts = -(-size // _CHUNK_ROWS)

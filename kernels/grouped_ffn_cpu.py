@@ -1,12 +1,12 @@
-"""The expert FFN of all groups in one compiled call, fp32 on the CPU: chunk by chunk its products and the pass between them.
+"""The expert FFN of all groups in one compiled call, fp32 on the CPU: per chunk its products and the activation between them.
 
-Import this module lazily: it imports numba. Each function returns whether the groups are what the rows consist of; it does
+Import this module lazily: it imports numba. Each function returns whether the group sizes sum to the number of rows; it does
 nothing otherwise.
 
 Shapes: N rows, D model dim, F expert ffn dim.
 """
 
-# The compiler gives these functions their types, which Python annotations cannot say.
+# Numba infers the types of these functions; Python annotations cannot express them.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from __future__ import annotations
 from array import array
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
-from .blas_cpu import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply, sgemm_address
+from ..jit.decorators import njit
+from .cpu.blas import PLAIN, SCRATCH_WORDS, TRANSPOSED, are_groups_of, multiply, sgemm_address
+from .cpu.threads import OWN, pointer_to, share_rows, team_words
 from .swiglu_cpu import (
     DGATE_UP,
     DROW_WEIGHTS,
@@ -28,11 +30,9 @@ from .swiglu_cpu import (
     swiglu_backward_routine,
     swiglu_routine,
 )
-from .threads_cpu import OWN, pointer_to, share_rows, team_words
 
-# The words of both routines' tasks, of which forward leaves some alone: sizes, then operands by their addresses, widths and row
-# strides. After them come, for every group, its rows and two weights, and in the backward of trained experts two gradients and
-# whether to overwrite them.
+# The words of both routines' tasks, some unused in the forward: sizes, then operands by address, width and row stride. For every
+# group follow its rows and two weights, and in the backward of trained experts two gradients and whether to overwrite them.
 _NUM_WORDS = 23
 (
     _SGEMM,
@@ -67,7 +67,7 @@ def run(gate_up_N2F, operands, group_sizes, chunk_rows, alpha, overwrite):
     wide, is_trained = rows[1], len(operands.matrices) > 2 * G
     if is_trained and len(overwrite) != G:
         return False
-    # One allocation for everything between the products of a chunk: h, or dh (later h) and dgate_up.
+    # One allocation for all intermediates of a chunk: h, or dh (later h) and dgate_up.
     width = wide + wide // 2 if is_backward else wide // 2
     workspace = gate_up_N2F.new_empty(max(0, min(max(group_sizes, default=0), chunk_rows)) * width)
     routine, swiglu = (_backward, swiglu_backward_routine) if is_backward else (_forward, swiglu_routine)
@@ -83,7 +83,7 @@ def run(gate_up_N2F, operands, group_sizes, chunk_rows, alpha, overwrite):
 
 @njit(cache=True, inline="always")
 def _end_of_chunk(size, chunk_rows, chunk):
-    """Where a chunk of a group of rows ends, of as few equal ones as need be."""
+    """The end of a chunk, where a group of rows is split into the fewest equal chunks."""
     num_chunks = -(-size // chunk_rows)
     return size * (chunk + 1) // num_chunks
 
@@ -126,7 +126,7 @@ def _backward(address, alpha):
     if not are_groups_of(task[_NUM_ROWS], groups[:G]):
         return False
     scratch, swiglu = np.empty(SCRATCH_WORDS, np.int64), np.empty(OWN + NUM_WORDS, np.int64)
-    # h takes dh's place; the gradients of a chunk's gate and up follow it in the workspace.
+    # h overwrites dh; the gradients of a chunk's gate and up follow it in the workspace.
     swiglu[GATE_UP], swiglu[ROW_WEIGHTS], swiglu[H], swiglu[WIDTH] = task[_GATE_UP], task[_ROW_WEIGHTS], task[_WORKSPACE], F
     swiglu[DROW_WEIGHTS] = task[_DROW_WEIGHTS]
     x, x_stride, dy, dy_stride = task[_X], task[_X_STRIDE], task[_Y], task[_Y_STRIDE]

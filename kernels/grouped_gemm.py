@@ -1,9 +1,8 @@
 """Ragged matrix products, one per group of rows: forward, input gradient, weight gradient.
 
-Rows are sorted by group; `group_sizes` (host integers) says how many rows each group has. Weights and their gradients
-are 2-D tensors, one per group: rows of a bank, slots, or any views of them, so that nothing is packed; or one stack of
-them. On the CPU the fp32 products of all groups are one compiled call (grouped_gemm_cpu.py); the torch twin makes one
-call per group that has rows.
+Rows are sorted by group; `group_sizes` (host integers) says how many rows each group has. Weights and their gradients are 2-D
+tensors, one per group (bank rows, slots, or any views, so that nothing is packed), or one stack of them. On the CPU one compiled
+call computes the fp32 products of all groups (grouped_gemm_cpu.py); the torch twin makes one call per group that has rows.
 
 Shapes: N rows, I input width, O output width, weights and gradients [O, I] each, or stacked [G, O, I].
 """
@@ -11,16 +10,16 @@ Shapes: N rows, I input width, O output width, weights and gradients [O, I] each
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from .checks import check_devices, check_floating
-from .operands_cpu import Matrices, addresses_of, words_of_rows
-
-FORWARD, DGRAD, WGRAD, BACKWARD = range(4)
+from .cpu.operands import addresses_of, words_of_rows
+from .groups import add_wgrad, check_groups, zero_empty
+from .types import BACKWARD, DGRAD, FORWARD, WGRAD, Matrices
 
 
 def grouped_gemm(x_NI: Tensor, weights: Matrices, group_sizes: Sequence[int], *, out: Tensor | None = None) -> Tensor:
@@ -60,10 +59,10 @@ def grouped_gemm_wgrad(
     alpha: float = 1.0,
     overwrite: Sequence[bool] | None = None,
 ) -> None:
-    """Add `alpha * dy.T @ x` of each group to `grads[g]` ([O, I]) in place; empty groups leave theirs untouched.
+    """Add `alpha * dy.T @ x` of each group to `grads[g]` ([O, I]) in place; those of empty groups are left unchanged.
 
-    Products are accumulated in the dtype of the gradients (fp32), also for half-precision rows. Groups marked in `overwrite`
-    have buffers that hold nothing yet: theirs are set, not added to, and set to zero where the group has no rows.
+    Products are accumulated in the dtype of the gradients (fp32), also for half-precision rows. The gradients of groups marked in
+    `overwrite` are uninitialised: they are set, not added to, and set to zero where the group has no rows.
     """
     if _multiply_compiled(WGRAD, (dy_NO, x_NI), (grads,), group_sizes, alpha, overwrite):
         return
@@ -91,13 +90,13 @@ def grouped_gemm_backward(
 ) -> Tensor:
     """Add to `grads` like `grouped_gemm_wgrad`, then return `dx_NI` like `grouped_gemm_dgrad`.
 
-    In fp32 on the CPU one compiled call does both products of a group before those of the next: the second finds the group's
-    rows in the caches.
+    In fp32 on the CPU one compiled call computes both products of a group before those of the next, while the group's rows are in
+    the caches.
     """
     dx_NI = _new_rows(dy_NO, weights, group_sizes, 1) if out is None else out
     if _multiply_compiled(BACKWARD, (dy_NO, x_NI, dx_NI), (weights, grads), group_sizes, alpha, overwrite):
         return dx_NI
-    # Before anything is written.
+    # Checked before anything is written.
     check_groups(dy_NO.shape[0], weights, group_sizes)
     _check_operands(dy_NO, weights, dx_NI)
     grouped_gemm_wgrad(dy_NO, x_NI, group_sizes, grads, alpha=alpha, overwrite=overwrite)
@@ -112,7 +111,7 @@ def _multiply_compiled(
     alpha: float = 1.0,
     overwrite: Sequence[bool] | None = None,
 ) -> bool:
-    """Do a product in one compiled call where it takes these operands and they fit; False where it does nothing.
+    """Compute a product in one compiled call; return False, having done nothing, if it does not support these operands.
 
     `rows` are y or dy, then x, or dx, or both; `matrices` weights, or gradients, or both.
     """
@@ -127,7 +126,7 @@ def _multiply_compiled(
         if addresses is None:
             return False
         words += addresses
-    # Where there is one of a kind it stands for both.
+    # Without a second operand of a kind the first is passed twice.
     if kind != BACKWARD:
         row_words += row_words[3:]
         words += words[num_groups:]
@@ -141,15 +140,15 @@ def _multiply_compiled(
 
 @cache
 def compiled_products() -> Callable[..., bool] | None:
-    """The compiled routine, with the BLAS that it calls; None where torch's library has none. Only now is numba imported."""
-    from .blas_cpu import sgemm_address
+    """The compiled routine with its BLAS; None where torch's library has no usable BLAS. Imports numba on first use."""
+    from .cpu.blas import sgemm_address
     from .grouped_gemm_cpu import multiply_groups
 
     return partial(multiply_groups, sgemm_address()) if sgemm_address() else None
 
 
 def _new_rows(rows: Tensor, weights: Matrices, group_sizes: Sequence[int], dim: int) -> Tensor:
-    """As many rows, uninitialised, as wide as a dimension of the weights; of no width where there is no group."""
+    """Uninitialised rows, as many as `rows`, whose width is dimension `dim` of the weights; width 0 without groups."""
     if not len(weights):
         check_groups(rows.shape[0], weights, group_sizes)
     return rows.new_empty(rows.shape[0], weights[0].shape[dim] if len(weights) else 0)
@@ -190,56 +189,20 @@ def grouped_gemm_wgrad_torch(
             add_wgrad(grad, dy_nO, x_nI, alpha=alpha, overwrite=overwrite is not None and overwrite[group])
 
 
-def add_wgrad(grad_OI: Tensor, dy_nO: Tensor, x_nI: Tensor, *, alpha: float = 1.0, overwrite: bool = False) -> None:
-    """`grad_OI += alpha * dy_nO.T @ x_nI`, or `=` to overwrite, in the dtype of `grad_OI`, for the rows of one group."""
-    if dy_nO.dtype != grad_OI.dtype:
-        # No CPU product takes half-precision operands and an fp32 result, and rounding the product would lose the sum's bits.
-        dy_nO, x_nI = dy_nO.to(grad_OI.dtype), x_nI.to(grad_OI.dtype)
-    grad_OI.addmm_(dy_nO.t(), x_nI, beta=0 if overwrite else 1, alpha=alpha)
-
-
-def zero_empty(grads: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None) -> None:
-    """Set to zero the gradients that are to be overwritten and whose groups have no rows to do it with."""
-    if overwrite is None or 0 not in group_sizes:
-        return
-    for grad, size, is_fresh in zip(grads, group_sizes, overwrite, strict=True):
-        if is_fresh and size == 0:
-            grad.zero_()
-
-
 def _split(rows: Tensor, group_sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Views of every group's rows, in one call: slices cost more than a percent of the small products of a narrow model."""
+    """Views of every group's rows, from one call: slicing costs more than 1 % of the small products of a narrow model."""
     return rows.split_with_sizes(list(group_sizes))
 
 
-def group_slices(group_sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield (group, slice of its rows) for every group that has rows."""
-    start = 0
-    for group, size in enumerate(group_sizes):
-        if size > 0:
-            yield group, slice(start, start + size)
-        start += size
-
-
-def check_groups(num_rows: int, weights: Matrices, group_sizes: Sequence[int], overwrite: Sequence[bool] | None = None) -> None:
-    """Raise ValueError unless sizes, weights, rows and marks belong together."""
-    if len(weights) != len(group_sizes):
-        raise ValueError(f"{len(group_sizes)} group sizes but {len(weights)} weights; give one weight per group")
-    if min(group_sizes, default=0) < 0 or sum(group_sizes) != num_rows:
-        raise ValueError(f"group sizes sum to {sum(group_sizes)}, but there are {num_rows} rows; sizes must be >= 0 and add up")
-    if overwrite is not None and len(overwrite) != len(group_sizes):
-        raise ValueError(f"{len(group_sizes)} group sizes but {len(overwrite)} marks of what to overwrite; give one per group")
-
-
 def _check_operands(rows: Tensor, matrices: Matrices, out: Tensor | None) -> None:
-    """Raise ValueError unless everything that is multiplied has one device and one floating dtype."""
+    """Raise ValueError unless all operands have one device and one floating dtype."""
     check_floating(rows=rows)
     check_devices(rows.device, out=out)
     _check_matrices("matrix", matrices, rows.device, rows.dtype)
 
 
 def _check_matrices(what: str, matrices: Matrices, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Raise ValueError for a matrix elsewhere, or of another dtype than the rows; None takes any."""
+    """Raise ValueError for a matrix on another device or of another dtype; dtype None accepts any."""
     for group, matrix in enumerate(matrices):
         if matrix.device != device:
             check_devices(device, **{f"{what} {group}": matrix})

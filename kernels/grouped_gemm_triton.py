@@ -1,14 +1,14 @@
 """Triton kernels of the grouped matrix products. Import this module lazily: it imports triton.
 
-Weights and gradients are reached through a table of addresses, so bank rows and slots need no packing. The host knows
-the group sizes, so it lists the row tiles of all groups; the table travels in one asynchronous copy from pinned memory.
-The kernels are persistent: as many programs as run at once walk over the tiles, in an order that shares rows and weights in the
-L2 cache. Operands come by TMA where `takes_tma` says so, through pointers else; both add up in the same order.
+Weights and gradients are accessed through a table of addresses, so bank rows and slots need no packing. The group sizes are on
+the host, which lists the row tiles of all groups; one asynchronous copy from pinned memory moves the table to the device. The
+kernels are persistent: as many programs as run concurrently loop over the tiles, in an order that shares rows and weights in the
+L2 cache. Operands are loaded by TMA where `takes_tma` permits, else through pointers; both sum in the same order.
 
 Shapes: N rows, I input width, O output width, weights [O, I].
 """
 
-# The compiler gives kernels their types, which Python annotations cannot say.
+# Triton infers the types of kernels; Python annotations cannot express them.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_devices
-from .grouped_gemm import Matrices, zero_empty
+from .checks import check_devices, unit_stride
 from .grouped_gemm_tiles import TileConfig, TileTimings, fits_tma, num_programs, shape_key, takes_tma, tiles_for
+from .groups import zero_empty
 from .host_values import on_device
-from .permute_triton import unit_stride
+from .types import Matrices
 
-_TIMINGS = TileTimings()  # of this process; like the compiled kernels, they hold as long as it lives
+_TIMINGS = TileTimings()  # per process, like the compiled kernels
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _grouped_gemm_kernel(
     k = tl.arange(0, BLOCK_K)
     if USE_TMA:
         rows = tl.make_tensor_descriptor(a_ptr, [num_rows, width_k], [stride_a, 1], [BLOCK_M, BLOCK_K])
-    # Flattened, the next tile's loads run under this one's last products; loads through pointers lose their pipeline by it.
+    # Flattening overlaps the next tile's loads with this tile's last products; pointer loads would lose their pipelining.
     for tile in tl.range(tl.program_id(0), num_m_tiles * num_n_tiles, tl.num_programs(0), flatten=USE_TMA):
         tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
         first = tl.load(tiles_ptr + tile_m * 3)
@@ -83,7 +83,7 @@ def _grouped_gemm_kernel(
         m = first + tl.arange(0, BLOCK_M)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # A tile's rows past the group's end hold another group's, or its first row again, and are dropped by the store.
+        # Rows of a tile past the group's end hold another group's rows, or its first row again; the store masks them off.
         if USE_TMA:
             if IS_K_CONTIGUOUS:
                 matrix = tl.make_tensor_descriptor(b_ptr, [width_n, width_k], [stride_b_n, 1], [BLOCK_N, BLOCK_K])
@@ -163,7 +163,7 @@ def _grouped_wgrad_kernel(
                 dy = dy_rows.load([row, tile_o * BLOCK_M])
                 total = tl.dot(dy.T, x_rows.load([row, tile_i * BLOCK_N]), total, input_precision=PRECISION)
             if last < end:
-                # The rows behind are another group's.
+                # Rows past the end belong to another group.
                 is_row = (last + k < end)[:, None]
                 dy = tl.where(is_row, dy_rows.load([last, tile_o * BLOCK_M]), 0.0)
                 x = tl.where(is_row, x_rows.load([last, tile_i * BLOCK_N]), 0.0)
@@ -193,7 +193,7 @@ def grouped_gemm_triton(
     tile: TileConfig | None = None,
     use_tma: bool | None = None,
 ) -> Tensor:
-    """Launch the product with `weights[g].T`: its K is I, its N is O. `tile` and `use_tma` stand in for the rules."""
+    """Launch the product with `weights[g].T`: its K is I, its N is O. `tile` and `use_tma` override the rules."""
     _check_weights(weights, x_NI.dtype, x_NI.device)
     stride_o, stride_i = weights[0].stride()
     return _launch_gemm("forward", x_NI, weights, group_sizes, weights[0].shape[0], stride_i, stride_o, out, tile, use_tma)
@@ -208,7 +208,7 @@ def grouped_gemm_dgrad_triton(
     tile: TileConfig | None = None,
     use_tma: bool | None = None,
 ) -> Tensor:
-    """Launch the product with `weights[g]`: its K is O, its N is I. `tile` and `use_tma` stand in for the rules."""
+    """Launch the product with `weights[g]`: its K is O, its N is I. `tile` and `use_tma` override the rules."""
     _check_weights(weights, dy_NO.dtype, dy_NO.device)
     stride_o, stride_i = weights[0].stride()
     return _launch_gemm("dgrad", dy_NO, weights, group_sizes, weights[0].shape[1], stride_o, stride_i, out, tile, use_tma)
@@ -225,7 +225,7 @@ def grouped_gemm_wgrad_triton(
     tile: TileConfig | None = None,
     use_tma: bool | None = None,
 ) -> None:
-    """Launch `_grouped_wgrad_kernel` over the groups that have rows. `tile` and `use_tma` stand in for the rules."""
+    """Launch `_grouped_wgrad_kernel` over the groups that have rows. `tile` and `use_tma` override the rules."""
     _check_weights(grads, torch.float32, dy_NO.device)
     dy_NO, x_NI = unit_stride(dy_NO), unit_stride(x_NI)
     O, I = grads[0].shape  # noqa: E741
@@ -234,7 +234,7 @@ def grouped_gemm_wgrad_triton(
     groups = [(*rows, int(not is_fresh[rows[2]])) for rows in row_tiles(group_sizes, max(1, sum(group_sizes)))]
     if not groups:
         return
-    # The longest first: a program that gets a long group last would keep all others waiting.
+    # Longest groups first: a long group started last would prolong the launch.
     groups.sort(key=lambda entry: entry[0] - entry[1])
     use_tma = _resolve_tma(use_tma, dy_NO, x_NI)
     table, addresses = _device_tables(groups, grads, dy_NO.device)
@@ -333,24 +333,24 @@ def _launch_gemm(
 
 
 def _resolve_tma(use_tma: bool | None, *matrices: Tensor) -> bool:
-    """The rule's word, unless the caller has said; then whether these matrices allow it."""
+    """Whether to use TMA: by rule, or as the caller requests, if these matrices allow it."""
     if use_tma is None:
         use_tma = takes_tma(matrices[0].device, *matrices)
     elif use_tma and not fits_tma(*matrices):
         raise ValueError("TMA loads half-precision matrices with 16-byte aligned rows and addresses; pass use_tma=False")
     if use_tma:
-        # Descriptors made on the device need a place in its memory.
+        # Descriptors that are built on the device need device memory.
         triton.set_allocator(_allocate)
     return use_tma
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors of one launch; the caching allocator aligns it and reuses it in the order of the stream."""
+    """Memory for the descriptors of one launch; the caching allocator aligns it and reuses it in stream order."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _options(tile: TileConfig, matrices: Matrices, dtype: torch.dtype) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+    """The constants for which both kernels are compiled."""
     return {
         "ALIGNMENT": _alignment(matrices),
         "PRECISION": _dot_precision(dtype),
@@ -364,19 +364,19 @@ def _options(tile: TileConfig, matrices: Matrices, dtype: torch.dtype) -> dict[s
 
 
 def _dot_precision(dtype: torch.dtype) -> str:
-    """How fp32 products are rounded: exactly, unless torch was told that TF32 will do."""
+    """Precision of fp32 products: IEEE, unless TF32 is enabled in torch."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def _device_tables(tiles: Sequence[tuple[int, ...]], tensors: Matrices, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(tiles, addresses) as int64 on the device, in one copy that the host doesn't wait for."""
+    """(tiles, addresses) as int64 on the device, in one asynchronous copy."""
     flat = [value for tile in tiles for value in tile] + [tensor.data_ptr() for tensor in tensors]
     table = on_device(np.array(flat, dtype=np.int64), device)
     return table[: -len(tensors)], table[-len(tensors) :]
 
 
 def _alignment(tensors: Matrices) -> int:
-    """Bytes that divide every address, 16 at most: what the kernel may assume for wide loads."""
+    """Common alignment of all addresses in bytes, at most 16; the kernel's wide loads rely on it."""
     is_wide = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     return 16 if is_wide else tensors[0].element_size()
 

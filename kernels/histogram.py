@@ -1,4 +1,4 @@
-"""How often each id occurs: `histogram`, the load of every expert from the ids that the router chose.
+"""Counts of ids: `histogram`, the load of every expert from the ids that the router chose.
 
 Shapes: N ids, B bins.
 """
@@ -12,10 +12,10 @@ from .checks import check_ids, check_int32
 
 
 def histogram(ids: Tensor, num_bins: int) -> Tensor:
-    """Return `counts_B` (int64): how often each id of [0, num_bins) occurs in `ids`, of any shape.
+    """Return `counts_B` (int64): the number of occurrences of each id of [0, num_bins) in `ids`, of any shape.
 
-    On the GPU nothing is read back to the host (torch.bincount waits for the largest id), so ids out of range go unnoticed
-    there and are not counted; on the CPU they raise ValueError.
+    On the GPU nothing is read back to the host (torch.bincount waits for the largest id), so ids out of range are ignored there;
+    on the CPU they raise ValueError.
     """
     check_ids(ids=ids)
     check_int32("ids", ids.numel(), "split the batch")

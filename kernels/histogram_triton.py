@@ -3,7 +3,7 @@
 Shapes: N ids, B bins, C blocks of ids.
 """
 
-# The compiler gives kernels their types, which Python annotations cannot say.
+# Triton infers the types of kernels; Python annotations cannot express them.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COUNT_BLOCK = 128  # ids that one program counts
+COUNT_BLOCK = 128  # ids per program
 
 
 @triton.jit
@@ -39,5 +39,5 @@ def count_blocks(ids_N: Tensor, num_bins: int) -> Tensor:
 
 
 def histogram_triton(ids: Tensor, num_bins: int) -> Tensor:
-    """One launch, and a sum over blocks; integers, so that no order shows."""
+    """One launch, then a sum over blocks; integer sums do not depend on the order."""
     return count_blocks(ids.reshape(-1).contiguous(), num_bins).sum(dim=0, dtype=torch.int64)

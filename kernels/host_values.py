@@ -1,4 +1,4 @@
-"""Numbers that the host knows, on the device, without waiting for it."""
+"""Asynchronous host-to-device copies of small integer arrays."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from torch import Tensor
 
 
 def on_device(values: np.ndarray | Sequence[int], device: torch.device) -> Tensor:
-    """`values` as a tensor; on a GPU through pinned memory, in one copy that the host doesn't wait for."""
+    """`values` as a tensor on the device; for a GPU by one asynchronous copy from pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

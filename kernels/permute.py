@@ -1,53 +1,27 @@
-"""Rows from token order to slot order and back: `gather_rows` and its transpose `sum_rows`.
+"""Token rows to expert-major order and back: `gather_rows` and its transpose `sum_rows`.
 
-Dispatch copies token rows into slot order (a token may appear several times); combine sums the results of each token.
-Both are described by one int vector, `row_ids_N`: routed row n belongs to row `row_ids_N[n]` of the other side.
-Summation follows the bag's own order and is done in fp32, so that results are bitwise repeatable.
+Dispatch copies token rows into expert-major order (a token may appear several times); combine sums the results of each token.
+Both are described by one int vector, `row_ids_N`: routed row n belongs to token row `row_ids_N[n]`. A bag is summed in its own
+order, in fp32, so that results are bitwise repeatable.
 
 Shapes: M rows on the token side, N routed rows, D model dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_devices, check_floating, check_ids, check_int32
-
-
-@dataclass(frozen=True)
-class Bags:
-    """Groups of row positions in CSR form: bag m holds `indices[offsets[m]:offsets[m + 1]]`, in this order.
-
-    Example: `row_ids_N = [2, 0, 2]` with `num_rows = 3` gives `indices = [1, 0, 2]`, `offsets = [0, 1, 1, 3]`.
-    """
-
-    indices: Tensor  # int32 [N]
-    offsets: Tensor  # int32 [num_bags + 1]
-
-    def __post_init__(self) -> None:
-        if self.indices.dim() != 1 or self.offsets.dim() != 1 or self.offsets.numel() < 1:
-            raise ValueError(
-                f"Bags needs 1-D indices and 1-D offsets with at least one element, got shapes "
-                f"{tuple(self.indices.shape)} and {tuple(self.offsets.shape)}; build them with bags_of"
-            )
-        if self.indices.dtype != torch.int32 or self.offsets.dtype != torch.int32:
-            raise ValueError(f"Bags holds int32, got {self.indices.dtype} and {self.offsets.dtype}; build them with bags_of")
-
-    @property
-    def num_bags(self) -> int:
-        """Number of bags, empty ones included."""
-        return self.offsets.numel() - 1
+from .checks import check_devices, check_floating, check_ids, check_int32, check_out, unit_stride
+from .types import Bags
 
 
 def bags_of(row_ids_N: Tensor, num_rows: int) -> Bags:
     """Group the positions n by `row_ids_N[n]` (values in [0, num_rows)); positions ascend inside a bag.
 
-    On a GPU nothing is read back, so ids out of range go unnoticed there; on the CPU they raise ValueError.
+    On a GPU nothing is read back, so ids out of range are not detected there; on the CPU they raise ValueError.
     """
     N = row_ids_N.numel()
     check_ids(row_ids_N=row_ids_N)
@@ -75,14 +49,14 @@ def _offsets_by_counting(row_ids_N: Tensor, num_rows: int) -> Tensor:
 
 
 def _offsets_by_search(sorted_ids_N: Tensor, num_rows: int) -> Tensor:
-    """Offsets of the bags without a host synchronisation, which counting into an array of unknown size would need."""
+    """Offsets of the bags without a host synchronisation, which torch.bincount would need."""
     return torch.searchsorted(sorted_ids_N, torch.arange(num_rows + 1, device=sorted_ids_N.device), out_int32=True)
 
 
 def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return `rows_ND` with `rows_ND[n] = x_MD[row_ids_N[n]]`; the transpose of `sum_rows`. No autograd.
 
-    With `beside` [P, D], ids from M on name its rows, as if it followed `x_MD`; neither is copied for that.
+    With `beside` [P, D], ids from M on refer to its rows, as if it were appended to `x_MD`; no concatenation is made.
     """
     check_devices(x_MD.device, row_ids_N=row_ids_N, out=out)
     check_ids(row_ids_N=row_ids_N)
@@ -99,8 +73,8 @@ def gather_rows(x_MD: Tensor, row_ids_N: Tensor, *, beside: Tensor | None = None
 def sum_rows(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return `x_MD` with `x_MD[m]` the sum of the rows in bag m, zeros where the bag is empty. No autograd.
 
-    The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`.
-    With `beside` [P, D], indices from N on name its rows, as if it followed `rows_ND`.
+    The sum runs in the bag's order, in fp32 (fp64 for fp64 rows), and is rounded once to the dtype of `rows_ND`. With `beside`
+    [P, D], indices from N on refer to its rows, as if it were appended to `rows_ND`.
     """
     check_devices(rows_ND.device, indices=bags.indices, offsets=bags.offsets, out=out)
     check_floating(rows_ND=rows_ND)
@@ -133,7 +107,7 @@ def _gather_compiled(x_MD: Tensor, row_ids_N: Tensor, beside: Tensor, out: Tenso
     from .permute_cpu import gather_into
 
     out = _new_or_checked(out, row_ids_N.shape[0], x_MD)
-    if not gather_into(out, _dense(x_MD), _dense(beside), row_ids_N.long().contiguous()):
+    if not gather_into(out, unit_stride(x_MD), unit_stride(beside), row_ids_N.long().contiguous()):
         num_rows = _num_rows(x_MD, beside)
         raise ValueError(f"row_ids_N goes from {int(row_ids_N.min())} to {int(row_ids_N.max())}; ids must be in [0, {num_rows})")
     return out
@@ -144,7 +118,7 @@ def _sum_compiled(rows_ND: Tensor, bags: Bags, beside: Tensor | None, out: Tenso
 
     out = _new_or_checked(out, bags.num_bags, rows_ND)
     indices, offsets = bags.indices.contiguous(), bags.offsets.contiguous()
-    if not sum_into(out, _dense(rows_ND), _dense(beside), indices, offsets):
+    if not sum_into(out, unit_stride(rows_ND), None if beside is None else unit_stride(beside), indices, offsets):
         num_rows = _num_rows(rows_ND, beside)
         lowest, highest = int(indices.min()), int(indices.max())
         if lowest < 0 or highest >= num_rows:
@@ -156,28 +130,15 @@ def _sum_compiled(rows_ND: Tensor, bags: Bags, beside: Tensor | None, out: Tenso
 
 
 def _new_or_checked(out: Tensor | None, num_rows: int, like: Tensor) -> Tensor:
-    """Memory for rows like those of `like`: what the caller gave, or new."""
+    """Memory for rows like those of `like`: the checked `out`, or new."""
     if out is None:
         return like.new_empty(num_rows, like.shape[1])
     check_out(out, (num_rows, like.shape[1]), like)
     return out
 
 
-def _dense(rows: Tensor | None) -> Tensor | None:
-    """The rows, each in one piece, as compiled routines read them."""
-    return rows if rows is None or rows.stride(1) == 1 else rows.contiguous()
-
-
 def _num_rows(rows: Tensor, beside: Tensor | None) -> int:
     return rows.shape[0] + (0 if beside is None else beside.shape[0])
-
-
-def check_out(out: Tensor, shape: tuple[int, int], like: Tensor) -> None:
-    """Raise ValueError unless `out` can be written row by row."""
-    if out.shape != shape or out.dtype != like.dtype or out.stride(1) != 1:
-        raise ValueError(
-            f"out must be {like.dtype} {shape} with contiguous rows, got {out.dtype} {tuple(out.shape)} {out.stride()}"
-        )
 
 
 def _check_beside(rows: Tensor, beside: Tensor | None) -> None:

@@ -1,11 +1,11 @@
 """Compiled row copies and row sums for the CPU. Import this module lazily: it imports numba, and a first call compiles.
 
-Torch has no gather from two tensors and no sum of rows into memory that is already there; each would cost another pass.
+Torch has no gather from two tensors and no row sum into existing memory; each would cost another pass.
 
-Shapes: M rows, N and P rows of two sources that are read as one, D model dim.
+Shapes: M rows, N and P rows of two sources that are read as if concatenated, D model dim.
 """
 
-# The compiler gives these functions their types, which Python annotations cannot say.
+# Numba infers the types of these functions; Python annotations cannot express them.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray
 
-from .memory_cpu import copy_bytes
-from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
+from ..jit.decorators import cfunc, njit
+from .cpu.memory import copy_bytes
+from .cpu.threads import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 
-# The words of both routines' tasks: addresses, strides in bytes, numbers of rows; and whether something named no row.
+# The words of both routines' tasks: addresses, strides in bytes, numbers of rows; and whether an id was out of range.
 _NUM_WORDS = 13
 (
     _OUT,
@@ -40,7 +41,7 @@ _NUM_WORDS = 13
 def gather_into(out_ND, x_MD, beside_PD, ids_N):
     """Row n of out is row ids_N[n] (int64) of x followed by beside, of any dtype.
 
-    Returns whether every id names a row.
+    Returns whether every id is in range.
     """
     N, row_bytes = ids_N.shape[0], x_MD.shape[1] * x_MD.element_size()
     words = *_rows(out_ND)[:2], *_rows(x_MD), *_rows(beside_PD), ids_N.data_ptr(), N, 0, row_bytes, 0
@@ -50,8 +51,7 @@ def gather_into(out_ND, x_MD, beside_PD, ids_N):
 def sum_into(out_MD, x_ND, beside_PD, indices, offsets):
     """Row m of out is the sum, in order, of the rows of bag m in x followed by beside (or None); zeros for an empty bag.
 
-    Rows are fp32 or fp64.
-    Returns whether every offset names an index and every index a row.
+    Rows are fp32 or fp64. Returns whether every offset and every index is in range.
     """
     M, D, item = out_MD.shape[0], x_ND.shape[1], x_ND.element_size()
     bags = indices.data_ptr(), indices.shape[0], offsets.data_ptr()
@@ -60,7 +60,7 @@ def sum_into(out_MD, x_ND, beside_PD, indices, offsets):
 
 
 def _rows(tensor):
-    """Address, stride in bytes and number of a tensor's rows; None has none."""
+    """Address, row stride in bytes and number of rows of a tensor; zeros for None."""
     if tensor is None:
         return 0, 0, 0
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), tensor.shape[0]
@@ -68,7 +68,7 @@ def _rows(tensor):
 
 @njit(cache=True, inline="always")
 def _address_of(task, i, otherwise):
-    """The address of row i of both sources; another one where there is no such row, and the task remembers that."""
+    """The address of row i of both sources; for an i out of range some valid address, with the task's flag set."""
     if i < 0 or i >= task[_NUM_X] + task[_NUM_BESIDE]:
         task[_IS_WRONG] = 1
         return otherwise
@@ -124,7 +124,7 @@ def _sum(pointer, dtype):
 
 @cache
 def _sum_routine(dtype):
-    """The routine for rows of a numpy dtype, compiled when it is first asked for."""
+    """The routine for rows of a numpy dtype, compiled on first use."""
 
     @cfunc("void(voidptr)", cache=True)
     def routine(pointer):

@@ -3,7 +3,7 @@
 Shapes: M rows on the token side, N routed rows, D model dim.
 """
 
-# The compiler gives kernels their types, which Python annotations cannot say.
+# Triton infers the types of kernels; Python annotations cannot express them.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute import Bags, check_out
+from .checks import check_out, unit_stride
+from .types import Bags
 
-# Elements of one program's tile: enough bytes in flight to fill the memory pipe, few enough registers for 8 warps.
+# Elements of one program's tile: enough bytes in flight to saturate memory, few enough registers for 8 warps.
 _TILE_ELEMENTS = 4096
 
 
@@ -39,7 +40,7 @@ def _gather_rows_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (n < num_rows)[:, None] & (d < width)[None, :]
     ids = tl.load(ids_ptr + n, mask=n < num_rows, other=0).to(tl.int64)
-    # Two loads, of which one is masked off: a pointer chosen per row would lose its alignment, and with it wide loads.
+    # Two loads, one of them masked off: selecting a pointer per row would lose the alignment that wide loads need.
     is_x = (ids < num_x)[:, None]
     rows = tl.load(x_ptr + ids[:, None] * stride_x + d[None, :], mask=mask & is_x)
     others = tl.load(beside_ptr + (ids - num_x)[:, None] * stride_beside + d[None, :], mask=mask & ~is_x)
@@ -132,8 +133,3 @@ def sum_rows_triton(rows_ND: Tensor, bags: Bags, *, beside: Tensor | None = None
         num_warps=min(8, max(1, block_d // 128)),
     )
     return out
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """`x` itself if its last dimension is contiguous, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,11 +1,11 @@
-"""The exact split put to work on one rank: which of its assignments go to which replica, and in which row order.
+"""The exact split applied on one rank: which of its assignments go to which replica, and in which order.
 
-The plan says how many of this rank's assignments of expert e go to rank r (`flow_ER`). The first `flow[e, 0]` assignments
-of e, in token order, go to rank 0, the next `flow[e, 1]` to rank 1, and so on. Rows are sent sorted by (rank, expert,
-token), so each receiver finds its experts' rows together. With anchors, (anchor, token) takes the place of token in both.
+The plan gives the number of this rank's assignments of expert e that go to rank r (`flow_ER`). The first `flow[e, 0]` assignments
+of e, in token order, go to rank 0, the next `flow[e, 1]` to rank 1, and so on. Rows are sent sorted by (rank, expert, token), so
+each receiver gets the rows of an expert contiguously. With anchors, (anchor, token) takes the place of token in both.
 
 Shapes: T tokens, K top-k, E experts, R ranks, N = T * K assignments; assignment n is (token n // K, choice n % K). A of them are
-sent: all, unless some name no expert.
+sent: all, unless some have no expert.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def split_tokens(
 ) -> Tensor:
     """Return `order_A` (int64): the assignments in sending order, sorted by (destination rank, expert, token).
 
-    `flow_ER` (integers) must sum over ranks to this rank's load of each expert; on the GPU that is the caller's word,
-    since nothing is read back to the host. Example: `topk_ids = [[1], [0], [1]]`, `flow = [[0, 1], [1, 1]]` gives
-    `order = [0, 1, 2]`: the first assignment of expert 1 goes to rank 0, then rank 1 gets expert 0's and the second.
+    `flow_ER` (integers) must sum over ranks to this rank's load of each expert; on the GPU this is not checked, because nothing
+    is read back to the host. Example: `topk_ids = [[1], [0], [1]]`, `flow = [[0, 1], [1, 1]]` gives `order = [0, 1, 2]`: the
+    first assignment of expert 1 goes to rank 0, then rank 1 gets expert 0's and the second.
 
-    `anchors_TK` (integers in [0, R)) lets an expert's assignments with smaller anchors come first: with anchors
-    [[1], [0], [0]] the order becomes [2, 1, 0]. With `num_sent`, A, ids of E name no expert, and their assignments are not in it.
+    `anchors_TK` (integers in [0, R)) orders an expert's assignments by anchor first: with anchors [[1], [0], [0]] the order
+    becomes [2, 1, 0]. With `num_sent`, A, assignments with id E have no expert and are left out.
     """
     if flow_ER.dim() != 2 or topk_ids_TK.dim() != 2:
         raise ValueError(
@@ -50,7 +50,7 @@ def split_tokens(
 def split_tokens_torch(
     topk_ids_TK: Tensor, flow_ER: Tensor, anchors_TK: Tensor | None = None, *, num_sent: int | None = None
 ) -> Tensor:
-    """Torch twin of `split_tokens`: one sort by expert, then whole runs are copied to their places."""
+    """Torch twin of `split_tokens`: one sort by expert, then contiguous runs are copied to their places."""
     E, R = flow_ER.shape
     ids_N = topk_ids_TK.flatten().long()
     load_E = histogram_torch(ids_N, E if num_sent is None else E + 1)[:E]

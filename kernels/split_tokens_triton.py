@@ -3,7 +3,7 @@
 Import this module lazily: it imports triton. Shapes: N assignments, E experts, R ranks, C blocks of assignments.
 """
 
-# The compiler gives kernels their types, which Python annotations cannot say.
+# Triton infers the types of kernels; Python annotations cannot express them.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _place_kernel(
 def split_tokens_triton(
     topk_ids_TK: Tensor, flow_ER: Tensor, anchors_TK: Tensor | None = None, *, num_sent: int | None = None
 ) -> Tensor:
-    """Two launches and four small scans, all on the device; with anchors as many before, since two stable sorts make one."""
+    """Two launches and four small scans, all on the device; with anchors twice as many, for a second stable sort."""
     # A single column of a wider matrix flattens to a view with gaps.
     ids_N = topk_ids_TK.reshape(-1).contiguous()
     num_sent = ids_N.numel() if num_sent is None else num_sent

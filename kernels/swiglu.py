@@ -1,7 +1,7 @@
 """SwiGLU with row weights: `h = silu(gate) * up * row_weight`, and its backward from the pre-activation.
 
-Half-precision inputs are computed in fp32 and rounded once. On the CPU one compiled pass (swiglu_cpu.py) does the work of
-torch's eleven; the torch twin walks over blocks of rows small enough for the second-level cache.
+Half-precision inputs are computed in fp32 and rounded once. On the CPU one compiled pass (swiglu_cpu.py) replaces torch's eleven
+passes; the torch twin processes blocks of rows that fit the second-level cache.
 
 Shapes: N rows, F expert ffn dim; gate_up_N2F holds gate in its first F columns and up in its last F.
 """
@@ -9,27 +9,18 @@ Shapes: N rows, F expert ffn dim; gate_up_N2F holds gate in its first F columns 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .checks import check_devices, check_floating
+from .types import SwigluGrads
 
-# Where the compiled pass cannot run on torch's threads: with more of them than this, torch's own passes finish sooner.
+# With more threads than this, torch's own passes are faster than the compiled pass on the caller's thread alone.
 _ALONE_MAX_THREADS = 4
 # Elements of one [rows, F] block: five such fp32 blocks (gate, up, dh, two temporaries) stay in a 2 MiB cache.
 _BLOCK_ELEMENTS = 1 << 16
-
-
-@dataclass(frozen=True)
-class SwigluGrads:
-    """What `swiglu_backward` returns: both input gradients and the recomputed forward output."""
-
-    dgate_up_N2F: Tensor
-    drow_weights_N: Tensor | None
-    h_NF: Tensor
 
 
 def swiglu(gate_up_N2F: Tensor, row_weights_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -162,7 +153,7 @@ def _hidden_shape(gate_up_N2F: Tensor) -> tuple[int, int]:
 
 
 def _check_dh(dh_NF: Tensor, gate_up_N2F: Tensor) -> None:
-    """Raise ValueError unless both belong together."""
+    """Raise ValueError unless `dh_NF` matches `gate_up_N2F` in shape and dtype."""
     if dh_NF.shape != _hidden_shape(gate_up_N2F) or dh_NF.dtype != gate_up_N2F.dtype:
         raise ValueError(
             f"dh_NF is {dh_NF.dtype} {tuple(dh_NF.shape)}, but gate_up_N2F asks for "
@@ -171,7 +162,7 @@ def _check_dh(dh_NF: Tensor, gate_up_N2F: Tensor) -> None:
 
 
 def _check_shapes(gate_up_N2F: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless every tensor has the shape that its name says; compiled routines know nothing but addresses."""
+    """Raise ValueError unless every tensor has the shape that its name says; compiled routines receive only addresses."""
     N, F = _hidden_shape(gate_up_N2F)
     shapes = {"N": (N,), "NF": (N, F), "N2F": (N, 2 * F)}
     for name, tensor in tensors.items():
@@ -181,7 +172,7 @@ def _check_shapes(gate_up_N2F: Tensor, **tensors: Tensor | None) -> None:
 
 
 def takes_compiled_pass(weights: Sequence[Tensor | None], *tensors: Tensor) -> bool:
-    """Whether the compiled CPU pass serves these tensors: fp32 or bf16, row weights in fp32, everything contiguous."""
+    """Whether the compiled CPU pass supports these tensors: fp32 or bf16, row weights in fp32, all contiguous."""
     first = tensors[0]
     if (
         first.device.type != "cpu"
@@ -194,19 +185,19 @@ def takes_compiled_pass(weights: Sequence[Tensor | None], *tensors: Tensor) -> b
 
 
 def serves_threads() -> bool:
-    """Whether the compiled CPU pass runs on torch's threads, or these are few enough for it to be faster on the caller's."""
+    """Whether the compiled CPU pass runs on torch's threads, or these are so few that it is faster on the caller's thread."""
     return _has_torch_threads() or torch.get_num_threads() <= _ALONE_MAX_THREADS
 
 
 @cache
 def _has_torch_threads() -> bool:
-    from .threads_cpu import has_torch_threads
+    from .cpu.threads import has_torch_threads
 
     return has_torch_threads()
 
 
 def _given_or_ones(row_weights_N: Tensor | None, num_rows: int) -> Tensor:
-    """Row weights as the compiled pass reads them, whatever torch's defaults are."""
+    """The row weights, or ones, as the compiled pass reads them: fp32 on the CPU, whatever torch's defaults are."""
     return torch.ones(num_rows, dtype=torch.float32, device="cpu") if row_weights_N is None else row_weights_N
 
 
@@ -216,7 +207,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _row_blocks(gate_up_N2F: Tensor) -> Iterator[slice]:
-    """Slices of rows: cache-sized on the CPU, everything at once elsewhere."""
+    """Slices of rows: cache-sized on the CPU, all rows at once elsewhere."""
     N, F = _hidden_shape(gate_up_N2F)
     block = max(1, _BLOCK_ELEMENTS // max(1, F)) if gate_up_N2F.device.type == "cpu" else max(1, N)
     for start in range(0, N, block):

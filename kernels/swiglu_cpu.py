@@ -1,13 +1,13 @@
 """Compiled single-pass SwiGLU for the CPU. Import this module lazily: it imports numba, and a first call compiles.
 
-Torch needs three passes forward and eight backward; at small model widths these cost a tenth of the matrix products.
-Here each element is read and written once, and the exponential is a polynomial that the compiler vectorises. Arrays are
-float32, or bfloat16 seen as int16 (numpy has no such type); arithmetic is float32, rounded once on the way out.
+Torch needs three passes forward and eight backward, which at small model widths cost a tenth of the matrix products. Here each
+element is read and written once, and the exponential is a polynomial that the compiler vectorises. Arrays are float32, or
+bfloat16 viewed as int16 (numpy has no bfloat16); arithmetic is float32, rounded once when written.
 
 Shapes: N rows, F expert ffn dim.
 """
 
-# The compiler gives these functions their types, which Python annotations cannot say.
+# Numba infers the types of these functions; Python annotations cannot express them.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from functools import cache
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from .threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
+from ..jit.decorators import cfunc, njit
+from .cpu.threads import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 
 _LOG2_E = np.float32(1.4426950408889634)
-# Taylor coefficients of 2**f, which on [-0.5, 0.5] leave a relative error below 1.2e-7.
+# Taylor coefficients of 2**f; the relative error on [-0.5, 0.5] is below 1.2e-7.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(np.log(2) ** k / float(np.prod(np.arange(1.0, k + 1)))) for k in range(7))
 _ONE = np.float32(1.0)
 _MAX_EXPONENT = np.float32(126.0)
-# The words of both routines' tasks, of which forward leaves two alone: addresses, and the width F.
+# The words of both routines' tasks, two of them unused in the forward: addresses, and the width F.
 NUM_WORDS = 6
 GATE_UP, ROW_WEIGHTS, H, DGATE_UP, DROW_WEIGHTS, WIDTH = range(OWN, OWN + NUM_WORDS)
-# Adding 1.5 * 2**23 and taking it away again rounds a float32 to the nearest integer.
+# Adding and subtracting 1.5 * 2**23 rounds a float32 to the nearest integer.
 _ROUND = np.float32(12582912.0)
 
 
 def swiglu_into(h_NF, gate_up_N2F, row_weights_N):
-    """h = silu(gate) * up * row_weight, row weights in fp32; everything contiguous."""
+    """h = silu(gate) * up * row_weight, row weights in fp32; all arrays contiguous."""
     (N, F), dtype = h_NF.shape, _numpy_dtype(h_NF)
     run_rows(swiglu_routine(dtype), N, 3 * F * h_NF.element_size(), *_addresses(gate_up_N2F, row_weights_N, h_NF), 0, 0, F)
 
 
 def swiglu_backward_into(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N):
-    """Both gradients and that of the row weights, and h written over dh; everything contiguous."""
+    """The gradients of gate, up and row weights; h overwrites dh; all arrays contiguous."""
     (N, F), dtype = dh_then_h_NF.shape, _numpy_dtype(dh_then_h_NF)
     addresses = _addresses(gate_up_N2F, row_weights_N, dh_then_h_NF, dgate_up_N2F, drow_weights_N)
     run_rows(swiglu_backward_routine(dtype), N, 6 * F * dh_then_h_NF.element_size(), *addresses, F)
@@ -97,7 +98,7 @@ def _store(typingctx, value, like):
 
 @njit(cache=True, inline="always")
 def _sigmoid(x):
-    """1 / (1 + exp(-x)), with the exponent clamped to what float32 can hold; a NaN stays for the caller's product."""
+    """1 / (1 + exp(-x)), with the exponent clamped to the range of float32; NaN propagates through the caller's product."""
     z = min(max(-_LOG2_E * x, -_MAX_EXPONENT), _MAX_EXPONENT)
     n = (z + _ROUND) - _ROUND
     f = z - n
@@ -120,9 +121,9 @@ def _forward_rows(gate_up_N2F, row_weights_N, h_NF):
 
 @njit(cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
 def _backward_rows(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_weights_N):
-    """Both gradients, and h written over dh; the sum over f of a row's weight gradient is vectorised, in one fixed order.
+    """Both gradients, with h overwriting dh; a row weight's gradient, a sum over f, is vectorised in one fixed order.
 
-    One array for dh and h is not thrift alone: the compiler vectorises a loop over two arrays only where they don't overlap.
+    dh and h share an array not only to save memory: the compiler vectorises a loop over two arrays only if they do not overlap.
     """
     N, F = dh_then_h_NF.shape
     for n in range(N):
@@ -144,13 +145,13 @@ def _backward_rows(dh_then_h_NF, gate_up_N2F, row_weights_N, dgate_up_N2F, drow_
 
 @njit(cache=True, inline="always")
 def _rows_at(task, word, width, dtype):
-    """The contiguous rows at the address in a word of the task."""
+    """The contiguous rows whose address is a word of the task."""
     return carray(pointer_to(task[word]), (task[NUM_ROWS], width), dtype)
 
 
 @cache
 def swiglu_routine(dtype):
-    """The forward routine for rows of a numpy dtype, compiled when it is first asked for."""
+    """The forward routine for rows of a numpy dtype, compiled on first use."""
 
     @cfunc("void(voidptr)", cache=True)
     def routine(pointer):
@@ -168,7 +169,7 @@ def swiglu_routine(dtype):
 
 @cache
 def swiglu_backward_routine(dtype):
-    """The backward routine for rows of a numpy dtype, compiled when it is first asked for."""
+    """The backward routine for rows of a numpy dtype, compiled on first use."""
 
     @cfunc("void(voidptr)", cache=True)
     def routine(pointer):

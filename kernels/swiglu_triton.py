@@ -3,7 +3,7 @@
 Shapes: N rows, F expert ffn dim.
 """
 
-# The compiler gives kernels their types, which Python annotations cannot say.
+# Triton infers the types of kernels; Python annotations cannot express them.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import unit_stride
-from .swiglu import SwigluGrads
+from .checks import unit_stride
+from .types import SwigluGrads
 
 _FORWARD_TILE = 4096
 _BACKWARD_TILE = 2048
@@ -66,7 +66,7 @@ def _swiglu_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Gradients of BLOCK_N whole rows, so that a row weight's gradient is one program's sum, in one fixed order.
+    """Gradients of BLOCK_N whole rows, so that one program sums a row weight's gradient, in one fixed order.
 
     With dh = [[1]], gate_up = [[0, 4]], weight = [0.5]: dgate = 1 * 4 * 0.5 * 0.5, dup = 0, dweight = 0, h = 0.
     """
@@ -158,7 +158,7 @@ def swiglu_backward_triton(dh_NF: Tensor, gate_up_N2F: Tensor, row_weights_N: Te
 
 
 def _compute_type(x: Tensor) -> tl.dtype:
-    """fp64 stays fp64, everything else is computed in fp32."""
+    """The dtype to compute in: fp64 for fp64, else fp32."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 

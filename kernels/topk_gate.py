@@ -5,30 +5,17 @@ Shapes: T tokens, E experts, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_devices, check_ids
+from .types import Gate, Score
 
-Score = Literal["softmax", "sigmoid"]
-
-
-# What the sum of a token's scores is at least, so that scores which are all zero weigh zero.
+# Lower limit of the sum of a token's scores, so that scores that are all zero give weights of zero.
 _MIN_TOTAL = 1e-20
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What the router decided for every token."""
-
-    topk_ids_TK: Tensor  # int64, best first
-    weights_TK: Tensor  # float32
-    lse_T: Tensor | None  # float32, log-sum-exp of the logits: the z-loss is the mean of its square; None if nobody asked
-    load_E: Tensor  # int64, assignments per expert
 
 
 def topk_gate(
@@ -43,9 +30,9 @@ def topk_gate(
 ) -> Gate:
     """Choose `top_k` experts per token by score and weigh them by score; equal scores go to the lower expert id.
 
-    `score` is the softmax over all experts or the sigmoid of each logit. `normalize` makes a token's weights sum to one.
-    `bias_E` is added to the scores for the choice only (balancing without an auxiliary loss). With `topk_ids_TK`, the choice
-    of another rule or of an earlier call, nothing is chosen. Weights and log-sum-exp are differentiable.
+    `score` is the softmax over all experts or the sigmoid of each logit. `normalize` makes a token's weights sum to one. `bias_E`
+    is added to the scores for the choice only (balancing without an auxiliary loss). With `topk_ids_TK`, from another rule or an
+    earlier call, no choice is made. Weights and log-sum-exp are differentiable.
     """
     _check(logits_TE, top_k, score, bias_E)
     check_devices(logits_TE.device, bias_E=bias_E, topk_ids_TK=topk_ids_TK)
@@ -135,19 +122,19 @@ class _Softmax(torch.autograd.Function):
 
 
 def _relative(dweights_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The gradients of weights that sum to 1, less that of the heaviest.
+    """The gradients of weights that sum to 1, minus the gradient of the largest weight.
 
-    What all have in common changes nothing. Left in, it is subtracted from itself where one weight is nearly 1, and the
-    difference that is to remain is rounded away.
+    A component common to all of them has no effect. If it is kept, it cancels where one weight is nearly 1, and rounding destroys
+    the remaining difference.
     """
     return dweights_TK - dweights_TK.gather(1, weights_TK.argmax(dim=1, keepdim=True))
 
 
 def _choose(logits_TE: Tensor, top_k: int, score: Score, bias_E: Tensor | None) -> Tensor:
-    """`top_k` rounds of max, which names the first of equal values as torch.topk doesn't."""
-    # Without a bias the logits order the experts as the scores do, and don't tie where scores round to the same value.
+    """`top_k` rounds of max, which returns the first of equal values, as torch.topk does not."""
+    # Without a bias the logits order the experts as the scores do, without ties where scores round to the same value.
     choice_TE = logits_TE if bias_E is None else gate_scores(logits_TE, score) + bias_E
-    # Less than every number is only what was chosen, so that no expert is chosen twice.
+    # Only experts already chosen are below every number, so no expert is chosen twice.
     choice_TE = choice_TE.clamp(min=torch.finfo(torch.float32).min)
     topk_ids_TK = torch.empty(len(logits_TE), top_k, dtype=torch.int64, device=logits_TE.device)
     for k in range(top_k):
@@ -178,7 +165,7 @@ def topk_gate_backward_torch(
     if score == "sigmoid":
         dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, topk_ids_TK, dchosen_TK * chosen_TK * (1.0 - chosen_TK))
     elif normalize:
-        # The softmax over the chosen experts: no other logit has a part in it.
+        # The softmax over the chosen experts does not depend on the other logits.
         dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, topk_ids_TK, dchosen_TK * chosen_TK)
     else:
         dscores_TE = _relative(torch.zeros_like(logits_TE).scatter_(1, topk_ids_TK, dweights_TK), scores_TE)
@@ -190,7 +177,7 @@ def topk_gate_backward_torch(
 
 
 def _check(logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None) -> None:
-    """Raise ValueError for arguments the gate can't serve."""
+    """Raise ValueError for unsupported arguments."""
     if logits_TE.dim() != 2 or logits_TE.dtype != torch.float32:
         raise ValueError(f"logits must be float32 [T, E], got {logits_TE.dtype} {tuple(logits_TE.shape)}; cast them first")
     if not 1 <= top_k <= logits_TE.shape[1]:
@@ -202,7 +189,7 @@ def _check(logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None) -> 
 
 
 class _TopkGate(torch.autograd.Function):
-    """The gate on a GPU: both ways fused, keeping nothing but logits and ids."""
+    """The gate on a GPU: fused forward and backward; only logits and ids are saved."""
 
     @staticmethod
     def forward(

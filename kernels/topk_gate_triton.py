@@ -3,7 +3,7 @@
 Shapes: T tokens, E experts, K top-k.
 """
 
-# The compiler gives kernels their types, which Python annotations cannot say.
+# Triton infers the types of kernels; Python annotations cannot express them.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .permute_triton import unit_stride
-from .topk_gate import Gate, Score
+from .checks import unit_stride
+from .types import Gate, Score
 
 _TILE_ELEMENTS = 1024
 _MIN_TOTAL = tl.constexpr(1e-20)  # as in topk_gate.py
@@ -65,7 +65,7 @@ def _topk_gate_kernel(
     e = tl.arange(0, BLOCK_E)
     is_token = t < num_tokens
     is_expert = (e < num_experts)[None, :]
-    # Tokens past the end read token 0's place as zeros, so that no -inf meets an -inf.
+    # Tokens past the end read zeros, so that -inf is never subtracted from -inf.
     logits = tl.load(logits_ptr + t[:, None] * stride_logits + e[None, :], mask=is_token[:, None] & is_expert, other=0.0)
     logits = tl.where(is_expert, logits, -float("inf"))
     scores, _, lse = _scores(logits, is_expert, IS_SOFTMAX)
@@ -75,7 +75,7 @@ def _topk_gate_kernel(
     choice = logits
     if HAS_BIAS:
         choice = scores + tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)[None, :]
-    # Less than every number is only what was chosen, so that no expert is chosen twice.
+    # Only experts already chosen are below every number, so no expert is chosen twice.
     choice = tl.where(is_expert, tl.maximum(choice, _LOWEST), -float("inf"))
     place = tl.arange(0, BLOCK_K)[None, :]
     weights = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
@@ -88,7 +88,7 @@ def _topk_gate_kernel(
         is_best = e[None, :] == best[:, None]
         weights = tl.where(place == k, tl.sum(tl.where(is_best, scores, 0.0), axis=1)[:, None], weights)
         ids = tl.where(place == k, best[:, None], ids)
-        # Integer counts: the order of the atomic additions does not show.
+        # Integer counts do not depend on the order of the atomic additions.
         tl.atomic_add(load_ptr + best, tl.full((BLOCK_T,), 1, dtype=tl.int64), mask=is_token, sem="relaxed")
         choice = tl.where(is_best, -float("inf"), choice)
     if NORMALIZE:
@@ -137,7 +137,7 @@ def _topk_gate_backward_kernel(
         dscores = tl.where(is_this, dweight[:, None], dscores)
         is_chosen = is_chosen | is_this
     if NORMALIZE or IS_SOFTMAX:
-        # Relative to the heaviest of those that sum to 1; see topk_gate._relative.
+        # Relative to the gradient of the largest weight; see topk_gate._relative.
         is_summed = is_chosen if NORMALIZE else is_expert
         heaviest = tl.argmax(tl.where(is_summed, scores, -1.0), axis=1)
         is_heaviest = e[None, :] == heaviest[:, None]
@@ -149,7 +149,7 @@ def _topk_gate_backward_kernel(
     if not IS_SOFTMAX:
         dlogits = dscores * scores * (1.0 - scores)
     elif NORMALIZE:
-        # The softmax over the chosen experts: no other logit has a part in it.
+        # The softmax over the chosen experts does not depend on the other logits.
         dlogits = dscores * scores
     else:
         dlogits = scores * (dscores - tl.sum(dscores * scores, axis=1)[:, None])

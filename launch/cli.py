@@ -5,11 +5,11 @@ import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from types import MappingProxyType
 
 import click
 
+from .. import __version__
 from .entry import run_command
 
 
@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup)
-@click.version_option(version("moesaic"), prog_name="moesaic")
+@click.version_option(__version__, prog_name="moesaic")
 def cli() -> None:
     """Load-adaptive Mixture-of-Experts training."""
 

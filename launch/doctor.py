@@ -11,11 +11,13 @@ import click
 import torch
 import torch.distributed as dist
 
+from .. import __version__
 from ..collectives import choose_transport
 from ..placement.files import clear_errors, replace_text
 from .model_check import COLUMNS, Request, check_model
 from .output import JSON_OPTION, publish
 from .self_test import two_process_tests
+from .warm import warm_all
 
 PACKAGES = ("moesaic", "torch", "triton", "numpy", "numba", "pulp", "highspy", "mpi4py", "nvidia-nccl-cu12")
 
@@ -37,7 +39,7 @@ def installed_packages() -> list[Finding]:
     findings = [Finding("package", "python", platform.python_version(), True)]
     for name in PACKAGES:
         try:
-            findings.append(Finding("package", name, version(name), True))
+            findings.append(Finding("package", name, __version__ if name == "moesaic" else version(name), True))
         except PackageNotFoundError:
             findings.append(Finding("package", name, "not installed", False))
     return findings
@@ -97,9 +99,17 @@ def _probe_nccl() -> tuple[str, bool]:
 @click.option("--input", "input_path", type=click.Path(), help="Inputs that torch.save wrote, in place of made-up ones.")
 @click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Largest relative difference that passes.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--warm", is_flag=True, help="Compile the routines that runs would compile, and show nothing else.")
 @JSON_OPTION
 def command(
-    target: str | None, ranks: int, tokens: int, input_path: str | None, tolerance: float, device: str, json_path: str | None
+    target: str | None,
+    ranks: int,
+    tokens: int,
+    input_path: str | None,
+    tolerance: float,
+    device: str,
+    warm: bool,
+    json_path: str | None,
 ) -> int:
     """Show what is installed, the devices, and which transports work on this machine.
 
@@ -108,6 +118,11 @@ def command(
     a callable that returns the model, or (model, example inputs), or a folder with a Hugging Face config.json, which gets random
     weights. The check runs in fp32 and without dropout. Exit status 0 if everything passes, 1 if not.
     """
+    if warm:
+        if target is not None or json_path is not None:
+            raise ValueError("--warm stands alone; leave out --model and --json")
+        click.echo(f"every routine is compiled; that took {warm_all():.1f} s")
+        return 0
     if target is not None:
         return _report_model(Request(target, ranks, tokens, input_path, tolerance, device), json_path)
     findings = [*installed_packages(), *devices(), *transports()]

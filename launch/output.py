@@ -11,8 +11,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from ..placement import rows as printed
 from ..placement.files import writable
+from ..placement.offline import records as printed
 
 JSON_OPTION = click.option(
     "--json",
@@ -24,7 +24,7 @@ JSON_OPTION = click.option(
 
 
 def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
-    """See `placement.rows.publish`; with the system and the version."""
+    """See `placement.offline.records.publish`; with the system and the version."""
     machine = {"system": platform.platform(), "python": platform.python_version()}
     commit = f"moesaic {version('moesaic')}"
     printed.publish(f"moesaic.{name}/1", rows, columns, json_path, machine=machine, commit=commit)

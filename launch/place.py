@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from ..placement import lab
 from ..placement.files import clear_errors, digest_of
-from ..placement.offline import solve_plan
-from ..placement.plans import SavedPlan, read_plan, read_topology
-from ..placement.predict import PREDICTORS
-from ..placement.registry import SOLVERS, get_solver
-from ..placement.sources import LoadSource, resized
+from ..placement.offline import simulate
+from ..placement.offline.plans import SavedPlan, read_plan, read_topology
+from ..placement.offline.solve import solve_plan
+from ..placement.online.predict import PREDICTORS
+from ..placement.solvers.registry import SOLVERS, get_solver
 from ..placement.topology import Topology
+from ..placement.traces.sources import LoadSource, resized
 from ..placement.values import LayerShape
 from .output import JSON_OPTION, progress, publish
 from .picture import write_picture
@@ -60,7 +60,7 @@ def _topology(text: str | None, preset: str, recorded_ranks: int | None = None) 
     return read_topology(text) if text.endswith(".json") else Topology.parse(text, preset)
 
 
-def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], predictor: str = "best") -> lab.LabSetting:
+def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], predictor: str = "best") -> simulate.SimulatorSetting:
     """What the options and the trace say together."""
     meta = source.meta
     if not meta.dim or not meta.ffn_dim:
@@ -73,7 +73,7 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
         num_matrices=meta.num_matrices,
         bytes_per_element=given["element_bytes"],
     )
-    setting = lab.LabSetting(
+    setting = simulate.SimulatorSetting(
         topology=topology,
         shape=shape,
         predictor=predictor,  # type: ignore[arg-type]  # checked by click, and again there
@@ -84,10 +84,12 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
         time_limit_s=10.0 if given["time_limit_s"] is None else given["time_limit_s"],
         overlap_s=given["overlap_s"] or 0.0,
     )
-    return setting if given["overlap_s"] is not None else replace(setting, overlap_s=lab.attention_s(source, setting))
+    return setting if given["overlap_s"] is not None else replace(setting, overlap_s=simulate.attention_s(source, setting))
 
 
-def _rows(path: str, source: LoadSource, setting: lab.LabSetting, outcomes: Sequence[lab.Outcome]) -> list[dict[str, Any]]:
+def _rows(
+    path: str, source: LoadSource, setting: simulate.SimulatorSetting, outcomes: Sequence[simulate.Outcome]
+) -> list[dict[str, Any]]:
     """Flat rows of outcomes."""
     rows = []
     for outcome in outcomes:
@@ -108,7 +110,13 @@ def command() -> None:
 @click.option("--topology", "topologies", multiple=True, metavar="NxM|FILE.json", help="Nodes x ranks per node; repeatable.")
 @click.option("--slots", type=click.IntRange(min=0), multiple=True, default=(2,), show_default=True, help="Repeatable.")
 @click.option("--solver", "solvers", multiple=True, metavar="NAME", help=f"Repeatable; by default {', '.join(COMPARED)}.")
-@click.option("--knows", type=click.Choice(lab.KNOWS), multiple=True, default=lab.KNOWS, help="Repeatable; by default all.")
+@click.option(
+    "--knows",
+    type=click.Choice(simulate.INFORMATION),
+    multiple=True,
+    default=simulate.INFORMATION,
+    help="Repeatable; by default all.",
+)
 @click.option("--predictor", type=click.Choice(sorted(PREDICTORS)), default="best", show_default=True)
 @click.option("--steps", type=Count, metavar="N", help="Play the first N steps only.")
 @click.option("--picture", "picture_path", metavar="FILE.html", help="Draw bars and a heat map by layer, as one HTML file.")
@@ -135,7 +143,7 @@ def compare_command(
     for name in names:
         get_solver(name)
     rows: list[dict[str, Any]] = []
-    panels: dict[str, list[lab.Outcome]] = {}
+    panels: dict[str, list[simulate.Outcome]] = {}
     for path in paths:
         for text in topologies or (None,):
             topology = _topology(text, given["preset"])
@@ -143,7 +151,9 @@ def compare_command(
             topology = topology or Topology.preset(given["preset"], source.meta.num_ranks)
             setting = _setting(source, topology, given, predictor)
             with progress(min(source.num_steps, steps or source.num_steps), "step") as advance:
-                outcomes = lab.compare(source, setting, names, slots=slots, knows=knows, num_steps=steps, on_step=advance)
+                outcomes = simulate.compare(
+                    source, setting, names, slots=slots, information=knows, num_steps=steps, on_step=advance
+                )
             rows += _rows(path, source, setting, outcomes)
             panels[f"{Path(path).name}, {topology.num_nodes} x {topology.ranks_per_node} ranks"] = outcomes
     if not rows:
@@ -168,8 +178,8 @@ def solve_command(path: str, text: str | None, slots: int, solver: str, current_
     """Solve one placement for a whole trace, and save it as a plan that `moesaic train --set placement.file=` plays."""
     options = TraceOptions.take(given)
     get_solver(solver)
-    if given["time_limit_s"] is not None and not lab.takes_time_limit(solver):
-        limited = " or ".join(name for name in SOLVERS if lab.takes_time_limit(name))
+    if given["time_limit_s"] is not None and not simulate.takes_time_limit(solver):
+        limited = " or ".join(name for name in SOLVERS if simulate.takes_time_limit(name))
         raise ValueError(f"--time-limit {given['time_limit_s']:g}: {solver} ends by itself; leave it out, or use {limited}")
     topology = _topology(text, given["preset"])
     source = options.open(path, None if topology is None else topology.num_ranks)
@@ -203,7 +213,7 @@ def replay_command(path: str, plan_path: str, json_path: str | None, **given: An
     with clear_errors():
         knows = "future" if digest_of(path) == plan.trace_digest else "predicted"
     with progress(source.num_steps, "step") as advance:
-        outcomes = lab.replay(source, setting, plan, knows=knows, on_step=advance)
+        outcomes = simulate.replay(source, setting, plan, information=knows, on_step=advance)
     publish("place.replay", _rows(path, source, setting, outcomes), COLUMNS, json_path)
 
 

@@ -93,7 +93,9 @@ class StepRecord:
     lr: float
     """Learning rate of the step."""
     seconds: float
-    """Wall time of the step on rank 0, without evaluation and checkpoints."""
+    """Wall time of the step on rank 0, without evaluation, checkpoints and `compile_s`."""
+    compile_s: float
+    """Seconds since the record before, or the start, that rank 0 compiled routines, waited for them or loaded them."""
     tokens_per_s: float
     """Over all ranks."""
     bytes_sent: float

@@ -9,12 +9,12 @@ from typing import Any
 import click
 import numpy as np
 
-from ..placement.backtest import backtest
 from ..placement.files import clear_errors, digest_of
+from ..placement.offline.backtest import backtest
 from ..placement.owners import OwnerMap
-from ..placement.sources import LoadSource, pair_counts_of
-from ..placement.synth import KINDS, SynthSpec, synthesize
-from ..placement.traces import TraceMeta, TraceWriter
+from ..placement.traces.format import TraceMeta, TraceWriter
+from ..placement.traces.sources import LoadSource, pair_counts_of
+from ..placement.traces.synth import KINDS, SynthSpec, synthesize
 from .output import JSON_OPTION, progress, publish
 from .trace_options import Count, TraceOptions, trace_options
 

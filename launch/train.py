@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..jit import compile_seconds, run_seconds
 from ..placement import SavedPlan, Trace, read_plan
 from ..placement.files import digest_of
 from ..runtime import shard_experts
@@ -45,6 +45,7 @@ from .process import (
 from .records import Records, StepRecord, create_run_folder, show, trace_meta
 from .replay import Replay, open_replay
 from .tensorboard import require_tensorboard
+from .warm import warm_run
 
 
 def train(config: Config) -> int:
@@ -68,6 +69,7 @@ def train(config: Config) -> int:
         trainer = Trainer(config, process, mesh, text, progress, plan, trace)
         if resume:
             load_checkpoint(process, resume, trainer.handle, trainer.optimizer)
+        warm_run(config.runtime, process.device)
         made = agreed(process, lambda: str(create_run_folder(config.run).absolute()) if process.is_first else "")
         folder = Path(from_first(process, made))
         if process.is_first:
@@ -174,6 +176,7 @@ class Trainer:
         layers = list(moe_layers(self.model).values())
         self._replay = None if trace is None else Replay(trace, layers, self.handle.group.rank, first_step=self.step)
         self._num_decisions = 0  # about owners, that are recorded
+        self._compile_s = 0.0  # that is recorded
         self.data = TrainingData(
             Windows(text.train(), config.data.seq_len),
             shape,
@@ -214,7 +217,7 @@ class Trainer:
     def _train_step(self, records: Records, stop: StopSignal) -> int:
         """One optimizer step with all that is due after it; returns the signal all ranks agreed to stop for, or 0."""
         config = self.config
-        start_s = time.perf_counter()
+        start_s = run_seconds()
 
         # Phase 1: gradients of one global batch
         if self._replay is not None:
@@ -233,7 +236,7 @@ class Trainer:
         # Phase 3: agree on what happened, and whether to stop
         metrics = self.handle.metrics()
         totals = self._agree(losses, metrics, stop.signum)
-        seconds = time.perf_counter() - start_s
+        seconds = run_seconds() - start_s
 
         # Phase 4: evaluate, record, save
         is_last = self.step == config.train.steps or totals.signum != 0
@@ -245,9 +248,11 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             seconds=seconds,
+            compile_s=compile_seconds() - self._compile_s,
             tokens_per_s=self.tokens_per_step / seconds,
             bytes_sent=totals.bytes_sent,
         )
+        self._compile_s += record.compile_s
         decisions = self.handle.rehomings()[self._num_decisions :]
         self._num_decisions += len(decisions)
         records.add(

@@ -1,4 +1,4 @@
-"""Shared machinery of the value types: frozen arrays, equality by content, checks with one clear line."""
+"""Shared parts of the value types: read-only arrays, equality by content, argument checks with one-line errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Loads and their sums are int64. Anything near this is a broken file, not a batch of tokens.
+# Loads and their sums are int64. A total near this limit indicates a damaged file, not a batch of tokens.
 MAX_TOTAL = 1 << 53
 
 
@@ -37,7 +37,7 @@ def freeze(instance: object, name: str, array: np.ndarray) -> None:
 def as_counts(name: str, values: object, ndim: int) -> np.ndarray:
     """Return a C-contiguous int64 copy of an integer array of `ndim` dims, or raise ValueError.
 
-    Floats are refused: a load that is not a whole number of rows was averaged, and the caller must say how to round it.
+    Floats are rejected: a load that is not a whole number was averaged, and the caller must choose how to round it.
     """
     array = np.asarray(values)
     if array.dtype.kind not in "iu":

@@ -1,13 +1,13 @@
-"""What a layer's step costs under a placement and a split, and what no placement can beat.
+"""The cost of a layer's step under a placement and a split, and a lower bound over all placements.
 
 All paths are maxima over devices and over node links, never sums over devices. The model:
     compute_s  = multiplier * max_r(rows_r + half_rate_rows * groups_r) * flops_per_row / flops_per_s
     dispatch_s = 4 * (latency_s + row_bytes * max(busiest device / device rate, busiest node link / node rate))
-    gather_s, reduce_s = the same for copies and their gradients, less what hides under `overlap_s`
+    gather_s, reduce_s = the same for copies and their gradients, minus the time hidden under `overlap_s`
 The 4 counts dispatch and combine, forward and backward. groups_r is the number of experts that have rows on rank r: a group of n
-rows runs at the rate flops_per_s * n / (n + half_rate_rows), which follows the H100 GEMM table (FIELD: 0.41 of the peak at 256
-rows, 0.59 at 512, 0.79 at 8192) within 0.06 from 256 rows up. The backward pass hides about twice what the forward hides
-(Hecate, section 4), so the second gather and the reduce share 2 * overlap_s.
+rows runs at the rate flops_per_s * n / (n + half_rate_rows), which fits measured H100 GEMM efficiencies (0.41 of the peak at 256
+rows, 0.59 at 512, 0.79 at 8192) within 0.06 from 256 rows up. The backward pass hides about twice what the forward hides (Hecate,
+section 4), so the second gather and the reduce share 2 * overlap_s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .values import Placement, Problem
 
 @dataclass(frozen=True)
 class Cost:
-    """Predicted seconds of one layer's step by stage; `move_s` is the change of owners, written off over its horizon."""
+    """Predicted seconds of one layer's step by stage; `move_s` is the change of owners, amortised over its horizon."""
 
     compute_s: float
     dispatch_s: float
@@ -41,7 +41,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bound:
-    """What no placement of the problem can go below: rows of the busiest rank, and seconds."""
+    """Lower bounds over all placements of the problem: rows of the busiest rank, and seconds."""
 
     max_rows: int
     total_s: float
@@ -51,7 +51,7 @@ class Bound:
 class Solution:
     """A solver's answer. `gap` is (cost - bound) / cost in seconds, in [0, 1]; `seconds` is the time the solver took.
 
-    `split` is the split of the problem's load that `cost` assumes where that is not the exact split (priced.py).
+    `split` is the split of the problem's load that `cost` assumes, if it is not the exact split (milp/priced.py).
     """
 
     placement: Placement
@@ -65,7 +65,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Tally:
-    """The integers a cost is priced from.
+    """The integer counts from which a cost is computed.
 
     work_rows: max over ranks of rows + half_rate_rows * groups. The others count rows, copies and owner moves that the busiest
     device, and the busiest node link, sends or receives.
@@ -102,7 +102,7 @@ def _busiest_copies(placement: Placement, topology: Topology) -> tuple[int, int]
 
 
 def tally(problem: Problem, placement: Placement, split: Split) -> Tally:
-    """Count what the busiest rank and link have to do. Every copy is sent by its owner directly."""
+    """Count the work of the busiest rank and the traffic of the busiest links. Owners send every copy directly."""
     num_ranks, topology = problem.num_ranks, problem.topology
     groups_R = np.count_nonzero(split.rows_RE, axis=1)
     work_rows = int((split.rows_R + topology.half_rate_rows * groups_R).max())
@@ -129,7 +129,7 @@ class Prices(NamedTuple):
 
 
 def prices_of(problem: Problem) -> Prices:
-    """Return what `seconds_of` needs to know of a problem."""
+    """Return the rates of a problem for `seconds_of`."""
     topology, shape = problem.topology, problem.shape
     return Prices(
         work_row_s=problem.backward_multiplier * shape.flops_per_row / topology.flops_per_s,
@@ -156,9 +156,9 @@ def seconds_of(
     device_moves: int,
     node_moves: int,
 ) -> tuple[float, float, float, float, float]:
-    """Turn a `Tally` into the seconds of `Cost`, field by field. The one place where the model's formulas stand.
+    """Convert the counts of a `Tally` to the seconds of `Cost`, field by field. The model's formulas are written only here.
 
-    Plain arithmetic on plain numbers, so that compiled searches price with this very function.
+    Plain arithmetic on numbers, so that compiled searches use this same function.
     """
     row_device_s, row_node_s = 1 / prices.device_bytes_per_s, 1 / prices.node_bytes_per_s
     rows = max(device_rows * row_device_s, node_rows * row_node_s)
@@ -180,7 +180,7 @@ def seconds_of(
 
 
 def price(problem: Problem, counts: Tally) -> Cost:
-    """Turn counts into seconds."""
+    """Convert counts to seconds."""
     rows, copies, moves = (
         (counts.work_rows, counts.device_rows, counts.node_rows),
         (counts.device_copies, counts.node_copies),
@@ -190,7 +190,7 @@ def price(problem: Problem, counts: Tally) -> Cost:
 
 
 def exposed_gather_s(problem: Problem, placement: Placement) -> float:
-    """Predict the seconds of one gather of a placement's copies that hides under nothing."""
+    """Predict the seconds of one gather of a placement's copies without overlap."""
     device_copies, node_copies = _busiest_copies(placement, problem.topology)
     prices = prices_of(problem)._replace(overlap_s=0.0, gathers=1.0)
     return seconds_of(prices, 0, 0, 0, device_copies, node_copies, 0, 0)[2]
@@ -202,11 +202,11 @@ def cost(problem: Problem, placement: Placement, split: Split) -> Cost:
 
 
 def _least_rows(problem: Problem) -> int:
-    """Return the smallest Z that passes a necessary condition of every placement with these owners and slots.
+    """Return the smallest Z that meets a necessary condition of every placement with these owners and slots.
 
-    Net imports of a rank are at most Z less what it owns, and at most its `slots` largest foreign experts; together they must
-    take what the other ranks own above Z. As excess and room differ by R * Z - total, the condition reads
-    R * Z - total >= sum_r max(Z - largest - owned_r, 0).
+    Net imports of a rank are at most Z minus its owned rows, and at most its `slots` largest foreign experts; together they must
+    absorb the rows above Z that other ranks own. As excess and room differ by R * Z - total, the condition reads R * Z - total >=
+    sum_r max(Z - largest - owned_r, 0).
     """
     owned_R, totals_E, total = problem.owned_rows_R, problem.load.totals_E, problem.load.total
     low, high = -(-total // problem.num_ranks), int(owned_R.max())
@@ -224,10 +224,10 @@ def _least_rows(problem: Problem) -> int:
 
 
 def lower_bound(problem: Problem, *, owners_may_move: bool = False) -> Bound:
-    """Bound every placement from below: the mean rank's work, and Hall's condition on the slots when the owners stay.
+    """Bound every placement from below: by the mean rank's work, and by Hall's condition on the slots for fixed owners.
 
-    When owners may move as well, only the mean is certain (one rank could own the busiest expert and nothing else), and without
-    slots the busiest expert itself.
+    If owners may move, only the mean is a bound (one rank could own the busiest expert and nothing else), and without slots the
+    busiest expert itself.
     """
     topology, totals_E = problem.topology, problem.load.totals_E
     if owners_may_move:
@@ -244,7 +244,7 @@ def lower_bound(problem: Problem, *, owners_may_move: bool = False) -> Bound:
 
 
 def solution(placement: Placement, cost: Cost, bound: Bound, seconds: float, solver: str) -> Solution:
-    """Assemble a solver's answer with its gap."""
+    """Build a solver's answer, with its gap."""
     gap = max(0.0, 1.0 - bound.total_s / cost.total_s) if cost.total_s > 0 else 0.0
     return Solution(placement, cost, bound, gap, seconds, solver)
 

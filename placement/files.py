@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and one line where they cannot."""
+"""Atomic file replacement, one-line errors of the file system, and file digests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK_BYTES = 1 << 20
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a binary file that takes the place of `path` when the block ends well; after an error the old file is as it was."""
+    """Open a binary file that replaces `path` when the block ends without an exception; after one the old file is unchanged."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,10 +34,10 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def writable(path: str | None) -> str | None:
-    """Return `path`, where a long work's rows will go, if a file can be made there; - stands for standard output.
+    """Return `path` if a file can be created there; - stands for standard output. Called before long work whose results go there.
 
     Raises:
-        ValueError: it cannot, so that the work need not begin.
+        ValueError: no file can be created there.
     """
     if path is not None and path != "-":
         folder = Path(path).parent
@@ -48,7 +48,7 @@ def writable(path: str | None) -> str | None:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn what the file system refuses into one line, a `ValueError`."""
+    """Turn an `OSError` of the block into a `ValueError` of one line."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The owner map: the frozen map (layer, expert) -> (rank, row).
+"""The owner map: (layer, expert) -> (rank, bank row), immutable.
 
 Shape letters: L layers, E experts, R ranks.
 """
@@ -29,7 +29,7 @@ class Move:
 class OwnerMap(ByContent):
     """Owner of every expert of every layer: `expert_to_owner_LE` int64 [L, E].
 
-    A rank numbers the experts it owns in (layer, expert) order; that number is the expert's row in the rank's bank.
+    The experts that a rank owns are numbered in (layer, expert) order; the number is the expert's row in the rank's bank.
     """
 
     expert_to_owner_LE: np.ndarray
@@ -60,7 +60,7 @@ class OwnerMap(ByContent):
 
     @cached_property
     def expert_to_row_LE(self) -> np.ndarray:
-        """Row of every expert in its owner's bank, int64 [L, E], read-only."""
+        """Bank row of every expert at its owner, int64 [L, E], read-only."""
         owner_N = self.expert_to_owner_LE.ravel()
         order_N = np.argsort(owner_N, kind="stable")
         first_row_R = np.cumsum(self.num_rows_R) - self.num_rows_R
@@ -71,7 +71,7 @@ class OwnerMap(ByContent):
         return row_LE
 
     def rows_of(self, rank: int) -> list[tuple[int, int]]:
-        """Return the (layer, expert) pairs that `rank` owns, in row order."""
+        """Return the (layer, expert) pairs that `rank` owns, in bank row order."""
         if not 0 <= rank < self.num_ranks:
             raise ValueError(f"rank {rank} is not one of the owner map's {self.num_ranks} ranks: use 0 to {self.num_ranks - 1}")
         layers, experts = np.nonzero(self.expert_to_owner_LE == rank)
@@ -79,9 +79,9 @@ class OwnerMap(ByContent):
 
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_ranks: int) -> OwnerMap:
-        """Give every rank a contiguous block of each layer's experts, sizes differing by at most one.
+        """Assign every rank a contiguous block of each layer's experts; block sizes differ by at most one.
 
-        The ranks that take one expert more rotate with the layer, so that totals over layers also differ by at most one.
+        The ranks with one expert more rotate with the layer, so that totals over layers also differ by at most one.
 
         Example: 2 layers, 5 experts, 3 ranks: owners [0, 0, 1, 1, 2] and [0, 0, 1, 2, 2].
         """
@@ -97,7 +97,7 @@ class OwnerMap(ByContent):
         return cls(np.stack(rows), num_ranks)
 
     def moves_to(self, other: OwnerMap) -> list[Move]:
-        """Return what must move to turn this map into `other`, in (layer, expert) order."""
+        """Return the moves that turn this map into `other`, in (layer, expert) order."""
         mine, theirs = self.expert_to_owner_LE, other.expert_to_owner_LE
         if mine.shape != theirs.shape or self.num_ranks != other.num_ranks:
             raise ValueError(
@@ -109,12 +109,12 @@ class OwnerMap(ByContent):
         return [Move(layer, expert, int(mine[layer, expert]), int(theirs[layer, expert])) for layer, expert in pairs]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a value that JSON can hold."""
+        """Return a JSON-serialisable value."""
         return {"num_ranks": self.num_ranks, "expert_to_owner": self.expert_to_owner_LE.tolist()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> OwnerMap:
-        """Read what `to_dict` wrote; ValueError if it is not that."""
+        """Rebuild a map from the value of `to_dict`; ValueError for anything else."""
         if not isinstance(data, Mapping) or set(data) != {"num_ranks", "expert_to_owner"}:
             raise ValueError("an owner map is {num_ranks, expert_to_owner}; got something else")
         rows = data["expert_to_owner"]

@@ -1,4 +1,4 @@
-"""The token split: which holder computes which source rank's rows of every expert.
+"""The token split: for every expert, how many rows of each source rank each holder computes.
 
 Shape letters: R ranks, E experts, M replicated experts, J (expert, holder) entries, G segments.
 """
@@ -19,9 +19,9 @@ from .values import ExpertLoad, Placement
 class Split(ByContent):
     """An integer split of a load over a placement; built by `split_exact` or `split_local_even`.
 
-    Experts with one holder need no more than their load. For the replicated ones, segments_4G int64 [4, G] holds columns of
-    (expert, source rank, destination rank, rows), a (source, destination) pair at most once per expert, rows above 0.
-    rows_RE int64 [R, E]: rows that rank r computes for expert e.
+    Experts with one holder are described by their load alone. For the replicated ones, segments_4G int64 [4, G] holds columns of
+    (expert, source rank, destination rank, rows), a (source, destination) pair at most once per expert, rows above 0. rows_RE
+    int64 [R, E]: rows that rank r computes for expert e.
     """
 
     load: ExpertLoad
@@ -62,7 +62,7 @@ class Split(ByContent):
 
     @cached_property
     def home_rows_RE(self) -> np.ndarray:
-        """Rows that rank r computes for expert e of its own tokens, int64 [R, E], read-only."""
+        """Local rows: those that rank r computes for expert e from its own tokens, int64 [R, E], read-only."""
         home_rows_RE = np.zeros(self.placement.replicas_RE.shape, dtype=np.int64)
         expert_G, src_G, _, rows_G = self.segments_4G[:, self.segments_4G[1] == self.segments_4G[2]]
         home_rows_RE[src_G, expert_G] = rows_G
@@ -74,7 +74,7 @@ class Split(ByContent):
 
     @cached_property
     def flow_RR(self) -> np.ndarray:
-        """Rows that source rank s has computed on rank d, over all experts, int64 [R, R], read-only."""
+        """Rows of source rank s that rank d computes, over all experts, int64 [R, R], read-only."""
         num_ranks = self.placement.num_ranks
         _, src_G, dst_G, rows_G = self.segments_4G
         flow_RR = np.bincount(src_G * num_ranks + dst_G, weights=rows_G, minlength=num_ranks * num_ranks)
@@ -129,7 +129,7 @@ class Split(ByContent):
 
 @dataclass(frozen=True)
 class Replicated:
-    """The replicated experts of a placement as the sparse table that flow.py describes."""
+    """The replicated experts of a placement as the sparse table that split_numba.py describes."""
 
     experts_M: np.ndarray
     start_M: np.ndarray
@@ -159,18 +159,18 @@ def _no_segments() -> np.ndarray:
 
 
 def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> Split:
-    """Split the load so that the busiest rank has the fewest rows any integer split over these holders can give it.
+    """Split the load over the holders so that the busiest rank has the fewest rows possible for an integer split.
 
-    Among the optimal splits the search starts from the most local one and moves rows along shortest paths only; sources are
-    then served own tokens first, own node next, rest last. Deterministic: integers, ties by index. The optimum is exact
-    (flow.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
+    The search starts from the most local split and moves rows along shortest paths only; each holder then computes its own tokens
+    first, its node's next, the rest last. Deterministic: integer arithmetic, ties by index. The optimum is exact
+    (split_numba.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
     """
     _check(load, placement, topology)
     table = Replicated.of(placement)
     if not table.experts_M.size:
         return Split(load, placement, _no_segments())
     # Imported here so that importing the package compiles nothing.
-    from . import flow
+    from . import split_numba
 
     num_ranks = load.num_ranks
     rows_R = np.zeros(num_ranks, dtype=np.int64)
@@ -179,15 +179,15 @@ def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> S
     rows_J = np.zeros(table.ranks_J.size, dtype=np.int64)
     lower_bound = max(-(-load.total // num_ranks), int(rows_R.max()))
     owner_E, per_node = placement.expert_to_owner_E, topology.ranks_per_node
-    flow.prefer_local(load.load_ER, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
-    flow.level(table.start_M, table.ranks_J, rows_J, rows_R, lower_bound)
-    segments_4G = flow.decompose(load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
+    split_numba.prefer_local(load.load_ER, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
+    split_numba.level(table.start_M, table.ranks_J, rows_J, rows_R, lower_bound)
+    segments_4G = split_numba.decompose(load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
     segments_4G[0] = table.experts_M[segments_4G[0]]
     return Split(load, placement, segments_4G)
 
 
 def split_local_even(load: ExpertLoad, placement: Placement, topology: Topology) -> Split:
-    """Split as Hecate and LAER-MoE do, without looking at other experts' loads.
+    """Split each expert by itself, as Hecate and LAER-MoE do.
 
     A source rank that holds the expert keeps its tokens; else the holders of its node share them evenly; else all holders do.
     The remainder goes to the first holders.

@@ -1,4 +1,4 @@
-"""The machine as the planner sees it: nodes, ranks per node, link rates, matrix rate."""
+"""The planner's model of the machine: nodes, ranks per node, link rates, matrix rate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .content import check_positive_int, check_seconds
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device and one node can do. Rates are per direction.
+    """Rates of one device and of one node, per direction.
 
-    device_bytes_per_s: what one rank sends or receives inside its node.
-    node_bytes_per_s: what all ranks of a node together send or receive across nodes.
-    flops_per_s: what one rank reaches on large expert groups (not the data sheet's peak).
+    device_bytes_per_s: of one rank, inside its node.
+    node_bytes_per_s: of all ranks of a node together, to and from other nodes.
+    flops_per_s: of one rank on large expert groups (reachable, not the data sheet's peak).
     half_rate_rows: rows of one expert at which its matrix products run at half of `flops_per_s`.
     """
 
@@ -34,8 +34,8 @@ class Rates:
 # Rows: all-to-all fits over 8 GPUs (alpha, beta) of aiconfigurator's NCCL tables for the device links and latencies; network
 # cards of the usual 8-GPU machines (p4d-like A100 at 2 x 400 Gb/s as in LAER-MoE, one 400 Gb/s card per H100); reachable bf16
 # rates from ml-engineering's MAMF table; half_rate_rows fitted to the GEMM efficiency table (H100: 0.41 of the peak at 256 rows,
-# 0.59 at 512, 0.79 at 8192), which is also what reading the weights from memory once costs: flops_per_s / memory rate.
-# cpu: one thread a rank, fp32, links through the memory or the loopback of one host.
+# 0.59 at 512, 0.79 at 8192), which also equals the cost of reading the weights from memory once: flops_per_s / memory rate. cpu:
+# one thread a rank, fp32, links through the memory or the loopback of one host.
 _PRESETS: Mapping[str, Rates] = MappingProxyType(
     {
         "cpu": Rates(64, 1e9, 1.25e9, 2e-4, 6e10, 16),
@@ -48,7 +48,7 @@ _PRESETS: Mapping[str, Rates] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks in node-major order: rank r lives on node r // ranks_per_node. Rates are described in `Rates`."""
+    """Ranks in node-major order: rank r is on node r // ranks_per_node. `Rates` describes the rates."""
 
     num_nodes: int
     ranks_per_node: int
@@ -88,7 +88,7 @@ class Topology:
     ) -> Topology:
         """Build a topology from a named machine (cpu, a100, h100, b200) and either a rank count or both node numbers.
 
-        With only `num_ranks`, nodes are filled as the preset's machine has them (8 GPUs; a CPU host holds all ranks).
+        With only `num_ranks`, each node has as many ranks as the preset's machine has GPUs (8); a CPU host holds all ranks.
         """
         if name not in _PRESETS:
             near = difflib.get_close_matches(str(name), _PRESETS, n=1)

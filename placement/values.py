@@ -1,6 +1,6 @@
-"""The planner's value types: what a layer is, what was routed, who holds which copies, and the question to solve.
+"""The planner's value types: layer shape, expert load, placement, and the problem of one layer.
 
-Shape letters: E experts, R ranks. All values are frozen, checked once, and compare and hash by content.
+Shape letters: E experts, R ranks. All values are immutable, checked once, and compared and hashed by content.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .topology import Topology
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one MoE layer. `bytes_per_element` is what travels (rows and copies); gradients are reduced in fp32 by default."""
+    """Sizes of one MoE layer. `bytes_per_element`: of rows and copies as sent; gradients are reduced in fp32 by default."""
 
     num_experts: int
     top_k: int
@@ -39,12 +39,12 @@ class LayerShape:
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of one copy of an expert as it travels."""
+        """Bytes of one copy of an expert as sent."""
         return self.parameters_per_expert * self.bytes_per_element
 
     @cached_property
     def gradient_bytes(self) -> int:
-        """Bytes of one copy's gradient as it is reduced."""
+        """Bytes of one copy's gradient as reduced."""
         return self.parameters_per_expert * self.gradient_bytes_per_element
 
     @cached_property
@@ -108,9 +108,9 @@ class ExpertLoad(ByContent):
 
 @dataclass(frozen=True, eq=False)
 class Placement(ByContent):
-    """Who holds which experts of one layer in this step.
+    """The owner and all holders of every expert of one layer in one step.
 
-    expert_to_owner_E: int64 [E], the rank that keeps the weights. replicas_RE: bool [R, E], every holder, owners included.
+    expert_to_owner_E: int64 [E], the rank that owns the weights. replicas_RE: bool [R, E], all holders, owners included.
     """
 
     expert_to_owner_E: np.ndarray
@@ -149,7 +149,7 @@ class Placement(ByContent):
 
     @cached_property
     def copies_RE(self) -> np.ndarray:
-        """Temporary copies: replicas less ownership, bool [R, E], read-only."""
+        """Temporary copies: holders except owners, bool [R, E], read-only."""
         copies_RE = self.replicas_RE.copy()
         copies_RE[self.expert_to_owner_E, np.arange(self.num_experts)] = False
         copies_RE.setflags(write=False)
@@ -184,14 +184,14 @@ class Placement(ByContent):
 
 @dataclass(frozen=True, eq=False)
 class Problem(ByContent):
-    """One layer's question: this load, these owners, this machine; which copies?
+    """The problem of one layer: which copies to make for this load, these owners and this machine.
 
-    slots: most copies a rank may hold. gathers: 1 when copies stay until backward, 2 when they are materialized again.
-    overlap_s: seconds of other work before the layer that hide its gather. backward_multiplier: expert FLOPs of a step over
-    those of a forward (3, or 4 with recompute). min_rows_per_copy: smallest group a solver may move to a copy, None for its own
-    choice. move_horizon_steps: steps over which a change of owner is written off. state_multiplier: bytes that move with an
-    owner over the bytes of its fp32 weights (3 with both Adam moments). forecast_error: total variation distance, 0 to 1, by
-    which the load to come is expected to differ from `load`; 0 where it is known.
+    slots: maximum number of copies per rank. gathers: 1 when copies are kept until backward, 2 when they are materialized again.
+    overlap_s: seconds of other work before the layer that hide its gather. backward_multiplier: expert FLOPs of a step over those
+    of a forward (3, or 4 with recompute). min_rows_per_copy: fewest rows that a solver may move to a copy, None for its own
+    choice. move_horizon_steps: steps over which a change of owner is amortised. state_multiplier: bytes moved when an expert
+    changes its owner, over the bytes of its fp32 weights (3 with both Adam moments). forecast_error: expected total variation
+    distance, 0 to 1, of the actual load from `load`; 0 where the load is exact.
     """
 
     load: ExpertLoad
@@ -246,7 +246,7 @@ class Problem(ByContent):
 
     @cached_property
     def owned_rows_R(self) -> np.ndarray:
-        """Rows every rank computes when nothing is copied, int64 [R], read-only."""
+        """Rows that every rank computes without copies, int64 [R], read-only."""
         # Weights of bincount are float64: exact, because a load's total stays below 2**53.
         rows_N = np.bincount(self.expert_to_owner_E, weights=self.load.totals_E, minlength=self.num_ranks)
         rows_R = rows_N.astype(np.int64)

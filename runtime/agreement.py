@@ -59,6 +59,8 @@ class Doing(IntEnum):
     """The gradients' norm."""
     OWNERS = 0x6D6F6505
     """Whether experts change their owner."""
+    DRIFT = 0x6D6F6507
+    """Whether ranks hold the same."""
 
 
 class Place(NamedTuple):
@@ -159,7 +161,8 @@ class Agreement:
 
     def gather(self, ranks: Transport, values: Tensor, doing: Doing, step: int) -> Gathered:
         """Values [n] of every rank, outside of any layer."""
-        where = {Doing.CLIP: "clip_grad_norm_", Doing.OWNERS: "re-homing"}[doing]
+        drift = f"the drift check after step {step}"
+        where = {Doing.CLIP: "clip_grad_norm_", Doing.OWNERS: "re-homing", Doing.DRIFT: drift}[doing]
         return self._gather(ranks, values, doing, step, where=where)
 
     def _gather(
@@ -215,7 +218,7 @@ class Agreement:
         for rank, header in enumerate(headers_RH.tolist()):
             ranks_at[Place(*header)].append(self._global_rank(ranks, rank))
         places = list(ranks_at)
-        told = [f"{_named(ranks_at[place])} {self._describe(place)}" for place in places[:_MOST_NAMED]]
+        told = [f"{_named(ranks_at[place])}: {self._describe(place)}" for place in places[:_MOST_NAMED]]
         told += [f"{len(places) - _MOST_NAMED} more places"] * (len(places) > _MOST_NAMED)
         here = self._global_rank(ranks, ranks.rank)
         raise CollectiveError(
@@ -230,20 +233,22 @@ class Agreement:
         return replica * group.world_size + rank
 
     def _describe(self, place: Place) -> str:
-        mode, step, name = _mode(place.is_training), place.step, self._name(place)
+        step, name = f"step {place.step}", self._name(place)
+        at_layer = f"{step}, pass {place.number}, forward {place.forward} of the model ({_mode(place.is_training)})"
         told: dict[int, str] = {
-            Doing.FORWARD: f"begins forward {place.forward} of the model in step {step} ({mode})",
-            Doing.BACKWARD: f"begins the backward of forward {place.forward} of the model in step {step}",
-            Doing.LAYER: f"runs {name} in step {step} (pass {place.number} of it, forward {place.forward} of the model, {mode})",
-            Doing.ROUTER_LOSS: f"computes the router's losses of {name} in step {step} (pass {place.number} of it, {mode})",
-            Doing.CLIP: f"is in clip_grad_norm_ in step {step}, after forward {place.forward}",
-            Doing.OWNERS: f"is in handle.step() after step {step}, where experts may change their owner",
+            Doing.FORWARD: f"the beginning of forward {place.forward} of the model, {step} ({_mode(place.is_training)})",
+            Doing.BACKWARD: f"the beginning of the backward of forward {place.forward} of the model, {step}",
+            Doing.LAYER: f"{name}, {at_layer}",
+            Doing.ROUTER_LOSS: f"the router's losses of {name}, {at_layer}",
+            Doing.CLIP: f"clip_grad_norm_, {step}, after forward {place.forward} of the model",
+            Doing.OWNERS: f"handle.step() after {step}, where experts may change their owner",
+            Doing.DRIFT: f"handle.step() after {step}, where ranks compare what they hold",
         }
-        return told.get(place.doing, f"sent what is no header of this version of moesaic ({place.doing})")
+        return told.get(place.doing, f"no header of this version of moesaic ({place.doing})")
 
     def _name(self, place: Place) -> str:
         if not 0 <= place.layer < len(self._names) or crc32(self._names[place.layer].encode()) != place.name:
-            return f"MoE layer {place.layer}, which has another name on this rank,"
+            return f"MoE layer {place.layer} (which has another name on this rank)"
         return self._names[place.layer]
 
     def _cures(self, places: Sequence[Place]) -> str:

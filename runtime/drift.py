@@ -40,6 +40,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .agreement import Agreement, Doing
 from .fingerprint import hash_tensors, hash_text, signed
 from .group import RankGroup
 from .optimizer_numbers import numbers_of
@@ -93,10 +94,12 @@ class DriftGuard:
         group: the ranks, and the transports between them.
         every: steps between checks, of which there is one after the first step besides; 0: none.
         ignored: names of parameters and buffers that may differ, or patterns with `*`.
+        agreement: of the ranks on what they are doing; by default that of a model without MoE layers.
     """
 
-    def __init__(self, group: RankGroup, *, every: int, ignored: Sequence[str] = ()):
+    def __init__(self, group: RankGroup, *, every: int, ignored: Sequence[str] = (), agreement: Agreement | None = None):
         self._group = group
+        self._agreement = agreement or Agreement(group, {})
         self._num_ranks = group.world_size * group.replicas.world_size
         self._every = every if self._num_ranks > 1 else 0
         self._ignored = tuple(ignored)
@@ -180,9 +183,8 @@ class DriftGuard:
             yield _Record.of_text(_Kind.SETTINGS, name, _ANYWHERE, "\n".join(sorted(texts)))
 
     def _compare(self, step: int, records: Sequence[_Record], device: torch.device) -> None:
-        where = f"the drift check after step {step}"
         # Phase 1: whether something differs
-        summaries_WS = self._from_all(self._summary(records), device, where)
+        summaries_WS = self._from_all(self._summary(records), device, step)
         if _agree(summaries_WS):
             return
 
@@ -190,7 +192,7 @@ class DriftGuard:
         rows = np.zeros((summaries_WS[:, 0].max(), 4), np.int64)
         for row, record in zip(rows, records, strict=False):
             row[:] = (*record.identity, record.value)
-        rows_WN4 = self._from_all(rows.ravel().tolist(), device, where).reshape(self._num_ranks, -1, 4)
+        rows_WN4 = self._from_all(rows.ravel().tolist(), device, step).reshape(self._num_ranks, -1, 4)
         values_of: dict[tuple[int, int, int], dict[int, int]] = defaultdict(dict)
         for rank, (rows, num_records) in enumerate(zip(rows_WN4, summaries_WS[:, 0], strict=True)):
             for kind, name, part, value in rows[:num_records].tolist():
@@ -202,7 +204,7 @@ class DriftGuard:
         # Phase 3: in words
         first = min(different, key=lambda identity: identity[0])
         said = next((f"{record.name}\n{record.text}" for record in records if record.identity == first), "")
-        texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in self._from_all(_packed(said), device, where)]
+        texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in self._from_all(_packed(said), device, step)]
         raise DriftError(self._message(step, first, values_of[first], texts, different))
 
     def _summary(self, records: Sequence[_Record]) -> list[int]:
@@ -221,13 +223,12 @@ class DriftGuard:
         pairs += [(0, 0)] * (_MAX_PARTS - len(pairs))
         return [len(records), len(sums), *(number for pair in pairs for number in pair)]
 
-    def _from_all(self, numbers: Sequence[int], device: torch.device, where: str) -> np.ndarray:
+    def _from_all(self, numbers: Sequence[int], device: torch.device, step: int) -> np.ndarray:
         """As many numbers from every rank of the mesh: int64 [W, n]."""
         here = torch.tensor(numbers, dtype=torch.int64, device=device)
-        in_replica = self._group.tokens.all_gather_ints(here, where=where)
-        everywhere = self._group.replicas.all_gather_ints(in_replica.flatten(), where=where)
-        gathered: np.ndarray = everywhere.view(self._num_ranks, -1).cpu().numpy()
-        return gathered
+        in_replica = self._agreement.gather(self._group.tokens, here, Doing.DRIFT, step)
+        everywhere = self._agreement.gather(self._group.replicas, in_replica.values_Rn.flatten(), Doing.DRIFT, step)
+        return everywhere.host_Rn.reshape(self._num_ranks, -1)
 
     def _differs(self, identity: tuple[int, int, int], value_of: Mapping[int, int]) -> bool:
         return len(set(value_of.values())) > 1 or len(value_of) < len(self._expected(identity, value_of))
@@ -290,12 +291,12 @@ _CURES = {
     _Kind.PROPERTIES: "Build, convert, freeze and tie the model alike on all ranks",
     _Kind.SETTINGS: "Give all ranks the same optimizer and schedule, by numbers that are the same on all of them, and let no "
     "rank skip a step alone",
-    _Kind.STEPS: "A rank skips a step alone where a GradScaler looks at its gradients only: have ranks agree, as torch's "
-    "ShardedGradScaler does, or train in bf16 without one",
-    _Kind.BITS: "Likely causes: gradients clipped by each rank's own norm, where the dense part is left to DDP "
-    "(use handle.clip_grad_norm_); dense gradients that nothing averages (use DDP or FSDP2); a GradScaler that skipped a step "
-    "on one rank only (use torch's ShardedGradScaler); a learning rate that was another on one rank; weights set on one rank "
-    "only (initialize and load them alike on all); a buffer that follows each rank's own tokens",
+    _Kind.STEPS: "A rank has skipped a step alone, or taken one more: decide that by numbers that are the same on all of them "
+    "(torch.amp.GradScaler on the handle's parameters does)",
+    _Kind.BITS: "Likely causes: gradients that each rank clipped or scaled by numbers of its own "
+    "(use handle.clip_grad_norm_, or torch's); dense gradients that nothing averages (use DDP or FSDP2); a step that one rank "
+    "skipped alone; a learning rate that was another on one rank; weights set on one rank only (initialize and load them "
+    "alike on all); a buffer that follows each rank's own tokens",
 }
 
 

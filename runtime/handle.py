@@ -53,7 +53,9 @@ class Handle:
         self.clock = clock
         self._agreement = next(iter(self.layers.values())).runtime.agreement
         self._step = 0
-        self._guard = DriftGuard(group, every=config.check_replicas_every, ignored=config.check_replicas_except)
+        self._guard = DriftGuard(
+            group, every=config.check_replicas_every, ignored=config.check_replicas_except, agreement=self._agreement
+        )
         self._metrics: dict[str, float] = {}
         self._layer_metrics: dict[str, dict[str, float]] = {}
         self._loads: list[np.ndarray] = []

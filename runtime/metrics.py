@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from time import perf_counter
 
 import numpy as np
 
 from ..collectives import SCHEDULES, LinkCounts
+from ..jit import run_seconds
 from ..placement import ExpertLoad, Problem, Solution, Solver
 from .planning import Plan
 
@@ -45,17 +45,17 @@ class LayerCounters:
     @contextmanager
     def planning(self) -> Iterator[None]:
         """The body places copies or splits a load; its time counts as `plan_s`."""
-        start_s = perf_counter()
+        start_s = run_seconds()
         yield
-        self.plan_s += perf_counter() - start_s
+        self.plan_s += run_seconds() - start_s
 
     def timed(self, solver: Solver) -> Solver:
         """The same solver, whose time counts as `solve_s`."""
 
         def solve(problem: Problem) -> Solution:
-            start_s = perf_counter()
+            start_s = run_seconds()
             solution = solver(problem)
-            self.solve_s += perf_counter() - start_s
+            self.solve_s += run_seconds() - start_s
             return solution
 
         return solve
@@ -133,7 +133,8 @@ def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, Link
     gather_cross_node_bytes  bytes of one gather, all ranks together, that leave a node, by the schedule
     dead_experts           experts that got no token in the step
     dropped_share          share of the assignments that were dropped for capacity
-    plan_s, solve_s        seconds this rank placed copies and split loads, and the part of them that the solver took
+    plan_s, solve_s        seconds this rank placed copies and split loads, and the part of them that the solver took; without
+                           what compiling took
     bytes_<op>             bytes that this rank sent in training: gather, calibrate, regather, reduce, describe, dispatch,
                            combine, the two backwards, and replicate, the averaging of gradients over replicas
     cross_node_bytes_<op>  the part of them that left the node

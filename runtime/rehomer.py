@@ -1,6 +1,6 @@
 """When experts change their owner: observe, ask a solver in the background, move if it pays.
 
-Every `rehome_every` steps the loads observed since the last question go to a process of its own (`placement.propose`). No step
+Every `rehome_every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
 waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
 follows what it finds. So ranks agree on the step of a move. An answer may be ten times `rehome_every` steps old, since what it is
 worth is judged by the load observed in between: a move must save more predicted seconds until the next question than it is
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from ..placement import ExpertLoad, OwnerMap, Problem
-from ..placement.propose import Question, propose, saved_s
+from ..placement.online.propose import Question, propose, saved_s
 from .agreement import Doing
 from .bank import Bank
 from .config import RuntimeConfig

@@ -52,14 +52,18 @@ def load_state(state: Mapping[str, Any], model: nn.Module, optimizer: torch.opti
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the state holds of a model: parameters, buffers, and shared parameters also under their other names."""
+    """What the state holds of a model: parameters and buffers, those that modules share under every name.
+
+    Experts of a layer that is shared are there once, under its first name.
+    """
     names = set()
+    experts = {id(p) for layer in model.modules() if isinstance(layer, ShardedExperts) for p in layer.parameters()}
     for name, parameter in model.named_parameters():
         names.add(name)
         yield name, parameter
     # The tensors themselves, not detached, so that a parameter is known under every name.
     for name, value in model.state_dict(keep_vars=True).items():
-        if name not in names and isinstance(value, Tensor):
+        if name not in names and isinstance(value, Tensor) and id(value) not in experts:
             yield name, value
 
 

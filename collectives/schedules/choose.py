@@ -11,13 +11,13 @@ from .element_sharded import element_sharded_hops
 from .hierarchical import hierarchical_hops
 from .relay import best_relay
 
-# In the order in which ties are decided: the one with the fewest messages first.
+# Ties go to the first of these: the schedule with the fewest messages.
 SCHEDULES = ("direct", "relay", "hierarchical", "element_sharded")
 
 
 @dataclass(frozen=True)
 class ScheduleChoice:
-    """The gather schedule that was chosen, and the predicted seconds of each candidate, in the order of `SCHEDULES`."""
+    """The chosen gather schedule, and the predicted seconds of each candidate, in the order of `SCHEDULES`."""
 
     name: str
     schedule: Schedule
@@ -53,9 +53,10 @@ def _candidate(name: str, copies: Copies, topology: Topology, item_bytes: int) -
 
 
 def choose_schedule(placement: Placement, topology: Topology, shape: LayerShape) -> ScheduleChoice:
-    """The schedule that is predicted to be fastest; the same on every rank, since the prediction is a pure function.
+    """The schedule with the smallest predicted time; the same on every rank, because the prediction is a pure function.
 
-    An expert with one copy travels alike in all of them, so without an expert that has two the direct schedule is taken at once.
+    All kinds route an expert with one copy the same way, so the direct schedule is returned at once unless some expert has two
+    copies.
     """
     copies = Copies.of(placement)
     names = SCHEDULES if copies.num_copies_M.max(initial=0) > 1 else ("direct",)

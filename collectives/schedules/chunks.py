@@ -1,4 +1,4 @@
-"""How many chunks: small ones fill a pipeline quickly, and each one costs a latency."""
+"""The number of chunks: small chunks fill a pipeline quickly, but each one costs a latency."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -21,10 +21,10 @@ class Candidate:
 
 
 def with_best_chunks(hops: Hops, topology: Topology, item_bytes: int) -> Candidate:
-    """The same routes in as many chunks as are predicted to be fastest.
+    """The same routes, cut into the number of chunks with the smallest predicted time.
 
     With c chunks the busiest rank spends m * c latencies on its m streams, and the pipeline takes fill / c seconds to fill: the
-    least sum is at c = sqrt(fill / (m * latency)).
+    sum is smallest at c = sqrt(fill / (m * latency)).
     """
     loads = Loads.of(hops, topology, item_bytes)
     if loads.fill_bytes_s > 0.0:

@@ -1,4 +1,4 @@
-"""Direct: every copy comes straight from the expert's owner."""
+"""Direct: the owner sends every copy itself."""
 
 import numpy as np
 

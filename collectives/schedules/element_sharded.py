@@ -1,8 +1,8 @@
-"""Element-sharded: every expert is cut over the ranks that need it, and they exchange the pieces.
+"""Element-sharded: every expert is split over the ranks that need it, which then exchange the pieces.
 
-The gather of LAER-MoE's FSEP (arXiv 2602.11686), there over all ranks, each of which keeps a shard for good. Here experts are
-kept whole, and a rank that needs no copy has no room for a piece: the owner deals one piece to each copy, and each copy sends
-its piece to all the others. Every link then carries about one expert, at the price of (copies squared) messages.
+The gather of LAER-MoE's FSEP (arXiv 2602.11686), which runs over all ranks, each holding a permanent shard. Here owners hold
+whole experts and only ranks with a copy have memory for a piece: the owner sends one piece to each copy, and each copy sends its
+piece to all others. Every link then carries about one expert, at the cost of (copies squared) messages.
 """
 
 import numpy as np
@@ -14,9 +14,9 @@ from .chunks import with_best_chunks
 
 
 def element_sharded_hops(copies: Copies) -> Hops:
-    """Piece j of an expert goes to the j-th copy and from there to the others. Sums are made piece by piece, at its copy."""
+    """Piece j of an expert goes to the j-th copy and from there to the others. A reduce sums piece j at the j-th copy."""
     # Imported here so that importing the package compiles nothing.
-    from ..compiled import piece_hops
+    from ..hops_numba import piece_hops
 
     sizes_J = np.repeat(copies.num_copies_M, copies.num_copies_M)
     start_J = np.append(0, np.cumsum(sizes_J))
@@ -27,5 +27,5 @@ def element_sharded_hops(copies: Copies) -> Hops:
 
 
 def element_sharded_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """The same in as many chunks as are predicted to be fastest."""
+    """The schedule, cut into the number of chunks with the smallest predicted time."""
     return with_best_chunks(element_sharded_hops(Copies.of(placement)), topology, item_bytes).hops.schedule()

@@ -1,8 +1,8 @@
-"""Hierarchical: an expert crosses to each node once and spreads inside it from there (Janus, SIGCOMM 2023, for the idea).
+"""Hierarchical: an expert is sent to each node once and distributed inside it from there (after Janus, SIGCOMM 2023).
 
-The owner starts a chain over the nodes that need the expert; in each node one rank receives for all and starts a chain over the
-others. Sums come back the same way, so they associate node by node: within a node in rank order, then the nodes behind it, then
-the rank that forwards.
+The owner starts a chain over the nodes that need the expert; in each node one rank, the node leader, receives it and starts a
+chain over the others. Sums return along the same path, so they associate node by node: first within a node in rank order, then
+the nodes further down the chain, then the rank that forwards.
 """
 
 from ...placement import Placement, Topology
@@ -14,13 +14,13 @@ from .chunks import with_best_chunks
 def hierarchical_hops(copies: Copies, ranks_per_node: int) -> Hops:
     """One crossing per expert and node, uncut. On one node this is a chain in descending rank order."""
     # Imported here so that importing the package compiles nothing.
-    from ..compiled import node_hops
+    from ..hops_numba import node_hops
 
     src_J, dst_J = node_hops(copies.owners_M, copies.start_M, copies.ranks_J, copies.num_ranks, ranks_per_node)
     return copies.routes(src_J, dst_J)
 
 
 def hierarchical_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """The same in as many chunks as are predicted to be fastest."""
+    """The schedule, cut into the number of chunks with the smallest predicted time."""
     hops = hierarchical_hops(Copies.of(placement), topology.ranks_per_node)
     return with_best_chunks(hops, topology, item_bytes).hops.schedule()

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..messages import Buffer, CollectiveError, Pending
 from ..progress import CommunicationThread
-from ..tags import GATHER, Tags
+from ..tags import Tags, gather_op
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
+from ..transport import RowsAsMessages
 from .parts import Part, parts_of, progress
 
 # The shortest wait that has a limit: torch counts whole milliseconds, and takes 0 for none.
@@ -128,13 +129,14 @@ class C10dTransport(RowsAsMessages):
 
         On Gloo as messages, whose errors name the rank that does not come, as those of its own gather do not.
         """
-        what = f"gather of {values.numel()} integers{where and ' at ' + where}"
+        op = gather_op(values.numel())
+        what = f"{op}{where and ' at ' + where}"
         gathered = torch.empty(self.world_size, values.numel(), dtype=torch.int64, device=values.device)
         if not self._is_nccl:
             values, peers = values.contiguous(), [peer for peer in range(self.world_size) if peer != self.rank]
             gathered[self.rank] = values
             recvs = [Buffer(gathered[peer], peer) for peer in peers]
-            self._begin([Buffer(values, peer) for peer in peers], recvs, self._tags.of(GATHER, ""), what).wait()
+            self._begin([Buffer(values, peer) for peer in peers], recvs, self._tags.of(op, ""), what).wait()
             return gathered
         try:
             work = _launched(dist.all_gather(list(gathered.unbind()), values, group=self.group, async_op=True))

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..messages import Buffer, Pending
 from ..progress import CommunicationThread
-from ..tags import GATHER
+from ..tags import gather_op
 from ..traffic import Traffic
-from ..transport import Buffer, Pending, RowsAsMessages, Transport
+from ..transport import RowsAsMessages, Transport
 
 
 class _Both:
@@ -70,7 +71,7 @@ class HierarchicalTransport(RowsAsMessages):
         gathered[self._members] = self.inside.all_gather_ints(values, where=where)
         if len(self._ranks_of_nodes) == 1 or not values.numel():
             return gathered
-        op, first = GATHER, self._members[0]
+        op, first = gather_op(values.numel()), self._members[0]
         if self.rank == first:
             mine = gathered[self._members]
             others = [ranks for ranks in self._ranks_of_nodes if ranks != self._members]

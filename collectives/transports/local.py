@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..messages import Buffer, Done, Pending
 from ..progress import CommunicationThread
 from ..traffic import Traffic
-from ..transport import Buffer, Done, Pending, RowsAsMessages
+from ..transport import RowsAsMessages
 
 
 class LocalTransport(RowsAsMessages):

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..messages import Buffer, CollectiveError, Pending
 from ..progress import CommunicationThread
 from ..tags import DIFFERENT_PLACES, SAME_ORDER, Tags
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending, RowsAsMessages
+from ..transport import RowsAsMessages
 from .parts import Part, progress
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from ..transport import Buffer
+from ..messages import Buffer
 
 
 class Part(NamedTuple):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..messages import Buffer, CollectiveError, Pending, RowLayout
 from ..progress import CommunicationThread
 from ..tags import DIFFERENT_PLACES, SAME_ORDER, Tags
 from ..traffic import Traffic
-from ..transport import Buffer, CollectiveError, Pending, RowLayout
 from .node import NodeIdentity, cache_bytes
 from .parts import Part, progress
 from .shm_mailbox import Address, Mailbox

@@ -18,10 +18,11 @@ import ctypes
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from ...kernels.memory_cpu import copy_bytes, fence, stream_bytes
+from ...jit.decorators import njit
+from ...kernels.cpu.memory import copy_bytes, fence, stream_bytes
 from .shm_memory import Segment
 
 RING = 512

@@ -117,20 +117,42 @@ def test_a_gather_that_failed_does_not_keep_the_process() -> None:
     )
 
 
-def be_in_different_layers(rank: int) -> str:
-    """Both ranks exchange as many bytes, rank 0 those of the second layer, rank 1 those of the first."""
-    transport, other = c10d(1.0), 1 - rank
+def gather_another_number(rank: int) -> str:
+    """Rank 1 gathers more integers than rank 0, whose limit is the shorter."""
+    transport = c10d(30.0 if rank else 1.0)
+    return failure(lambda: transport.all_gather_ints(torch.arange(2 + rank), where=f"step {rank}"))
+
+
+def test_gathers_of_different_sizes_never_meet() -> None:
+    """Gloo would end the process that receives the longer one."""
+    first, second = run_ranks(2, gather_another_number)
+    assert first.startswith("rank 0: gather of 2 integers at step 0 did not complete within 1 s (received 0 of 16 B")
+    assert second.startswith("rank 1: gather of 3 integers at step 1 failed (received 0 of 24 B")
+
+
+def be_in_different_layers(rank: int, first: int) -> str:
+    """Both ranks exchange as many bytes, rank 0 those of the second layer, rank 1 of the first. `first` has the shorter limit."""
+    transport, other = c10d(1.0 if rank == first else 30.0), 1 - rank
     sends, recvs = [Buffer(torch.ones(3), other)], [Buffer(torch.full((3,), -1.0), other)]
-    message = failure(transport.exchange(sends, recvs, op="combine_backward", where=f"step 1, blocks.{other}.moe").wait)
+
+    def exchange() -> None:
+        transport.exchange(sends, recvs, op="combine_backward", where=f"step 1, blocks.{other}.moe").wait()
+
+    message = failure(exchange)
     assert (recvs[0].tensor == -1).all(), "rows of another layer"
     return message
 
 
-def test_messages_of_different_layers_never_meet() -> None:
-    """Each rank names what it waits for, and what nobody took."""
-    for rank, message in enumerate(run_ranks(2, be_in_different_layers)):
+@pytest.mark.parametrize("first", [0, 1])
+def test_messages_of_different_layers_never_meet(first: int) -> None:
+    """Each rank names what it waits for, and what nobody took.
+
+    Gloo closes the connections of a rank whose limit is over, so that the others fail at once.
+    """
+    for rank, message in enumerate(run_ranks(2, be_in_different_layers, first)):
+        ending = "did not complete within 1 s" if rank == first else "failed"
         assert message.startswith(
-            f"rank {rank}: combine_backward at step 1, blocks.{1 - rank}.moe did not complete within 1 s "
+            f"rank {rank}: combine_backward at step 1, blocks.{1 - rank}.moe {ending} "
             f"(received 0 of 12 B, 12 B from rank {1 - rank} are missing, 12 B to rank {1 - rank} were not taken): "
         )
 

@@ -407,7 +407,7 @@ def test_the_communication_thread_works_in_order_and_tells_what_went_wrong() -> 
     def fail() -> None:
         raise ValueError("this")
 
-    first, second, third = (thread.carry_out(work) for work in (lambda: done.append(1), fail, lambda: done.append(2)))
+    first, second, third = (thread.submit(work) for work in (lambda: done.append(1), fail, lambda: done.append(2)))
     third.wait()
     assert done == [1, 2]
     first.wait()

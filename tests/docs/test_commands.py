@@ -192,20 +192,29 @@ def test_two_nodes_meet(workspace: Path) -> None:
 
 
 def test_the_example_learns_and_what_follows_it_runs(tmp_path: Path) -> None:
-    """README's example on two processes, started as the text says, and after its loop every block that is to run there."""
+    """README's example on two processes, started as the text says, and after its loop every block that is to run there.
+
+    It is started from the checkout's root, whose folder `kernels` must not stand in for Hugging Face's package of that name.
+    """
     end = "dist.destroy_process_group()\n"
     assert EXAMPLE.text.count("\n") <= 25
     assert EXAMPLE.text.endswith(end)
-    parts = [EXAMPLE.text.removesuffix(end)]
+    assert (ROOT / "examples/wrap_a_model.py").read_text(encoding="utf-8") == EXAMPLE.text
+    leave_root = (
+        f"import importlib.util, os, re\nprint('kernels:', importlib.util.find_spec('kernels'))\nos.chdir({str(tmp_path)!r})\n"
+    )
+    parts = [EXAMPLE.text.removesuffix(end), leave_root]
     for block in PYTHON:
         if block.how == "after the example":
             (tmp_path / block.place.replace("/", "-")).write_text(block.text, encoding="utf-8")
             parts.append(f"exec(compile(open({block.place.replace('/', '-')!r}).read(), {block.place!r}, 'exec'))\n")
-    parts.append("import re\n" + AFTERWARDS)
+    parts.append(AFTERWARDS)
     (tmp_path / "example.py").write_text("".join([*parts, end]), encoding="utf-8")
-    line = ["torchrun", "--standalone", "--nproc-per-node", "2", "example.py"]
-    assert line in commands_in_text("README.md")
-    output = Program(line, tmp_path, "example").output()
+    *line, script = ["torchrun", "--standalone", "--nproc-per-node", "2", "example.py"]
+    assert [*line, script] in commands_in_text("README.md")
+    output = Program([*line, str(tmp_path / script)], tmp_path, "example", cwd=ROOT).output()
+    assert output.count("kernels:") == 2
+    assert str(ROOT / "kernels") not in output
     losses = [float(loss) for loss in re.findall(r"^\d+ loss ([\d.]+) busiest rank [\d.]+ of the mean$", output, re.MULTILINE)]
     assert len(losses) == 5
     assert losses[-1] < 0.1 * losses[0]

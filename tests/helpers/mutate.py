@@ -24,7 +24,7 @@ import numpy as np
 
 from moesaic.launch.cli import cli
 from moesaic.launch.entry import run_command
-from moesaic.placement.traces import TraceMeta, write_trace
+from moesaic.placement.traces.format import TraceMeta, write_trace
 
 LIMIT_S = 20
 META = TraceMeta(num_layers=2, num_experts=8, top_k=2, num_ranks=4, dim=16, ffn_dim=32, source="a test")

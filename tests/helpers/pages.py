@@ -80,12 +80,19 @@ def commands_in_text(page: str) -> list[list[str]]:
 
 
 class Program:
-    """`torchrun ARGUMENTS` or `python SCRIPT`, in a folder. It is forked from a process that has imported torch already."""
+    """`torchrun ARGUMENTS` or `python SCRIPT`, in a folder. It is forked from a process that has imported torch already.
 
-    def __init__(self, words: Sequence[str], folder: Path, name: str):
+    Args:
+        words: the command.
+        folder: where its output is kept.
+        name: of the files of its output.
+        cwd: where it runs; by default in `folder`.
+    """
+
+    def __init__(self, words: Sequence[str], folder: Path, name: str, cwd: Path | None = None):
         self._stdout, self._stderr = (folder / f"{name}.{kind}" for kind in ("out", "err"))
         paths = (self._stdout, self._stderr)
-        self._process = forking().Process(target=_run_program, args=(list(words), folder, paths), daemon=False)
+        self._process = forking().Process(target=_run_program, args=(list(words), cwd or folder, paths), daemon=False)
         self._process.start()
 
     def output(self) -> str:

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.kernels import (
     FFNWeights,
-    blas_cpu,
     grouped_ffn,
     grouped_ffn_backward,
     grouped_gemm,
@@ -21,6 +20,7 @@ from moesaic.kernels import (
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
 )
+from moesaic.kernels.cpu import blas
 from tests.helpers.layouts import PLAIN_MATRICES, PLAIN_ROWS, matrix_layouts, placed, placed_matrices, row_layouts
 from tests.helpers.nan import poisoned_empty
 
@@ -126,7 +126,7 @@ def test_stacked_matrices_are_the_listed_ones(sizes: list[int], is_compiled: boo
 
 def test_torch_has_a_product_to_call() -> None:
     """Otherwise the compiled routine would go untested; torch wheels for Linux have one."""
-    assert blas_cpu.sgemm_address()
+    assert blas.sgemm_address()
 
 
 def test_strided_operands_and_out_buffers() -> None:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from numba import carray, cfunc, types
 from torch import Tensor
 
-from moesaic.kernels import SwigluGrads, bags_of, gather_rows, sum_rows, swiglu, swiglu_backward, threads_cpu
-from moesaic.kernels.threads_cpu import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
+from moesaic.kernels import SwigluGrads, bags_of, gather_rows, sum_rows, swiglu, swiglu_backward
+from moesaic.kernels.cpu import threads
+from moesaic.kernels.cpu.threads import NUM_ROWS, OWN, pointer_to, run_rows, take_rows, task_at
 from tests.helpers.nan import poisoned_empty
 from tests.helpers.ranks import run_ranks
 
@@ -90,7 +91,7 @@ def test_threads_change_no_bit(num_threads: int) -> None:
 
 def test_torch_on_another_pool_means_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = everything(2)
-    monkeypatch.setattr(threads_cpu, "_gomp_parallel", lambda: None)
+    monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
     visits = np.zeros(100, dtype=np.int64)
     assert run_rows(count_visits, 100, 1 << 16, visits.ctypes.data, 0) == 1
     assert_same_bits(everything(2), expected)

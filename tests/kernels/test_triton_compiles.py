@@ -14,7 +14,6 @@ from moesaic.kernels import (
     grouped_gemm_tiles,
     grouped_gemm_triton,
     histogram_triton,
-    pack_rows_triton,
     permute_triton,
     split_tokens_triton,
     swiglu_triton,
@@ -120,20 +119,6 @@ def row_cases() -> dict[str, Case]:
             swiglu_types | {"dh_ptr": "*bf16", "dgate_up_ptr": "*bf16", "dweights_ptr": "*fp32"},
             swiglu_constants | {"BLOCK_N": 1, "BLOCK_F": 2048},
             "dh_ptr gate_up_ptr dgate_up_ptr h_ptr width stride_dh stride_gate_up stride_dgate_up stride_h",
-            instructions=wide_load,
-        ),
-        "pack": Case(
-            pack_rows_triton._pack_rows_kernel,
-            {"bank_ptr": "*fp32", "ids_ptr": "*i64", "out_ptr": "*bf16"},
-            {"BLOCK": 4096},
-            "bank_ptr out_ptr row_size",
-            instructions=wide_load,
-        ),
-        "accumulate": Case(
-            pack_rows_triton._accumulate_rows_kernel,
-            {"bank_ptr": "*fp32", "indices_ptr": "*i32", "offsets_ptr": "*i32", "buffer_ptr": "*bf16", "alpha": "fp32"},
-            {"BLOCK": 4096},
-            "bank_ptr buffer_ptr row_size",
             instructions=wide_load,
         ),
         "gate": Case(

@@ -18,6 +18,7 @@ from moesaic.benchmarks import kernels as benchmark
 from moesaic.benchmarks.kernel_cases import Shape
 from moesaic.kernels import (
     FFNWeights,
+    SwigluGrads,
     bags_of,
     gather_rows,
     grouped_ffn,
@@ -42,12 +43,10 @@ from moesaic.kernels.grouped_gemm_tiles import (
 from moesaic.kernels.grouped_gemm_triton import grouped_gemm_dgrad_triton, grouped_gemm_triton, grouped_gemm_wgrad_triton
 from moesaic.kernels.histogram import histogram_torch
 from moesaic.kernels.histogram_triton import histogram_triton
-from moesaic.kernels.pack_rows import accumulate_rows_torch, pack_rows_torch
-from moesaic.kernels.pack_rows_triton import accumulate_rows_triton, pack_rows_triton
 from moesaic.kernels.permute_triton import gather_rows_triton, sum_rows_triton
 from moesaic.kernels.split_tokens import split_tokens_torch
 from moesaic.kernels.split_tokens_triton import split_tokens_triton
-from moesaic.kernels.swiglu import SwigluGrads, swiglu_backward_torch, swiglu_torch
+from moesaic.kernels.swiglu import swiglu_backward_torch, swiglu_torch
 from moesaic.kernels.swiglu_triton import swiglu_backward_triton, swiglu_triton
 from moesaic.kernels.topk_gate import _TopkGate, topk_gate_backward_torch, topk_gate_torch
 from moesaic.kernels.topk_gate_triton import topk_gate_backward_triton, topk_gate_triton
@@ -235,17 +234,6 @@ def test_grouped_gemm_takes_transposed_weights_and_names_what_it_cannot() -> Non
         grouped_gemm_triton(x_NI.double(), weights, [4, 5])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pack_and_accumulate(dtype: torch.dtype) -> None:
-    bank, ids_N = torch.randn(5, 70, 65, device=DEVICE), torch.tensor([3, 0, 3], device=DEVICE)
-    out = torch.empty(3, 70, 65, dtype=dtype, device=DEVICE)
-    assert torch.equal(pack_rows_triton(bank, ids_N, out=out), pack_rows_torch(bank, ids_N, out=torch.empty_like(out)))
-    bags, expected = bags_of(ids_N, 5), bank.clone()
-    accumulate_rows_torch(expected, bags, out, alpha=0.5)
-    accumulate_rows_triton(bank, bags, out, alpha=0.5)
-    assert torch.equal(bank, expected)
-
-
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -379,9 +367,6 @@ def test_rows_past_int32_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows, sums in zip((near, far), gradients, strict=True):
         grouped_gemm_wgrad_triton(rows, rows, sizes, sums)
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
-    bank, last = far_apart(2**19 + 3, 4096, 4096), torch.tensor([2**19 + 2], device=DEVICE)
-    bank[-1] = 3.0
-    assert (pack_rows_triton(bank, last, out=torch.empty(1, 4096, dtype=HALF, device=DEVICE)) == 3.0).all()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="on the CPU a layer runs other code")

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from moesaic import MoELayer
 from moesaic.launch.replay import Replay, ids_of, open_replay
 from moesaic.placement import Trace, TraceMeta
-from moesaic.placement.synth import SynthSpec, synthesize
-from moesaic.placement.traces import write_trace
+from moesaic.placement.traces.format import write_trace
+from moesaic.placement.traces.synth import SynthSpec, synthesize
 from tests.launch.ranks import metrics_of, train_tiny
 
 META = TraceMeta(num_layers=2, num_experts=8, top_k=2, num_ranks=2, dim=16, ffn_dim=16)

@@ -9,7 +9,7 @@ import pytest
 from moesaic.launch.cli import cli
 from moesaic.launch.entry import run_command
 from moesaic.placement import TraceMeta, write_trace
-from moesaic.placement.synth import SynthSpec, synthesize
+from moesaic.placement.traces.synth import SynthSpec, synthesize
 
 META = TraceMeta(num_layers=2, num_experts=3, top_k=2, num_ranks=2, dim=8, ffn_dim=8)
 ROWS = [

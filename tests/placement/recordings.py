@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.placement.foreign import Sizes
-from moesaic.placement.sources import LoadSource, open_source
+from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.sources import LoadSource, open_source
 
 NUM_EXPERTS = 6
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology, get_solver, split_exact
-from moesaic.placement.lab import LabSetting, compare
-from moesaic.placement.sources import Sizes, open_source
+from moesaic.placement.offline.simulate import SimulatorSetting, compare
+from moesaic.placement.traces.sources import Sizes, open_source
 from tests.placement.cases import loads, problems, shared_trace, zipf_problem
 
 balance = get_solver("balance")
@@ -28,13 +28,13 @@ def max_over_mean(totals_E: np.ndarray, placement: Placement) -> float:
 @given(load=loads(5, 7, most=4000), error=st.integers(0, 1024), seed=st.integers(0, 999), per_node=st.sampled_from([1, 5]))
 def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
     """Every load is brought to its target, and none of the copies is made when owners are already there."""
-    from moesaic.placement import hedge
+    from moesaic.placement.solvers import balance_numba
 
     owner_E = np.random.default_rng(seed).integers(0, 5, 7)
     errors_S = np.array([0, error, error // 2])
-    totals_SE = hedge.loads_around(load.totals_E, errors_S)
+    totals_SE = balance_numba.loads_around(load.totals_E, errors_S)
     target_S = -(-totals_SE.sum(axis=1) // 5)
-    copies_2C = hedge.buy_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
+    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
     placement = Placement.with_copies(owner_E, 5, copies_2C)
     assert placement.num_copies == copies_2C.shape[1]
     for totals_E, target in zip(totals_SE, target_S, strict=True):
@@ -47,9 +47,9 @@ def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
 @given(load=loads(1, 9, most=4000), error=st.integers(0, 1024))
 def test_loads_around_are_as_far_as_asked(load, error):
     """Total variation is what was asked, but for rounding, or as far as another order of the experts can be."""
-    from moesaic.placement import hedge
+    from moesaic.placement.solvers import balance_numba
 
-    same_E, other_E = hedge.loads_around(load.totals_E, np.array([0, error]))
+    same_E, other_E = balance_numba.loads_around(load.totals_E, np.array([0, error]))
     assert (same_E == load.totals_E).all()
     assert (other_E >= 0).all()
     # Scaled down, and gone part of the way, both rounded down.
@@ -137,8 +137,8 @@ def test_a_forecast_of_real_routing_is_withstood_better_than_by_rivals(name, top
     """As training would: placed from the past, judged by the load that came, everyone's copies under the exact split."""
     source = open_source(shared_trace(f"{name}_counts_crosslayer.npz"), num_ranks, sizes=Sizes(top_k=top_k))
     shape = LayerShape(source.meta.num_experts, top_k, 2048, 1024, bytes_per_element=2)
-    setting = LabSetting(topology=Topology.preset("h100", num_ranks), shape=shape)
-    found = compare(source, setting, ["laer", "eplb", "hecate", "balance"], slots=(2,), knows=("predicted",))
+    setting = SimulatorSetting(topology=Topology.preset("h100", num_ranks), shape=shape)
+    found = compare(source, setting, ["laer", "eplb", "hecate", "balance"], slots=(2,), information=("predicted",))
     exact = {outcome.solver: outcome for outcome in found if outcome.split == "exact"}
     assert exact["balance"].max_over_mean <= min(outcome.max_over_mean for outcome in exact.values()) + 5e-4
     assert exact["balance"].copies < exact["laer"].copies

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, get_solver, split_exact
-from moesaic.placement.eplb import balanced_packing, choose_owners, rebalance, replicate
+from moesaic.placement.solvers.baselines.eplb import balanced_packing, choose_owners, rebalance, replicate
 from tests.placement.cases import problems, zipf_problem
 
 

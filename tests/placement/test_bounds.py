@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 
 from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, cost, get_solver, lower_bound, split_exact
-from moesaic.placement.bounds import link_bound, range_bound_s, room_within
 from moesaic.placement.cost import tally
-from moesaic.placement.exhaustive import every_placement
+from moesaic.placement.solvers.bounds import link_bound, range_bound_s, room_within
+from moesaic.placement.solvers.exhaustive import every_placement
 from tests.placement.cases import problems, zipf_problem
 
 

@@ -6,15 +6,16 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, milp
-from moesaic.placement.chains import are_few, find, refute
+from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology
 from moesaic.placement.cost import price, prices_of, seconds_of, tally
-from moesaic.placement.exhaustive import every_placement
-from moesaic.placement.milp_model import CopyRange
-from moesaic.placement.priced import split_priced
+from moesaic.placement.solvers.exhaustive import every_placement
+from moesaic.placement.solvers.milp import planner as milp
+from moesaic.placement.solvers.milp.chains import are_few, find, refute
+from moesaic.placement.solvers.milp.model import CopyRange
+from moesaic.placement.solvers.milp.priced import split_priced
 from tests.placement.cases import examples, problems, shared_trace
 
 
@@ -55,6 +56,11 @@ def test_no_placement_is_missed(problem, half_rate_rows, seed):
 
 @settings(deadline=None, max_examples=examples(20))
 @given(problem=problems(max_ranks=3, max_experts=4, max_slots=1))
+@example(  # the cheapest placement sends no row
+    problem=Problem(
+        ExpertLoad(np.array([[2, 3], [4, 3]])), np.array([0, 1]), Topology.preset("h100", 2), LayerShape(2, 1, 16, 512), slots=1
+    )
+)
 def test_refutes_just_below_the_best(problem):
     """What is wanted is refuted where enumeration has nothing as cheap at the price of one copy, and not where it has."""
     if not are_few(problem):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.placement.foreign import Sizes
-from moesaic.placement.sources import open_source
+from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.sources import open_source
 from tests.placement.recordings import NUM_EXPERTS, loads_of, make_counts, make_ids, naive_loads
 
 TOP_2 = Sizes(top_k=2)
@@ -156,7 +156,7 @@ def test_an_archive_that_unpacks_to_more_than_the_limit_is_refused_unread(tmp_pa
     with zipfile.ZipFile(buffer) as saved, zipfile.ZipFile(tmp_path / "dump.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for info in saved.infolist():
             packed.writestr(info.filename, saved.read(info))
-    monkeypatch.setattr("moesaic.placement.dumps._MAX_DUMP_BYTES", 1 << 20)
+    monkeypatch.setattr("moesaic.placement.traces.dumps._MAX_DUMP_BYTES", 1 << 20)
     assert (tmp_path / "dump.pt").stat().st_size < 1 << 16
     with pytest.raises(ValueError, match=r"it takes \d+ bytes, above the limit of 1048576; save its array alone as .npy"):
         open_source(tmp_path / "dump.pt", 2, sizes=TOP_2)

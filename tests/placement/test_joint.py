@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology, cost, get_solver, split_exact
-from moesaic.placement.joint import solve, solve_joint
+from moesaic.placement.solvers.joint import solve, solve_joint
 
 
 def model(seed: int, num_layers: int, num_experts: int, topology: Topology, slots: int = 0) -> list[Problem]:

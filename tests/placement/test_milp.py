@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 import time
 
 import highspy
@@ -23,14 +25,14 @@ from moesaic.placement import (
     Topology,
     cost,
     get_solver,
-    milp,
-    milp_model,
-    milp_search,
     split_exact,
 )
 from moesaic.placement.cost import prices_of, seconds_of
-from moesaic.placement.exhaustive import every_placement
-from moesaic.placement.priced import split_priced
+from moesaic.placement.solvers.exhaustive import every_placement
+from moesaic.placement.solvers.milp import model as milp_model
+from moesaic.placement.solvers.milp import planner as milp
+from moesaic.placement.solvers.milp import search as milp_search
+from moesaic.placement.solvers.milp.priced import split_priced
 from tests.placement.cases import examples, problems, shared_trace, zipf_problem
 
 
@@ -171,7 +173,7 @@ def test_prices_end_with_the_time():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(milp_search, "perf_counter", lambda: clock_s[0])
-        patch.setattr("moesaic.placement.priced.split_priced", price)
+        patch.setattr("moesaic.placement.solvers.milp.priced.split_priced", price)
         best = milp_search.cheapest(problem, zip(exact_s, placements, strict=True), end=2.5)
     assert [(start, limit) for start, limit, _ in priced] == [(0.0, 2.5), (1.0, 1.5), (2.0, 0.5)]
     assert priced[0][2] == np.inf
@@ -185,25 +187,50 @@ def test_no_engine_starts_when_the_time_is_over():
     best = milp.best_heuristic(problem)
     proof = milp._Proof(problem, False, "highs", best, 0.0, milp._Clock(time.perf_counter() - 9.8, 10.0))
     with milp.SearchOn(problem, [problem.expert_to_owner_E], False, 0.01) as searching, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moesaic.placement.milp_model.Model", None)
+        patch.setattr("moesaic.placement.solvers.milp.model.Model", None)
         proof.tighten(1e-9, searching)
     assert 0 < proof.bound_s < best.cost.total_s
 
 
 def test_handing_a_program_over_takes_of_the_engines_time():
     """The limit counts from the making of the engine, on a clock that jumps four seconds until HiGHS begins."""
-    from moesaic.placement import engines
+    from moesaic.placement.solvers import engines
 
     program = pulp.LpProblem("one", pulp.LpMinimize)
     count, unused = program.add_variable("count", 0, None, pulp.LpInteger), program.add_variable("unused", None, 7)
     program += 2 * count + 1, "cost"
     program.addConstraint(3 * count >= 4, "least")
     program.addConstraint(count + 0 * unused <= 9, "most")
+    limits_s, start_solve = [], highspy.Highs.startSolve
+
+    def start(highs):
+        limits_s.append(highs.getOptionValue("time_limit")[1])
+        start_solve(highs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "perf_counter", iter([100.0, 104.0]).__next__)
-        program.solve(engines.make_engine("highs", 5.0, 0.0))
+        patch.setattr(highspy.Highs, "startSolve", start)
+        outcome = engines.minimise(program, "highs", 5.0, 0.0)
     assert (count.varValue, pulp.value(program.objective)) == (2.0, 5.0)
-    assert program.solverModel.getOptionValue("time_limit")[1] == 1.0
+    assert (outcome.has_solution, outcome.is_complete, outcome.bound) == (True, True, 5.0)
+    assert limits_s == [1.0]
+
+
+def test_engines_print_nothing():
+    """From HiGHS 1.16 on the first solver of a process says who it is, on the standard output that `--json -` has to itself."""
+    script = """
+import os, pulp
+from moesaic.placement.solvers import engines
+program = pulp.LpProblem("one", pulp.LpMinimize)
+count = program.add_variable("count", 0, None, pulp.LpInteger)
+program += 2 * count, "cost"
+program.addConstraint(3 * count >= 4, "least")
+assert engines.minimise(program, "highs", 10.0, 0.0).bound == 4.0
+print("the end", flush=True)
+os.write(1, b"of it")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\nof it", "")
 
 
 def test_ctrl_c_ends_the_engine_with_what_it_knows():
@@ -254,7 +281,7 @@ def test_ctrl_c_ends_a_solve_with_the_best_so_far(place):
 
 
 def test_constraints_are_named():
-    from moesaic.placement.milp_model import Model
+    from moesaic.placement.solvers.milp.model import Model
 
     program = Model(zipf_problem(2, 8, 1.0, slots=1), seconds=1.0, move_owners=True).program
     for name in ("one_owner_3", "slots_1", "owned_0", "held_7_1", "busiest_0", "dispatch_device_0_1", "gather_hides"):
@@ -285,9 +312,20 @@ def test_owners_may_leave_an_expert_to_its_copies(problem, seed):
     assert priced.compute_s + priced.dispatch_s <= other.compute_s + other.dispatch_s + 2 * sum(a_row[:2])
 
 
+def test_a_split_that_sends_no_row_saves_the_latency_of_dispatch() -> None:
+    """Few rows, every expert everywhere: the second group on each rank costs less than four messages."""
+    load = ExpertLoad(np.array([[2, 3], [4, 3]]))
+    problem = Problem(load, np.array([0, 1]), Topology.preset("h100", 2), LayerShape(2, 1, 16, 512), slots=1)
+    everywhere = Placement(problem.expert_to_owner_E, np.ones((2, 2), dtype=bool))
+    assert (split_priced(problem, everywhere).rows_RE == load.load_RE).all()
+    assert milp.solve(problem).cost.dispatch_s == 0.0
+    one_copy = Placement(problem.expert_to_owner_E, np.array([[True, True], [False, True]]))
+    assert cost(problem, one_copy, split_priced(problem, one_copy)).dispatch_s > 4 * problem.topology.latency_s
+
+
 def test_covers_say_which_copies_a_cheap_placement_needs():
     """Rank 0 owns nearly all rows: who wants to be within a tenth of the mean rank must hand experts on and take some."""
-    from moesaic.placement.milp_model import Model
+    from moesaic.placement.solvers.milp.model import Model
 
     load = ExpertLoad(np.array([[900, 900, 10, 10], [900, 900, 10, 10]]) * 100)
     problem = Problem(load, np.array([0, 0, 1, 1]), Topology.preset("h100", 2), LayerShape(4, 2, 512, 512), 1, overlap_s=1.0)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import OwnerMap, Topology, count_hops, get_solver, tune_owners
-from moesaic.placement.moetuner import best_assignment, cluster_experts
+from moesaic.placement.solvers.baselines.moetuner import best_assignment, cluster_experts
 from tests.placement.cases import shared_trace, zipf_problem
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesaic.placement import Placement, SavedPlan, Topology, TraceMeta, read_plan
-from moesaic.placement.plans import read_topology
+from moesaic.placement.offline.plans import read_topology
 
 META = TraceMeta(num_layers=2, num_experts=4, top_k=2, num_ranks=2, dim=8, ffn_dim=16)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moesaic.placement import ExpertLoad
-from moesaic.placement.predict import WINDOW, make_predictor, prediction_error
+from moesaic.placement.online.predict import WINDOW, make_predictor, prediction_error
 
 NAMES = ("best", "last", "window", "ema")
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from moesaic.placement.dealing import deal, split_tokens
-from moesaic.placement.foreign import Sizes
-from moesaic.placement.sources import open_source
-from moesaic.placement.traces import Trace, TraceWriter
+from moesaic.placement.traces.dealing import deal, split_tokens
+from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.format import Trace, TraceWriter
+from moesaic.placement.traces.sources import open_source
 from tests.placement.recordings import NUM_EXPERTS, changed, loads_of, make_counts, make_ids, naive_loads, open_saved
 
 

@@ -21,7 +21,7 @@ from moesaic.placement import (
     hecate_owners,
     split_exact,
 )
-from moesaic.placement import hecate as hecate_module
+from moesaic.placement.solvers.baselines import hecate as hecate_module
 from tests.placement.cases import problems, zipf_problem
 
 

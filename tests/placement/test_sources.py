@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from moesaic.placement.dealing import apportion, deal
-from moesaic.placement.foreign import Sizes
-from moesaic.placement.sources import RankedTrace, open_source, pair_counts_of
-from moesaic.placement.tokens import TokenFile
-from moesaic.placement.traces import Trace, TraceMeta, TraceWriter, write_trace
+from moesaic.placement.traces.dealing import apportion, deal
+from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.format import Trace, TraceMeta, TraceWriter, write_trace
+from moesaic.placement.traces.sources import RankedTrace, open_source, pair_counts_of
+from moesaic.placement.traces.tokens import TokenFile
 
 META = TraceMeta(num_layers=2, num_experts=6, top_k=2, num_ranks=4, dim=8, ffn_dim=16)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moesaic.placement.sources import pair_counts_of
+from moesaic.placement.traces.sources import pair_counts_of
 from tests.placement.recordings import NUM_EXPERTS, loads_of, make_ids, naive_loads, open_saved
 
 
@@ -100,7 +100,7 @@ def test_routing_maps_are_counted(tmp_path):
 def test_tokens_of_large_steps_are_read_in_small_blocks(tmp_path, monkeypatch):
     """Blocks that end inside a step and across steps count the same."""
     ids_TLK = make_ids(50)
-    monkeypatch.setattr("moesaic.placement.tokens._BLOCK_CELLS", 7 * 6)
+    monkeypatch.setattr("moesaic.placement.traces.tokens._BLOCK_CELLS", 7 * 6)
     for shuffle_seed in (None, 0):
         source = open_saved(
             tmp_path / "t.npz", 3, experts=NUM_EXPERTS, tokens_per_step=16, shuffle_seed=shuffle_seed, topk_ids=ids_TLK

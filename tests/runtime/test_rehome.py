@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import LocalTransport
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver
-from moesaic.placement.propose import Question, propose, saved_s
+from moesaic.placement.online.propose import Question, propose, saved_s
 from moesaic.runtime import rehomer
 from moesaic.runtime.bank import Bank
 from moesaic.runtime.expert import ExpertShape

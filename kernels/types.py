@@ -1,0 +1,110 @@
+"""Types shared by several ops, or by an op with its Triton kernel and its compiled CPU routine. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Matrices: TypeAlias = Sequence[Tensor] | Tensor
+"""One matrix per group, or all of them stacked."""
+
+FORWARD, DGRAD, WGRAD, BACKWARD = range(4)
+"""The kinds of a grouped product; BACKWARD is WGRAD and DGRAD."""
+
+Score = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Groups of row positions in CSR form: bag m holds `indices[offsets[m]:offsets[m + 1]]`, in this order.
+
+    Example: `row_ids_N = [2, 0, 2]` with `num_rows = 3` gives `indices = [1, 0, 2]`, `offsets = [0, 1, 1, 3]`.
+    """
+
+    indices: Tensor  # int32 [N]
+    offsets: Tensor  # int32 [num_bags + 1]
+
+    def __post_init__(self) -> None:
+        if self.indices.dim() != 1 or self.offsets.dim() != 1 or self.offsets.numel() < 1:
+            raise ValueError(
+                f"Bags needs 1-D indices and 1-D offsets with at least one element, got shapes "
+                f"{tuple(self.indices.shape)} and {tuple(self.offsets.shape)}; build them with bags_of"
+            )
+        if self.indices.dtype != torch.int32 or self.offsets.dtype != torch.int32:
+            raise ValueError(f"Bags holds int32, got {self.indices.dtype} and {self.offsets.dtype}; build them with bags_of")
+
+    @property
+    def num_bags(self) -> int:
+        """Number of bags, empty ones included."""
+        return self.offsets.numel() - 1
+
+
+@dataclass(frozen=True)
+class SwigluGrads:
+    """What `swiglu_backward` returns: both input gradients and the recomputed forward output."""
+
+    dgate_up_N2F: Tensor
+    drow_weights_N: Tensor | None
+    h_NF: Tensor
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to.
+
+    Only `clamped_ffn` supports biases, gate_up_bias [2F] and down_bias [D] per group.
+    """
+
+    gate_up: Sequence[Tensor]
+    down: Sequence[Tensor]
+    gate_up_bias: Sequence[Tensor] = ()
+    down_bias: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.gate_up) != len(self.down):
+            raise ValueError(f"{len(self.gate_up)} gate_up and {len(self.down)} down matrices; give one pair per group")
+        biases = len(self.gate_up_bias), len(self.down_bias)
+        if biases not in ((0, 0), (len(self.down), len(self.down))):
+            raise ValueError(f"{biases[0]} gate_up and {biases[1]} down biases for {len(self.down)} groups; give all or none")
+
+    def of_groups(self, groups: slice) -> FFNWeights:
+        """The matrices of a range of groups."""
+        return FFNWeights(self.gate_up[groups], self.down[groups], self.gate_up_bias[groups], self.down_bias[groups])
+
+
+@dataclass(frozen=True)
+class GroupedFFNOutput:
+    """Forward result: the weighted output, and the pre-activation that the backward needs."""
+
+    y_ND: Tensor
+    gate_up_N2F: Tensor
+
+    def of_rows(self, rows: slice) -> GroupedFFNOutput:
+        """The same for a range of rows."""
+        return GroupedFFNOutput(self.y_ND[rows], self.gate_up_N2F[rows])
+
+
+@dataclass(frozen=True)
+class GroupedFFNGrads:
+    """Gradients of rows and row weights; weight gradients were added in place."""
+
+    dx_ND: Tensor
+    drow_weights_N: Tensor
+
+    def of_rows(self, rows: slice) -> GroupedFFNGrads:
+        """The same for a range of rows."""
+        return GroupedFFNGrads(self.dx_ND[rows], self.drow_weights_N[rows])
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The router's decision for every token."""
+
+    topk_ids_TK: Tensor  # int64, best first
+    weights_TK: Tensor  # float32
+    lse_T: Tensor | None  # float32, log-sum-exp of the logits: the z-loss is the mean of its square; None if not requested
+    load_E: Tensor  # int64, assignments per expert

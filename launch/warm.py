@@ -1,0 +1,89 @@
+"""Compiling ahead: the routines of a run before its first step, or all of them, for `moesaic doctor --warm` and `make`.
+
+Each is called on a small example, so that it is compiled and kept, or loaded if it is there already. Compiled code knows the
+types of its arguments and no sizes. What is left out here is compiled where it is first called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..collectives import SCHEDULES, account, choose_schedule, make_schedule
+from ..jit import compile_seconds
+from ..kernels import bags_of, gather_rows, grouped_gemm, grouped_gemm_backward, sum_rows, swiglu, swiglu_backward
+from ..placement import (
+    SOLVERS,
+    ExpertLoad,
+    LayerShape,
+    Placement,
+    Problem,
+    Solver,
+    Topology,
+    calibrate,
+    get_solver,
+    split_exact,
+)
+from ..runtime import MoELayer, RuntimeConfig
+
+
+def warm_run(config: RuntimeConfig, device: torch.device) -> None:
+    """Have the routines ready that a training run calls on this rank. Those of its transport were compiled as it was made."""
+    if device.type == "cpu":
+        warm_kernels([torch.bfloat16 if config.compute_dtype == "bf16" else torch.float32])
+    warm_planning([get_solver(config.policy)])
+
+
+def warm_all() -> float:
+    """Have every routine ready; return the seconds that compiling, and loading what was compiled already, took."""
+    before_s = compile_seconds()
+    from ..collectives.transports import shm_control
+
+    assert shm_control.DONE == 0, "importing it compiles what it holds"
+    warm_kernels([torch.float32, torch.float64, torch.bfloat16])
+    warm_planning(list(SOLVERS.values()))
+    return compile_seconds() - before_s
+
+
+def warm_planning(solvers: Sequence[Solver]) -> None:
+    """Place copies, split a load over them and schedule their gather, on one node and on two."""
+    for topology in (Topology.preset("cpu", 2), Topology.preset("cpu", num_nodes=2, ranks_per_node=2)):
+        problem = _problem(topology)
+        owners = Placement.owners_only(problem.expert_to_owner_E, problem.num_ranks)
+        for solver in solvers:
+            solver(problem)
+            calibrate(problem, split_exact(problem.load, owners, topology), solver, split_exact)
+        replicas_RE = owners.replicas_RE.copy()
+        replicas_RE[:, 0] = True  # the first expert, on every rank
+        placement = Placement(owners.expert_to_owner_E, replicas_RE)
+        split_exact(problem.load, placement, topology)
+        choose_schedule(placement, topology, problem.shape)
+        for name in SCHEDULES:
+            schedule = make_schedule(name, placement, topology, problem.shape.expert_bytes)
+            account(schedule, topology, problem.shape.parameters_per_expert)
+
+
+def _problem(topology: Topology) -> Problem:
+    """A layer with an expert for each rank, whose first one gets most tokens."""
+    num_ranks = topology.num_ranks
+    load_RE = np.ones((num_ranks, num_ranks), dtype=np.int64)
+    load_RE[:, 0] = 100_000
+    shape = LayerShape(num_experts=num_ranks, top_k=1, dim=8, ffn_dim=8)
+    return Problem(ExpertLoad(load_RE), np.arange(num_ranks), topology, shape, slots=1, forecast_error=0.1)
+
+
+def warm_kernels(dtypes: Sequence[torch.dtype]) -> None:
+    """Train a layer on the CPU for a step, and call what only several ranks call, or what takes other layouts of tensors."""
+    for dtype in dtypes:
+        with torch.random.fork_rng(devices=()), torch.enable_grad():
+            layer = MoELayer(8, 8, num_experts=2, top_k=2, dtype=dtype)
+            layer(torch.ones(4, 8, dtype=dtype, requires_grad=True)).sum().backward()
+        rows, weights = torch.ones(2, 8, dtype=dtype), [torch.ones(8, 8, dtype=dtype)]
+        gather_rows(rows, torch.tensor([0, 3]), beside=rows)
+        sum_rows(rows, bags_of(torch.tensor([0, 0, 1, 1]), 2), beside=rows)
+        sum_rows(rows, bags_of(torch.tensor([0, 1]), 2))
+        swiglu_backward(swiglu(rows), rows)
+        grouped_gemm(rows, weights, [2])
+        grouped_gemm_backward(rows, rows, weights, [2], [weights[0].clone()])

@@ -1,0 +1,367 @@
+"""The policy simulator: solvers run over a trace as training uses them, evaluated on the load of each step.
+
+A run is one solver with one kind of information:
+    predicted   places from a forecast of the past, as training does
+    exact       places from the load of the step itself: the value of a perfect forecast of one step
+    future      places once, from the mean over the whole trace: the value of a plan solved offline with hindsight
+The split always uses the exact load; solvers that were published with the even split are evaluated under both. The first step,
+for which there is no forecast, is not evaluated. Shape letters: L layers, R ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from ..content import MAX_TOTAL, check_positive_int, check_seconds
+from ..cost import Solution, cost, lower_bound
+from ..online.predict import PREDICTORS, make_predictor
+from ..owners import OwnerMap
+from ..solvers.registry import KEEPS_OWNERS, Solver, get_solver
+from ..split import Split, split_exact, split_local_even
+from ..topology import Topology
+from ..traces.sources import LoadSource
+from ..values import ExpertLoad, LayerShape, Placement, Problem
+from .plans import MAX_RANKS, SavedPlan
+
+INFORMATION = ("predicted", "exact", "future")
+# Published with tokens split evenly over their nearest replicas; EPLB leaves dispatch to its engine, which does the same.
+EVENLY_SPLIT = frozenset({"hecate", "laer", "flexmoe", "eplb", "eplb_hierarchical"})
+SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = MappingProxyType(
+    {"exact": split_exact, "even": split_local_even}
+)
+
+
+def takes_time_limit(solver: str) -> bool:
+    """Return whether a solver takes a time limit."""
+    return "time_limit_s" in inspect.signature(get_solver(solver)).parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatorSetting:
+    """The setting that all runs of a comparison share.
+
+    overlap_s: seconds of other work that hide the gather. rehome_every: steps between two plans of solvers that change owners,
+    over which a move is amortised. scale: factor on every recorded load. time_limit_s: of one call of an exact solver.
+    """
+
+    topology: Topology
+    shape: LayerShape
+    predictor: Literal["best", "last", "window", "ema"] = "best"
+    overlap_s: float = 0.0
+    gathers: int = 1
+    backward_multiplier: int = 3
+    rehome_every: int = 1
+    scale: int = 1
+    time_limit_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.topology.num_ranks > MAX_RANKS:
+            raise ValueError(f"the topology has {self.topology.num_ranks} ranks; at most {MAX_RANKS} are supported offline")
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"unknown predictor {self.predictor!r}; known: {', '.join(PREDICTORS)}")
+        check_seconds("overlap_s", self.overlap_s)
+        check_seconds("time_limit_s", self.time_limit_s, positive=True)
+        check_positive_int("rehome_every", self.rehome_every)
+        check_positive_int("scale", self.scale)
+
+    def solver(self, name: str) -> Solver:
+        """The named solver, with the time limit if it takes one."""
+        solve: Callable[..., Solution] = get_solver(name)
+        return partial(solve, time_limit_s=self.time_limit_s) if takes_time_limit(name) else solve
+
+    def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int, forecast_error: float = 0.0) -> Problem:
+        """The problem of one layer at one step."""
+        return Problem(
+            load=load,
+            expert_to_owner_E=owner_E,
+            topology=self.topology,
+            shape=self.shape,
+            slots=slots,
+            gathers=self.gathers,
+            overlap_s=self.overlap_s,
+            backward_multiplier=self.backward_multiplier,
+            move_horizon_steps=horizon,
+            forecast_error=forecast_error,
+        )
+
+    def loads(self, loads_LRE: np.ndarray) -> list[ExpertLoad]:
+        """A step's loads by layer, scaled."""
+        if int(loads_LRE.max(initial=0)) * self.scale > MAX_TOTAL:
+            raise ValueError(f"a load of {int(loads_LRE.max())} at scale {self.scale} is above {MAX_TOTAL}; lower --scale")
+        return [ExpertLoad(load_RE * self.scale) for load_RE in loads_LRE]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of one run under one split; its field names are those of the records that commands write.
+
+    Means are over the evaluated (step, layer) cells, per-step values are sums over layers.
+
+    knows: the run's information. max_over_mean, _p95, _max: rows of the busiest rank over the mean rank. bound: mean lower bound
+    of max_over_mean over all placements. copies: per layer, over all ranks. off_rank_share, cross_node_share: of the assignments.
+    Bytes and `step_s` are per step, by the model of cost.py. solve_s: solver seconds per layer solved. gap: of the predicted
+    seconds to their lower bound. moves: total changes of owners.
+    """
+
+    solver: str
+    knows: str
+    split: str
+    slots: int
+    num_steps: int
+    max_over_mean: float
+    max_over_mean_p95: float
+    max_over_mean_max: float
+    bound: float
+    copies: float
+    off_rank_share: float
+    cross_node_share: float
+    dispatch_bytes_in_node: float
+    dispatch_bytes_cross_node: float
+    copy_bytes_in_node: float
+    copy_bytes_cross_node: float
+    move_bytes: float
+    step_s: float
+    solve_s: float
+    gap: float
+    moves: int
+    max_over_mean_of_layer: tuple[float, ...]
+
+
+@dataclass
+class _Score:
+    """Sums over the cells of one run under one split."""
+
+    split: str
+    num_layers: int
+    ratios: array[float] = field(default_factory=lambda: array("d"))
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float], ratio: float) -> None:
+        """Add one cell."""
+        self.ratios.append(ratio)
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+class _Run:
+    """One solver with one kind of information: its present owners and its scores."""
+
+    def __init__(
+        self, name: str, information: str, slots: int, setting: SimulatorSetting, owners: OwnerMap, horizon: int
+    ) -> None:
+        self.name, self.information, self.slots = name, information, slots
+        self.horizon = horizon
+        self.moves = 0
+        self.is_fixed = information == "future"
+        self._setting = setting
+        self._owners = list(owners.expert_to_owner_LE)
+        self._standing: list[Placement | None] = [None] * owners.num_layers
+        self._age = [0] * owners.num_layers
+        self._solve_s, self._num_solved = 0.0, 0
+        splits = ("exact", "even") if name in EVENLY_SPLIT and slots else ("exact",)
+        self.scores = [_Score(split, owners.num_layers) for split in splits]
+
+    def fix(self, placements: Sequence[Placement], seconds: float) -> None:
+        """Use these placements instead of solving; they took `seconds` in total."""
+        self.is_fixed = True
+        self._standing = list(placements)
+        self._solve_s, self._num_solved = seconds, len(placements)
+
+    def _place(self, layer: int, known: ExpertLoad | None, forecast_error: float) -> Placement:
+        standing = self._standing[layer]
+        self._age[layer] += 1
+        if known is None and standing is not None:
+            return standing
+        if known is None or not known.total:
+            return Placement.owners_only(self._owners[layer], self._setting.topology.num_ranks)
+        if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.rehome_every:
+            return standing
+        problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, forecast_error)
+        solution = self._setting.solver(self.name)(problem)
+        self._solve_s += solution.seconds
+        self._num_solved += 1
+        self._standing[layer] = solution.placement
+        return solution.placement
+
+    def solve_all(self, loads: Sequence[ExpertLoad]) -> None:
+        """Place every layer once, from these loads, for all steps."""
+        for layer, load in enumerate(loads):
+            self._standing[layer] = self._place(layer, load, 0.0)
+
+    def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float) -> None:
+        """Place one layer from the known load, given its expected error, and evaluate the placement on the actual load."""
+        placement = self._place(layer, known, forecast_error)
+        problem = self._setting.problem(actual, self._owners[layer], self.slots, self.horizon)
+        bound = lower_bound(problem, owners_may_move=self.name not in KEEPS_OWNERS)
+        moves = int(np.count_nonzero(placement.expert_to_owner_E != self._owners[layer]))
+        for score in self.scores:
+            split = SPLITS[score.split](actual, placement, self._setting.topology)
+            seconds = cost(problem, placement, split)
+            # A move is charged in full when it happens; only the solver amortises it over the horizon.
+            total_s = seconds.total_s + seconds.move_s * (self.horizon - 1)
+            values = _traffic(problem, placement, split, moves)
+            values["step_s"] = total_s
+            values["gap"] = max(0.0, 1.0 - bound.total_s / total_s) if total_s > 0 else 0.0
+            values["bound"] = bound.max_rows * problem.num_ranks / actual.total if actual.total else 1.0
+            score.add(values, split.max_over_mean)
+        self.moves += moves
+        self._owners[layer] = placement.expert_to_owner_E
+
+    def outcomes(self) -> list[Outcome]:
+        """The outcomes, one per split."""
+        return [self._outcome(score) for score in self.scores]
+
+    def _outcome(self, score: _Score) -> Outcome:
+        ratios = np.frombuffer(score.ratios, dtype=np.float64).reshape(-1, score.num_layers)
+        num_steps, num_cells, sums = len(ratios), ratios.size, score.sums
+        per_step = {name: sums[name] / num_steps for name in (*_BYTES, "step_s")}
+        per_cell = {name: sums[name] / num_cells for name in ("bound", "copies", "gap")}
+        rows = max(sums["rows"], 1.0)
+        return Outcome(
+            solver=self.name,
+            knows=self.information,
+            split=score.split,
+            slots=self.slots,
+            num_steps=num_steps,
+            max_over_mean=float(ratios.mean()),
+            max_over_mean_p95=float(np.quantile(ratios, 0.95)),
+            max_over_mean_max=float(ratios.max()),
+            off_rank_share=sums["off_rank"] / rows,
+            cross_node_share=sums["off_node"] / rows,
+            solve_s=self._solve_s / self._num_solved if self._num_solved else 0.0,
+            moves=self.moves,
+            max_over_mean_of_layer=tuple(ratios.mean(axis=0).tolist()),
+            **per_step,
+            **per_cell,
+        )
+
+
+# Another step's loads, at most MAX_TOTAL, still fit int64.
+_MAX_SUM = 1 << 62
+_BYTES = ("dispatch_bytes_in_node", "dispatch_bytes_cross_node", "copy_bytes_in_node", "copy_bytes_cross_node", "move_bytes")
+
+
+def _traffic(problem: Problem, placement: Placement, split: Split, moves: int) -> dict[str, float]:
+    """Count rows, copies and bytes by link: dispatch and combine, forward and backward; gathers and reduce."""
+    topology, shape = problem.topology, problem.shape
+    off_rank, off_node = split.off_rank, split.off_node(topology)
+    ranks, experts = np.nonzero(placement.copies_RE)
+    node_R = topology.node_of_rank_R
+    cross = int(np.count_nonzero(node_R[placement.expert_to_owner_E[experts]] != node_R[ranks]))
+    row_bytes = 4 * shape.row_bytes
+    copy_bytes = problem.gathers * shape.expert_bytes + shape.gradient_bytes
+    return {
+        "rows": split.load.total,
+        "off_rank": off_rank,
+        "off_node": off_node,
+        "copies": ranks.size,
+        "dispatch_bytes_in_node": (off_rank - off_node) * row_bytes,
+        "dispatch_bytes_cross_node": off_node * row_bytes,
+        "copy_bytes_in_node": (ranks.size - cross) * copy_bytes,
+        "copy_bytes_cross_node": cross * copy_bytes,
+        "move_bytes": moves * shape.parameters_per_expert * 4 * problem.state_multiplier,
+    }
+
+
+def _check_matches(source: LoadSource, setting: SimulatorSetting) -> None:
+    meta, topology, shape = source.meta, setting.topology, setting.shape
+    if meta.num_ranks != topology.num_ranks:
+        raise ValueError(f"the trace is of {meta.num_ranks} ranks, the topology has {topology.num_ranks}; give matching ones")
+    if meta.num_experts != shape.num_experts:
+        raise ValueError(f"the trace has {meta.num_experts} experts, the shape says {shape.num_experts}; give matching ones")
+
+
+def attention_s(source: LoadSource, setting: SimulatorSetting) -> float:
+    """Predict the seconds of work before an MoE layer that hide its gather: the four projections of attention, forward.
+
+    A lower estimate: attention scores, norms and other dense work are not included. Tokens per rank are those of the first step.
+    """
+    first_LRE = next(source.steps())
+    tokens = setting.scale * int(first_LRE.sum(axis=(1, 2)).max()) / source.meta.top_k / source.meta.num_ranks
+    return 8 * setting.shape.dim**2 * tokens / setting.topology.flops_per_s
+
+
+def mean_loads(source: LoadSource, setting: SimulatorSetting, *, on_step: Callable[[], None] = lambda: None) -> list[ExpertLoad]:
+    """Return every layer's mean load over a source, rounded and scaled."""
+    sum_LRE = np.zeros(source.meta.step_shape, dtype=np.int64)
+    for loads_LRE in source.steps():
+        sum_LRE += loads_LRE
+        if sum_LRE.max(initial=0) > _MAX_SUM:
+            raise ValueError(f"loads sum to {int(sum_LRE.max())} up to a step, above {_MAX_SUM}; divide the recording's counts")
+        on_step()
+    return setting.loads(np.rint(sum_LRE / source.num_steps).astype(np.int64))
+
+
+def compare(
+    source: LoadSource,
+    setting: SimulatorSetting,
+    solvers: Sequence[str],
+    *,
+    slots: Sequence[int] = (2,),
+    information: Sequence[str] = INFORMATION,
+    num_steps: int | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """Run solvers over a source, all runs side by side in one pass; with `future` a pass before it.
+
+    slots: budgets to try. num_steps: the first that many steps only. A source of one step has no forecasts: its runs are `exact`
+    and `future`. `on_step` is called after every step of the last pass.
+    """
+    _check_matches(source, setting)
+    steps = min(source.num_steps, num_steps or source.num_steps)
+    kinds = [kind for kind in INFORMATION if kind in information and (kind != "predicted" or steps > 1)]
+    owners = OwnerMap.contiguous(source.meta.num_layers, source.meta.num_experts, source.meta.num_ranks)
+    runs = [
+        _Run(name, kind, budget, setting, owners, steps if kind == "future" else setting.rehome_every)
+        for budget in slots
+        for kind in kinds
+        for name in solvers
+    ]
+    if "future" in kinds:
+        hindsight = mean_loads(source, setting)
+        for run in runs:
+            if run.information == "future":
+                run.solve_all(hindsight)
+    _play(source, setting, runs, range(int("predicted" in kinds), steps), on_step)
+    return [outcome for run in runs for outcome in run.outcomes()]
+
+
+def replay(
+    source: LoadSource,
+    setting: SimulatorSetting,
+    plan: SavedPlan,
+    *,
+    information: str,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """Evaluate a saved plan on a source, unchanged through all steps. `information`: the kind of load it was solved from."""
+    _check_matches(source, setting)
+    plan.check_model(source.meta, "the trace")
+    run = _Run(plan.solver, information, plan.slots, setting, plan.owners, source.num_steps)
+    run.fix(plan.layers, plan.seconds)
+    _play(source, setting, [run], range(source.num_steps), on_step)
+    return run.outcomes()
+
+
+def _play(
+    source: LoadSource, setting: SimulatorSetting, runs: Sequence[_Run], judged: range, on_step: Callable[[], None]
+) -> None:
+    """Advance all runs over the source, up to the last evaluated step."""
+    predictors = [make_predictor(setting.predictor) for _ in range(source.meta.num_layers)]
+    for step, loads_LRE in enumerate(islice(source.steps(), judged.stop)):
+        for layer, (predictor, actual) in enumerate(zip(predictors, setting.loads(loads_LRE), strict=True)):
+            known = {"predicted": predictor.predict(), "exact": actual}
+            for run in runs if step in judged else ():
+                error = predictor.expected_error() if run.information == "predicted" else 0.0
+                run.play(layer, None if run.is_fixed else known[run.information], actual, error)
+            predictor.observe(actual)
+        on_step()

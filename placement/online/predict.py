@@ -1,0 +1,132 @@
+"""Predictors: a forecast of a layer's next load from its past loads.
+
+All are deterministic functions of integers that are the same on every rank, so all ranks make the same forecast.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+import numpy as np
+
+from ..values import ExpertLoad
+
+# Number of loads that the window predictor averages (as Hecate, arXiv 2502.02581, section 4.2, and LAER-MoE).
+WINDOW = 5
+EMA_DECAY = 0.9
+# Number of past forecasts by whose error 'best' chooses a predictor.
+ERROR_WINDOW = 10
+# Expected error before any forecast has been evaluated; recorded errors from step to step are 0.01 to 0.25.
+FIRST_ERROR = 0.1
+
+
+class Predictor(Protocol):
+    """Observes every load once, in order, and forecasts the next."""
+
+    def observe(self, load: ExpertLoad) -> None:
+        """Observe a measured load."""
+
+    def predict(self) -> ExpertLoad | None:
+        """The forecast of the next load; None before any load was observed."""
+
+
+class LastPredictor:
+    """Forecasts the last load. By far the best in the first few hundred steps."""
+
+    def __init__(self) -> None:
+        self._load: ExpertLoad | None = None
+
+    def observe(self, load: ExpertLoad) -> None:
+        """Keep the load."""
+        self._load = load
+
+    def predict(self) -> ExpertLoad | None:
+        """The load observed last."""
+        return self._load
+
+
+class WindowPredictor:
+    """Forecasts the mean of the last `WINDOW` loads, rounded down."""
+
+    def __init__(self) -> None:
+        self._loads: deque[np.ndarray] = deque(maxlen=WINDOW)
+
+    def observe(self, load: ExpertLoad) -> None:
+        """Push the load into the window."""
+        self._loads.append(load.load_RE)
+
+    def predict(self) -> ExpertLoad | None:
+        """The mean over the window."""
+        return ExpertLoad(np.sum(self._loads, axis=0) // len(self._loads)) if self._loads else None
+
+
+class EmaPredictor:
+    """Forecasts an exponential moving average with decay `EMA_DECAY`, initialised with the first load."""
+
+    def __init__(self) -> None:
+        self._average_RE: np.ndarray | None = None
+
+    def observe(self, load: ExpertLoad) -> None:
+        """Fold the load into the average."""
+        if self._average_RE is None:
+            self._average_RE = load.load_RE.astype(np.float64)
+        else:
+            self._average_RE = EMA_DECAY * self._average_RE + (1 - EMA_DECAY) * load.load_RE
+
+    def predict(self) -> ExpertLoad | None:
+        """The average, rounded."""
+        return None if self._average_RE is None else ExpertLoad(np.rint(self._average_RE).astype(np.int64))
+
+
+class BestPredictor:
+    """Uses the predictor with the smallest error over the last `ERROR_WINDOW` loads; ties go to the first.
+
+    The error of a forecast is the total variation distance between expert shares, from 0 to 1.
+    """
+
+    def __init__(self, *predictors: Predictor) -> None:
+        self._predictors = predictors or (LastPredictor(), WindowPredictor(), EmaPredictor())
+        self._errors: tuple[deque[float], ...] = tuple(deque(maxlen=ERROR_WINDOW) for _ in self._predictors)
+
+    def observe(self, load: ExpertLoad) -> None:
+        """Evaluate the forecasts of this load, then observe it."""
+        for predictor, errors in zip(self._predictors, self._errors, strict=True):
+            predicted = predictor.predict()
+            if predicted is not None:
+                errors.append(prediction_error(predicted, load))
+            predictor.observe(load)
+
+    def predict(self) -> ExpertLoad | None:
+        """The forecast of the predictor with the smallest recent error."""
+        return self._predictors[self._best()].predict()
+
+    def expected_error(self) -> float:
+        """The recent mean error of that predictor; `FIRST_ERROR` before any forecast was evaluated."""
+        errors = self._errors[self._best()]
+        return sum(errors) / len(errors) if errors else FIRST_ERROR
+
+    def _best(self) -> int:
+        scores = [sum(errors) for errors in self._errors]
+        return scores.index(min(scores))
+
+
+def prediction_error(predicted: ExpertLoad, actual: ExpertLoad) -> float:
+    """Total variation distance between the expert shares of two loads, from 0 (equal) to 1."""
+    shares = [load.totals_E / max(load.total, 1) for load in (predicted, actual)]
+    return 0.5 * float(np.abs(shares[0] - shares[1]).sum())
+
+
+PREDICTORS: Mapping[str, Callable[[], BestPredictor]] = MappingProxyType(
+    {
+        "best": BestPredictor,
+        "last": lambda: BestPredictor(LastPredictor()),
+        "window": lambda: BestPredictor(WindowPredictor()),
+        "ema": lambda: BestPredictor(EmaPredictor()),
+    }
+)
+
+
+def make_predictor(name: Literal["best", "last", "window", "ema"]) -> BestPredictor:
+    """A new predictor by its configuration name."""
+    return PREDICTORS[name]()

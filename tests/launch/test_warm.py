@@ -1,0 +1,90 @@
+"""Compiling ahead: a run's routines are there before its first step, and `moesaic doctor --warm` makes those of all runs."""
+
+import json
+import multiprocessing
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from moesaic.collectives.lifetime import end_with_parent
+from moesaic.jit import compile_seconds
+from moesaic.launch import doctor, train, warm
+from moesaic.launch.entry import run_command
+from tests.launch.ranks import LIMIT_S, _variables, metrics_of, set_options, tiny_values
+
+
+def train_watched(rank: int, world_size: int, args: Sequence[str], folder: Path) -> None:
+    """One rank of a training run, which notes the seconds of compiling and loading when it is warm, and at the end."""
+    end_with_parent()
+    os.environ.update(_variables(rank, world_size))
+    seconds, warm_run = [], train.warm_run
+
+    def watched(*of_run: object) -> None:
+        warm_run(*of_run)
+        seconds.append(compile_seconds())
+
+    train.warm_run = watched
+    status = run_command(train.command, args)
+    seconds.append(compile_seconds())
+    (folder / f"seconds-{rank}").write_text(json.dumps([status, *seconds]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (),
+        ("runtime.policy=balance", "runtime.compute_dtype=bf16", "runtime.calibrate=always"),
+        ("runtime.schedule=relay", "runtime.materialize=rematerialize", "train.micro_batches=3", "router.score=sigmoid"),
+    ],
+    ids=["default", "balance in bf16", "relays"],
+)
+def test_nothing_is_compiled_or_loaded_in_a_step(tmp_path: Path, values: Sequence[str]) -> None:
+    """Nor in evaluations: all of that comes before the first step, on every rank, and the first record says how long it took."""
+    (tmp_path / "text.txt").write_text("".join(random.Random(0).choices(["router ", "expert ", "slot "], k=3000)))
+    args = set_options([*tiny_values(tmp_path), "train.steps=5", *values, f"launch.init_method=file://{tmp_path}/meeting"])
+    starting = multiprocessing.get_context("spawn")  # what ranks are forked from has loaded routines already
+    ranks = [starting.Process(target=train_watched, args=(rank, 2, args, tmp_path), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(LIMIT_S)
+    seconds = []
+    for rank in range(2):
+        status, when_warm_s, at_end_s = json.loads((tmp_path / f"seconds-{rank}").read_text())
+        assert status == 0
+        assert at_end_s == when_warm_s
+        seconds.append(at_end_s)
+    _, first, *others = metrics_of(tmp_path / "runs" / "demo")
+    assert first["compile_s"] == seconds[0] > 0
+    assert [row["compile_s"] for row in others] == [0.0] * 4
+
+
+def test_warming_leaves_random_numbers_as_they_are() -> None:
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    warm.warm_kernels([torch.float32])
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_doctor_warms_what_runs_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `moesaic doctor --warm` no configuration of a run has anything left to compile or to load."""
+    done = CliRunner().invoke(doctor.command, ["--warm"])
+    assert done.output.startswith("every routine is compiled; that took ")
+    warm_s = compile_seconds()
+    for dtype in (torch.float32, torch.bfloat16):
+        warm.warm_kernels([dtype])
+    for solver in warm.SOLVERS.values():
+        warm.warm_planning([solver])
+    assert compile_seconds() == warm_s
+
+
+def test_warm_stands_alone() -> None:
+    done = CliRunner().invoke(doctor.command, ["--warm", "--model", "mine.py:make"])
+    assert isinstance(done.exception, ValueError)
+    assert str(done.exception) == "--warm stands alone; leave out --model and --json"

@@ -1,0 +1,195 @@
+"""The policy simulator: what every run is told, how it is judged, saved plans, synthetic traces, back-tests."""
+
+import numpy as np
+import pytest
+
+from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Topology, Trace, TraceMeta, get_solver, split_exact, write_trace
+from moesaic.placement.offline.backtest import backtest
+from moesaic.placement.offline.simulate import Outcome, SimulatorSetting, compare, mean_loads, replay
+from moesaic.placement.offline.solve import solve_plan
+from moesaic.placement.traces.synth import KINDS, SynthSpec, synthesize
+
+META = TraceMeta(num_layers=2, num_experts=8, top_k=2, num_ranks=4, dim=64, ffn_dim=64)
+
+
+@pytest.fixture
+def trace(tmp_path) -> Trace:
+    spec = SynthSpec(META, "drifting", num_steps=5, tokens_per_rank=200, drift=0.3)
+    write_trace(tmp_path / "t.npz", META, np.stack(list(synthesize(spec))))
+    return Trace(tmp_path / "t.npz")
+
+
+@pytest.fixture
+def setting() -> SimulatorSetting:
+    """Two nodes of two ranks; copies hide under a second of other work."""
+    topology = Topology.preset("h100", num_nodes=2, ranks_per_node=2)
+    return SimulatorSetting(topology=topology, shape=LayerShape(8, 2, 64, 64), predictor="last", overlap_s=1.0)
+
+
+def one(outcomes: list[Outcome], **wanted: object) -> Outcome:
+    (found,) = (outcome for outcome in outcomes if all(getattr(outcome, name) == value for name, value in wanted.items()))
+    return found
+
+
+def test_every_lane_sees_what_it_may(trace, setting):
+    """max/mean and copies of all three runs against a plain loop over steps and layers."""
+    outcomes = compare(trace, setting, ["quota"], slots=(1,))
+    quota, owners = get_solver("quota"), OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
+    steps = [[ExpertLoad(load_RE) for load_RE in loads_LRE] for loads_LRE in trace.steps()]
+    hindsight = mean_loads(trace, setting)
+    for what in ("predicted", "exact", "future"):
+        ratios, copies = [], []
+        for step in range(1, 5):
+            for layer in range(2):
+                known = {"predicted": steps[step - 1][layer], "exact": steps[step][layer], "future": hindsight[layer]}[what]
+                horizon = 5 if what == "future" else 1
+                placement = quota(setting.problem(known, owners[layer], 1, horizon)).placement
+                ratios.append(split_exact(steps[step][layer], placement, setting.topology).max_over_mean)
+                copies.append(placement.num_copies)
+        found = one(outcomes, knows=what)
+        assert found.max_over_mean == pytest.approx(np.mean(ratios))
+        assert found.max_over_mean_p95 == pytest.approx(np.quantile(ratios, 0.95))
+        assert found.max_over_mean_max == max(ratios)
+        assert found.copies == pytest.approx(np.mean(copies))
+        assert found.num_steps == 4
+    assert one(outcomes, knows="exact").max_over_mean <= one(outcomes, knows="predicted").max_over_mean
+
+
+def test_bounds_shares_and_bytes(trace, setting):
+    outcomes = compare(trace, setting, ["static", "hecate", "eplb"], slots=(0, 2))
+    for outcome in outcomes:
+        assert 1.0 <= outcome.bound <= outcome.max_over_mean <= outcome.max_over_mean_max
+        assert 0.0 <= outcome.cross_node_share <= outcome.off_rank_share <= 1.0
+        assert 0.0 <= outcome.gap <= 1.0
+        assert outcome.step_s > 0
+        if not outcome.slots:
+            assert outcome.copies == outcome.copy_bytes_in_node == outcome.copy_bytes_cross_node == 0
+    static = one(outcomes, solver="static", slots=0, knows="exact")
+    rows = 2 * 4 * 200 * 2
+    row_bytes = 4 * 64 * 4
+    assert static.dispatch_bytes_cross_node == pytest.approx(static.cross_node_share * rows * row_bytes)
+    crossing = static.dispatch_bytes_in_node + static.dispatch_bytes_cross_node
+    assert crossing == pytest.approx(static.off_rank_share * rows * row_bytes)
+    assert {outcome.split for outcome in outcomes if outcome.solver == "hecate" and outcome.slots} == {"exact", "even"}
+    exact, even = (one(outcomes, solver="hecate", slots=2, knows="exact", split=split) for split in ("exact", "even"))
+    assert exact.max_over_mean <= even.max_over_mean
+    assert exact.copies == even.copies
+
+
+def test_owners_follow_solvers_that_change_them(trace, setting):
+    """A plan that stands for long moves less often, and its moves are paid in full when they happen."""
+    often, rarely = (
+        one(
+            compare(trace, SimulatorSetting(**{**setting.__dict__, "rehome_every": every}), ["lpt"], information=["predicted"]),
+            solver="lpt",
+        )
+        for every in (1, 10)
+    )
+    assert often.moves > rarely.moves > 0
+    moved = 3 * 64 * 64 * 4 * 3
+    assert often.move_bytes == pytest.approx(often.moves * moved / 4)
+    assert often.step_s > one(compare(trace, setting, ["static"], information=["exact"]), solver="static").step_s
+
+
+def test_one_step_and_fewer_steps(tmp_path, trace, setting):
+    assert one(compare(trace, setting, ["static"], num_steps=3), knows="exact").num_steps == 2
+    write_trace(tmp_path / "one.npz", META, next(trace.steps())[None])
+    outcomes = compare(Trace(tmp_path / "one.npz"), setting, ["static"])
+    assert {outcome.knows for outcome in outcomes} == {"exact", "future"}
+
+
+def test_a_plan_replays_as_it_was_solved(trace, setting):
+    """On the trace it was solved from, the replay is the hindsight run over all steps."""
+    plan = solve_plan(trace, setting, "quota", 1, trace_digest="sha256:1")
+    assert plan.objective_s >= plan.bound_s > 0
+    assert plan.moves == 0
+    (found,) = replay(trace, setting, plan, information="future")
+    assert (found.solver, found.num_steps, found.moves) == ("quota", 5, 0)
+    hindsight = one(compare(trace, setting, ["quota"], slots=(1,), information=["future"]), knows="future")
+    assert hindsight.num_steps == 5
+    assert found.max_over_mean == hindsight.max_over_mean
+    assert found.step_s == pytest.approx(hindsight.step_s)
+
+
+def test_a_plans_seconds_leave_compiling_out(trace, setting, monkeypatch):
+    """They are read off the clock that stands still meanwhile."""
+    monkeypatch.setattr("moesaic.placement.offline.solve.run_seconds", iter([10.0, 12.5]).__next__)
+    assert solve_plan(trace, setting, "static", 0).seconds == 2.5
+
+
+def test_moves_of_a_plan_start_from_the_current_owners(trace, setting):
+    first = solve_plan(trace, setting, "lpt", 0)
+    assert first.moves > 0
+    assert solve_plan(trace, setting, "lpt", 0, current=first.owners).moves <= first.moves
+    with pytest.raises(ValueError, match="the current owners are of 1 layers"):
+        solve_plan(trace, setting, "lpt", 0, current=OwnerMap.contiguous(1, 8, 4))
+
+
+def test_joint_deals_rows_out_over_all_layers(trace, setting):
+    """Every rank owns as many experts as before over all layers, and the plan costs no more than quota's."""
+    layers: list[None] = []
+    plan = solve_plan(trace, setting, "joint", 1, on_layer=lambda: layers.append(None))
+    assert len(layers) == trace.meta.num_layers
+    meta = trace.meta
+    assert plan.owners.num_rows_R.tolist() == [meta.num_layers * meta.num_experts // meta.num_ranks] * meta.num_ranks
+    assert plan.bound_s <= plan.objective_s <= solve_plan(trace, setting, "quota", 1).objective_s
+
+
+def test_moetuner_follows_tokens_from_layer_to_layer(tmp_path, trace, setting):
+    """With pair counts both of its stages run: experts that follow each other share a rank."""
+    loads_SLRE = np.full((1, 2, 4, 8), 4)
+    pairs_LEE = np.zeros((1, 8, 8), dtype=int)
+    pairs_LEE[0, np.arange(8), (np.arange(8) // 2 * 2 + 2) % 8 + np.arange(8) % 2] = 100
+    write_trace(tmp_path / "pairs.npz", META, loads_SLRE, pair_counts_LEE=pairs_LEE)
+    plan = solve_plan(Trace(tmp_path / "pairs.npz"), setting, "moetuner", 0)
+    first_E, second_E = plan.owners.expert_to_owner_LE
+    followers = pairs_LEE[0].argmax(axis=1)
+    assert (first_E == second_E[followers]).mean() >= 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_synthetic_traces_are_valid_and_repeatable(tmp_path, kind):
+    spec = SynthSpec(META, kind, num_steps=4, tokens_per_rank=50, seed=3)
+    steps = np.stack(list(synthesize(spec)))
+    assert np.array_equal(steps, np.stack(list(synthesize(spec))))
+    write_trace(tmp_path / "t.npz", META, steps)
+    assert (steps.sum(axis=3) == 100).all()
+    assert steps.max() <= 50
+    shares = steps.sum(axis=(0, 2)) / steps[:, 0].sum()
+    skew = shares.max(axis=1) * 8
+    assert (skew < 1.3).all() if kind == "uniform" else (skew > 1.5).all()
+    if kind == "one-hot":
+        assert (steps.max(axis=3) == 50).all()
+
+
+def test_wrong_synthetic_wishes():
+    for change, message in (
+        ({"kind": "odd"}, "unknown kind 'odd'"),
+        ({"skew": -1.0}, "skew"),
+        ({"tokens_per_rank": 2**31}, "int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SynthSpec(**{"meta": META, "kind": "zipf", "num_steps": 1, "tokens_per_rank": 1, **change})
+
+
+def test_loads_that_leave_the_range_of_integers_are_refused(tmp_path):
+    """Cumulative counts: a scale, or a sum over steps, that would wrap around."""
+    meta = TraceMeta(num_layers=1, num_experts=2, top_k=1, num_ranks=1)
+    write_trace(tmp_path / "t.npz", meta, np.full((600, 1, 1, 2), 2**52))
+    setting = SimulatorSetting(topology=Topology.preset("h100", 1), shape=LayerShape(2, 1, 8, 8), scale=4)
+    with pytest.raises(ValueError, match="a load of 4503599627370496 at scale 4 is above 9007199254740992; lower --scale"):
+        compare(Trace(tmp_path / "t.npz"), setting, ["static"], information=("exact",), num_steps=1)
+    write_trace(tmp_path / "t.npz", meta, np.full((1100, 1, 1, 2), 2**52))
+    with pytest.raises(ValueError, match=r"loads sum to \d+ up to a step, above 4611686018427387904; divide the recording's"):
+        mean_loads(Trace(tmp_path / "t.npz"), setting)
+
+
+def test_backtest_errors_by_hand(tmp_path):
+    """Shares 1, 0 and 0, 1 in turn: the last value is always wrong after one step and right after two."""
+    meta = TraceMeta(num_layers=1, num_experts=2, top_k=1, num_ranks=1)
+    write_trace(tmp_path / "t.npz", meta, np.array([[[[4, 0]]], [[[0, 4]]]] * 3))
+    found = {(row.predictor, row.age): row for row in backtest(Trace(tmp_path / "t.npz"), ages=(1, 2, 50))}
+    assert (found["last", 1].mean, found["last", 1].num_cells) == (1.0, 5)
+    assert (found["last", 2].mean, found["last", 2].worst, found["last", 2].num_cells) == (0.0, 0.0, 4)
+    assert 0.3 < found["window", 1].mean < 0.8
+    assert ("last", 50) not in found
