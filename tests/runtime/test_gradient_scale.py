@@ -5,38 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
+from moesaic import Handle, RuntimeConfig, shard_experts
 from tests.helpers.compare import assert_all_close
 from tests.helpers.ranks import run_ranks
-
-DIM = 8
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(DIM, DIM)
-        self.moe = MoELayer(DIM, 12, 4, 2, router=RouterConfig(aux_loss_coef=0.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.moe(self.proj(x))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-        self.out = nn.Linear(DIM, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.out(x)
+from tests.helpers.small_net import DIM, Net
 
 
 def tokens(rank: int) -> Tensor:

@@ -27,34 +27,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
+from moesaic import Handle, RuntimeConfig, shard_experts
 from moesaic.placement import OwnerMap
 from tests.helpers.ranks import run_ranks
+from tests.helpers.small_net import DIM, Net
 
-DIM, EXPERTS, STEPS = 8, 4, 3
+STEPS = 3
 Params = Iterable[tuple[str, nn.Parameter]]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(DIM, DIM)
-        self.moe = MoELayer(DIM, 12, EXPERTS, 2, router=RouterConfig(aux_loss_coef=0.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.moe(self.proj(x))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-        self.out = nn.Linear(DIM, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.out(x)
 
 
 def tokens(step: int, rank: int) -> Tensor:
