@@ -266,6 +266,11 @@ class Bank:
         """
         for name in self.weight_names:
             whole: Tensor = self.storage[name]
+            if whole.is_meta:
+                # A layer built under torch.device("meta") has real parameters once load_state_dict(assign=True) gave it some.
+                rows = self.owned(layer).values()
+                given = next((p for row in rows if not (p := self.experts[row].parameter(name)).is_meta), whole)
+                whole = self.storage[name] = lasting(self._transport, whole.shape, given)
             first, step = whole.data_ptr(), whole.stride(0) * whole.element_size()
             for row in self.owned(layer).values():
                 parameter = self.experts[row].parameter(name)
