@@ -266,6 +266,11 @@ class Bank:
         """
         for name in self.weight_names:
             whole: Tensor = self.storage[name]
+            if whole.is_meta:
+                # A layer built under torch.device("meta") has real parameters once load_state_dict(assign=True) gave it some.
+                rows = self.owned(layer).values()
+                given = next((p for row in rows if not (p := self.experts[row].parameter(name)).is_meta), whole)
+                whole = self.storage[name] = lasting(self._transport, whole.shape, given)
             first, step = whole.data_ptr(), whole.stride(0) * whole.element_size()
             for row in self.owned(layer).values():
                 parameter = self.experts[row].parameter(name)
@@ -311,7 +316,7 @@ class Bank:
         owned = self.owned(layer)
         params = {name: {row: self.experts[row].parameter(name) for row in owned.values()} for name in self.weight_names}
         mine = {
-            name: {row for row, p in of.items() if p.grad is not None and self._is_mine(row, name)} for name, of in params.items()
+            name: {row for row, p in of.items() if p.requires_grad and self._is_mine(row, name)} for name, of in params.items()
         }
         new = {
             name: self._new_grads(name, [row for row, p in of.items() if p.requires_grad and row not in mine[name]])
@@ -344,8 +349,11 @@ class Bank:
         return is_empty
 
     def _is_mine(self, row: int, name: str) -> bool:
-        """Whether a gradient is still the one that was made here."""
-        return self._grad_objects.get(row, {}).get(name) is self.experts[row].parameter(name).grad
+        """Whether a gradient is still the one that was made here, and no other memory was given to it, as through `.data`."""
+        grad = self._grad_objects.get(row, {}).get(name)
+        if grad is None or grad is not self.experts[row].parameter(name).grad:
+            return False
+        return grad.data_ptr() == getattr(self._grads[row], name).data_ptr()
 
     def _new_grads(self, name: str, rows: list[int]) -> dict[int, Tensor]:
         """Memory for gradients of one weight, undefined, for each of the rows."""
@@ -377,7 +385,7 @@ class Bank:
             average(self._replicas, _joined(grads), op="replicate", where="the end of a backward pass")
         for row in (row for rows in reached for row in rows):
             for parameter in self.experts[row].parameters():
-                if parameter.grad is not None:
+                if parameter.requires_grad and parameter.grad is not None:
                     for hook in post_accumulate_hooks(parameter):
                         hook(parameter)
 
@@ -455,8 +463,9 @@ def _refuse_full_state(optimizer: torch.optim.Optimizer) -> None:
 def _refuse_groups_of_one_rank(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Refuse parameter groups without settings: torch's checkpoints keep one rank's groups, with the names of its experts."""
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
-        lacking = sorted(set(group) - set(saved) - {"params", "param_names"})
-        if lacking:
+        lacking = sorted(set(group) - {"params", "param_names"})
+        # One that lacks some is of an optimizer with fewer settings, as another version of torch has; torch keeps the defaults.
+        if lacking and not set(saved) - {"params", "param_names"}:
             raise RuntimeError(
                 f"the state has no {lacking[0]!r} for a parameter group of {type(optimizer).__name__} that holds experts: torch "
                 "saves the groups of one rank; get and set the state with StateDictOptions(flatten_optimizer_state_dict=True)"

@@ -129,6 +129,16 @@ def _check_overflow(func: Callable[..., Any], grads: Sequence[Tensor], found_inf
     found_inf.copy_(ranks.combine(found_inf, largest=True, where="GradScaler's check for overflow"))
 
 
+def _deepcopy(func: Callable[..., Any], grad: ExpertGrad, memo: dict[int, Any]) -> Tensor:
+    """A copy has the numbers alone, as ranks cannot be copied."""
+    return grad.as_subclass(Tensor).clone()  # which `copy.deepcopy` notes in `memo`
+
+
+def _reduce(func: Callable[..., Any], grad: ExpertGrad, protocol: int) -> Any:
+    """Files have the numbers alone, too."""
+    return func(grad.as_subclass(Tensor), protocol)
+
+
 def _move(func: Callable[..., Any], norm: ExpertNorm, *args: Any, **kwargs: Any) -> Tensor:
     return ExpertNorm.of(func(norm, *args, **kwargs), norm.ranks, norm.of_experts)
 
@@ -162,6 +172,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.norm: _norm,
     Tensor.norm: _norm,
     torch._amp_foreach_non_finite_check_and_unscale_: _check_overflow,
+    Tensor.__deepcopy__: _deepcopy,
+    Tensor.__reduce_ex__: _reduce,
 }
 _NORM_HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.to: _move,

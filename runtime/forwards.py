@@ -71,7 +71,8 @@ class _Meetings:
         if output is None and error is not None:
             self._explain(error)
             return
-        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        # On a leaf, as a parameter that the model returns is, hooks would stay, one more with every forward.
+        tensors = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         begin_backward = _BeginBackward(self._layer, self._forward)
         for tensor in tensors:
             tensor.register_hook(begin_backward)

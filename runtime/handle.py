@@ -305,6 +305,7 @@ class Handle:
         Collective. Models from transformers come out under transformers' own names.
         """
         self._reshard()
+        self._claim()
         return state_on_rank_zero(self.model, self.layers, self.group.tokens) if self.group.replicas.rank == 0 else {}
 
     def load_family_state_dict(self, state: Mapping[str, Any]) -> tuple[str, ...]:
@@ -315,6 +316,7 @@ class Handle:
         for layer in self.layers.values():
             layer.runtime.drop_prefetched()
         self._reshard()
+        self._claim()
         for bank in self.banks:
             bank.weights_changed()
         return load_weights(state, self.model, self.layers)
@@ -326,6 +328,7 @@ class Handle:
         safetensors yet.
         """
         self._reshard()
+        self._claim()
         replica = self.group.replicas.rank
         tensors = () if replica else checkpoint_tensors(self.model, self.layers, self.group.tokens)
         rank = replica * self.group.world_size + self.group.rank
@@ -362,6 +365,12 @@ class Handle:
         """Give the root its shards back: FSDP2 leaves its parameters whole after a forward that had no backward."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
+
+    def _claim(self) -> None:
+        """Have the banks' memory hold what the parameters do, which may have been given other memory; see `Bank.claim`."""
+        for bank in self.banks:
+            for layer in range(bank.owners.num_layers):
+                bank.claim(layer)
 
     def _sent_bytes(self) -> dict[str, LinkCounts]:
         """What this rank has sent since the last step, by operation and link class."""

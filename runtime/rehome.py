@@ -267,9 +267,14 @@ def _exchange(
     numbers = [(_packed(state, device), dst) for state, dst in leaving]
     packed = [torch.empty(len(state.numbers), dtype=torch.float64, device=device) for state, _ in arriving]
     for index in range(most):
-        outgoing = [(s.tensors[index].to(device, copy=True), dst) for s, dst in leaving if index < len(s.tensors)]
+        # Contiguous: messages are bytes, and ranks may hold a tensor in different orders.
+        outgoing = [
+            (s.tensors[index].to(device, copy=True, memory_format=torch.contiguous_format), dst)
+            for s, dst in leaving
+            if index < len(s.tensors)
+        ]
         incoming = [
-            (torch.empty_like(s.tensors[index], device=device), src, s.tensors[index])
+            (torch.empty_like(s.tensors[index], device=device, memory_format=torch.contiguous_format), src, s.tensors[index])
             for s, src in arriving
             if index < len(s.tensors)
         ]

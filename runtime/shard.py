@@ -130,12 +130,12 @@ def _check_mesh(mesh: DeviceMesh) -> None:
 
 def check_conversions(model: nn.Module, banks: Sequence[Bank]) -> None:
     """Have `model.half()` and its like refused before they have converted what comes before the first experts."""
-    convert = model._apply
 
     def check_and_convert(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for bank in banks:
             bank.check_conversion(fn)
-        return convert(fn, recurse)
+        # As the class has it now: fully_shard, called since, has another one, which FSDP2 needs to find its shards again.
+        return type(model)._apply(model, fn, recurse)
 
     model._apply = check_and_convert  # type: ignore[method-assign]
 

@@ -167,14 +167,15 @@ class ShardedExperts(nn.Module):
 
     def source(self) -> ExpertSource:
         """The experts before they are shared."""
-        bank = self.runtime.bank
+        # From the parameters: load_state_dict(assign=True) and `.data` may have given them other memory than the bank's.
+        experts, first = list(self), next(self.parameters())
         return ExpertSource(
             self.shape,
             self.num_experts,
-            bank.storage["gate_up"].dtype,
-            bank.device,
-            lambda e: bank.weights(0, e),
-            lambda e, weight: bank.module_of(0, e).parameter(weight).requires_grad,
+            first.dtype,
+            first.device,
+            lambda e: ExpertTensors(**{name: p.detach() for name, p in experts[e].named_parameters()}),
+            lambda e, weight: experts[e].parameter(weight).requires_grad,
             tuple(self.parameters()),
         )
 
@@ -279,6 +280,7 @@ class ShardedExperts(nn.Module):
         """The weights of experts that other ranks own, an expert at a time. Collective."""
         runtime, bank = self.runtime, self.runtime.bank
         transport = runtime.group.experts
+        bank.claim(runtime.layer)
         found: dict[str, Tensor] = {}
         receivers = [0] if on_rank_zero_only else list(range(transport.world_size))
         for expert, owner in enumerate(bank.owners.expert_to_owner_LE[runtime.layer].tolist()):
@@ -311,6 +313,11 @@ class ShardedExperts(nn.Module):
         for weight, name in self._fused_names():
             if prefix + name in state_dict:
                 fused = state_dict.pop(prefix + name)
+                if len(fused) != self.num_experts:
+                    error_msgs.append(
+                        f"size mismatch for {prefix}{name}: it holds {len(fused)} experts, and the model has {self.num_experts}"
+                    )
+                    continue
                 for expert in map(int, self._modules):
                     tensor = self.family.from_family(weight, fused[expert])
                     state_dict[f"{prefix}{expert}.{weight}"] = tensor

@@ -1,5 +1,8 @@
 """Gradient rows: overwritten by the first backward that reaches them, added to by later ones, zero where none does."""
 
+import copy
+from io import BytesIO
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,3 +83,56 @@ def test_frozen_experts_get_no_gradient() -> None:
     layers[1](layers[0](x)).sum().backward()
     assert x.grad is not None
     assert all(parameter.grad is None for layer in layers for parameter in layer.experts.parameters())
+
+
+def test_an_expert_that_is_frozen_later_keeps_the_gradient_it_had() -> None:
+    """Also where `zero_grad(set_to_none=False)` left zeros, which an optimizer would go on with; once it learns again it adds."""
+    (layer, _), x = two_layers(), torch.randn(20, 8)
+    expert = layer.experts[0]
+    layer(x).sum().backward()
+    assert expert.gate_up.grad is not None
+    once = expert.gate_up.grad.clone()
+    expert.gate_up.grad.zero_()
+    calls: list[Tensor] = []
+    expert.gate_up.register_post_accumulate_grad_hook(calls.append)
+    expert.requires_grad_(False)
+    layer(x).sum().backward()
+    assert not expert.gate_up.grad.any() and not calls
+    expert.requires_grad_(True)
+    layer(x).sum().backward()
+    assert torch.equal(expert.gate_up.grad, once) and len(calls) == 1
+
+
+def test_gradients_that_got_other_memory_are_added_to_there() -> None:
+    (layer, _), x = two_layers(), torch.randn(20, 8)
+    layer(x).sum().backward()
+    parameter = layer.experts[0].gate_up
+    assert parameter.grad is not None
+    once = parameter.grad.clone()
+    parameter.grad.data = 2 * parameter.grad.data
+    layer(x).sum().backward()
+    torch.testing.assert_close(parameter.grad, 3 * once)
+
+
+def test_a_gradient_is_copied_and_saved_as_a_plain_tensor() -> None:
+    layer = two_layers()[0]
+    layer(torch.randn(20, 8)).sum().backward()
+    grads = [parameter.grad for parameter in layer.experts.parameters()]
+    torch.save(grads, file := BytesIO())
+    file.seek(0)
+    for copies in (copy.deepcopy(grads), torch.load(file)):
+        assert all(type(copied) is Tensor and torch.equal(copied, grad) for copied, grad in zip(copies, grads, strict=True))
+
+
+def test_an_optimizer_takes_a_state_that_lacks_a_setting() -> None:
+    """As one that another version of torch has written may; torch keeps its default. Without any it is refused."""
+    layers = two_layers()
+    layers[0](torch.randn(20, 8)).sum().backward()
+    optimizer = torch.optim.Adam(layers[0].experts.parameters())
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["decoupled_weight_decay"]
+    optimizer.load_state_dict(state)
+    state["param_groups"] = [{"params": state["param_groups"][0]["params"]}]
+    with pytest.raises(RuntimeError, match="saves the groups of one rank"):
+        optimizer.load_state_dict(state)

@@ -552,3 +552,29 @@ def count_layers_alone(rank: int) -> list[str]:
     """Blocks that are called one by one, with the dense part left to the user."""
     with mock.patch(f"{__name__}.RuntimeConfig", partial(RuntimeConfig, shard_dense=False)):
         return count_gathers(rank, "inner")
+
+
+class ReturnsItsParameter(nn.Module):
+    """As models that are trained to compare images and texts return their scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = MoELayer(DIM, 6, 4, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.moe(x), self.scale
+
+
+def return_parameter(rank: int) -> int:
+    """Hooks on a parameter that the model returns, after three forwards."""
+    model = ReturnsItsParameter()
+    shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=RuntimeConfig(shard_dense=False))
+    for _ in range(3):
+        y, scale = model(torch.randn(6, DIM))
+        (y.square().mean() * scale).backward()
+    return len(model.scale._backward_hooks or ())
+
+
+def test_a_parameter_that_a_model_returns_gets_no_hooks() -> None:
+    assert run_ranks(2, return_parameter) == [0, 0]

@@ -244,3 +244,25 @@ def test_state_of_any_shape_is_saved_under_its_parameter() -> None:
     for name, parameter in model.named_parameters():
         assert state[f"optimizer.{name}.history"] is optimizer.state[parameter]["history"]
         assert state[f"optimizer.{name}.largest"] == pytest.approx(parameter.numel() ** 0.5)
+
+
+def move_transposed(group: RankGroup) -> list[list[Tensor]]:
+    """A momentum whose columns are contiguous on rank 0 and whose rows are on rank 1, by expert, before and after all move."""
+    bank = Bank(ExpertShape(2, 3), OwnerMap.contiguous(1, 2, 2), group.rank)
+    optimizer = torch.optim.SGD(bank.parameters(), lr=0.1, momentum=0.9)
+    for parameter in bank.parameters():
+        buffer = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(group.rank))
+        optimizer.state[parameter]["momentum_buffer"] = buffer if group.rank else buffer.mT.contiguous().mT
+
+    def momenta() -> list[Tensor]:
+        return [optimizer.state[parameter]["momentum_buffer"].clone() for parameter in bank.parameters()]
+
+    before = momenta()
+    migrate(bank, optimizer, OwnerMap(np.array([[1, 0]]), 2), group.experts)
+    return [before, momenta()]
+
+
+def test_ranks_may_hold_a_state_in_different_orders() -> None:
+    (first, first_after), (second, second_after) = run_threads(2, move_transposed)
+    for after, sent in ((first_after, second), (second_after, first)):
+        assert all(torch.equal(here, there) for here, there in zip(after, sent, strict=True))
