@@ -61,8 +61,8 @@ class RuntimeConfig:
     """How experts are placed and moved."""
 
     policy: str = "quota"
-    """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds),
-    'balance' (fewest rows on the busiest rank, also where the forecast is wrong), or another name of `placement.SOLVERS`."""
+    """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds), 'balance' (fewest routed tokens on the
+    busiest rank, also where the forecast is wrong), or another name of `placement.SOLVERS`."""
     split: Literal["exact", "local_even"] = "exact"
     """How tokens are split over copies: the exact min-max split, or Hecate's rule (local first, then even)."""
     slots: int | Literal["auto"] = 2
@@ -72,8 +72,8 @@ class RuntimeConfig:
     stay in any case, as its backward comes at once. "auto" keeps those of as many last layers as fit into `slot_bytes`."""
     reuse_copies: bool = False
     """Under gradient accumulation, copies that the next micro-batch's plan wants too stay in their slots, and only the others are
-    gathered; one more layer's slots are taken. Of layers that keep their copies until backward. Gradients go home with every
-    micro-batch. Weights may then change by optimizers and this package only, until `Handle.step`."""
+    gathered; one more layer's slots are taken. Applies to layers that keep their copies until backward. Gradients go to the
+    owners with every micro-batch. Until `Handle.step`, only optimizers and moesaic may change the experts' weights."""
     slot_bytes: int = 0
     """The most bytes that copies, their gradients and staging may take on a rank, for one forward in flight; 0: no limit."""
     predictor: Literal["best", "last", "window", "ema"] = "best"
@@ -81,28 +81,28 @@ class RuntimeConfig:
     shard_dense: bool = True
     """Shard everything but the experts with FSDP2 `fully_shard`; False leaves the rest of the model to you."""
     compute_dtype: Literal["as_is", "bf16"] = "as_is"
-    """What experts and the dense rest compute in, and what copies, token rows and FSDP2's gathers travel in: the parameters' own
-    dtype, or bf16 cast from them. Master weights, gradients, their reductions and optimizer state keep the parameters' dtype; of
-    FSDP2 it is MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32). Router logits are fp32."""
+    """What experts and the dense rest compute in, and what copies, routed tokens and FSDP2's gathers travel in: the parameters'
+    own dtype, or bf16 cast from them. Master weights, gradients, their reductions and optimizer state keep the parameters' dtype;
+    of FSDP2 it is MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32). Router logits are fp32."""
     overlap_s: float = 0.0
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
     overlap: bool = True
-    """Copies and their gradients travel under other work, and token rows under shared experts and under each other's experts, see
-    `row_parts`; False waits for all of them right after their launch, to compare or debug."""
+    """Copies and their gradients travel under other work, and routed tokens under shared experts and under each other's experts,
+    see `row_parts`; False waits for all of them right after their launch, to compare or debug."""
     calibrate: Literal["auto", "always", "never"] = "auto"
     """Whether copies are added when the exact load is known, if they save more than their gather costs on the critical path;
     "auto": in the first forwards, and while predictions are off by more than a tenth of the assignments on average."""
     schedule: Literal["auto", "direct", "relay", "hierarchical", "element_sharded"] = "auto"
     """How copies travel: the schedule that is predicted to be fastest, or always this one."""
     token_route: Literal["auto", "direct", "by_node"] = "auto"
-    """How token rows travel: straight to every rank that computes them, or once to each node and on inside it; "auto" goes by
+    """How routed tokens travel: straight to every rank that computes them, or once to each node and on inside it; "auto" goes by
     node where the topology has several nodes of several ranks."""
     row_parts: int | Literal["auto"] = "auto"
-    """Parts, 1 or 2, in which token rows travel: the experts of one compute while the rows of the other are on their way, out or
-    home; and experts that a rank computes for its own tokens alone while the first rows come and the last leave. To the same bits
-    and as many bytes, in up to twice the messages. "auto": 2 between nodes where rows go straight to every rank and `overlap` is
-    on, else 1. By node they go in one, and 2 is refused."""
+    """Parts, 1 or 2, in which routed tokens travel: the experts of one part compute while the tokens of the other travel, out or
+    back; experts that a rank computes for its own tokens alone compute while the first tokens come and the last leave. Results
+    keep the same bits; as many bytes travel, in up to twice the messages. "auto": 2 between nodes where tokens go straight to
+    every rank and `overlap` is on, else 1. By node they go in one part, and 2 is refused."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
     rehome_every: int = 0

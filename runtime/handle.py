@@ -114,7 +114,7 @@ class Handle:
         Collective: after the first step, and every `RuntimeConfig.check_replicas_every`, ranks compare what they must hold alike.
 
         Raises:
-            DriftError: they do not, on every rank; see drift.py.
+            DriftError: a `RuntimeError`, on every rank, if they differ; see docs/composability.md, "Ranks that drift apart".
         """
         if self._rehomers and optimizer is None:
             raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
@@ -186,8 +186,8 @@ class Handle:
 
         expert_bytes: master weights and gradients of the experts owned here, and with `RuntimeConfig.compute_dtype` their
         weights in that dtype. slot_bytes_bound: the most that copies, their gradients and staging can take for one forward in
-        flight, predicted; see `memory.peak_slot_bytes`. slot_bytes_peak: the most they did take so far. optimizer_bytes: state
-        of the experts in `optimizer`, if it is given.
+        flight, predicted. slot_bytes_peak: the most they did take so far. optimizer_bytes: state of the experts
+        in `optimizer`, if it is given.
         """
         pools = {layer.runtime.pool for layer in self.layers.values()}
         memory = {
@@ -202,20 +202,20 @@ class Handle:
         return memory
 
     def metrics(self) -> dict[str, float]:
-        """The last closed step in numbers; the keys are those of `metrics.step_metrics`, `exposed_metrics` and of `memory`.
+        """The last closed step in numbers; docs/training.md lists the keys.
 
         With `RuntimeConfig.rehome_every` also moved_experts: experts that changed their owner after the step.
         """
         return dict(self._metrics)
 
     def layer_metrics(self) -> dict[str, dict[str, float]]:
-        """The last closed step by the layer's name; the keys are those of `metrics.step_metrics`, but for bytes sent."""
+        """The last closed step by the layer's name; the keys are those of `metrics`, but for bytes sent."""
         return {name: dict(summary) for name, summary in self._layer_metrics.items()}
 
     def profile(self, path: str | Path) -> AbstractContextManager[None]:
         """Profile the steps of a `with` block on this rank, and write them to `path` as a trace for ui.perfetto.dev.
 
-        Compute, the stages of every MoE layer, and each collective from launch to arrival; see profile.py.
+        Compute, the stages of every MoE layer, and each collective from launch to arrival.
         """
         traffic = {"experts": self.group.experts.traffic, "token rows": self.group.tokens.traffic}
         return profiled(Path(path), traffic, self.group.rank)

@@ -31,8 +31,8 @@ class MoELayer(nn.Module):
         router: how tokens choose, or a router module of your own.
         clamp: gives experts biases and the clamped activation of GPT-OSS, with these constants.
         shared: a module [T, D] to [T, D] that every token passes besides (shared experts).
-        capacity_factor, drop_policy: how much experts take of each rank's micro-batch, and whom they turn away; see `Capacity`.
-            inf: nobody.
+        capacity_factor, drop_policy: an expert takes at most so many times the mean load from each rank's micro-batch; "probs"
+            drops the assignments with the smallest gate weights, "position" those of the last tokens. inf drops nothing.
         device, dtype: of the experts' weights. The router's weight is created with torch's defaults.
     """
 

@@ -59,9 +59,9 @@ def shard_experts(
         mesh: over all ranks. One dimension; or two, (replicate, shard), as for FSDP2: experts are shared inside each group of
             the second dimension, and gradients are averaged over the groups besides.
         config: placement policy, slots, time limit.
-        topology: rates that turn bytes and rows into seconds; the preset of the device by default.
+        topology: rates that turn bytes and routed tokens into seconds; the preset of the device by default.
         solver: places copies in place of `config.policy`.
-        placements: of every MoE layer, in order: owners and copies of a saved plan, kept for good in place of any solver.
+        placements: of every MoE layer, in order: `read_plan(path).layers` of a saved plan, whose owners and copies are kept.
 
     Raises:
         ValueError: no MoE block; a mesh of more than two dimensions, of two without names, or that leaves out ranks; a model that

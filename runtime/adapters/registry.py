@@ -15,7 +15,7 @@ from .families import KNOWN_EXPERTS
 
 
 class Adapter(Protocol):
-    """Knows one family of MoE blocks that are replaced whole."""
+    """Converts one family of MoE blocks, which are replaced whole."""
 
     name: str
 

@@ -344,3 +344,27 @@ def test_lora_on_experts_is_refused() -> None:
     (message,) = run_ranks(1, refuse_lora_on_experts)
     assert "merge them before shard_experts" in message
     assert "\n" not in message
+
+
+def train_lora_on_attention(rank: int) -> dict[str, Tensor]:
+    import peft
+
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(5)
+    adapted = peft.get_peft_model(make_family_model("mixtral"), lora)
+    expected = run(adapted)
+    shard_experts(adapted, mesh=init_device_mesh("cpu", (2,)))
+    found = run(adapted)
+    assert_all_close(found, expected)
+    assert all(p.grad is None for name, p in adapted.named_parameters() if ".experts." in name)
+    return found
+
+
+def test_lora_on_attention() -> None:
+    """Logits and gradients of the adapters are those of the model as it was; the frozen experts get none."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    for found in run_ranks(2, train_lora_on_attention):
+        names = [name for name in found if name != "logits"]
+        assert names
+        assert all(".lora_" in name for name in names)
+        assert all(found[name].any() for name in names)
