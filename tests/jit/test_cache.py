@@ -41,8 +41,10 @@ def routine(x):
 """
 # Prints the functions that this process begins to compile, waits for a line before each if it is told to, and prints what it got.
 PROGRAM = """
-import json, sys
+import json, signal, sys
 from numba.core import event
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell's background begins with Ctrl-C ignored
 
 class Compiles(event.Listener):
     def on_start(self, started):
