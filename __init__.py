@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .runtime import (
         Adapter,
+        DebugConfig,
         Handle,
         MoELayer,
         Router,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "DebugConfig",
     "Handle",
     "MoELayer",
     "Router",

@@ -3,7 +3,7 @@
     moesaic bench overlap --nodes 2 --link-mbit 200 --profile FOLDER
 
 A small transformer of attention and MoE layers trains three times side by side, on the same weights and tokens: as usual, with
-token rows in one part, and with `RuntimeConfig.overlap` off, which waits for whatever is launched right after its launch. Every
+token rows in one part, and with `DebugConfig.overlap` off, which waits for whatever is launched right after its launch. Every
 rank holds copies of another node's experts, so the bytes are the same in every step. They take turns, step by step; what counts
 is the wait of the rank that waited longest. Token rows hide under shared experts (`--shared-ffn`), under experts that are
 computed for a rank's own tokens alone, as the copies here are, and a part of them under the experts of the other part.
@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..placement import OwnerMap, Placement
-from ..runtime import Handle, MoELayer, RuntimeConfig, shard_experts
+from ..runtime import DebugConfig, Handle, MoELayer, RuntimeConfig, shard_experts
 from .network import RANK_ENVIRONMENT, run_on_nodes
 from .rows import JSON_OPTION, publish
 
-MODES: dict[str, dict[str, Any]] = {
-    "overlap": {},
-    "overlap, rows in one part": {"row_parts": 1},
-    "no overlap": {"overlap": False},
+MODES: dict[str, DebugConfig] = {
+    "overlap": DebugConfig(),
+    "overlap, rows in one part": DebugConfig(row_parts=1),
+    "no overlap": DebugConfig(overlap=False),
 }
 COLUMNS = (
     "mode",
@@ -128,14 +128,14 @@ class Block(nn.Module):
 class _Run:
     """One of the ways, on this rank."""
 
-    def __init__(self, case: OverlapCase, **options: Any):
+    def __init__(self, case: OverlapCase, debug: DebugConfig):
         torch.manual_seed(0)
         self.model = nn.Sequential(*(Block(case) for _ in range(case.layers)))
         owners = OwnerMap.contiguous(case.layers, case.experts, case.ranks).expert_to_owner_LE
         self.handle: Handle = shard_experts(
             self.model,
             mesh=init_device_mesh("cpu", (case.ranks,)),
-            config=RuntimeConfig(slots=case.slots, shard_dense=False, check_replicas_every=0, **options),
+            config=RuntimeConfig(slots=case.slots, shard_dense=False, check_replicas_every=0, debug=debug),
             placements=[_copies_of_next(owners_E, case) for owners_E in owners],
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
@@ -168,7 +168,7 @@ def _rank(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     store = dist.FileStore(str(folder / "store"), case.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks, timeout=timedelta(seconds=120))
-    runs = {mode: _Run(case, **options) for mode, options in MODES.items()}
+    runs = {mode: _Run(case, debug) for mode, debug in MODES.items()}
     x_TD = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(rank))
     measured: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     for step in range(_WARM_UP_STEPS + case.rounds):

@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..collectives.lifetime import end_with_parent
 from ..placement import Topology
 from ..placement.solvers.baselines.hecate import solve as hecate
-from ..runtime import Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
+from ..runtime import DebugConfig, Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
 from ..runtime.metrics import EXPOSED
 from ..runtime.router import TopKRouter, balanced_ids
 from .network import RANK_ENVIRONMENT
@@ -41,7 +41,7 @@ from .rows import median_interval
 POLICIES: dict[str, RuntimeConfig] = {
     "static": RuntimeConfig(policy="static", slots=0, shard_dense=False),
     # Hecate as published: the hottest experts on every rank, as many as there are slots, and the even split over copies.
-    "hecate": RuntimeConfig(policy="hecate", split="local_even", calibrate="never", shard_dense=False),
+    "hecate": RuntimeConfig(policy="hecate", debug=DebugConfig(split="local_even", calibrate="never"), shard_dense=False),
     "quota": RuntimeConfig(policy="quota", shard_dense=False),
     "ideal": RuntimeConfig(policy="static", slots=0, shard_dense=False),
 }

@@ -10,7 +10,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from ..placement import get_solver
 from ..runtime import RouterConfig, RuntimeConfig
 from ..runtime.capacity import Capacity
 from ..runtime.config import MAX_SECONDS
+from ..runtime.moved_options import MOVED, warn_of_moved
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -277,16 +278,13 @@ def load_config(path: str | Path | None = None, assignments: Sequence[str] = ())
         given.update(_read_file(Path(path)))
     for assignment in assignments:
         given.update(_read_assignment(assignment))
+    given = _renamed(given)
     for key, entry in given.items():
         _check_key(key, entry.source)
 
     defaults = Config()
-    sections = {}
-    for section in _sections():
-        prefix = f"{section}."
-        values = {key.removeprefix(prefix): entry for key, entry in given.items() if key.startswith(prefix)}
-        sections[section] = _replace_values(section, getattr(defaults, section), values)
-    return Config(**sections)
+    names = typing.get_type_hints(Config)
+    return Config(**{name: _replace_values(name, getattr(defaults, name), given) for name in names})
 
 
 def _read_file(path: Path) -> dict[str, _Given]:
@@ -300,8 +298,16 @@ def _read_file(path: Path) -> dict[str, _Given]:
             raise ValueError(f"'{section}' in {path} stands outside a section: put it under one of {', '.join(_sections())}")
         if section not in _sections():
             raise ValueError(f"unknown section [{section}] in {path}{_nearest(section, _sections())}")
-        given.update({f"{section}.{key}": _Given(value, str(path)) for key, value in table.items()})
+        given.update(_entries(section, table, str(path)))
     return given
+
+
+def _entries(key: str, value: Any, source: str) -> dict[str, _Given]:
+    """By key, the values of a section and of the sections in it; or one value."""
+    if key not in _sections() or not isinstance(value, dict):
+        return {key: _Given(value, source)}
+    inner = (_entries(f"{key}.{name}", entry, source) for name, entry in value.items())
+    return {name: entry for entries in inner for name, entry in entries.items()}
 
 
 def _read_assignment(assignment: str) -> dict[str, _Given]:
@@ -312,16 +318,32 @@ def _read_assignment(assignment: str) -> dict[str, _Given]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    return {key.strip(): _Given(value, f"--set {assignment}")}
+    return _entries(key.strip(), value, f"--set {assignment}")
+
+
+def _renamed(given: Mapping[str, _Given]) -> dict[str, _Given]:
+    """The same under today's names, with one warning for all old ones."""
+    moved = {f"runtime.{name}": f"runtime.debug.{name}" for name in MOVED if f"runtime.{name}" in given}
+    for old, new in moved.items():
+        if new in given:
+            sources = f"{given[old].source}, {given[new].source}"
+            raise ValueError(f"{old} and {new} are both given; give {new} alone (from {sources})")
+    if moved:
+        warn_of_moved((old.removeprefix("runtime.") for old in moved), stacklevel=3)
+    return {moved.get(key, key): entry for key, entry in given.items()}
 
 
 def _check_key(key: str, source: str) -> None:
     known = {section: [f.name for f in dataclasses.fields(cls)] for section, cls in _sections().items()}
-    section, _, name = key.partition(".")
+    section, _, name = key.rpartition(".")
+    if key in known:
+        raise ValueError(f"'{key}' in {source} is a section; set one of {', '.join(f'{key}.{n}' for n in known[key])}")
     if name in known.get(section, ()):
         return
-    # A typing error in the name, the right name in the wrong section, or a typing error anywhere, in this order.
-    near = [f"{section}.{match}" for match in difflib.get_close_matches(name, known.get(section, ()), n=1)]
+    # The right name beside the section, a typing error in the name, the right name in any section, or a typing error anywhere.
+    beside = [other for other in known if other.partition(".")[0] == section.partition(".")[0]]
+    near = [f"{other}.{name}" for other in beside if name in known[other]]
+    near += [f"{other}.{match}" for other in beside for match in difflib.get_close_matches(name, known[other], n=1)]
     near += [f"{other}.{name}" for other, names in known.items() if name in names]
     if section not in known:
         near += difflib.get_close_matches(key, [f"{other}.{n}" for other, names in known.items() for n in names], n=1)
@@ -330,31 +352,48 @@ def _check_key(key: str, source: str) -> None:
     raise ValueError(f"unknown key '{key}' in {source}; {hint}")
 
 
-def _replace_values(section: str, default: Any, values: Mapping[str, _Given]) -> Any:
-    hints = typing.get_type_hints(type(default), include_extras=True)
-    checked = {name: _check_value(f"{section}.{name}", hints[name], entry) for name, entry in values.items()}
+def _replace_values(section: str, default: Any, given: Mapping[str, _Given]) -> Any:
+    """The default of a section with the values that were given for it and for the sections in it."""
+    hints, checked = typing.get_type_hints(type(default), include_extras=True), {}
+    for name, hint in hints.items():
+        key = f"{section}.{name}"
+        if dataclasses.is_dataclass(hint):
+            checked[name] = _replace_values(key, getattr(default, name), given)
+        elif key in given:
+            checked[name] = _check_value(key, hint, given[key])
     try:
         return dataclasses.replace(default, **checked)
     except ValueError as error:
-        sources = ", ".join(dict.fromkeys(entry.source for entry in values.values()))
-        raise ValueError(f"{error} (from {sources})") from None
+        sources = dict.fromkeys(entry.source for key, entry in given.items() if key.startswith(f"{section}."))
+        raise ValueError(f"{error} (from {', '.join(sources)})") from None
 
 
 def _check_value(key: str, hint: Any, entry: _Given) -> Any:
+    is_choice = typing.get_origin(hint) is Literal
+    # Pydantic takes true for a choice of 1; no choice is a truth value, so the text of one is refused.
+    value = str(entry.value) if is_choice and isinstance(entry.value, bool) else entry.value
     try:
-        return TypeAdapter(hint).validate_python(entry.value, strict=True)
+        return TypeAdapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Input ")
         if hint is str:
             problem += f"; put it in quotes, as in --set '{key}=\"{entry.value}\"'"
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        choices = [str(choice) for choice in typing.get_args(hint)] if is_choice else []
         nearest = _nearest(entry.value, choices) if choices and isinstance(entry.value, str) else ""
         raise ValueError(f"{key} = {entry.value!r} {problem}{nearest} (from {entry.source})") from None
 
 
 def _sections() -> Mapping[str, type]:
-    """Section name to its dataclass, in file order."""
-    return types.MappingProxyType(typing.get_type_hints(Config))
+    """Section name to its dataclass, in file order; those inside a section, such as runtime.debug, come after it."""
+    return types.MappingProxyType(dict(_sections_of(Config, "")))
+
+
+def _sections_of(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield f"{prefix}{name}", hint
+            yield from _sections_of(hint, f"{prefix}{name}.")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

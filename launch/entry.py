@@ -4,7 +4,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -56,6 +58,23 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
         _report(str(error), name)
         return USAGE_STATUS
     return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def warnings_as_lines(kind: type[Warning], name: str = "moesaic") -> Iterator[None]:
+    """Have rank 0 alone print a warning of this kind in the body, as one line on standard error, whatever the filters."""
+    show_others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, kind):
+            show_others(message, category, *where, **more)
+        elif speaks_for_run(os.environ):
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", kind)
+        warnings.showwarning = show
+        yield
 
 
 def _asks_for_help(error: click.ClickException) -> bool:

@@ -24,11 +24,12 @@ from ..placement import SavedPlan, Trace, read_plan
 from ..placement.files import digest_of
 from ..runtime import shard_experts
 from ..runtime.layer import moe_layers
+from ..runtime.moved_options import MovedOptionWarning
 from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
 from .config import Config, OptimConfig, load_config
 from .data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
 from .diagnosis import Peers, diagnosis
-from .entry import run_command
+from .entry import run_command, warnings_as_lines
 from .model import VOCAB_SIZE, build_model
 from .process import (
     Process,
@@ -354,7 +355,8 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 def command(path: str | None, assignments: tuple[str, ...]) -> int:
     """Train the demo language model, alone or under torchrun; the defaults are the demo."""
     try:
-        config = load_config(path, assignments)
+        with warnings_as_lines(MovedOptionWarning):
+            config = load_config(path, assignments)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     return train(config)

@@ -34,10 +34,11 @@ state.py          state under logical names
 metrics.py        balance, copies, bytes
 stages.py         profiler ranges and stage clocks
 config.py         what a user chooses
+moved_options.py  old names of options, for one release
 """
 
 from .adapters import Adapter, register_adapter
-from .config import RouterConfig, RuntimeConfig
+from .config import DebugConfig, RouterConfig, RuntimeConfig
 from .handle import Handle
 from .layer import MoELayer
 from .router import Router, Routing
@@ -46,6 +47,7 @@ from .sharded_experts import ShardedExperts
 
 __all__ = [
     "Adapter",
+    "DebugConfig",
     "Handle",
     "MoELayer",
     "Router",

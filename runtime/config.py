@@ -1,14 +1,27 @@
 """What a user chooses about routing and about the runtime. Frozen values that check themselves."""
 
 import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ..collectives import SCHEDULES, TRANSPORTS
+from .moved_options import takes_moved_options
 
 # The longest wait, eleven days: below every library's limit, some of which count milliseconds in 32 bits.
 MAX_SECONDS = 1e6
+
+
+def check_choices(config: Any, section: str) -> None:
+    """Raise `ValueError` if a field of a dataclass whose annotation is a `Literal` holds anything else.
+
+    Example: `runtime.debug.split is 'x'; choose 'exact' or 'local_even'`.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), typing.get_args(hint)
+        if typing.get_origin(hint) is Literal and value not in choices:
+            *others, last = map(repr, choices)
+            raise ValueError(f"{section}.{name} is {value!r}; choose {', '.join(others)} or {last}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +50,7 @@ class RouterConfig:
     """Ignore the scores and spread assignments evenly: the upper bound of a benchmark, never for training."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "router")
         for name in ("aux_loss_coef", "z_loss_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"router.{name} is {getattr(self, name)}; it must be 0 or more, and finite")
@@ -46,44 +60,16 @@ class RouterConfig:
             )
         if not 0 < self.weight_scale < math.inf:
             raise ValueError(f"router.weight_scale is {self.weight_scale}; it must be more than 0, and finite")
-        choices = {
-            "score": ("softmax", "sigmoid"),
-            "group_score": ("max", "top2"),
-            "aux_loss_scope": ("micro_batch", "global_batch"),
-        }
-        for name, (first, second) in choices.items():
-            if getattr(self, name) not in (first, second):
-                raise ValueError(f"router.{name} is {getattr(self, name)!r}; choose {first!r} or {second!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeConfig:
-    """How experts are placed and moved."""
+class DebugConfig:
+    """What only comparisons, benchmarks and bug hunts set: the defaults are right for training."""
 
-    policy: str = "quota"
-    """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds), 'balance' (fewest routed tokens on the
-    busiest rank, also where the forecast is wrong), or another name of `placement.SOLVERS`."""
     split: Literal["exact", "local_even"] = "exact"
     """How tokens are split over copies: the exact min-max split, or Hecate's rule (local first, then even)."""
-    slots: int | Literal["auto"] = 2
-    """Copies of other ranks' experts that a rank may hold per MoE layer; "auto": as many as fit into `slot_bytes`, up to 4."""
-    materialize: Literal["keep", "rematerialize", "auto"] = "keep"
-    """Copies stay until backward, or are released after forward and gathered again, so that layers share slots; the last layer's
-    stay in any case, as its backward comes at once. "auto" keeps those of as many last layers as fit into `slot_bytes`."""
-    reuse_copies: bool = False
-    """Under gradient accumulation, copies that the next micro-batch's plan wants too stay in their slots, and only the others are
-    gathered; one more layer's slots are taken. Applies to layers that keep their copies until backward. Gradients go to the
-    owners with every micro-batch. Until `Handle.step`, only optimizers and moesaic may change the experts' weights."""
-    slot_bytes: int = 0
-    """The most bytes that copies, their gradients and staging may take on a rank, for one forward in flight; 0: no limit."""
     predictor: Literal["best", "last", "window", "ema"] = "best"
     """How the next load is predicted from the past; 'best' uses whichever had the smallest recent error."""
-    shard_dense: bool = True
-    """Shard everything but the experts with FSDP2 `fully_shard`; False leaves the rest of the model to you."""
-    compute_dtype: Literal["as_is", "bf16"] = "as_is"
-    """What experts and the dense rest compute in, and what copies, routed tokens and FSDP2's gathers travel in: the parameters'
-    own dtype, or bf16 cast from them. Master weights, gradients, their reductions and optimizer state keep the parameters' dtype;
-    of FSDP2 it is MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32). Router logits are fp32."""
     overlap_s: float = 0.0
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
@@ -98,18 +84,57 @@ class RuntimeConfig:
     token_route: Literal["auto", "direct", "by_node"] = "auto"
     """How routed tokens travel: straight to every rank that computes them, or once to each node and on inside it; "auto" goes by
     node where the topology has several nodes of several ranks."""
-    row_parts: int | Literal["auto"] = "auto"
+    row_parts: Literal["auto", 1, 2] = "auto"
     """Parts, 1 or 2, in which routed tokens travel: the experts of one part compute while the tokens of the other travel, out or
     back; experts that a rank computes for its own tokens alone compute while the first tokens come and the last leave. Results
     keep the same bits; as many bytes travel, in up to twice the messages. "auto": 2 between nodes where tokens go straight to
     every rank and `overlap` is on, else 1. By node they go in one part, and 2 is refused."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
+    rehome_effort: float = 1.0
+    """How long the solver searches for owners, relative to its default."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "runtime.debug")
+        if not 0 < self.rehome_effort < math.inf:
+            raise ValueError(f"runtime.debug.rehome_effort is {self.rehome_effort}; it must be more than 0, and finite")
+        if not 0 <= self.overlap_s < math.inf:
+            raise ValueError(f"runtime.debug.overlap_s is {self.overlap_s}; it must be 0 or more seconds, and finite")
+        if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):
+            raise ValueError(
+                f"runtime.debug.schedule {self.schedule!r} forwards sums, which bf16 would round at every rank; "
+                "set runtime.debug.reduce_wire='as_is', or runtime.debug.schedule='auto' or 'direct'"
+            )
+
+
+@takes_moved_options
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How experts are placed and moved."""
+
+    policy: str = "quota"
+    """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds), 'balance' (fewest routed tokens on the
+    busiest rank, also where the forecast is wrong), or another name of `placement.SOLVERS`."""
+    slots: int | Literal["auto"] = 2
+    """Copies of other ranks' experts that a rank may hold per MoE layer; "auto": as many as fit into `slot_bytes`, up to 4."""
+    materialize: Literal["keep", "rematerialize", "auto"] = "keep"
+    """Copies stay until backward, or are released after forward and gathered again, so that layers share slots; the last layer's
+    stay in any case, as its backward comes at once. "auto" keeps those of as many last layers as fit into `slot_bytes`."""
+    reuse_copies: bool = False
+    """Under gradient accumulation, copies that the next micro-batch's plan wants too stay in their slots, and only the others are
+    gathered; one more layer's slots are taken. Applies to layers that keep their copies until backward. Gradients go to the
+    owners with every micro-batch. Until `Handle.step`, only optimizers and moesaic may change the experts' weights."""
+    slot_bytes: int = 0
+    """The most bytes that copies, their gradients and staging may take on a rank, for one forward in flight; 0: no limit."""
+    shard_dense: bool = True
+    """Shard everything but the experts with FSDP2 `fully_shard`; False leaves the rest of the model to you."""
+    compute_dtype: Literal["as_is", "bf16"] = "as_is"
+    """What experts and the dense rest compute in, and what copies, routed tokens and FSDP2's gathers travel in: the parameters'
+    own dtype, or bf16 cast from them. Master weights, gradients, their reductions and optimizer state keep the parameters' dtype;
+    of FSDP2 it is MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32). Router logits are fp32."""
     rehome_every: int = 0
     """Steps between proposals of new owners, solved in the background from the loads observed; experts move with their optimizer
     state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
-    rehome_effort: float = 1.0
-    """How long the solver searches for owners, relative to its default."""
     check_replicas_every: int = 100
     """Steps between checks that ranks hold the same dense weights, buffers, experts of replicas and optimizer's numbers; one
     after the first step besides. A difference of one bit ends the step with an error on every rank. 0: none."""
@@ -119,12 +144,15 @@ class RuntimeConfig:
     """How bytes travel between ranks; `moesaic doctor` says what "auto" chooses here, and why."""
     timeout_s: float = 300.0
     """Seconds after which a wait for other ranks fails."""
+    debug: DebugConfig = DebugConfig()
+    """What only comparisons, benchmarks and bug hunts set."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "runtime")
+        if not isinstance(self.debug, DebugConfig):
+            raise ValueError(f"runtime.debug is {self.debug!r}; give a DebugConfig")
         if self.slots != "auto" and not (isinstance(self.slots, int) and self.slots >= 0):
             raise ValueError(f"runtime.slots is {self.slots!r}; it must be 0 (no copies) or more, or 'auto'")
-        if self.materialize not in ("keep", "rematerialize", "auto"):
-            raise ValueError(f"runtime.materialize is {self.materialize!r}; choose 'keep', 'rematerialize' or 'auto'")
         if self.slot_bytes < 0:
             raise ValueError(f"runtime.slot_bytes is {self.slot_bytes}; it must be 0 (no limit) or a number of bytes")
         for name in ("slots", "materialize"):
@@ -141,32 +169,5 @@ class RuntimeConfig:
                 f"runtime.check_replicas_except is {self.check_replicas_except!r}; give a list: [{self.check_replicas_except!r}]"
             )
         object.__setattr__(self, "check_replicas_except", tuple(self.check_replicas_except))
-        if not 0 < self.rehome_effort < math.inf:
-            raise ValueError(f"runtime.rehome_effort is {self.rehome_effort}; it must be more than 0, and finite")
-        if not 0 <= self.overlap_s < math.inf:
-            raise ValueError(f"runtime.overlap_s is {self.overlap_s}; it must be 0 or more seconds, and finite")
         if not 0 < self.timeout_s <= MAX_SECONDS:
             raise ValueError(f"runtime.timeout_s is {self.timeout_s}; it must be more than 0, at most {MAX_SECONDS:.0f} seconds")
-        if self.schedule not in ("auto", *SCHEDULES):
-            raise ValueError(f"runtime.schedule is {self.schedule!r}; choose 'auto' or one of {', '.join(SCHEDULES)}")
-        if self.transport not in ("auto", *TRANSPORTS):
-            raise ValueError(f"runtime.transport is {self.transport!r}; choose 'auto' or one of {', '.join(TRANSPORTS)}")
-        if self.token_route not in ("auto", "direct", "by_node"):
-            raise ValueError(f"runtime.token_route is {self.token_route!r}; choose 'auto', 'direct' or 'by_node'")
-        if self.row_parts not in ("auto", 1, 2):
-            raise ValueError(f"runtime.row_parts is {self.row_parts!r}; choose 'auto', 1 or 2")
-        if self.compute_dtype not in ("as_is", "bf16"):
-            raise ValueError(f"runtime.compute_dtype is {self.compute_dtype!r}; choose 'as_is' or 'bf16'")
-        if self.reduce_wire not in ("as_is", "bf16"):
-            raise ValueError(f"runtime.reduce_wire is {self.reduce_wire!r}; choose 'as_is' or 'bf16'")
-        if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):
-            raise ValueError(
-                f"runtime.schedule {self.schedule!r} forwards sums, which bf16 would round at every rank; "
-                "set runtime.reduce_wire='as_is', or runtime.schedule='auto' or 'direct'"
-            )
-        if self.calibrate not in ("auto", "always", "never"):
-            raise ValueError(f"runtime.calibrate is {self.calibrate!r}; choose 'auto', 'always' or 'never'")
-        if self.split not in ("exact", "local_even"):
-            raise ValueError(f"runtime.split is {self.split!r}; choose 'exact' or 'local_even'")
-        if self.predictor not in ("best", "last", "window", "ema"):
-            raise ValueError(f"runtime.predictor is {self.predictor!r}; choose 'best', 'last', 'window' or 'ema'")

@@ -17,7 +17,7 @@ from .agreement import Agreement
 from .bank import Bank
 from .capacity import Capacity
 from .carried import CarriedCopies
-from .config import RuntimeConfig
+from .config import DebugConfig, RuntimeConfig
 from .dispatch import build_handle
 from .dispatch_by_node import build_node_handle
 from .dispatch_handle import DispatchHandle
@@ -79,7 +79,7 @@ class LayerRuntime:
         self.pool = pool
         self.clock = clock
         self.reduces = reduces
-        self.overlap = config.overlap
+        self.overlap = config.debug.overlap
         self.rematerializer = rematerializer
         self.keeps_copies = keeps_copies
         self.capacity = capacity or Capacity()
@@ -89,7 +89,7 @@ class LayerRuntime:
         self.agreement = agreement or Agreement(group, {name: self.num_experts})
         self.owned_experts = _owned(owners_E, group.rank)
         gradient_bytes = bank.storage["gate_up"].element_size()
-        self.reduce_wire = torch.bfloat16 if config.reduce_wire == "bf16" else None
+        self.reduce_wire = torch.bfloat16 if config.debug.reduce_wire == "bf16" else None
         shape = LayerShape(
             num_experts=self.num_experts,
             top_k=top_k,
@@ -98,7 +98,7 @@ class LayerRuntime:
             bytes_per_element=bank.compute_dtype.itemsize,
             gradient_bytes_per_element=gradient_bytes if self.reduce_wire is None else min(gradient_bytes, 2),
         )
-        self.build_handle = _handle_builder(config, group.topology)
+        self.build_handle = _handle_builder(config.debug, group.topology)
         """Describes where rows travel; see `dispatch.build_handle`."""
         self.planner = LayerPlanner(owners_E, group.topology, shape, self.counters.timed(solver), config)
         self.carried = CarriedCopies(bank, layer, pool, self.planner) if config.reuse_copies and keeps_copies else None
@@ -285,22 +285,22 @@ class LayerRuntime:
         return gathered.host_Rn
 
 
-def _handle_builder(config: RuntimeConfig, topology: Topology) -> Callable[..., DispatchHandle]:
+def _handle_builder(debug: DebugConfig, topology: Topology) -> Callable[..., DispatchHandle]:
     """What describes where rows travel: by node or straight to every rank, and then in one part or in two.
 
     Two where the way is long enough for experts to hide it: between nodes.
     """
     num_nodes, ranks_per_node = topology.num_nodes, topology.ranks_per_node
-    by_node = min(num_nodes, ranks_per_node) > 1 if config.token_route == "auto" else config.token_route == "by_node"
-    if by_node and config.row_parts == 2:
+    by_node = min(num_nodes, ranks_per_node) > 1 if debug.token_route == "auto" else debug.token_route == "by_node"
+    if by_node and debug.row_parts == 2:
         raise ValueError(
-            f"runtime.row_parts is 2, but on {num_nodes} nodes of {ranks_per_node} ranks token rows go by node, in one part; "
-            "set runtime.row_parts='auto', or runtime.token_route='direct'"
+            f"runtime.debug.row_parts is 2, but on {num_nodes} nodes of {ranks_per_node} ranks token rows go by node, in one "
+            "part; set runtime.debug.row_parts='auto', or runtime.debug.token_route='direct'"
         )
     if by_node:
         return partial(build_node_handle, ranks_per_node=ranks_per_node)
-    auto_parts = 2 if config.overlap and num_nodes > 1 else 1
-    return partial(build_handle, num_parts=auto_parts if config.row_parts == "auto" else config.row_parts)
+    auto_parts = 2 if debug.overlap and num_nodes > 1 else 1
+    return partial(build_handle, num_parts=auto_parts if debug.row_parts == "auto" else debug.row_parts)
 
 
 def _owned(owners_E: np.ndarray, rank: int) -> tuple[int, ...]:

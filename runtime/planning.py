@@ -85,9 +85,9 @@ class LayerPlanner:
         self._shape = shape
         self._solver = solver
         assert isinstance(config.slots, int), "slots are still to be chosen; see memory.plan_slots"
-        self._config, self._slots = config, config.slots
-        self._predictor = make_predictor(config.predictor)
-        self._split_rule = split_exact if config.split == "exact" else split_local_even
+        self._debug, self._slots = config.debug, config.slots
+        self._predictor = make_predictor(config.debug.predictor)
+        self._split_rule = split_exact if config.debug.split == "exact" else split_local_even
         self._num_plans = 0
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
         self._is_held = False
@@ -115,7 +115,7 @@ class LayerPlanner:
             topology=self._topology,
             shape=self._shape,
             slots=self._slots,
-            overlap_s=self._config.overlap_s,
+            overlap_s=self._debug.overlap_s,
             forecast_error=forecast_error,
         )
 
@@ -147,10 +147,10 @@ class LayerPlanner:
     @property
     def is_calibrating(self) -> bool:
         """Whether the next split may add copies: as configured, or while predictions are bad, or there were none."""
-        if self._is_held or not self._config.slots or self._topology.num_ranks == 1:
+        if self._is_held or not self._slots or self._topology.num_ranks == 1:
             return False
-        if self._config.calibrate != "auto":
-            return self._config.calibrate == "always"
+        if self._debug.calibrate != "auto":
+            return self._debug.calibrate == "always"
         return not self._errors or sum(self._errors) / len(self._errors) > CALIBRATE_ABOVE
 
     def observe(self, load: ExpertLoad) -> float | None:
@@ -187,10 +187,10 @@ class LayerPlanner:
 
     def gather_of(self, placement: Placement) -> tuple[str, Schedule]:
         """The gather of a placement's copies, and its name: as configured, or the one that is predicted to be fastest."""
-        if self._config.schedule == "auto":
+        if self._debug.schedule == "auto":
             choice = choose_schedule(placement, self._topology, self._shape)
             return choice.name, choice.schedule
-        name = self._config.schedule
+        name = self._debug.schedule
         return name, make_schedule(name, placement, self._topology, self._shape.expert_bytes)
 
 

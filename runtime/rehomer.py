@@ -143,7 +143,7 @@ class Rehomer:
     Args:
         bank, layers: the bank and its layers, in order.
         group: the ranks; rank 0 solves.
-        config: `rehome_every`, `rehome_effort`, policy.
+        config: `rehome_every`, `debug.rehome_effort`, policy.
     """
 
     def __init__(self, bank: Bank, layers: Sequence[ShardedExperts], group: RankGroup, config: RuntimeConfig):
@@ -170,7 +170,9 @@ class Rehomer:
             states = expert_states(self.bank, optimizer)  # state that cannot move is refused before anything is solved
             if self._solver is not None:
                 move_s = bytes_per_expert(states) / self._rate.bytes_per_s
-                self._solver.ask(Question(self._problems(), self._config.policy, self._config.rehome_effort, move_s / every))
+                self._solver.ask(
+                    Question(self._problems(), self._config.policy, self._config.debug.rehome_effort, move_s / every)
+                )
             self._loads, self._num_steps, self._asked_at = None, 0, step
 
     def _problems(self) -> tuple[Problem, ...]:

@@ -203,7 +203,7 @@ def build_runtimes(
         raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
     places = {layer.name: place for place, layer in enumerate(found)}
     sizes = [_size_of(of[0].source, group, config, tuple(places[layer.name] for layer in of)) for of in alike.values()]
-    slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.overlap)
+    slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.debug.overlap)
     owner_maps = [owners or OwnerMap.contiguous(len(of), of[0].source.num_experts, group.world_size) for of in alike.values()]
     ranks = ExpertRanks(group.experts, tuple(np.sum([each.num_rows_R for each in owner_maps], axis=0).tolist()))
     agreement = Agreement(group, {layer.name: layer.source.num_experts for layer in found})

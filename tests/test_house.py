@@ -72,6 +72,7 @@ def test_public_names() -> None:
     """About ten names; a new one is a decision."""
     assert moesaic.__all__ == [
         "Adapter",
+        "DebugConfig",
         "Handle",
         "MoELayer",
         "Router",

@@ -30,13 +30,14 @@ _CONFIGURATION = f"""\
 
 # Configuration
 
-Every option of a training run: its default, the values it takes and what it does. `[router]` and `[runtime]` are
-`RouterConfig` and `RuntimeConfig` of the Python API as well; the other sections belong to `moesaic train`.
+Every option of a training run: its default, the values it takes and what it does. `[router]`, `[runtime]` and
+`[runtime.debug]` are `RouterConfig`, `RuntimeConfig` and `DebugConfig` of the Python API as well; the other sections belong to
+`moesaic train`.
 
 - In a file: `moesaic train --config run.toml`, with sections and keys as below.
 - On the command line: `--set section.key=value`, as often as needed, over the file. A value is read as TOML (`0.1`, `true`,
   `"text"`), else taken as text.
-- In Python: `shard_experts(model, mesh=mesh, config=RuntimeConfig(slots=4))`,
+- In Python: `shard_experts(model, mesh=mesh, config=RuntimeConfig(slots=4, debug=DebugConfig(overlap=False)))`,
   `MoELayer(..., router=RouterConfig(z_loss_coef=1e-3))`.
 
 A wrong key, type or bound is one line that names the key, where it was given and the cure. The resolved configuration of a run is
@@ -54,7 +55,7 @@ Shape letters: T tokens, D model dimension, F an expert's hidden dimension, K ex
 
 
 def configuration_page() -> str:
-    """configuration.md: a section for each table of the TOML file, a row for each key."""
+    """configuration.md: a section for each table of the TOML file, those inside a table after it; a row for each key."""
     defaults = Config()
     sections = [_section(name, getattr(defaults, name)) for name in typing.get_type_hints(Config)]
     return "\n".join([_CONFIGURATION, *sections])
@@ -66,11 +67,15 @@ def _section(name: str, default: Any) -> str:
     meanings = field_docstrings(kind)
     title = inspect.cleandoc(kind.__doc__ or "").splitlines()[0].removeprefix(f"[{name}]: ")
     lines = [f"## [{name}]", "", _sentence(title), "", "| key | default | values | meaning |", "|---|---|---|---|"]
+    nested = []
     for field in dataclasses.fields(kind):
         value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            nested.append(_section(f"{name}.{field.name}", value))
+            continue
         cells = (f"`{field.name}`", f"`{_toml(value)}`", values_of(hints[field.name]), meanings[field.name])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *nested])
 
 
 def field_docstrings(kind: type) -> dict[str, str]:

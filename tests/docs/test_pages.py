@@ -15,8 +15,8 @@ from torch import nn
 
 from docs.tools.pages import PAGES as PRINTED
 from docs.tools.pages import values_of
-from moesaic import Handle, RouterConfig, RuntimeConfig
-from moesaic.launch.config import Config, CountOrZero, Seed
+from moesaic import DebugConfig, Handle, RouterConfig, RuntimeConfig
+from moesaic.launch.config import CountOrZero, Seed, _sections
 from tests.helpers.pages import PAGES, ROOT, commands_in_text, prose, read, spans
 
 FOLDERS_OF_USERS = ("runtime", "launch", "collectives")
@@ -61,11 +61,11 @@ def anchors(file: Path) -> set[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.removeprefix("docs/") not in PRINTED])
 def test_names_exist(page: str) -> None:
     """Options in code, arguments of the configuration classes, and members of the handle."""
-    sections = {name: {field.name for field in fields(kind)} for name, kind in typing.get_type_hints(Config).items()}
-    for section, key in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", prose(page)):
+    sections = {name: {field.name for field in fields(kind)} for name, kind in _sections().items()}
+    for section, key in re.findall(r"`([\w.]+)\.(\w+)(?:=[^`]*)?`", prose(page)):
         is_of_module = section == "model" and hasattr(nn.Module, key)
         assert section not in sections or is_of_module or key in sections[section], f"{page}: {section}.{key}"
-    for kind in (RuntimeConfig, RouterConfig):
+    for kind in (RuntimeConfig, DebugConfig, RouterConfig):
         for key in re.findall(rf"{kind.__name__}\((\w+)=", read(page)):
             assert key in {field.name for field in fields(kind)}, f"{page}: {kind.__name__}({key})"
     for name in re.findall(r"\bhandle\.(\w+)", read(page)):

@@ -1,6 +1,7 @@
 """The configuration: defaults, sources, and errors that name key, place and cure in one line."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from moesaic.launch.config import (
     TrainConfig,
     load_config,
 )
-from moesaic.runtime import RouterConfig, RuntimeConfig
+from moesaic.runtime import DebugConfig, RouterConfig, RuntimeConfig
+from moesaic.runtime.moved_options import MovedOptionWarning
+from tests.helpers.configs import MOVED_VALUES
 
 
 def message_of(path: Path | None, *assignments: str) -> str:
@@ -56,6 +59,10 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("data.path=", "data", "path", ""),
         ("runtime.policy=static", "runtime", "policy", "static"),
         ("router.aux_loss_coef=0", "router", "aux_loss_coef", 0.0),
+        ("runtime.debug.overlap=false", "runtime", "debug", DebugConfig(overlap=False)),
+        ("runtime.debug.row_parts=2", "runtime", "debug", DebugConfig(row_parts=2)),
+        ("runtime.debug.row_parts=auto", "runtime", "debug", DebugConfig()),
+        ("runtime.debug={overlap = false, split = 'exact'}", "runtime", "debug", DebugConfig(overlap=False)),
     ],
 )
 def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str, value: object) -> None:
@@ -84,14 +91,26 @@ def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str
         ("model.capacity_factor=0", ["capacity_factor is 0", "more than 0, or inf"]),
         ("train.micro_batches=3", ["train.batch_size", "3 micro-batches"]),
         ("runtime.slots=-1", ["runtime.slots", "-1"]),
-        ("runtime.split=exactt", ["runtime.split = 'exactt'", "did you mean 'exact'?"]),
+        ("runtime.debug.split=exactt", ["runtime.debug.split = 'exactt'", "did you mean 'exact'?"]),
+        ("runtime.debug.overlap=1", ["runtime.debug.overlap = 1", "valid boolean"]),
+        ("runtime.debug.row_parts=3", ["runtime.debug.row_parts = 3 should be 'auto', 1 or 2 (from --set"]),
+        ("runtime.debug.row_parts=true", ["runtime.debug.row_parts = True should be 'auto', 1 or 2 (from --set"]),
+        ("runtime.debug.row_parts=aut", ["runtime.debug.row_parts = 'aut'", "did you mean 'auto'?"]),
+        ("runtime.debug.overlpa=true", ["unknown key 'runtime.debug.overlpa'", "did you mean 'runtime.debug.overlap'?"]),
+        ("runtime.debgu.overlap=true", ["unknown key 'runtime.debgu.overlap'", "did you mean 'runtime.debug.overlap'?"]),
+        ("runtime.overlpa=true", ["unknown key 'runtime.overlpa'", "did you mean 'runtime.debug.overlap'?"]),
+        ("overlap=true", ["unknown key 'overlap'", "did you mean 'runtime.debug.overlap'?"]),
+        ("runtime.debug.slots=3", ["unknown key 'runtime.debug.slots'", "did you mean 'runtime.slots'?"]),
+        ("runtime.debug.zzz=3", ["unknown key 'runtime.debug.zzz'", "known: runtime.debug.split, runtime.debug.predictor"]),
+        ("runtime.debug=3", ["'runtime.debug' in --set runtime.debug=3 is a section; set one of runtime.debug.split, "]),
+        ("model=3", ["'model' in --set model=3 is a section; set one of model.dim, "]),
         ("runtime.policy=quotas", ["quotas", "did you mean 'quota'?"]),
         ("router.aux_loss_coef=-1.0", ["router.aux_loss_coef", "-1.0"]),
         ("router.aux_loss_coef=nan", ["router.aux_loss_coef is nan", "0 or more, and finite"]),
         ("router.z_loss_coef=inf", ["router.z_loss_coef is inf", "0 or more, and finite"]),
         ("router.weight_scale=nan", ["router.weight_scale is nan", "more than 0, and finite"]),
-        ("runtime.rehome_effort=nan", ["runtime.rehome_effort is nan", "more than 0, and finite"]),
-        ("runtime.overlap_s=nan", ["runtime.overlap_s is nan", "0 or more seconds, and finite"]),
+        ("runtime.debug.rehome_effort=nan", ["runtime.debug.rehome_effort is nan", "more than 0, and finite"]),
+        ("runtime.debug.overlap_s=nan", ["runtime.debug.overlap_s is nan", "0 or more seconds, and finite"]),
         ("runtime.timeout_s=nan", ["runtime.timeout_s is nan", "at most 1000000 seconds"]),
         ("runtime.timeout_s=1e30", ["runtime.timeout_s is 1e+30", "at most 1000000 seconds"]),
         ("launch.init_timeout_s=inf", ["launch.init_timeout_s = inf", "less than or equal to 1000000"]),
@@ -130,6 +149,10 @@ def test_errors_of_one_value_name_their_source(tmp_path: Path) -> None:
         ("[modle]\ndim = 8\n", ["unknown section [modle]", "did you mean 'model'?"]),
         ("[model]\ndimm = 8\n", ["unknown key 'model.dimm'", "did you mean 'model.dim'?"]),
         ("steps = 8\n", ["'steps'", "outside a section"]),
+        ("[runtime.debgu]\noverlap = true\n", ["unknown key 'runtime.debgu'", "did you mean 'runtime.debug'?"]),
+        ("[runtime.debug]\noverlpa = true\n", ["unknown key 'runtime.debug.overlpa'", "did you mean 'runtime.debug.overlap'?"]),
+        ("[runtime]\ndebug = true\n", ["'runtime.debug' in", "is a section; set one of runtime.debug.split, "]),
+        ("[[runtime.debug]]\noverlap = true\n", ["'runtime.debug' in", "is a section; set one of runtime.debug.split, "]),
         ("[model\n", ["is not TOML", "line 1"]),
     ],
 )
@@ -145,6 +168,34 @@ def test_wrong_file_names_key_and_file(tmp_path: Path, text: str, parts: list[st
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_config(tmp_path / "none.toml")
+
+
+def test_a_section_inside_a_section(tmp_path: Path) -> None:
+    """In a table of its own or with dotted keys; a value that is given later leaves the others of the file as they were."""
+    for text in ("[runtime]\nslots = 3\n[runtime.debug]\noverlap = false\n", "[runtime]\nslots = 3\ndebug.overlap = false\n"):
+        path = tmp_path / "run.toml"
+        path.write_text(text)
+        config = load_config(path, ["runtime.debug.calibrate=never"])
+        assert config.runtime == RuntimeConfig(slots=3, debug=DebugConfig(overlap=False, calibrate="never"))
+        assert message_of(path, "runtime.debug.overlap_s=-1").endswith(f"(from {path}, --set runtime.debug.overlap_s=-1)")
+
+
+@pytest.mark.parametrize("name,value", MOVED_VALUES.items(), ids=MOVED_VALUES)
+def test_old_names_of_options_that_moved(tmp_path: Path, name: str, value: object) -> None:
+    """In a file and on the command line: one warning that names the new one, and the same configuration."""
+    path, line = tmp_path / "run.toml", f"{name} = {json.dumps(value)}"
+    path.write_text(f"[runtime]\n{line}\n")
+    expected = Config(runtime=RuntimeConfig(debug=DebugConfig(**{name: value})))  # type: ignore[arg-type]
+    for arguments in ((path,), (None, [f"runtime.{line}"]), (path, [f"runtime.{line}"])):
+        with pytest.warns(MovedOptionWarning, match=rf"^runtime\.{name} is now runtime\.debug\.{name};") as seen:
+            assert load_config(*arguments) == expected
+        assert [warning.filename for warning in seen] == [__file__]
+    new = f"runtime.debug.{line}"
+    for source, message in ((None, message_of(None, f"runtime.{line}", new)), (path, message_of(path, new))):
+        sources = f"{source or f'--set runtime.{line}'}, --set {new}"
+        assert message == (
+            f"runtime.{name} and runtime.debug.{name} are both given; give runtime.debug.{name} alone (from {sources})"
+        )
 
 
 @pytest.mark.parametrize("world_size, micro_batches, fits", [(1, 1, True), (4, 2, True), (3, 1, False), (8, 2, False)])
@@ -186,7 +237,13 @@ configs = st.builds(
         activation_checkpoint=st.booleans(),
     ),
     router=st.builds(RouterConfig, normalize_weights=st.booleans(), aux_loss_coef=share, z_loss_coef=share),
-    runtime=st.builds(RuntimeConfig, slots=st.integers(0, 64), timeout_s=seconds, shard_dense=st.booleans()),
+    runtime=st.builds(
+        RuntimeConfig,
+        slots=st.integers(0, 64),
+        timeout_s=seconds,
+        shard_dense=st.booleans(),
+        debug=st.builds(DebugConfig, overlap=st.booleans(), overlap_s=share, row_parts=st.sampled_from(("auto", 1, 2))),
+    ),
     data=st.builds(DataConfig, path=text, pattern=text.map("*".__add__), cache_folder=text, seq_len=count),
     optim=st.builds(OptimConfig, lr=positive, min_lr_share=share, weight_decay=positive),
     train=st.builds(TrainConfig, steps=count, batch_size=count, eval_every=st.integers(0, 9)),

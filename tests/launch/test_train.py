@@ -132,6 +132,18 @@ def test_wrong_use_ends_every_rank_with_one_line(folder: Path) -> None:
     assert not (folder / "runs").exists()
 
 
+def test_options_by_their_old_names_are_said_once(folder: Path) -> None:
+    """By rank 0, in one line before anything else; the line after it is about a batch that does not divide."""
+    values = [*tiny_values(folder), "runtime.overlap=false", "runtime.split=exact", "train.batch_size=3"]
+    first, second = wait_for(start_ranks(2, set_options(values), folder))
+    moved, wrong = first.stderr.splitlines()
+    new = ", ".join(f"runtime.{name} is now runtime.debug.{name}" for name in ("split", "overlap"))
+    assert moved == f"moesaic: {new}; old names work for one more release"
+    assert wrong.startswith("moesaic: train.batch_size 3 does not divide over 2 ranks")
+    assert (first.status, second.status) == (2, 2)
+    assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
+
+
 def test_a_text_that_one_rank_cannot_see(folder: Path) -> None:
     """Ranks in different folders, one without the text: all end together with one line that names the rank."""
     other = folder / "other"

@@ -38,8 +38,8 @@ def train_watched(rank: int, world_size: int, args: Sequence[str], folder: Path)
     "values",
     [
         (),
-        ("runtime.policy=balance", "runtime.compute_dtype=bf16", "runtime.calibrate=always"),
-        ("runtime.schedule=relay", "runtime.materialize=rematerialize", "train.micro_batches=3", "router.score=sigmoid"),
+        ("runtime.policy=balance", "runtime.compute_dtype=bf16", "runtime.debug.calibrate=always"),
+        ("runtime.debug.schedule=relay", "runtime.materialize=rematerialize", "train.micro_batches=3", "router.score=sigmoid"),
     ],
     ids=["default", "balance in bf16", "relays"],
 )

@@ -10,6 +10,7 @@ from moesaic.runtime.group import group_of_process_group, single_rank_group
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case
+from tests.helpers.configs import runtime_config
 from tests.helpers.ranks import run_ranks
 
 CASE = Case(
@@ -32,7 +33,7 @@ def train(rank: int, reuse_copies: bool) -> tuple[list[torch.Tensor], list[tuple
     assert dist.group.WORLD is not None
     group = group_of_process_group(dist.group.WORLD, timeout_s=60, topology=CASE.topology())
     (layer,) = CASE.layers()
-    config = RuntimeConfig(slots=CASE.slots, calibrate="never", reuse_copies=reuse_copies)
+    config = runtime_config(slots=CASE.slots, calibrate="never", reuse_copies=reuse_copies)
     (bank,) = share_experts({"0": layer}, group, config=config, solver=CASE.solver(), clock=StageClock(), owners=CASE.owners())
     optimizer = torch.optim.SGD([{"params": list(bank.parameters())}], lr=0.1)  # rank 0 owns no expert
     unrelated = torch.optim.SGD([torch.zeros(1, requires_grad=True)])

@@ -21,6 +21,7 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case, cases
+from tests.helpers.configs import runtime_config
 from tests.helpers.threads import run_threads
 
 
@@ -130,7 +131,7 @@ class HostWaits(TorchDispatchMode):
 def waits_of_a_dispatch(group: RankGroup, case: Case, row_parts: int, watches_R: list[HostWaits]) -> list[str]:
     """The host's waits while one rank describes its rows."""
     (layer,) = case.layers()
-    config, solver, clock = RuntimeConfig(slots=case.slots, row_parts=row_parts), case.solver(), StageClock()
+    config, solver, clock = runtime_config(slots=case.slots, row_parts=row_parts), case.solver(), StageClock()
     share_experts({"moe": layer}, group, config=config, solver=solver, clock=clock, owners=case.owners())
     watch, build = watches_R[group.rank], layer.runtime.build_handle
     threading.current_thread().name = f"rank {group.rank}"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic import RuntimeConfig
+from moesaic import DebugConfig
 from moesaic.placement import ExpertLoad, Placement, Topology, split_exact
 from moesaic.runtime.dispatch import anchor_ranks
 from moesaic.runtime.dispatch_by_node import build_node_handle, num_mask_words, pack_masks, unpack_masks
@@ -19,6 +19,7 @@ from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import PLACEMENTS, Case, cases
 from tests.helpers.compare import assert_bitwise
+from tests.helpers.configs import runtime_config
 from tests.helpers.threads import run_threads
 from tests.runtime.test_dispatch import crossing_pairs
 from tests.runtime.test_parity import NAMED, check, train
@@ -63,7 +64,7 @@ def test_one_node_and_nodes_of_one_rank(num_nodes: int) -> None:
 def forward_and_count(group: RankGroup, case: Case, route: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Bytes to each rank by direction, over one forward and backward; the choices; who held what."""
     (layer,) = case.layers()
-    config = RuntimeConfig(slots=case.slots, token_route=route)
+    config = runtime_config(slots=case.slots, token_route=route)
     share_experts({"moe": layer}, group, config=config, solver=case.solver(), clock=StageClock(), owners=case.owners())
     layer(case.tokens(group.rank, 0))
     group.tokens.traffic.reset()
@@ -138,8 +139,8 @@ def test_the_topology_decides() -> None:
         results = run_threads(4, forward_and_count, case, route, topology=topology)
         crossed[route] = sum(int(sent["dispatch"][2:].sum()) for sent, _, _ in results[:2])
     assert crossed["auto"] == crossed["by_node"] < crossed["direct"]
-    with pytest.raises(ValueError, match=r"runtime.token_route is 'both'; choose 'auto', 'direct' or 'by_node'"):
-        RuntimeConfig(token_route="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"runtime.debug.token_route is 'both'; choose 'auto', 'direct' or 'by_node'"):
+        DebugConfig(token_route="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"row_parts is 2, but on 2 nodes of 2 ranks token rows go by node.*set runtime"):
         train(case, num_nodes=2, row_parts=2)
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesaic.runtime.experts as experts_module
-from moesaic import RuntimeConfig
 from moesaic.collectives import Pending
 from moesaic.placement import ExpertLoad, Placement, Split, Topology, split_exact, split_local_even
 from moesaic.runtime.expert_order import ExpertOrder, regroup
@@ -22,6 +21,7 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case
+from tests.helpers.configs import runtime_config
 from tests.helpers.threads import run_threads
 from tests.runtime.test_token_rows import ROWS, Recorded
 
@@ -179,7 +179,7 @@ def events_of_a_step(group: RankGroup, ranks: threading.local) -> list[str | int
     group.tokens.exchange_rows = recording  # type: ignore[method-assign]
     case = Case(2, 6, 2, 1, (40, 40), "static", hot_expert=False, any_owner=False, normalize=True, seed=3)
     (layer,) = case.layers()
-    config = RuntimeConfig(slots=1, split="local_even", calibrate="never")
+    config = runtime_config(slots=1, split="local_even", calibrate="never")
     placed = SimpleNamespace(placement=HELD)
     share_experts({"moe": layer}, group, config=config, solver=lambda problem: placed, clock=StageClock(), owners=case.owners())
     layer(case.tokens(group.rank))  # Copies are placed for loads that were seen.

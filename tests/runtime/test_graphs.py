@@ -20,6 +20,7 @@ from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case
 from tests.helpers.compare import assert_all_close, assert_bitwise, assert_close
+from tests.helpers.configs import runtime_config
 from tests.helpers.reference import DenseMoE
 from tests.helpers.threads import run_threads
 from tests.runtime.test_parity import gradients, merged, rank_loss, reference_gradients
@@ -140,7 +141,7 @@ def run_program(
     share_experts(
         {str(i): layer for i, layer in enumerate(layers)},
         group,
-        config=RuntimeConfig(slots=case.slots, **options),
+        config=runtime_config(slots=case.slots, **options),
         solver=case.solver(),
         clock=StageClock(),
         owners=case.owners(),

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import CollectiveError
 from moesaic.runtime._compat import time_limit_s
+from tests.helpers.configs import runtime_config
 from tests.helpers.ranks import RankPool, run_ranks
 
 DIM = 8
@@ -86,7 +87,7 @@ class Loop:
         torch.manual_seed(1)
         self.rank, self.net = rank, Net(experts)
         given = {"check_replicas_every": 0, **options}  # of a dense part that is left alone nothing averages the gradients
-        config = RuntimeConfig(timeout_s=TIMEOUT_S, transport=transport, shard_dense=shard_dense, **given)
+        config = runtime_config(timeout_s=TIMEOUT_S, transport=transport, shard_dense=shard_dense, **given)
         self.handle: Handle = shard_experts(self.net, mesh=init_device_mesh("cpu", (2,)), config=config)
         self.optimizer = torch.optim.SGD(self.handle.parameter_groups(), lr=1e-2)
         self._generator = torch.Generator().manual_seed(rank)

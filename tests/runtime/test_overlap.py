@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic import Handle, shard_experts
 from moesaic.collectives import Pending, Span
 from moesaic.runtime.bank import Bank
 from moesaic.runtime.layer import moe_layers
 from moesaic.runtime.profile import communication_events
+from tests.helpers.configs import runtime_config
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.runtime.test_shard import everywhere
@@ -26,7 +27,7 @@ from tests.runtime.test_shard import everywhere
 def wrapped(**options: Any) -> tuple[Model, Handle]:
     model = make_model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    config = RuntimeConfig(policy="static", slots=5, timeout_s=30, calibrate="never", **options)
+    config = runtime_config(policy="static", slots=5, timeout_s=30, calibrate="never", **options)
     handle = shard_experts(model, mesh=mesh, config=config, solver=everywhere)
     # One training forward, so that the next placements have copies.
     cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesaic import MoELayer, RuntimeConfig
+from moesaic import DebugConfig, MoELayer
 from moesaic.collectives import SCHEDULES
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.memory import BankSize, SlotPlan
@@ -20,6 +20,7 @@ from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import PLACEMENTS, Case, cases
 from tests.helpers.compare import assert_all_close, assert_bitwise
+from tests.helpers.configs import runtime_config
 from tests.helpers.reference import DenseMoE
 from tests.helpers.threads import run_threads
 
@@ -96,7 +97,7 @@ def train_on_ranks(
     share_experts(
         {str(i): layer for i, layer in layers.items()},
         group,
-        config=RuntimeConfig(slots=case.slots, **options),
+        config=runtime_config(slots=case.slots, **options),
         solver=case.solver(),
         clock=StageClock(),
         owners=case.owners(),
@@ -281,7 +282,7 @@ def test_options_together(case: Case, schedule: str, order: str, use_checkpoint:
 def calibrated_traffic(group: RankGroup, case: Case, calibrate: str) -> dict[str, int]:
     """Bytes that one training step of one layer sends between all ranks, by operation, and the copies it made."""
     (layer,) = case.layers()
-    config = RuntimeConfig(slots=case.slots, calibrate=calibrate)  # type: ignore[arg-type]
+    config = runtime_config(slots=case.slots, calibrate=calibrate)
     share_experts({"0": layer}, group, config=config, solver=case.solver(), clock=StageClock())
     layer(case.tokens(group.rank)).sum().backward()
     counters = layer.runtime.counters
@@ -313,8 +314,8 @@ def test_the_first_forward_is_calibrated(calibrate: str) -> None:
 
 
 def test_bf16_on_the_wire_does_not_go_through_relays() -> None:
-    with pytest.raises(ValueError, match=r"runtime.schedule 'relay' forwards sums.*set runtime.reduce_wire='as_is'"):
-        RuntimeConfig(schedule="relay", reduce_wire="bf16")
+    with pytest.raises(ValueError, match=r"runtime.debug.schedule 'relay' forwards sums.*set runtime.debug.reduce_wire='as_is'"):
+        DebugConfig(schedule="relay", reduce_wire="bf16")
 
 
 NAMED = {

@@ -17,6 +17,7 @@ from moesaic.runtime.planning import LayerPlanner, Plan
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.cases import Case, cases
+from tests.helpers.configs import runtime_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
 from tests.runtime.test_shard import trained, wrapped
@@ -83,7 +84,7 @@ def test_calibration_rests_while_predictions_are_good() -> None:
     assert all(seen[9:25])
     assert not seen[-1]
     for choice in ("always", "never"):
-        config = RuntimeConfig(slots=2, calibrate=choice)  # type: ignore[arg-type]
+        config = runtime_config(slots=2, calibrate=choice)
         shape = LayerShape(num_experts=4, top_k=1, dim=4, ffn_dim=4)
         fixed = LayerPlanner(np.array([0, 0, 1, 1]), Topology.preset("cpu", 2), shape, get_solver("quota"), config)
         assert fixed.is_calibrating == (choice == "always")

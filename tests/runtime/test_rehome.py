@@ -27,6 +27,7 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.rehome import expert_states, migrate, rounds_of
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from tests.helpers.configs import runtime_config
 from tests.helpers.model import cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
@@ -342,7 +343,7 @@ def test_one_slow_move_does_not_end_re_homing(monkeypatch: pytest.MonkeyPatch) -
 
 def train_with_the_solver(rank: int) -> list[str]:
     """Seven steps with the real solver; rank 0 waits for it, which only a test may."""
-    config = RuntimeConfig(slots=1, rehome_every=4, rehome_effort=0.05, timeout_s=60)
+    config = runtime_config(slots=1, rehome_every=4, rehome_effort=0.05, timeout_s=60)
     model = make_model(ffn_dim=FFN_DIM)
     handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=config)
     optimizer = torch.optim.AdamW(handle.parameter_groups(), lr=0.01)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from moesaic import RuntimeConfig, shard_experts
+from moesaic import DebugConfig, shard_experts
 from moesaic.kernels import Clamp
 from moesaic.placement import ExpertLoad, Placement, Topology, split_exact
 from moesaic.runtime.dispatch import build_handle
@@ -22,6 +22,7 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.layer_runtime import _handle_builder
 from tests.helpers.cases import Case, cases
 from tests.helpers.compare import assert_bitwise
+from tests.helpers.configs import runtime_config
 from tests.helpers.model import cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
@@ -143,21 +144,21 @@ def test_two_parts_between_nodes() -> None:
 
     def options_of(num_nodes: int, ranks_per_node: int, **options: Any) -> dict[str, Any]:
         topology = replace(Topology.preset("cpu", num_nodes * ranks_per_node), num_nodes=num_nodes, ranks_per_node=ranks_per_node)
-        found: dict[str, Any] = _handle_builder(RuntimeConfig(**options), topology).keywords  # type: ignore[attr-defined]
+        found: dict[str, Any] = _handle_builder(DebugConfig(**options), topology).keywords  # type: ignore[attr-defined]
         return found
 
     two, one = {"num_parts": 2}, {"num_parts": 1}
     assert options_of(2, 1) == options_of(2, 2, token_route="direct") == options_of(1, 2, row_parts=2) == two
     assert options_of(1, 4) == options_of(2, 1, overlap=False) == options_of(2, 1, row_parts=1) == one
     assert options_of(2, 2) == {"ranks_per_node": 2}
-    with pytest.raises(ValueError, match=r"runtime.row_parts is 3; choose 'auto', 1 or 2"):
-        RuntimeConfig(row_parts=3)
+    with pytest.raises(ValueError, match=r"runtime.debug.row_parts is 3; choose 'auto', 1 or 2"):
+        DebugConfig(row_parts=3)  # type: ignore[arg-type]
 
 
 def steps_on_ranks(rank: int, row_parts: int, use_checkpoint: bool) -> tuple[dict[str, Tensor], Sent]:
     """Gradients of two micro-batches, and logits without gradients, over real messages."""
     model = make_model(use_checkpoint=use_checkpoint)
-    config = RuntimeConfig(policy="static", slots=5, timeout_s=30, transport="c10d", row_parts=row_parts)
+    config = runtime_config(policy="static", slots=5, timeout_s=30, transport="c10d", row_parts=row_parts)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     handle = shard_experts(model, mesh=mesh, config=config, solver=two_copies)
     for step in range(2):

@@ -21,6 +21,7 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.compare import assert_all_close
+from tests.helpers.configs import runtime_config
 from tests.helpers.model import (
     NUM_EXPERTS,
     Model,
@@ -361,7 +362,7 @@ def share_after_refusals(group: RankGroup) -> None:
     with pytest.raises(ValueError, match="puts 2 copies on rank 0, which has 1 slots"):
         share(config=RuntimeConfig(slots=1), owners=owners, placements=[placement])
     with pytest.raises(ValueError, match="row_parts is 2, but"):
-        share(config=RuntimeConfig(row_parts=2, token_route="by_node"))
+        share(config=runtime_config(row_parts=2, token_route="by_node"))
     assert not layer.experts.is_sharded
     weights = {f"experts.{e}.{weight}" for e in range(4) for weight in ("gate_up", "down")}
     assert dict(layer.named_parameters()).keys() == {"router.weight", *weights}

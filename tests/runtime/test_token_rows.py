@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic import Handle, shard_experts
 from moesaic.collectives import Pending
 from moesaic.runtime.token_rows import RoundTrip
 from tests.helpers.compare import assert_bitwise
+from tests.helpers.configs import runtime_config
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.runtime.test_memory import two_copies
@@ -43,7 +44,7 @@ def wrapped(**options: Any) -> tuple[Model, Handle]:
     """The model whose first MoE layer has a shared expert."""
     model = make_model(use_checkpoint=options.pop("use_checkpoint", False))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    config = RuntimeConfig(policy="static", slots=5, timeout_s=30, calibrate="never", **options)
+    config = runtime_config(policy="static", slots=5, timeout_s=30, calibrate="never", **options)
     return model, shard_experts(model, mesh=mesh, config=config, solver=two_copies)
 
 

@@ -1,0 +1,132 @@
+"""RouterConfig, RuntimeConfig and DebugConfig: choices, and the old names of the options that moved to `debug`."""
+
+import copy
+import pickle
+import typing
+import warnings
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import pytest
+
+from moesaic import DebugConfig, RouterConfig, RuntimeConfig
+from moesaic.collectives import SCHEDULES, TRANSPORTS
+from moesaic.runtime.moved_options import MOVED, MovedOptionWarning
+from tests.helpers.configs import MOVED_VALUES
+
+EACH_MOVED = pytest.mark.parametrize("name,value", MOVED_VALUES.items(), ids=MOVED_VALUES)
+
+
+def choices_of(kind: type, name: str) -> tuple[Any, ...]:
+    return typing.get_args(typing.get_type_hints(kind)[name])
+
+
+def choice_fields() -> list[tuple[str, type, str]]:
+    """(section, class, field) of every field whose annotation lists its values."""
+    kinds = {"router": RouterConfig, "runtime": RuntimeConfig, "runtime.debug": DebugConfig}
+    return [
+        (section, kind, name)
+        for section, kind in kinds.items()
+        for name, hint in typing.get_type_hints(kind).items()
+        if typing.get_origin(hint) is typing.Literal
+    ]
+
+
+@pytest.mark.parametrize("section,kind,name", choice_fields(), ids=lambda part: part if isinstance(part, str) else part.__name__)
+def test_choices_are_those_of_the_annotation(section: str, kind: Any, name: str) -> None:
+    """Each of them is taken; any other value is a line that lists them."""
+    choices = choices_of(kind, name)
+    for choice in choices:
+        needed = {"slot_bytes": 1} if kind is RuntimeConfig else {}
+        assert getattr(kind(**needed, **{name: choice}), name) == choice
+    with pytest.raises(ValueError) as refused:
+        kind(**{name: "x"})
+    listed = " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])])
+    assert str(refused.value) == f"{section}.{name} is 'x'; choose {listed}"
+
+
+def test_choices_are_what_there_is_to_choose() -> None:
+    assert len(choice_fields()) == 3 + 3 + 7
+    assert choices_of(DebugConfig, "schedule") == ("auto", *SCHEDULES)
+    assert choices_of(RuntimeConfig, "transport") == ("auto", *TRANSPORTS)
+
+
+def test_what_moved() -> None:
+    """These ten, to `debug`; an old name is no field, no argument of a signature, and nothing that is compared or printed."""
+    assert tuple(MOVED_VALUES) == MOVED == tuple(field.name for field in fields(DebugConfig))
+    assert not {field.name for field in fields(RuntimeConfig)} & MOVED_VALUES.keys()
+    assert all(getattr(DebugConfig(), name) != value for name, value in MOVED_VALUES.items())
+
+
+@EACH_MOVED
+def test_an_old_name_means_the_new_one(name: str, value: Any) -> None:
+    """As an argument, in `replace` and as an attribute, each time with one warning that names the new one."""
+    expected, message = (
+        RuntimeConfig(slots=1, debug=DebugConfig(**{name: value})),
+        rf"runtime\.{name} is now runtime\.debug\.{name};",
+    )
+    with pytest.warns(DeprecationWarning, match=message) as seen:
+        made = RuntimeConfig(slots=1, **{name: value})
+    assert [warning.filename for warning in seen] == [__file__]
+    with pytest.warns(DeprecationWarning, match=message) as seen:
+        replaced = replace(RuntimeConfig(slots=1), **{name: value})
+    assert [warning.filename for warning in seen] == [__file__]
+    with pytest.warns(DeprecationWarning, match=message) as seen:
+        assert getattr(made, name) == value
+    assert [warning.filename for warning in seen] == [__file__]
+    assert made == replaced == expected
+    assert hash(made) == hash(expected)
+    assert repr(made) == repr(expected)
+
+
+def test_several_old_names_are_one_warning() -> None:
+    with pytest.warns(MovedOptionWarning) as seen:
+        made = RuntimeConfig(**MOVED_VALUES)
+    assert made == RuntimeConfig(debug=DebugConfig(**MOVED_VALUES))
+    (warning,) = seen
+    assert all(f"runtime.{name} is now runtime.debug.{name}" in str(warning.message) for name in MOVED)
+
+
+def test_an_old_name_in_replace_keeps_the_other_debug_options() -> None:
+    config = RuntimeConfig(debug=DebugConfig(split="local_even", overlap=False))
+    with pytest.warns(MovedOptionWarning):
+        assert replace(config, overlap=True) == RuntimeConfig(debug=DebugConfig(split="local_even"))  # type: ignore[call-arg]
+
+
+@EACH_MOVED
+def test_old_and_new_together_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^runtime\.{name} and runtime\.debug are both given; give DebugConfig\({name}=") as no:
+        RuntimeConfig(debug=DebugConfig(), **{name: value})
+    assert "\n" not in str(no.value)
+
+
+def test_a_wrong_value_under_an_old_name_is_named_by_the_new_one() -> None:
+    with pytest.warns(MovedOptionWarning), pytest.raises(ValueError, match=r"^runtime\.debug\.split is 'x'; choose 'exact' or"):
+        RuntimeConfig(split="x")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: RuntimeConfig("quota"), lambda: RuntimeConfig(polcy="quota"), lambda: DebugConfig("exact")]
+)
+def test_arguments_are_by_keyword_and_known(make: Any) -> None:
+    with pytest.raises(TypeError, match=r"__init__\(\) (takes 1 positional argument|got an unexpected keyword argument 'polcy')"):
+        make()
+
+
+def test_debug_is_a_debug_config() -> None:
+    with pytest.raises(ValueError, match=r"^runtime\.debug is {'overlap': False}; give a DebugConfig$"):
+        RuntimeConfig(debug={"overlap": False})  # type: ignore[arg-type]
+
+
+def test_values_stay_values() -> None:
+    """Frozen, equal after replace, pickle and copies; none of these warns."""
+    config = RuntimeConfig(slots=3, check_replicas_except=["a.*"], debug=DebugConfig(row_parts=2, calibrate="never"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == copy.copy(config) == replace(config) == config
+        assert replace(config, slots=2) != config
+        assert replace(config, debug=replace(config.debug, row_parts=1)).debug == DebugConfig(row_parts=1, calibrate="never")
+        assert len({config, replace(config), RuntimeConfig()}) == 2
+    for value, name in ((config, "slots"), (config, "overlap"), (config.debug, "overlap")):
+        with pytest.raises((FrozenInstanceError, AttributeError)):
+            setattr(value, name, 1)
