@@ -178,3 +178,8 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
         return [tensor.detach()]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
+def reshaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor that nobody else has, in another shape; to autograd it is no view, which FSDP2 warns of at a module's output."""
+    return torch.ops.aten._unsafe_view(tensor, shape)  # type: ignore[no-any-return]

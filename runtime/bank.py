@@ -81,7 +81,7 @@ class Bank:
         self.averages_gradients = True
         """Whether a backward pass ends with gradients averaged over the replicas; see `Handle.set_requires_all_reduce`."""
         self._transport = transport or LocalTransport()
-        self._ranks = ranks or ExpertRanks(self._transport, tuple(owners.num_rows_R.tolist()))
+        self.expert_ranks = ranks or ExpertRanks(self._transport, tuple(owners.num_rows_R.tolist()))
         like = torch.empty(0, device=device, dtype=dtype)
         self.storage = {name: self._transport.empty((num_rows, *size), like) for name, size in shape.tensor_sizes().items()}
         """The rows of every weight: gate_up [B, 2F, D], down [B, D, F], biases."""
@@ -104,7 +104,7 @@ class Bank:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of the experts owned here, row after row."""
         for expert in self.experts:
-            yield from expert.parameters()
+            yield from (p for p in expert._parameters.values() if p is not None)  # a walk through modules takes 50 times as long
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise ValueError if `fn` changes the dtype of experts that ranks share."""
@@ -263,26 +263,35 @@ class Bank:
         """Have the parameters of a layer's experts be views of their rows again, where somebody gave them other memory.
 
         `vector_to_parameters` and assignments to `.data` do; `load_state_dict(assign=True)` also replaces the parameters.
+        The rows get new memory then: whoever swaps averages in keeps the old one, to put it back.
         """
         for name in self.weight_names:
-            whole: Tensor = self.storage[name]
-            if whole.is_meta:
-                # A layer built under torch.device("meta") has real parameters once load_state_dict(assign=True) gave it some.
-                rows = self.owned(layer).values()
-                given = next((p for row in rows if not (p := self.experts[row].parameter(name)).is_meta), whole)
-                whole = self.storage[name] = lasting(self._transport, whole.shape, given)
+            whole = self.storage[name]
             first, step = whole.data_ptr(), whole.stride(0) * whole.element_size()
             for row in self.owned(layer).values():
                 parameter = self.experts[row].parameter(name)
-                if parameter.data_ptr() != first + row * step:
-                    storage = whole[row]
-                    if parameter.shape != storage.shape or parameter.dtype != storage.dtype:
-                        raise ValueError(
-                            f"an expert's {name} was replaced by {tuple(parameter.shape)}, {parameter.dtype}, but is "
-                            f"{tuple(storage.shape)}, {storage.dtype}; assign a tensor of its shape and dtype"
-                        )
-                    storage.copy_(parameter)
-                    parameter.data = storage
+                # A layer built under torch.device("meta") has real parameters once load_state_dict(assign=True) gave it some.
+                if parameter.data_ptr() != first + row * step and not parameter.is_meta:
+                    self._take_to_new_memory(name)
+                    break
+
+    def _take_to_new_memory(self, name: str) -> None:
+        """One weight of every row, of all layers, as the parameters have it now."""
+        old = self.storage[name]
+        parameters = [expert.parameter(name) for expert in self.experts]
+        for parameter in parameters:
+            if parameter.shape != old.shape[1:] or parameter.dtype != old.dtype:
+                raise ValueError(
+                    f"an expert's {name} was replaced by {tuple(parameter.shape)}, {parameter.dtype}, but is "
+                    f"{tuple(old.shape[1:])}, {old.dtype}; assign a tensor of its shape and dtype"
+                )
+        given = next(parameter for parameter in parameters if not parameter.is_meta)
+        self.storage[name] = new = lasting(self._transport, old.shape, given)
+        for row, parameter in enumerate(parameters):
+            if not parameter.is_meta:
+                new[row].copy_(parameter)
+                parameter.data = new[row]
+        self._cast_from = {}
 
     def version(self, layer: int) -> tuple[int, ...]:
         """Another once weights of a layer changed: as far as all ranks know, which is the first number, or in place on this
@@ -343,7 +352,7 @@ class Bank:
                         grad.copy_(parameter.grad)
                     elif not is_empty[expert]:
                         grad.zero_()
-                    tensors[name], objects[name] = grad, ExpertGrad.of(grad, self._ranks)
+                    tensors[name], objects[name] = grad, ExpertGrad.of(grad, self.expert_ranks)
                     parameter.grad = objects[name]
             self._grads[row], self._grad_objects[row] = ExpertTensors(**tensors), objects
         return is_empty
@@ -384,8 +393,8 @@ class Bank:
             ]
             average(self._replicas, _joined(grads), op="replicate", where="the end of a backward pass")
         for row in (row for rows in reached for row in rows):
-            for parameter in self.experts[row].parameters():
-                if parameter.requires_grad and parameter.grad is not None:
+            for parameter in self.experts[row]._parameters.values():
+                if parameter is not None and parameter.requires_grad and parameter.grad is not None:
                     for hook in post_accumulate_hooks(parameter):
                         hook(parameter)
 

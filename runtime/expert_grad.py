@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..collectives import Transport
 from ._compat import allow_in_foreach
+
+_NORM = "the norm of all gradients"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +36,26 @@ class ExpertRanks:
 
     transport: Transport
     num_experts_R: tuple[int, ...]
+    learning: dict[str, np.ndarray] = field(default_factory=dict)
+    """By layer, bool [R]: the ranks that own an expert which is not frozen, as of the layer's last forward."""
 
-    def combine(self, value: Tensor, *, largest: bool, where: str) -> Tensor:
-        """The sum, or the largest, of every rank's fp64 number, in rank order. Collective.
+    def check(self, where: str) -> None:
+        """Before any rank waits for another one.
 
         Raises:
-            RuntimeError: a rank owns no expert, and so never comes here.
+            RuntimeError: some rank has no gradient of an expert, and so never comes to `combine`.
         """
-        if 0 in self.num_experts_R:
-            rank = self.num_experts_R.index(0)
-            raise RuntimeError(
-                f"rank {rank} owns 0 of {sum(self.num_experts_R)} experts, so {where} cannot be made one number for all ranks; "
-                "use handle.clip_grad_norm_, or fewer ranks per group"
-            )
+        for rank, num_experts in enumerate(self.num_experts_R):
+            if not num_experts or (self.learning and not any(learns_R[rank] for learns_R in self.learning.values())):
+                some = f"{num_experts} of {sum(self.num_experts_R)} experts"
+                raise RuntimeError(
+                    f"rank {rank} owns {some}{', all of them frozen' if num_experts else ''}, so {where} cannot be made one "
+                    "number for all ranks; use handle.clip_grad_norm_, or fewer ranks per group"
+                )
+
+    def combine(self, value: Tensor, *, largest: bool, where: str) -> Tensor:
+        """The sum, or the largest, of every rank's fp64 number, in rank order. Collective; see `check`."""
+        self.check(where)
         bits_R = self.transport.all_gather_ints(value.double().view(1).view(torch.int64), where=where)
         values_R = bits_R.view(torch.float64).flatten()
         return values_R.max() if largest else values_R.sum()
@@ -100,6 +110,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _foreach_norm(func: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
     """Norms of gradients of all kinds, in order. torch takes no list of DTensors and other tensors."""
+    next(tensor.ranks for tensor in tensors if isinstance(tensor, ExpertGrad)).check(_NORM)
     norms: list[Tensor | None] = [None] * len(tensors)
     for is_sharded in (True, False):
         places = [i for i, tensor in enumerate(tensors) if isinstance(tensor, DTensor) is is_sharded]
@@ -145,6 +156,7 @@ def _move(func: Callable[..., Any], norm: ExpertNorm, *args: Any, **kwargs: Any)
 
 def _stack(func: Callable[..., Any], tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:
     ranks = next(norm.ranks for norm in tensors if isinstance(norm, ExpertNorm))
+    ranks.check(_NORM)
     of_experts = [isinstance(norm, ExpertNorm) for norm in tensors]
     return ExpertNorm.of(func([_plain(norm) for norm in tensors], dim, **kwargs), ranks, of_experts)
 
@@ -158,7 +170,7 @@ def _total_norm(func: Callable[..., Any], norm: ExpertNorm, ord: float = 2.0, *a
     if not largest:
         powers_N = powers_N.pow(ord)
     mine, others = powers_N[is_of_expert_N], powers_N[~is_of_expert_N]
-    total = norm.ranks.combine(mine.amax() if largest else mine.sum(), largest=largest, where="the norm of all gradients")
+    total = norm.ranks.combine(mine.amax() if largest else mine.sum(), largest=largest, where=_NORM)
     if largest:
         return torch.cat([total.view(1), others]).amax().to(norm.dtype)
     return (total + others.sum()).pow(1.0 / ord).to(norm.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Clamp
-from ._compat import outside_graphs
+from ._compat import outside_graphs, reshaped
 from .capacity import Capacity, DropPolicy
 from .config import RouterConfig
 from .expert import ExpertShape
@@ -115,7 +115,7 @@ class MoELayer(nn.Module):
         aux_loss = runtime.router_loss(self.router, routing, this)
         if not this.is_replay:
             self._note_aux_loss(aux_loss)
-        return y_TD.view_as(x)
+        return reshaped(y_TD, x.shape)
 
     def _note_aux_loss(self, loss: Tensor) -> None:
         before = self.aux_loss

@@ -282,6 +282,7 @@ class LayerRuntime:
         end_s = time.perf_counter()
         self.group.tokens.traffic.add_wait(layer_pass.op("measure"), layer_pass.where, start_s, end_s, start_s, end_s)
         layer_pass.is_trained = bool(gathered.flags_R.any())
+        self.bank.expert_ranks.learning[self.name] = gathered.flags_R != 0
         return gathered.host_Rn
 
 

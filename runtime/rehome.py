@@ -136,7 +136,9 @@ def expert_states(bank: Bank, optimizer: torch.optim.Optimizer | None) -> list[E
     Raises:
         ValueError: a piece of optimizer state that is neither a number nor a tensor; an optimizer without an expert's parameters.
     """
-    groups = {} if optimizer is None else {p: _digest(_settings(g)) for g in optimizer.param_groups for p in g["params"]}
+    groups: dict[nn.Parameter, int] = {}
+    for index, group in enumerate(() if optimizer is None else optimizer.param_groups):
+        groups |= dict.fromkeys(group["params"], _digest(_settings(group, index)))
     return [_state_of(bank, row, optimizer, groups) for row in range(len(bank.experts))]
 
 
@@ -171,16 +173,17 @@ def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, gro
                 numbers.append((fields, field))
             else:
                 raise ValueError(
-                    f"optimizer state {field!r} of {type(optimizer).__name__} is a {type(value).__name__}, which cannot "
-                    f"follow an "
-                    "expert; use an optimizer whose state is tensors and numbers"
+                    f"optimizer state {field!r} of {type(optimizer).__name__} is a {type(value).__name__}, which cannot follow "
+                    "an expert; use an optimizer whose state is tensors and numbers"
                 )
     return ExpertState(tensors, numbers, _digest(kind))
 
 
-def _settings(group: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The settings of a parameter group, but for what it holds."""
+def _settings(group: Mapping[str, Any], index: int) -> list[tuple[str, str]]:
+    """The settings of a parameter group, but for what it holds. A scheduler may give groups that are equal now others later."""
     values = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    if "initial_lr" in group:
+        values["index"] = index
     return sorted((key, repr(value.item() if isinstance(value, Tensor) else value)) for key, value in values.items())
 
 

@@ -46,7 +46,10 @@ def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts])
         for weight, fused in experts.family.fused:
             names = [f"{prefix}{expert}.{weight}" for expert in range(experts.num_experts)]
             found = [name for name in names if name in state]
-            if sharded is not None or 0 < len(found) < len(names):
+            name = f"{block}.{fused}" if block else fused
+            if name in state and not found and sharded is None:
+                continue
+            if sharded is not None or len(found) < len(names):
                 lacks = (
                     f"parts of {sharded!r}"
                     if sharded is not None
@@ -57,8 +60,6 @@ def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts])
                     f"handle.save_safetensors(folder) on every "
                     "rank, or give the state_dict that get_model_state_dict returns with full_state_dict=True"
                 )
-            if found:
-                whole = torch.stack([state.pop(name).detach() for name in names])
-                name = f"{block}.{fused}" if block else fused
-                state[name] = experts.family.to_family(weight, whole).contiguous()
+            whole = torch.stack([state.pop(apart).detach() for apart in names])
+            state[name] = experts.family.to_family(weight, whole).contiguous()
     return state

@@ -174,3 +174,19 @@ def checkpoint_gradients(rank: int) -> bool:
 
 def test_gradient_checkpointing() -> None:
     assert run_ranks(2, checkpoint_gradients) == [True, True]
+
+
+def save_a_state_without_experts(rank: int, folder: str) -> str:
+    """As that of a rank which owns none is."""
+    model = make_family_model("mixtral")
+    shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=RuntimeConfig(shard_dense=False))
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
+    with pytest.raises(RuntimeError) as refused:
+        model.save_pretrained(f"{folder}/{rank}", state_dict=state)
+    return str(refused.value)
+
+
+def test_a_state_without_experts_is_no_checkpoint(tmp_path: Path) -> None:
+    for message in run_ranks(2, save_a_state_without_experts, str(tmp_path)):
+        assert "lacks 5 of 5 experts of model.layers." in message
+    assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))

@@ -1,15 +1,20 @@
 """Experts that are frozen on some ranks and learn on others: gradients are reduced to whom they are for."""
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from moesaic import MoELayer, RuntimeConfig
+from moesaic import MoELayer, RuntimeConfig, shard_experts
 from moesaic.placement import OwnerMap
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
 from tests.helpers.compare import assert_bitwise
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_net import DIM, Net
 from tests.helpers.threads import run_threads
 from tests.runtime.test_shard import everywhere
 
@@ -42,3 +47,31 @@ def test_ranks_whose_experts_are_frozen_reduce_those_of_others() -> None:
             found = {name: grad for part, _ in parts for name, grad in part.items()}
             assert_bitwise(found, {name: grad for name, grad in expected.items() if name not in frozen})
             assert any(num_bytes for _, num_bytes in parts) == (frozen != names)
+
+
+def clip_where_a_rank_has_none(rank: int, shard_dense: bool) -> list[str]:
+    """All experts of rank 0 are frozen, so that it comes to no exchange of norms."""
+    torch.manual_seed(0)
+    model = Net()
+    handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=RuntimeConfig(shard_dense=shard_dense, timeout_s=60))
+    for expert in handle.layers["layers.0.moe"], handle.layers["layers.1.moe"]:
+        expert.requires_grad_(rank == 1)
+    model(torch.randn(6, DIM)).square().mean().backward()
+    norm, messages = handle.clip_grad_norm_(1.0), []
+    assert norm > 0
+    if rank == 1:
+        for foreach in (None, False):
+            parameters = [p for p in model.parameters() if foreach is None or not isinstance(p, DTensor)]
+            with pytest.raises(RuntimeError) as refused:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=foreach)
+            messages.append(str(refused.value))
+    return messages
+
+
+@pytest.mark.parametrize("shard_dense", [True, False])
+def test_torchs_clipping_is_refused_where_a_rank_has_no_gradients_of_experts(shard_dense: bool) -> None:
+    """Before any rank waits for that one; `handle.clip_grad_norm_` has the norm."""
+    _, messages = run_ranks(2, clip_where_a_rank_has_none, shard_dense)
+    (message,) = set(messages)
+    assert message.startswith("rank 0 owns 4 of 8 experts, all of them frozen, so the norm of all gradients cannot be made one")
+    assert "use handle.clip_grad_norm_" in message

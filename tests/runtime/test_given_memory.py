@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -111,3 +112,34 @@ def test_a_tensor_for_another_number_of_experts_is_refused(num_experts: int) -> 
         whole[f"moe.experts.{weight}"] = torch.stack([rows[e % EXPERTS] for e in range(num_experts)])
     with pytest.raises(RuntimeError, match=f"holds {num_experts} experts, and the model has {EXPERTS}"):
         model.load_state_dict(whole)
+
+
+def swap_averages(rank: int) -> list[bool]:
+    """Averages take the weights' place for an evaluation, and give it back; twice, and with copies kept in bf16."""
+    seen = []
+    for compute_dtype in ("as_is", "bf16"):
+        torch.manual_seed(0)
+        model, x = Net(), torch.randn(5, DIM)
+        config = RuntimeConfig(shard_dense=False, compute_dtype=compute_dtype)
+        handle = shard_experts(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), config=config)
+        averages = {name: torch.full_like(p, 0.3) for name, p in model.named_parameters()}
+        with torch.no_grad():
+            expected = model(x).clone()
+            averaged = model(x).clone()
+            for _ in range(2):
+                kept = {name: parameter.data for name, parameter in model.named_parameters()}
+                for name, parameter in model.named_parameters():
+                    parameter.data = averages[name]
+                handle.step()
+                averaged = model(x).clone()
+                for name, parameter in model.named_parameters():
+                    parameter.data = kept[name]
+                handle.step()
+                seen.append(torch.equal(model(x), expected) and not torch.equal(averaged, expected))
+        seen.append(all((average == 0.3).all() for average in averages.values()))
+    return [bool(value) for value in seen]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_averages_are_swapped_in_and_out(world_size: int) -> None:
+    assert run_ranks(world_size, swap_averages) == [[True] * 6] * world_size

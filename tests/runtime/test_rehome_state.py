@@ -149,34 +149,38 @@ def moved_bank(group: RankGroup, special: dict[int, str]) -> tuple[list[int], di
     """Ask for owners [1, 1, 0, 0, 0, 1] of six experts, of which some are trained otherwise than the rest. What the owners are
     then, and what the experts owned here hold and how they are trained."""
     bank = Bank(ExpertShape(2, 3), OwnerMap(np.array([[0, 0, 0, 1, 1, 1]]), 2), group.rank)
-    groups: dict[str, list[nn.Parameter]] = {"usual": [], "another group": []}
+    groups: dict[str, list[nn.Parameter]] = {"usual": [], "another group": [], "another schedule": []}
     for (_, expert), row in bank.rows.items():
         how = special.get(expert, "usual")
         for parameter in bank.experts[row].parameters():
             nn.init.constant_(parameter, expert)
-            groups["another group" if how == "another group" else "usual"].append(parameter)
+            groups[how if how in groups else "usual"].append(parameter)
             parameter.grad = None if how == "no state" else torch.zeros_like(parameter)
         bank.experts[row].down.requires_grad_(how != "frozen")
     optimizer = torch.optim.SGD(
-        [{"params": groups["usual"], "lr": 0.0}, {"params": groups["another group"], "lr": 0.0, "weight_decay": 0.5}],
+        [
+            {"params": groups["usual"], "lr": 0.0},
+            {"params": groups["another group"], "lr": 0.0, "weight_decay": 0.5},
+            {"params": groups["another schedule"], "lr": 0.0},
+        ],
         momentum=0.9,
     )
+    torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 1.0, lambda step: 0.5**step])
     optimizer.step()
     optimizer.zero_grad()
     migrate(bank, optimizer, OwnerMap(np.array([[1, 1, 0, 0, 0, 1]]), 2), group.experts, where="a test")
-    in_usual = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
+    name_of = {id(p): name for name, group in zip(groups, optimizer.param_groups, strict=True) for p in group["params"]}
     found: dict[int, Any] = {}
     for (_, expert), row in bank.rows.items():
         for parameter in bank.experts[row].parameters():
             assert (parameter == expert).all()
         down = bank.experts[row].down
-        how = "usual" if id(down) in in_usual else "another group"
-        how = how if down.requires_grad else "frozen"
+        how = name_of[id(down)] if down.requires_grad else "frozen"
         found[expert] = how if optimizer.state.get(down) else "no state"
     return bank.owners.expert_to_owner_LE[0].tolist(), found
 
 
-@pytest.mark.parametrize("how", ["frozen", "another group", "no state"])
+@pytest.mark.parametrize("how", ["frozen", "another group", "another schedule", "no state"])
 def test_an_expert_takes_the_place_of_one_that_is_trained_alike(how: str, caplog: pytest.LogCaptureFixture) -> None:
     """An expert without its like on the other rank stays, which a line tells; the rest of the move happens."""
 

@@ -372,3 +372,20 @@ def share_after_refusals(group: RankGroup) -> None:
 
 def test_a_refused_call_moves_nothing_and_the_corrected_one_works() -> None:
     run_threads(2, share_after_refusals)
+
+
+def warned(rank: int) -> list[str]:
+    """Of what FSDP2 warns where MoE layers are its units."""
+    model = nn.Sequential(nn.Linear(8, 8), MoELayer(8, 6, 4, 2), MoELayer(8, 6, 4, 2))
+    shard_experts(model, mesh=init_device_mesh("cpu", (2,)))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for x in (torch.randn(3, 2, 8), torch.randn(6, 8)):
+            y = model(x)
+            assert y.shape == x.shape
+            y.sum().backward()
+    return [str(warning.message) for warning in seen if "view" in str(warning.message)]
+
+
+def test_fsdp2_finds_nothing_to_warn_of() -> None:
+    assert run_ranks(2, warned) == [[], []]
