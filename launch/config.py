@@ -340,10 +340,10 @@ def _check_key(key: str, source: str) -> None:
         raise ValueError(f"'{key}' in {source} is a section; set one of {', '.join(f'{key}.{n}' for n in known[key])}")
     if name in known.get(section, ()):
         return
-    # The right name beside the section, a typing error in the name, the right name in any section, or a typing error anywhere.
-    beside = [other for other in known if other.partition(".")[0] == section.partition(".")[0]]
-    near = [f"{other}.{name}" for other in beside if name in known[other]]
-    near += [f"{other}.{match}" for other in beside for match in difflib.get_close_matches(name, known[other], n=1)]
+    # The nearest name in the section or beside it, the right name in another one, or a typing error anywhere, in this order.
+    top = section.partition(".")[0]
+    beside = {n: other for other, names in known.items() if other.partition(".")[0] == top for n in names}
+    near = [f"{beside[match]}.{match}" for match in difflib.get_close_matches(name, beside, n=1)]
     near += [f"{other}.{name}" for other, names in known.items() if name in names]
     if section not in known:
         near += difflib.get_close_matches(key, [f"{other}.{n}" for other, names in known.items() for n in names], n=1)

@@ -101,6 +101,11 @@ def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str
         ("runtime.overlpa=true", ["unknown key 'runtime.overlpa'", "did you mean 'runtime.debug.overlap'?"]),
         ("overlap=true", ["unknown key 'overlap'", "did you mean 'runtime.debug.overlap'?"]),
         ("runtime.debug.slots=3", ["unknown key 'runtime.debug.slots'", "did you mean 'runtime.slots'?"]),
+        (
+            "runtime.debug.rehome_efort=3",
+            ["unknown key 'runtime.debug.rehome_efort'", "did you mean 'runtime.debug.rehome_effort'?"],
+        ),
+        ("runtime.rehome_evry=3", ["unknown key 'runtime.rehome_evry'", "did you mean 'runtime.rehome_every'?"]),
         ("runtime.debug.zzz=3", ["unknown key 'runtime.debug.zzz'", "known: runtime.debug.split, runtime.debug.predictor"]),
         ("runtime.debug=3", ["'runtime.debug' in --set runtime.debug=3 is a section; set one of runtime.debug.split, "]),
         ("model=3", ["'model' in --set model=3 is a section; set one of model.dim, "]),
