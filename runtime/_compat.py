@@ -182,4 +182,4 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 
 def reshaped(tensor: Tensor, shape: torch.Size) -> Tensor:
     """A tensor that nobody else has, in another shape; to autograd it is no view, which FSDP2 warns of at a module's output."""
-    return torch.ops.aten._unsafe_view(tensor, shape)  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view(tensor, shape)

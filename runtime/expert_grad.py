@@ -47,10 +47,9 @@ class ExpertRanks:
         """
         for rank, num_experts in enumerate(self.num_experts_R):
             if not num_experts or (self.learning and not any(learns_R[rank] for learns_R in self.learning.values())):
-                some = f"{num_experts} of {sum(self.num_experts_R)} experts"
                 raise RuntimeError(
-                    f"rank {rank} owns {some}{', all of them frozen' if num_experts else ''}, so {where} cannot be made one "
-                    "number for all ranks; use handle.clip_grad_norm_, or fewer ranks per group"
+                    f"rank {rank} owns no expert that learns, so {where} cannot be made one number for all ranks; "
+                    "use handle.clip_grad_norm_, or fewer ranks per group"
                 )
 
     def combine(self, value: Tensor, *, largest: bool, where: str) -> Tensor:

@@ -1,5 +1,6 @@
 """`shard_experts` on real processes: gradients, global norm, loss curves over world sizes, determinism, state."""
 
+import warnings
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
