@@ -7,7 +7,7 @@ one. What is compared, and among which ranks:
                                    tensor: all ranks where it is whole, the replicas of a shard where a DTensor has some
     experts                        the same, among the owners of the same experts, one in each replica
     settings of the optimizer      learning rate, betas and the like of each dense parameter among all ranks; of experts, by layer
-                                   and weight, among the ranks that own some
+                                   and weight, among the ranks whose experts have the same
     step counts                    as the bits of their parameter
 
 A check takes one exchange where nothing differs, and three where something does:
@@ -180,7 +180,8 @@ class DriftGuard:
             if id(tensor) in steps and self._has_replicas:
                 yield _Record.of_text(_Kind.STEPS, name, self._owned_part, steps[id(tensor)])
         for name, texts in of_weights.items():
-            yield _Record.of_text(_Kind.SETTINGS, name, _ANYWHERE, "\n".join(sorted(texts)))
+            if len(texts) == 1:  # else they differ by expert on purpose
+                yield _Record.of_text(_Kind.SETTINGS, name, _ANYWHERE, *texts)
 
     def _compare(self, step: int, records: Sequence[_Record], device: torch.device) -> None:
         # Phase 1: whether something differs

@@ -282,6 +282,17 @@ def test_experts_of_any_rank_have_the_same_settings() -> None:
     )
 
 
+def test_settings_may_differ_by_expert() -> None:
+    """One expert of each rank at a rate of its own, another one on each."""
+
+    def by_expert(held: Held, rank: int) -> None:
+        assert held.optimizer is not None
+        experts = held.optimizer.param_groups[1]["params"]
+        held.optimizer.add_param_group({"params": [experts.pop()], "lr": 0.1 + 0.1 * held.owned})
+
+    assert found(by_expert) is None
+
+
 def uneven(held: Held, rank: int) -> None:
     """The second rank of each replica owns experts of another layer, at another rate; the first has its groups reversed."""
     assert held.optimizer is not None
