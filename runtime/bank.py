@@ -254,8 +254,7 @@ class Bank:
         if self._retired and any(id(p) in self._retired for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
                 f"{type(optimizer).__name__} was built before shard_experts and holds parameters that experts do not "
-                f"have any more; "
-                "build it afterwards, from handle.parameter_groups()"
+                "have any more; build it afterwards, from handle.parameter_groups()"
             )
 
     @torch.no_grad()

@@ -39,8 +39,7 @@ def dense_units(model: nn.Module, layers: Sequence[str]) -> list[list[nn.Module]
     if sharded is not None:
         raise ValueError(
             f"fully_shard was called on {sharded or 'the model'!r} before shard_experts; leave it out, or call it "
-            f"afterwards with "
-            "ignored_params=set(handle.expert_parameters()) and set runtime.shard_dense=False"
+            "afterwards with ignored_params=set(handle.expert_parameters()) and set runtime.shard_dense=False"
         )
     holding = Counter(name[: end or None] for name in layers for end in _ends(name))
     blocks = dict.fromkeys(block for name in layers if (block := _block_of(model, name, set(layers), holding)) is not None)
