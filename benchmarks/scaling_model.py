@@ -28,8 +28,8 @@ from ..placement import (
     split_local_even,
 )
 from ..placement.solvers.baselines.hecate import solve as hecate
-from ..runtime.metrics import max_over_mean
-from ..runtime.router import balanced_ids
+from ..runtime.routing.router import balanced_ids
+from ..runtime.step.metrics import max_over_mean
 from .step import NUM_ROUTINGS, StepCase, zipf_ids
 
 

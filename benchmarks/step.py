@@ -33,8 +33,8 @@ from ..collectives.lifetime import end_with_parent
 from ..placement import Topology
 from ..placement.solvers.baselines.hecate import solve as hecate
 from ..runtime import DebugConfig, Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
-from ..runtime.metrics import EXPOSED
-from ..runtime.router import TopKRouter, balanced_ids
+from ..runtime.routing.router import TopKRouter, balanced_ids
+from ..runtime.step.metrics import EXPOSED
 from .network import RANK_ENVIRONMENT
 from .rows import median_interval
 

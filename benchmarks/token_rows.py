@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..placement import ExpertLoad, Placement, Topology, split_exact
-from ..runtime.dispatch import build_handle
-from ..runtime.dispatch_by_node import build_node_handle
+from ..runtime.dispatch.by_node import build_node_handle
+from ..runtime.dispatch.direct import build_handle
 
 ROUTES = ("direct", "by_node")
 _MOST_COLUMNS = 1024

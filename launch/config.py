@@ -21,9 +21,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ..placement import get_solver
 from ..runtime import RouterConfig, RuntimeConfig
-from ..runtime.capacity import Capacity
 from ..runtime.config import MAX_SECONDS
 from ..runtime.moved_options import MOVED, warn_of_moved
+from ..runtime.routing.capacity import Capacity
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]

@@ -25,9 +25,9 @@ from ..placement import ExpertLoad
 from ..runtime import Handle, MoELayer, Routing
 from ..runtime.adapters.weights import whole
 from ..runtime.layer import moe_layers
-from ..runtime.layer_pass import is_recomputing
-from ..runtime.router import ScoringRouter
+from ..runtime.routing.router import ScoringRouter
 from ..runtime.sharded_experts import ShardedExperts
+from ..runtime.step.layer_pass import is_recomputing
 from .target import Inputs
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..collectives import SCHEDULES
 from ..placement import TraceMeta, TraceWriter
 from ..placement.files import replace_text
-from ..runtime.rehomer import Decision
+from ..runtime.wrap.migration_policy import Decision
 from .config import Config, RunConfig
 from .process import Process
 from .tensorboard import TensorBoard

@@ -1,49 +1,31 @@
 """One training step, a file a stage, plus the wrapping of models and the state that lasts.
 
-layer.py          the forward: the pipeline, one line a stage
-router.py         which experts, with which weights; balancing and z-loss
-capacity.py       how much experts take, and what is dropped
-planning.py       predicted load -> placement, exact load -> split
-bank.py           every expert once: weights and gradients of the experts this rank owns
-materialize.py    copies in, their gradients home
-dispatch.py       where rows go: to their experts and back
-dispatch_handle.py  how rows travel, in one part or in two
-dispatch_by_node.py  the same over nodes of several ranks: each row crosses to a node once
-token_rows.py     dispatch and combine as autograd sees them, and the work under which rows travel
-experts.py        the local experts' SwiGLU
-carried.py        copies that micro-batches share
-layer_pass.py     one forward and its backward; replay under activation checkpointing
-layer_runtime.py  what one layer has of all this
-overlap.py        when gathers are launched
-group.py          the ranks, their transports, their machine
-family.py         how a family of models names what a layer holds
-sharded_experts.py  the experts of one layer as a module; an expert is a child with ordinary parameters
-expert.py         one expert: shape, tensors, module
-expert_grad.py    gradients of experts, and norms of them over all ranks
-slots.py          expert-sized buffers that layers share
-dense.py          FSDP2 on the dense rest
-adapters/         MoE blocks of other models, and their checkpoints
-shard.py          shard_experts
-handle.py         what the user's loop calls
-optimizer_numbers.py  an optimizer's numbers, parameter by parameter
-agreement.py      what ranks are doing, compared with every gather
-forwards.py       where forwards and backwards begin, ranks meet
-drift.py          what ranks must hold alike, compared every so many steps
-fingerprint.py    64 bits that stand for a tensor
-state.py          state under logical names
-metrics.py        balance, copies, bytes
-stages.py         profiler ranges and stage clocks
-config.py         what a user chooses
-moved_options.py  old names of options, for one release
+_compat.py          The private names of torch that the runtime stands on, all of them here.
+family.py           How a family of models names what a `MoELayer` holds: in its modules, and in its checkpoints.
+moved_options.py    Options that moved to `RuntimeConfig.debug`: their old names work for one release, with a warning.
+dispatch/           Dispatch: where token rows go, and how they travel to their experts and back.
+stages.py           The stages of a step: profiler ranges, and optional clocks for the break-down that benchmarks print.
+group.py            The ranks that share experts: how they talk, and what the planner knows of the machine they run on.
+config.py           What a user chooses about routing and about the runtime.
+agreement.py        What the ranks are doing must be the same on all of them: whatever they gather says so, and every rank
+                    compares.
+experts/            Experts: the bank of those that this rank owns, copies of others, gradients, and migration between owners.
+routing/            Routing: which experts each token goes to, with which weights, and how many tokens an expert takes.
+step/               One forward of one layer and its backward.
+sharded_experts.py  The experts of one MoE layer as a module: tokens and their routing in, weighted sums of expert outputs out.
+layer.py            The Mixture-of-Experts layer.
+state.py            State under logical names: experts are known by layer and expert, not by rank and row.
+adapters/           Adapters: MoE layers of other models.
+wrap/               Wrapping a model: `shard_experts`, and the handle that it returns.
 """
 
 from .adapters import Adapter, register_adapter
 from .config import DebugConfig, RouterConfig, RuntimeConfig
-from .handle import Handle
 from .layer import MoELayer
-from .router import Router, Routing
-from .shard import shard_experts
+from .routing.router import Router, Routing
 from .sharded_experts import ShardedExperts
+from .wrap.handle import Handle
+from .wrap.shard import shard_experts
 
 __all__ = [
     "Adapter",

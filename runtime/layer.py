@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..kernels import Clamp
 from ._compat import outside_graphs, reshaped
-from .capacity import Capacity, DropPolicy
 from .config import RouterConfig
-from .expert import ExpertShape
+from .experts.expert import ExpertShape
 from .family import Family
-from .layer_runtime import LayerRuntime
-from .router import Router, TopKRouter
+from .routing.capacity import Capacity, DropPolicy
+from .routing.router import Router, TopKRouter
 from .sharded_experts import ShardedExperts
+from .step.layer_runtime import LayerRuntime
 
 
 class MoELayer(nn.Module):

@@ -16,18 +16,18 @@ from ..collectives import Buffer, LocalTransport
 from ..kernels import histogram
 from ..placement import OwnerMap, get_solver
 from ._compat import full_state_dict_requested, outside_graphs
-from .bank import Bank
-from .capacity import Capacity
 from .config import RuntimeConfig
-from .expert import Expert, ExpertShape, ExpertTensors
+from .experts.bank import Bank
+from .experts.expert import Expert, ExpertShape, ExpertTensors
+from .experts.slots import SlotPool
 from .family import OWN_LAYER, Family
 from .group import single_rank_group
-from .layer_pass import LayerPass
-from .layer_runtime import LayerRuntime
-from .reduces import PendingReduces
-from .rematerialize import Rematerializer
-from .slots import SlotPool
+from .routing.capacity import Capacity
 from .stages import StageClock
+from .step.layer_pass import LayerPass
+from .step.layer_runtime import LayerRuntime
+from .step.reduces import PendingReduces
+from .step.rematerialize import Rematerializer
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,16 @@
 """Adapters: MoE layers of other models.
 
-registry.py          what an adapter is; finding layers in a model; register_adapter
-experts_modules.py   experts modules of transformers, replaced inside their block
-families.py          the families of transformers, as data
-meta.py              models built without memory
-weights.py           a model's weights under its family's names: state dict and checkpoint, out and in
-safetensors_files.py  a checkpoint as files
-save_pretrained.py   transformers' own saving, of a sharded model
+families.py           The families of Hugging Face transformers whose experts are known, as data: how each lays out and names its
+                      weights.
+meta.py               Models built on the meta device: shapes without memory, allocated once they are sharded.
+safetensors_files.py  A checkpoint as a folder of safetensors files with an index, as transformers reads and writes it.
+save_pretrained.py    `save_pretrained` of a sharded model of transformers: the family's own files, or a refusal; never one rank's
+                      experts for all.
+weights.py            A model's weights under its family's own names: state dict and safetensors, out and in.
+experts_modules.py    Experts modules of Hugging Face transformers: only they are replaced, inside their block, which stays
+                      transformers' own.
+registry.py           Finding the MoE layers of a model: moesaic's own, those that registered adapters know, and experts modules
+                      of transformers.
 """
 
 from .registry import Adapter, FoundLayer, find_layers, register_adapter, replace_modules

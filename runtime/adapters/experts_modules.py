@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...kernels import Clamp
-from ..expert import ExpertShape, ExpertTensors
+from ..experts.expert import ExpertShape, ExpertTensors
 from ..sharded_experts import ExpertSource, ShardedExperts
 from .families import KNOWN_EXPERTS, KnownExperts
 

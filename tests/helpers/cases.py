@@ -14,8 +14,8 @@ from torch import Tensor
 from moesaic import MoELayer, RouterConfig, Routing
 from moesaic.kernels import Clamp
 from moesaic.placement import OwnerMap, Placement, Problem, Topology, get_solver
-from moesaic.runtime.capacity import DropPolicy
-from moesaic.runtime.router import TopKRouter
+from moesaic.runtime.routing.capacity import DropPolicy
+from moesaic.runtime.routing.router import TopKRouter
 
 PLACEMENTS = ("static", "everywhere", "random", "hecate", "quota")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic import MoELayer
-from moesaic.runtime.router import balanced_ids
+from moesaic.runtime.routing.router import balanced_ids
 
 
 class DenseMoE(nn.Module):

@@ -17,7 +17,7 @@ from moesaic.launch.observe import Choices
 from moesaic.launch.process import Process
 from moesaic.launch.target import Inputs, find_target, make_inputs
 from moesaic.placement import OwnerMap
-from moesaic.runtime.router import TopKRouter
+from moesaic.runtime.routing.router import TopKRouter
 from tests.helpers.ranks import run_ranks
 
 MODELS = """

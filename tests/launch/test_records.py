@@ -19,7 +19,7 @@ from moesaic.launch.process import Process
 from moesaic.launch.records import Records, StepRecord, create_run_folder, show
 from moesaic.launch.tensorboard import require_tensorboard
 from moesaic.placement import Trace
-from moesaic.runtime.rehomer import Decision
+from moesaic.runtime.wrap.migration_policy import Decision
 
 
 def record_of(step: int) -> StepRecord:

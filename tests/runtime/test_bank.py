@@ -10,8 +10,8 @@ from torch import Tensor
 from moesaic import MoELayer, RouterConfig, RuntimeConfig
 from moesaic.placement import get_solver
 from moesaic.runtime.group import single_rank_group
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 
 
 @pytest.fixture(autouse=True)

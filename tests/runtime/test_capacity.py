@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moesaic import MoELayer
 from moesaic.placement import ExpertLoad
-from moesaic.runtime.capacity import Capacity
+from moesaic.runtime.routing.capacity import Capacity
 from tests.helpers.reference import DenseMoE
 
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from moesaic import RuntimeConfig
 from moesaic.runtime.group import group_of_process_group, single_rank_group
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import Case
 from tests.helpers.configs import runtime_config
 from tests.helpers.ranks import run_ranks

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from moesaic import MoELayer, shard_experts
-from moesaic.runtime.dense import dense_units
+from moesaic.runtime.wrap.dense import dense_units
 from tests.helpers.ranks import run_ranks
 
 DIM = 8

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moesaic import MoELayer, RouterConfig, RuntimeConfig
 from moesaic.kernels import bags_of, split_tokens
 from moesaic.placement import ExpertLoad, Placement, get_solver, split_exact
-from moesaic.runtime.dispatch import anchor_ranks, segment_transpose
+from moesaic.runtime.dispatch.direct import anchor_ranks, segment_transpose
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import Case, cases
 from tests.helpers.configs import runtime_config
 from tests.helpers.threads import run_threads
@@ -172,8 +172,8 @@ def test_the_host_waits_once_to_learn_how_many_rows_travel(
         watch_of_this_rank().note("tolist")
         return tolist(tensor)
 
-    monkeypatch.setattr("moesaic.runtime.dispatch.split_tokens", unwatched(split_tokens))
-    monkeypatch.setattr("moesaic.runtime.dispatch.bags_of", unwatched(bags_of))
+    monkeypatch.setattr("moesaic.runtime.dispatch.direct.split_tokens", unwatched(split_tokens))
+    monkeypatch.setattr("moesaic.runtime.dispatch.direct.bags_of", unwatched(bags_of))
     monkeypatch.setattr(torch.Tensor, "tolist", noted)
     case = Case(3, 5, 2, 1, (9, 0, 4), placement, hot_expert=True, any_owner=False, normalize=True, seed=1)
     waits_R = run_threads(3, waits_of_a_dispatch, case, row_parts, watches_R, topology=case.topology())

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from moesaic import DebugConfig
 from moesaic.placement import ExpertLoad, Placement, Topology, split_exact
-from moesaic.runtime.dispatch import anchor_ranks
-from moesaic.runtime.dispatch_by_node import build_node_handle, num_mask_words, pack_masks, unpack_masks
+from moesaic.runtime.dispatch.by_node import build_node_handle, num_mask_words, pack_masks, unpack_masks
+from moesaic.runtime.dispatch.direct import anchor_ranks
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import PLACEMENTS, Case, cases
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.configs import runtime_config

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from moesaic import Handle, RuntimeConfig, shard_experts
-from moesaic.runtime import drift
 from moesaic.runtime.agreement import HEADER_INTS as H
-from moesaic.runtime.drift import DriftError, DriftGuard
 from moesaic.runtime.group import RankGroup
+from moesaic.runtime.wrap import drift
+from moesaic.runtime.wrap.drift import DriftError, DriftGuard
 from tests.helpers.model import NUM_EXPERTS, Model, cross_entropy, global_batch, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads

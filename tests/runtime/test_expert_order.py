@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import moesaic.runtime.experts as experts_module
 from moesaic.collectives import Pending
 from moesaic.placement import ExpertLoad, Placement, Split, Topology, split_exact, split_local_even
-from moesaic.runtime.expert_order import ExpertOrder, regroup
+from moesaic.runtime.dispatch.expert_order import ExpertOrder, regroup
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import Case
 from tests.helpers.configs import runtime_config
 from tests.helpers.threads import run_threads

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesaic.runtime.fingerprint import _CHUNK_WORDS, _factors, hash_tensors
+from moesaic.runtime.wrap.fingerprint import _CHUNK_WORDS, _factors, hash_tensors
 
 DTYPES = (
     torch.float32,

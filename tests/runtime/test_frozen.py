@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from moesaic import MoELayer, RuntimeConfig, shard_experts
 from moesaic.placement import OwnerMap
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_net import DIM, Net

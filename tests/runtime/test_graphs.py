@@ -15,9 +15,9 @@ from moesaic import MoELayer, RuntimeConfig
 from moesaic.collectives import Pending
 from moesaic.collectives.progress import CommunicationThread
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.overlap import prefetch_in_order
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.prefetch import prefetch_in_order
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import Case
 from tests.helpers.compare import assert_all_close, assert_bitwise, assert_close
 from tests.helpers.configs import runtime_config

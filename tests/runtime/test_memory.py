@@ -17,8 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import MoELayer, RouterConfig, RuntimeConfig, shard_experts
 from moesaic.placement import Placement, Problem
-from moesaic.runtime.memory import BankSize, SlotPlan, peak_slot_bytes, plan_slots
-from moesaic.runtime.planning import staging_limit
+from moesaic.runtime.experts.memory import BankSize, SlotPlan, peak_slot_bytes, plan_slots, staging_limit
 from tests.helpers.ranks import run_ranks
 
 # Experts of 1.5 MiB: what the allocator adds to them is small.

@@ -9,7 +9,7 @@ import torch
 
 from moesaic import MoELayer
 from moesaic.placement import ExpertLoad, Placement
-from moesaic.runtime.metrics import LayerCounters
+from moesaic.runtime.step.metrics import LayerCounters
 
 
 def test_balance_and_forecasts_are_means_over_forwards() -> None:

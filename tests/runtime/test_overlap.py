@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, shard_experts
 from moesaic.collectives import Pending, Span
-from moesaic.runtime.bank import Bank
+from moesaic.runtime.experts.bank import Bank
 from moesaic.runtime.layer import moe_layers
-from moesaic.runtime.profile import communication_events
+from moesaic.runtime.wrap.profile import communication_events
 from tests.helpers.configs import runtime_config
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks

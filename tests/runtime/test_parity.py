@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic import DebugConfig, MoELayer
 from moesaic.collectives import SCHEDULES
+from moesaic.runtime.experts.memory import BankSize, SlotPlan
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.memory import BankSize, SlotPlan
-from moesaic.runtime.overlap import prefetch_in_order
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.prefetch import prefetch_in_order
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import PLACEMENTS, Case, cases
 from tests.helpers.compare import assert_all_close, assert_bitwise
 from tests.helpers.configs import runtime_config

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from moesaic import RuntimeConfig
 from moesaic.placement import ExpertLoad, LayerShape, Placement, Problem, Topology, get_solver
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.planning import LayerPlanner, Plan
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.step.planning import LayerPlanner, Plan
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import Case, cases
 from tests.helpers.configs import runtime_config
 from tests.helpers.ranks import run_ranks

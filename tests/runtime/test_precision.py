@@ -14,12 +14,12 @@ from torch.func import functional_call
 
 from moesaic import Handle, MoELayer, RouterConfig, RuntimeConfig, shard_experts
 from moesaic.placement import OwnerMap, get_solver
-from moesaic.runtime.bank import Bank
-from moesaic.runtime.expert import ExpertShape, ExpertTensors
+from moesaic.runtime.experts.bank import Bank
+from moesaic.runtime.experts.expert import ExpertShape, ExpertTensors
+from moesaic.runtime.experts.migrate import migrate
 from moesaic.runtime.group import RankGroup, single_rank_group
-from moesaic.runtime.rehome import migrate
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.cases import Case, cases
 from tests.helpers.compare import assert_all_close
 from tests.helpers.families import FAMILIES, batch_ids, forward, make_family_model

@@ -20,13 +20,13 @@ from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import LocalTransport
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver
 from moesaic.placement.online.propose import Question, propose, saved_s
-from moesaic.runtime import rehomer
-from moesaic.runtime.bank import Bank
-from moesaic.runtime.expert import ExpertShape
+from moesaic.runtime.experts.bank import Bank
+from moesaic.runtime.experts.expert import ExpertShape
+from moesaic.runtime.experts.migrate import expert_states, migrate, rounds_of
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.rehome import expert_states, migrate, rounds_of
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap import migration_policy
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.configs import runtime_config
 from tests.helpers.model import cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
@@ -263,8 +263,8 @@ def rehome_while_training(
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     losses = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rehomer, "_Solver", lambda: Proposer(num_late))
-        patch.setattr(rehomer, "saved_s", lambda problems, owners, policy: saved_s)
+        patch.setattr(migration_policy, "_Solver", lambda: Proposer(num_late))
+        patch.setattr(migration_policy, "saved_s", lambda problems, owners, policy: saved_s)
         handle: Handle = shard_experts(model, mesh=mesh, config=config)
         optimizer = torch.optim.AdamW(handle.parameter_groups(), lr=0.01, foreach=False)
         for step in range(num_steps):
@@ -313,7 +313,7 @@ def refusals_after_a_stall(group: RankGroup) -> int:
     layer = MoELayer(4, 6, 4, 2)
     config = RuntimeConfig(policy="static", slots=0, rehome_every=50)
     (bank,) = share_experts({"moe": layer}, group, config=config, solver=get_solver("static"), clock=StageClock())
-    rehoming = rehomer.Rehomer(bank, [layer.experts], group, config)
+    rehoming = migration_policy.Rehomer(bank, [layer.experts], group, config)
     rehoming._loads, rehoming._num_steps = np.ones((1, 2, 4), np.int64), 1
     proposal, row_bytes = OwnerMap(np.array([[1, 1, 0, 0]]), 2), 1000
     assert rehoming._decide(1, proposal, row_bytes)[1].num_moved
@@ -323,10 +323,10 @@ def refusals_after_a_stall(group: RankGroup) -> int:
 
 def test_one_slow_move_does_not_end_re_homing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proposal that saves half a second is refused until the 20 s have faded: 1.1 ** 39 > 40."""
-    monkeypatch.setattr(rehomer, "_Solver", lambda: Proposer(0))
-    monkeypatch.setattr(rehomer, "saved_s", lambda problems, owners, policy: 0.01)
+    monkeypatch.setattr(migration_policy, "_Solver", lambda: Proposer(0))
+    monkeypatch.setattr(migration_policy, "saved_s", lambda problems, owners, policy: 0.01)
     assert run_threads(2, refusals_after_a_stall) == [39, 39]
-    rate = rehomer.MoveRate(100.0)
+    rate = migration_policy.MoveRate(100.0)
     for measured, expected in ((80.0, 80.0), (1.0, 80.0), (90.0, 90.0), (2.0, 90.0), (3.0, 90.0), (4.0, 4.0), (120.0, 120.0)):
         rate.measure(measured)
         assert rate.bytes_per_s == expected
@@ -392,7 +392,7 @@ def question() -> Question:
     )
 
 
-def answer_of(solver: rehomer._Solver) -> OwnerMap | str:
+def answer_of(solver: migration_policy._Solver) -> OwnerMap | str:
     assert solver._thread is not None
     solver._thread.join()
     answer = solver.answer()
@@ -402,7 +402,7 @@ def answer_of(solver: rehomer._Solver) -> OwnerMap | str:
 
 def test_the_solver_works_in_a_process_of_its_own() -> None:
     """One process for several questions, which nobody waits for; one that ends, by itself or not, is followed by another."""
-    solver = rehomer._Solver()
+    solver = migration_policy._Solver()
     pid = solver._process.pid
     for _ in range(2):
         solver.ask(question())
@@ -421,7 +421,7 @@ def test_the_solver_works_in_a_process_of_its_own() -> None:
 
 
 def test_an_answer_that_cannot_be_read_is_not_the_one_before() -> None:
-    solver = rehomer._Solver()
+    solver = migration_policy._Solver()
     solver.ask(question())
     assert isinstance(answer_of(solver), OwnerMap)
     solver._process.kill()

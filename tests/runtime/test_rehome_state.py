@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moesaic.placement import Move, OwnerMap
-from moesaic.runtime.bank import Bank
-from moesaic.runtime.expert import ExpertShape
+from moesaic.runtime.experts.bank import Bank
+from moesaic.runtime.experts.expert import ExpertShape
+from moesaic.runtime.experts.migrate import migrate, rounds_of
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.rehome import migrate, rounds_of
 from moesaic.runtime.state import state_of
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.threads import run_threads

@@ -9,7 +9,7 @@ from torch import Tensor
 from moesaic import MoELayer, RouterConfig
 from moesaic.kernels import Clamp
 from moesaic.placement import ExpertLoad
-from moesaic.runtime.router import TopKRouter, balanced_ids
+from moesaic.runtime.routing.router import TopKRouter, balanced_ids
 from tests.helpers.compare import assert_bitwise
 
 D, E, K = 6, 5, 2

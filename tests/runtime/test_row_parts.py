@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from moesaic import DebugConfig, shard_experts
 from moesaic.kernels import Clamp
 from moesaic.placement import ExpertLoad, Placement, Topology, split_exact
-from moesaic.runtime.dispatch import build_handle
-from moesaic.runtime.expert_order import ExpertOrder
+from moesaic.runtime.dispatch.direct import build_handle
+from moesaic.runtime.dispatch.expert_order import ExpertOrder
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.layer_runtime import _handle_builder
+from moesaic.runtime.step.layer_runtime import _handle_builder
 from tests.helpers.cases import Case, cases
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.configs import runtime_config

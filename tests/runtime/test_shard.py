@@ -19,8 +19,8 @@ from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import SCHEDULES
 from moesaic.placement import OwnerMap, Placement, Problem
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.shard import share_experts
 from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.compare import assert_all_close
 from tests.helpers.configs import runtime_config
 from tests.helpers.model import (

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, shard_experts
 from moesaic.collectives import Pending
-from moesaic.runtime.token_rows import RoundTrip
+from moesaic.runtime.step.token_rows import RoundTrip
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.configs import runtime_config
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
@@ -147,9 +147,9 @@ def break_off(
         if breaks:
             with pytest.MonkeyPatch.context() as patch:
                 if when == "second part":
-                    patch.setattr("moesaic.runtime.experts.grouped_ffn", Mock(side_effect=[None, BrokenOffError]))
+                    patch.setattr("moesaic.runtime.step.experts.grouped_ffn", Mock(side_effect=[None, BrokenOffError]))
                 if when == "second part of backward":
-                    patch.setattr("moesaic.runtime.experts.grouped_ffn_backward", Mock(side_effect=[None, BrokenOffError]))
+                    patch.setattr("moesaic.runtime.step.experts.grouped_ffn_backward", Mock(side_effect=[None, BrokenOffError]))
                 hook = shared.register_forward_hook({"forward": fail, "backward": fail_in_backward}.get(when, pass_on))
                 with pytest.raises(BrokenOffError):
                     cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()

@@ -1,0 +1,62 @@
+"""Slots: expert-sized buffers that the layers of a bank share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+
+from ...collectives import Transport
+from .expert import ExpertShape, ExpertTensors
+
+
+class SlotPool:
+    """Expert-sized buffers that materializations borrow: copies of weights, and their gradients.
+
+    A buffer comes back when its last use has been enqueued. One that is never given back, because its graph was dropped
+    without a backward, is simply freed: the pool holds only the free ones.
+
+    `peak_slots` is the largest number of buffers that ever existed at once, lent or free, `peak_bytes` the most memory they took,
+    and `predicted_bytes` the most that one forward and its backward may take; see `memory.peak_slot_bytes`.
+    """
+
+    def __init__(self, shape: ExpertShape, transport: Transport, predicted_bytes: int = 0):
+        self.predicted_bytes = predicted_bytes
+        self._shape = shape
+        self._transport = transport
+        self._free: list[ExpertTensors] = []
+        self._alive: WeakSet[ExpertTensors] = WeakSet()
+        self._num_sharers: WeakKeyDictionary[ExpertTensors, int] = WeakKeyDictionary()  # beside the first
+        self.peak_slots = 0
+        self.peak_bytes = 0
+
+    def acquire(self, like: Tensor) -> ExpertTensors:
+        """A buffer with undefined content on the device and with the dtype of `like`."""
+        for i, buffer in enumerate(self._free):
+            if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
+                return self._free.pop(i)
+        buffer = ExpertTensors(**{n: lasting(self._transport, size, like) for n, size in self._shape.tensor_sizes().items()})
+        self._alive.add(buffer)
+        self.peak_slots = max(self.peak_slots, len(self._alive))
+        self.peak_bytes = max(self.peak_bytes, sum(tensor.nbytes for slot in self._alive for tensor in slot.tensors()))
+        return buffer
+
+    def share(self, buffer: ExpertTensors) -> ExpertTensors:
+        """Lend a lent buffer once more; it comes back when it was released as often."""
+        self._num_sharers[buffer] = self._num_sharers.get(buffer, 0) + 1
+        return buffer
+
+    def release(self, buffer: ExpertTensors) -> None:
+        """Give a buffer back."""
+        if self._num_sharers.get(buffer, 0):
+            self._num_sharers[buffer] -= 1
+        else:
+            self._free.append(buffer)
+
+
+def lasting(transport: Transport, size: Sequence[int], like: Tensor) -> Tensor:
+    """Memory that outlives the forward that asks for it: one in inference mode must not forbid training to write to it."""
+    with torch.inference_mode(False):
+        return transport.empty(size, like)

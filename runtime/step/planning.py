@@ -1,0 +1,195 @@
+"""Planning: a placement from the predicted load, early; the token split from the exact load, after the router.
+
+Every rank plans alone and reaches the same plan: the inputs are integers that all ranks gathered, the topology is part of
+the configuration, and solvers are deterministic. Nothing here is broadcast, and nothing else in the runtime plans.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...collectives import Account, Schedule, account, choose_schedule, direct_gather, make_schedule
+from ...placement import (
+    ExpertLoad,
+    LayerShape,
+    Placement,
+    Problem,
+    Solver,
+    Split,
+    Topology,
+    added_copies,
+    calibrate,
+    make_predictor,
+    prediction_error,
+    split_exact,
+    split_local_even,
+)
+from ..config import RuntimeConfig
+from ..experts.memory import staging_limit
+
+# Calibration is on while the predictions' errors (total variation of expert shares) of the last forwards have a larger mean.
+CALIBRATE_ABOVE = 0.1
+ERROR_WINDOW = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who holds which experts for one forward of one layer, how they get there, and (once routed) who computes what."""
+
+    placement: Placement
+    schedule_name: str
+    """Which of `SCHEDULES` the gather follows."""
+    gather: Schedule
+    reduce: Schedule
+    gather_account: Account
+    number: int
+    """Counts the placements of a layer's run from 0: the same number on every rank, for errors."""
+    split: Split | None = None
+    added: Schedule | None = None
+    """The gather of the copies that calibration added, which `gather` and `reduce` include; None: it added none."""
+
+    @property
+    def num_added(self) -> int:
+        """Copies that calibration added."""
+        return 0 if self.added is None else len({(route.item, dst) for route in self.added.routes for _, dst in route.hops})
+
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """The experts that `rank` computes, ascending."""
+        return tuple(int(e) for e in np.flatnonzero(self.placement.replicas_RE[rank]))
+
+    def copies_of(self, rank: int) -> tuple[int, ...]:
+        """The experts that `rank` holds a copy of, ascending."""
+        return tuple(int(e) for e in np.flatnonzero(self.placement.copies_RE[rank]))
+
+
+class LayerPlanner:
+    """Plans one MoE layer, forward after forward.
+
+    Args:
+        expert_to_owner_E: who owns this layer's experts.
+        topology, shape: of the machine and of the layer; they turn bytes and rows into seconds.
+        solver: proposes the copies.
+        config: slots, split rule, predictor.
+    """
+
+    def __init__(
+        self,
+        expert_to_owner_E: np.ndarray,
+        topology: Topology,
+        shape: LayerShape,
+        solver: Solver,
+        config: RuntimeConfig,
+    ):
+        self._owners_E = expert_to_owner_E
+        self._topology = topology
+        self._shape = shape
+        self._solver = solver
+        assert isinstance(config.slots, int), "slots are still to be chosen; see memory.plan_slots"
+        self._debug, self._slots = config.debug, config.slots
+        self._predictor = make_predictor(config.debug.predictor)
+        self._split_rule = split_exact if config.debug.split == "exact" else split_local_even
+        self._num_plans = 0
+        self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
+        self._is_held = False
+        self._predicted: ExpertLoad | None = None
+        self._errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+
+    def hold(self, placement: Placement) -> None:
+        """Keep this placement, of the same owners, for every forward to come; nothing is solved any more."""
+        assert np.array_equal(placement.expert_to_owner_E, self._owners_E)
+        self._check_budget(placement)
+        self._plan = self._plan_of(placement)
+        self._is_held = True
+
+    def change_owners(self, expert_to_owner_E: np.ndarray) -> None:
+        """Plan for other owners from now on. What was learnt of the load stays true; a held placement is given up."""
+        self._owners_E = expert_to_owner_E
+        self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, self._topology.num_ranks))
+        self._is_held = False
+
+    def problem(self, load: ExpertLoad, forecast_error: float = 0.0) -> Problem:
+        """What a solver is asked for this layer, for a load that was measured, or forecast with that error expected."""
+        return Problem(
+            load=load,
+            expert_to_owner_E=self._owners_E,
+            topology=self._topology,
+            shape=self._shape,
+            slots=self._slots,
+            overlap_s=self._debug.overlap_s,
+            forecast_error=forecast_error,
+        )
+
+    def place(self) -> Plan:
+        """The placement for the next forward. Before the first load it is ownership alone, unless one is held."""
+        if self._is_held:
+            return self._plan
+        predicted = self._predicted = self._predictor.predict()
+        if predicted is not None and predicted.total > 0:
+            placement = self._solver(self.problem(predicted, self._predictor.expected_error())).placement
+            if placement != self._plan.placement:
+                self._check_budget(placement)
+                self._plan = self._plan_of(placement)
+        return self._plan
+
+    def split(self, plan: Plan, load: ExpertLoad) -> Plan:
+        """The same plan with the exact load split over its copies, and over more where calibration adds some."""
+        plan = replace(plan, split=self._split_rule(load, plan.placement, self._topology))
+        if not self.is_calibrating:
+            return plan
+        assert plan.split is not None
+        more = calibrate(self.problem(load), plan.split, self._solver, self._split_rule)
+        if more is None:
+            return plan
+        self._check_budget(more.placement)
+        _, added = self.gather_of(added_copies(more.placement, plan.placement))
+        return replace(self._plan_of(more.placement), split=more, added=added, number=plan.number)
+
+    @property
+    def is_calibrating(self) -> bool:
+        """Whether the next split may add copies: as configured, or while predictions are bad, or there were none."""
+        if self._is_held or not self._slots or self._topology.num_ranks == 1:
+            return False
+        if self._debug.calibrate != "auto":
+            return self._debug.calibrate == "always"
+        return not self._errors or sum(self._errors) / len(self._errors) > CALIBRATE_ABOVE
+
+    def observe(self, load: ExpertLoad) -> float | None:
+        """Learn from a measured load; return how wrong its forecast was (`prediction_error`), None if there was none."""
+        error = None if self._predicted is None else prediction_error(self._predicted, load)
+        if error is not None:
+            self._errors.append(error)
+        self._predictor.observe(load)
+        return error
+
+    def _check_budget(self, placement: Placement) -> None:
+        copies_R = placement.copies_RE.sum(axis=1)
+        if copies_R.max() > self._slots:
+            rank = int(copies_R.argmax())
+            raise ValueError(
+                f"the placement puts {copies_R[rank]} copies on rank {rank}, which has {self._slots} slots; "
+                "raise runtime.slots, or mend the solver or plan"
+            )
+
+    def _plan_of(self, placement: Placement) -> Plan:
+        """The placement with its schedules: the gather as configured or predicted best, and the reduce, its transpose.
+
+        Sums are made in fp32. A relay forwards partial sums, which therefore must travel in fp32; narrower gradients, and those
+        that are narrowed for the wire, go straight to the owner, in two chunks so that the sum in progress takes half an expert.
+        """
+        shape, (name, gather) = self._shape, self.gather_of(placement)
+        if shape.gradient_bytes_per_element >= 4:
+            reduce = gather.transpose().limit_receives(staging_limit(self._slots))
+        else:
+            reduce = direct_gather(placement, num_chunks=2).transpose().limit_receives(max(self._slots, 1))
+        counted = account(gather, self._topology, shape.parameters_per_expert, shape.bytes_per_element)
+        self._num_plans += 1
+        return Plan(placement, name, gather, reduce, counted, self._num_plans - 1)
+
+    def gather_of(self, placement: Placement) -> tuple[str, Schedule]:
+        """The gather of a placement's copies, and its name: as configured, or the one that is predicted to be fastest."""
+        if self._debug.schedule == "auto":
+            choice = choose_schedule(placement, self._topology, self._shape)
+            return choice.name, choice.schedule
+        name = self._debug.schedule
+        return name, make_schedule(name, placement, self._topology, self._shape.expert_bytes)

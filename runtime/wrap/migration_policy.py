@@ -1,0 +1,248 @@
+"""When experts change their owner: observe, ask a solver in the background, move if it pays.
+
+Every `rehome_every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
+waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
+follows what it finds. So ranks agree on the step of a move. An answer may be ten times `rehome_every` steps old, since what it is
+worth is judged by the load observed in between: a move must save more predicted seconds until the next question than it is
+expected to take. How long moves take is measured: of two equal runs one may move where the other does not, which changes no loss
+beyond rounding.
+
+Shape letters: L layers, R ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...placement import ExpertLoad, OwnerMap, Problem
+from ...placement.online.propose import Question, propose, saved_s
+from ..agreement import Doing
+from ..config import RuntimeConfig
+from ..experts.bank import Bank
+from ..experts.migrate import bytes_per_expert, bytes_to_move, expert_states, migrate
+from ..group import RankGroup
+from ..sharded_experts import ShardedExperts
+
+logger = logging.getLogger("moesaic.rehome")
+
+# The best of so many moves says how fast moves are: one that met a stall does not.
+_RATES_KEPT = 3
+# What was measured counts for less with every proposal that comes to nothing, so that it is measured again some day.
+_RATE_REGAINED = 1.1
+# A solver may be late: its answer is looked for this often between two questions, and given up after this many times that time.
+_CHECKS_PER_INTERVAL = 10
+_MOST_INTERVALS = 10
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What came of one proposal; the same on every rank, but for the seconds, which only rank 0 knows before a move."""
+
+    step: int
+    num_moved: int  # experts that changed their owner
+    saved_s: float  # predicted, until the next question
+    move_s: float  # expected from the bytes and the rate of earlier moves; measured if it moved
+    reason: str
+
+
+class _Solver:
+    """The background process of rank 0: one question at a time.
+
+    It starts at once and stays, so that what it imports and loads is there by the first question.
+    """
+
+    def __init__(self) -> None:
+        self._start()
+        self._thread: threading.Thread | None = None
+        self._answer: OwnerMap | str = ""
+
+    def ask(self, question: Question) -> None:
+        """Have a question answered. The one before must have been, or given up."""
+        if self._process.poll() is not None:
+            self._start()
+        self._answer = ""
+        self._thread = threading.Thread(target=self._converse, args=(self._process, question), daemon=True)
+        self._thread.start()
+
+    def answer(self) -> OwnerMap | str | None:
+        """The owners proposed, or why there are none; None while the process still works on it. Never waits."""
+        assert self._thread is not None
+        return None if self._thread.is_alive() else self._answer
+
+    def give_up(self) -> None:
+        """End the process with its question; the next one starts another."""
+        assert self._thread is not None
+        self._process.kill()
+        self._thread.join()
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
+        command = [sys.executable, "-c", f"from {propose.__module__} import main; main()"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        # The process must not outlive the run that asked.
+        weakref.finalize(self, self._process.kill)
+
+    def _converse(self, process: subprocess.Popen[bytes], question: Question) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            pickle.dump(question, process.stdin)
+            process.stdin.flush()
+            self._answer = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            status = process.wait()
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().splitlines()
+            self._answer = f"the solver ended with {status}: {last[-1] if last else 'it said nothing'}"
+        except Exception as error:  # unpickling raises whatever the bytes make it
+            process.kill()
+            self._answer = f"the solver's answer cannot be read: {error!r}"
+
+
+class MoveRate:
+    """How many bytes per second a rank sends when experts move: the best of the last few moves; at first, what the topology says.
+
+    Example: where the topology says 1 GB/s, and the only move so far made 0.1, proposals are priced at 0.1 GB/s, then at 0.11,
+    then at 0.121, until one is taken, or at 1.
+    """
+
+    def __init__(self, nominal_bytes_per_s: float):
+        self._nominal = nominal_bytes_per_s
+        self._measured: deque[float] = deque(maxlen=_RATES_KEPT)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate to expect."""
+        return max(self._measured, default=self._nominal)
+
+    def measure(self, bytes_per_s: float) -> None:
+        """Learn from a move."""
+        self._measured.append(bytes_per_s)
+
+    def refuse(self) -> None:
+        """A proposal came to nothing: raise what was measured, as far as the topology's rate."""
+        for place, rate in enumerate(self._measured):
+            self._measured[place] = max(rate, min(rate * _RATE_REGAINED, self._nominal))
+
+
+class Rehomer:
+    """Re-homes the experts of one bank while training runs.
+
+    Args:
+        bank, layers: the bank and its layers, in order.
+        group: the ranks; rank 0 solves.
+        config: `rehome_every`, `debug.rehome_effort`, policy.
+    """
+
+    def __init__(self, bank: Bank, layers: Sequence[ShardedExperts], group: RankGroup, config: RuntimeConfig):
+        self.bank = bank
+        self._layers = list(layers)
+        self._group = group
+        self._config = config
+        self._solver = _Solver() if group.is_first else None
+        self._loads: np.ndarray | None = None  # int64 [L, R, E], since the last question
+        self._num_steps = 0
+        self._asked_at = -1
+        self._rate = MoveRate(group.topology.device_bytes_per_s)
+        self.decisions: list[Decision] = []
+
+    def step(self, step: int, loads_LRE: np.ndarray, optimizer: torch.optim.Optimizer | None) -> None:
+        """Close step number `step` (from 1) with the loads it had. Collective."""
+        every = self._config.rehome_every
+        self._loads = loads_LRE.copy() if self._loads is None else self._loads + loads_LRE
+        self._num_steps += 1
+        late_by = step - self._asked_at - max(1, every // 2)
+        if self._asked_at >= 0 and late_by >= 0 and late_by % max(1, every // _CHECKS_PER_INTERVAL) == 0:
+            self._follow_answer(step, optimizer)
+        if step % every == 0 and self._asked_at < 0:
+            states = expert_states(self.bank, optimizer)  # state that cannot move is refused before anything is solved
+            if self._solver is not None:
+                move_s = bytes_per_expert(states) / self._rate.bytes_per_s
+                self._solver.ask(
+                    Question(self._problems(), self._config.policy, self._config.debug.rehome_effort, move_s / every)
+                )
+            self._loads, self._num_steps, self._asked_at = None, 0, step
+
+    def _problems(self) -> tuple[Problem, ...]:
+        assert self._loads is not None
+        # The mean step, rounded up: an expert that was chosen at all stays one that is.
+        mean_LRE = -(-self._loads // self._num_steps)
+        return tuple(
+            layer.runtime.planner.problem(ExpertLoad(load_RE)) for layer, load_RE in zip(self._layers, mean_LRE, strict=True)
+        )
+
+    def _follow_answer(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Rank 0 looks whether there is an answer, and what it is worth now; all go by what rank 0 says."""
+        current, expert_bytes = self.bank.owners, bytes_per_expert(expert_states(self.bank, optimizer))
+        decided: tuple[OwnerMap, Decision] | None = None
+        if self._solver is not None:
+            answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.rehome_every
+            if answer is None and age >= most:
+                self._solver.give_up()
+                answer = f"the solver had no answer {age} steps after it was asked, and {most} are allowed"
+            decided = None if answer is None else self._decide(step, answer, expert_bytes)
+        (is_decided,) = self._from_first([decided is not None])
+        if not is_decided:
+            return
+        wanted, decision = decided or (current, Decision(step, 0, 0.0, 0.0, "decided by rank 0"))
+        owners = self._from_first(wanted.expert_to_owner_LE.ravel().tolist())
+        wanted = OwnerMap(np.reshape(owners, current.expert_to_owner_LE.shape), current.num_ranks)
+        num_moved, self._asked_at = len(current.moves_to(wanted)), -1
+        if num_moved:
+            start_s = time.perf_counter()
+            self._move(wanted, optimizer)
+            move_s = time.perf_counter() - start_s
+            num_moved = len(current.moves_to(self.bank.owners))
+            if num_moved:
+                self._rate.measure(bytes_to_move(current, self.bank.owners, expert_bytes) / move_s)
+            decision = Decision(step, num_moved, decision.saved_s, move_s, decision.reason)
+        self.decisions.append(decision)
+        if self._group.is_first:
+            logger.info("step %d: %s", step, decision.reason)
+
+    def _decide(self, step: int, answer: OwnerMap | str, row_bytes: int) -> tuple[OwnerMap, Decision]:
+        """Price a proposal with the load observed since it was asked for, and the owners of now."""
+        current = self.bank.owners
+        if isinstance(answer, str):
+            return current, Decision(step, 0, 0.0, 0.0, f"owners stay: {answer}")
+        horizon = self._config.rehome_every
+        num_moves = len(current.moves_to(answer))
+        total_saved_s = saved_s(self._problems(), answer, self._config.policy) * horizon
+        move_s = bytes_to_move(current, answer, row_bytes) / self._rate.bytes_per_s
+        numbers = (
+            f"{num_moves} experts would save {total_saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to move, "
+            f"by the load of the {self._num_steps} steps since the solver was asked"
+        )
+        if num_moves == 0 or total_saved_s <= move_s:
+            self._rate.refuse()
+            return current, Decision(step, 0, total_saved_s, move_s, f"owners stay: {numbers}")
+        return answer, Decision(step, num_moves, total_saved_s, move_s, f"owners move: {numbers}")
+
+    def _from_first(self, values: Sequence[int]) -> list[int]:
+        """What rank 0 of the first replica says, on every rank, of replicas too: they must go on owning the same experts."""
+        told = torch.tensor(values, dtype=torch.int64)
+        for ranks in (self._group.tokens, self._group.replicas):
+            told = (
+                self._layers[0]
+                .runtime.agreement.gather(ranks, told, Doing.OWNERS, self._layers[0].runtime.step)
+                .values_Rn[0]
+                .contiguous()
+            )
+        return told.tolist()
+
+    def _move(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
+        migrate(self.bank, optimizer, wanted, self._group.experts, where="re-homing")
+        for layer in self._layers:
+            layer.follow_bank()

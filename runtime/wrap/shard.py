@@ -1,0 +1,282 @@
+"""Wrapping a model: its experts move into banks, the dense rest is sharded by FSDP2, a handle comes back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...placement import OwnerMap, Placement, Solver, Topology, get_solver
+from ..adapters import FoundLayer, find_layers, replace_modules
+from ..adapters.meta import allocate_meta
+from ..adapters.save_pretrained import guard_save_pretrained
+from ..agreement import Agreement, check_same_layers
+from ..config import RuntimeConfig
+from ..experts.bank import Bank
+from ..experts.expert_grad import ExpertRanks
+from ..experts.memory import BankSize, plan_slots
+from ..experts.slots import SlotPool
+from ..group import RankGroup, group_of_process_group, mesh_with_limit
+from ..layer import MoELayer, moe_layers
+from ..sharded_experts import ExpertSource, ShardedExperts
+from ..stages import StageClock
+from ..step.layer_runtime import LayerRuntime
+from ..step.reduces import PendingReduces
+from ..step.rematerialize import Rematerializer
+from .dense import dense_units, gradient_divisor, holders_of, leave_dense, shard_dense
+from .forwards import meet_in_forwards
+from .handle import Handle
+from .prefetch import prefetch_in_order
+
+
+def shard_experts(
+    model: nn.Module,
+    *,
+    mesh: DeviceMesh,
+    config: RuntimeConfig | None = None,
+    topology: Topology | None = None,
+    solver: Solver | None = None,
+    placements: Sequence[Placement] | None = None,
+) -> Handle:
+    """Share the experts of `model` among the ranks of `mesh`, materialized where they help; FSDP2 shards the rest.
+
+    Collective: every rank calls it with the same weights. Build the optimizer afterwards, from `handle.parameter_groups()`; keep
+    your own loop, and call `handle.step()` after `optimizer.step()`. Each rank's loss is over its own tokens; gradients
+    become those of the mean of the ranks' losses, for experts as for everything else.
+
+    A model built under `torch.device("meta")` is sharded without ever being whole: each rank then allocates its own part, which
+    holds nothing until `handle.load_safetensors` fills it. Buffers of transformers' models that no checkpoint holds are computed.
+
+    Args:
+        model: changed in place. Any module with MoE blocks that an adapter knows: `MoELayer`, families of transformers.
+        mesh: over all ranks. One dimension; or two, (replicate, shard), as for FSDP2: experts are shared inside each group of
+            the second dimension, and gradients are averaged over the groups besides.
+        config: placement policy, slots, time limit.
+        topology: rates that turn bytes and routed tokens into seconds; the preset of the device by default.
+        solver: places copies in place of `config.policy`.
+        placements: of every MoE layer, in order: `read_plan(path).layers` of a saved plan, whose owners and copies are kept.
+
+    Raises:
+        ValueError: no MoE block; a mesh of more than two dimensions, of two without names, or that leaves out ranks; a model that
+            is already sharded; a configuration or placements that cannot be. No expert has moved then.
+    """
+    config = config or RuntimeConfig()
+    _check_mesh(mesh)
+    solver = solver or get_solver(config.policy, keeps_owners=True)
+    # Phase 1: whatever may be refused, while the model is as it was
+    found = find_layers(model)
+    if any(layer.experts.is_sharded for layer in found):
+        raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
+    check_same_layers({layer.name: f"{layer.source.shape} x {layer.source.num_experts}" for layer in found})
+    units = dense_units(model, [layer.name for layer in found]) if config.shard_dense else []
+    group = group_of_process_group(
+        mesh.get_group(mesh.ndim - 1),
+        timeout_s=config.timeout_s,
+        topology=topology,
+        transport=config.transport,
+        replicas=mesh.get_group(0) if mesh.ndim == 2 else None,
+    )
+    clock = StageClock()
+    owners = None if placements is None else _owners_of(placements, found, group)
+    runtimes = build_runtimes(
+        found,
+        group,
+        config=config,
+        solver=solver,
+        clock=clock,
+        owners=owners,
+        placements=placements or (),
+        device=_device_of(mesh),
+    )
+    # Phase 2: experts move
+    replace_modules(model, found)
+    layers = share_layers(found, runtimes)
+    banks = list(dict.fromkeys(runtime.bank for runtime in runtimes.values()))
+    moe = list(moe_layers(model).values())
+    for layer in moe:
+        layer.sums_aux_loss = True
+    prefetch_in_order(model, list(layers.values()), moe)
+    for name, runtime in runtimes.items():
+        runtime.gradient_divisor = partial(gradient_divisor, holders_of(model, name), group.world_size, group.replicas.world_size)
+    if config.shard_dense:
+        shard_dense(model, units, mesh_with_limit(mesh, config.timeout_s), layers, config)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            allocate_meta(model, _device_of(mesh))
+    else:
+        leave_dense(model, layers)
+    check_conversions(model, banks)
+    meet_in_forwards(model, list(runtimes.values()), clock)
+    guard_save_pretrained(model, layers)
+    return Handle(model, layers, banks, group, config, clock)
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    if mesh.ndim > 2:
+        names = mesh.mesh_dim_names
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions {names}; give one of one dimension, or of two: replicate, shard")
+    if mesh.ndim == 2 and mesh.mesh_dim_names is None:
+        raise ValueError("the mesh has 2 dimensions without names; give it mesh_dim_names=('replicate', 'shard')")
+    if mesh.size() != dist.get_world_size():
+        # Groups side by side would train apart: nothing averages expert gradients between them.
+        raise ValueError(f"the mesh has {mesh.size()} of {dist.get_world_size()} ranks; give a mesh over all ranks")
+
+
+def check_conversions(model: nn.Module, banks: Sequence[Bank]) -> None:
+    """Have `model.half()` and its like refused before they have converted what comes before the first experts."""
+
+    def check_and_convert(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for bank in banks:
+            bank.check_conversion(fn)
+        # As the class has it now: fully_shard, called since, has another one, which FSDP2 needs to find its shards again.
+        return type(model)._apply(model, fn, recurse)
+
+    model._apply = check_and_convert  # type: ignore[method-assign]
+
+
+def _owners_of(placements: Sequence[Placement], found: Sequence[FoundLayer], group: RankGroup) -> OwnerMap:
+    """The owner map of given placements; ValueError unless there is one of the right shape for every layer."""
+    if len(placements) != len(found):
+        raise ValueError(f"{len(placements)} placements for {len(found)} MoE layers; give one for each")
+    for placement, layer in zip(placements, found, strict=True):
+        wanted = (group.world_size, layer.source.num_experts)
+        if placement.replicas_RE.shape != wanted:
+            shape = placement.replicas_RE.shape
+            raise ValueError(f"the placement of {layer.name} is [R, E] = {shape}, the layer {wanted}; solve anew")
+    return OwnerMap(np.stack([placement.expert_to_owner_E for placement in placements]), group.world_size)
+
+
+def share_experts(
+    layers: Mapping[str, MoELayer],
+    group: RankGroup,
+    *,
+    config: RuntimeConfig,
+    solver: Solver,
+    clock: StageClock,
+    owners: OwnerMap | None = None,
+    placements: Sequence[Placement] = (),
+    device: torch.device | None = None,
+) -> list[Bank]:
+    """Share the experts of unsharded layers, without a model around them; see `build_runtimes`. Returns their banks.
+
+    Raises:
+        ValueError: what was asked for cannot be; the layers are as they were then.
+    """
+    found = [FoundLayer(name, layer.experts, layer.experts.source()) for name, layer in layers.items()]
+    runtimes = build_runtimes(
+        found, group, config=config, solver=solver, clock=clock, owners=owners, placements=placements, device=device
+    )
+    share_layers(found, runtimes)
+    return list(dict.fromkeys(runtime.bank for runtime in runtimes.values()))
+
+
+def build_runtimes(
+    found: Sequence[FoundLayer],
+    group: RankGroup,
+    *,
+    config: RuntimeConfig,
+    solver: Solver,
+    clock: StageClock,
+    owners: OwnerMap | None = None,
+    placements: Sequence[Placement] = (),
+    device: torch.device | None = None,
+) -> dict[str, LayerRuntime]:
+    """What layers will run on, by name: banks, one for each shape of expert, which hold nothing yet. Layers are left alone.
+
+    `owners` replaces the contiguous owner map; it needs layers of one shape. `placements`, of every layer with these owners, are
+    held for good. Experts on the meta device get memory on `device`.
+
+    Raises:
+        ValueError: what was asked for cannot be.
+    """
+    alike: dict[tuple[object, ...], list[FoundLayer]] = defaultdict(list)
+    for layer in found:
+        source = layer.source
+        alike[(source.shape, source.num_experts, source.dtype, source.device)].append(layer)
+    if owners is not None and len(alike) != 1:
+        raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
+    places = {layer.name: place for place, layer in enumerate(found)}
+    sizes = [_size_of(of[0].source, group, config, tuple(places[layer.name] for layer in of)) for of in alike.values()]
+    slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.debug.overlap)
+    owner_maps = [owners or OwnerMap.contiguous(len(of), of[0].source.num_experts, group.world_size) for of in alike.values()]
+    ranks = ExpertRanks(group.experts, tuple(np.sum([each.num_rows_R for each in owner_maps], axis=0).tolist()))
+    agreement = Agreement(group, {layer.name: layer.source.num_experts for layer in found})
+    runtimes: dict[str, LayerRuntime] = {}
+    for of, size, owner_map in zip(alike.values(), sizes, owner_maps, strict=True):
+        bank = _bank_of(of[0].source, group, owner_map, config, ranks, device)
+        pool, rematerializer = SlotPool(bank.shape, group.experts, slots.peak_bytes([size])), Rematerializer()
+        for index, layer in enumerate(of):
+            runtimes[layer.name] = LayerRuntime(
+                layer.name,
+                bank,
+                index,
+                layer.experts.top_k,
+                group=group,
+                solver=solver,
+                config=replace(config, slots=slots.slots),
+                pool=pool,
+                clock=clock,
+                reduces=reduces,
+                rematerializer=rematerializer,
+                keeps_copies=slots.keeps(size.layers[index]),
+                capacity=layer.experts.capacity,
+                agreement=agreement,
+            )
+    for layer, placement in zip(found, placements, strict=False):
+        runtimes[layer.name].planner.hold(placement)
+    return {layer.name: runtimes[layer.name] for layer in found}
+
+
+def share_layers(found: Sequence[FoundLayer], runtimes: Mapping[str, LayerRuntime]) -> dict[str, ShardedExperts]:
+    """Copy the experts owned here into the banks and let go of the others; the layers run on the banks after."""
+    for layer in found:
+        runtime, source = runtimes[layer.name], layer.source
+        bank, index = runtime.bank, runtime.layer
+        if source.device.type != "meta":
+            bank.load_rows({(index, e): source.weights(e) for e in runtime.owned_experts})
+        for e in runtime.owned_experts:
+            for weight in bank.weight_names:
+                bank.module_of(index, e).parameter(weight).requires_grad_(source.is_trainable(e, weight))
+        bank.retire(source.parameters)
+        layer.experts.share(runtime)
+    return {layer.name: layer.experts for layer in found}
+
+
+def _size_of(source: ExpertSource, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
+    copy_bytes = source.shape.num_elements * 2 if config.compute_dtype == "bf16" else source.expert_bytes
+    return BankSize(copy_bytes, source.expert_bytes, group.world_size, places)
+
+
+def _bank_of(
+    source: ExpertSource,
+    group: RankGroup,
+    owners: OwnerMap,
+    config: RuntimeConfig,
+    ranks: ExpertRanks,
+    device: torch.device | None,
+) -> Bank:
+    """A bank for experts of this kind, which holds nothing yet."""
+    return Bank(
+        source.shape,
+        owners,
+        group.rank,
+        device=device if source.device.type == "meta" else source.device,
+        dtype=source.dtype,
+        compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else source.dtype,
+        transport=group.experts,
+        replicas=group.replicas,
+        ranks=ranks,
+    )
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    """The device that this rank computes on."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
