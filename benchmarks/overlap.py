@@ -36,7 +36,6 @@ from .rows import JSON_OPTION, publish
 
 MODES: dict[str, DebugConfig] = {
     "overlap": DebugConfig(),
-    "overlap, rows in one part": DebugConfig(row_parts=1),
     "no overlap": DebugConfig(overlap=False),
 }
 COLUMNS = (

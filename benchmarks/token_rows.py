@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..collectives import Transport
 from ..placement import ExpertLoad, Placement, Topology, split_exact
-from ..runtime.dispatch.by_node import build_node_handle
-from ..runtime.dispatch.direct import build_handle
+from ..runtime.dispatch.by_node import by_node_handle
+from ..runtime.dispatch.direct import direct_handle
 
 ROUTES = ("direct", "by_node")
 _MOST_COLUMNS = 1024
@@ -34,14 +34,12 @@ def token_rows(transport: Transport, route: str, x: Tensor, y: Tensor, topology:
     split = split_exact(ExpertLoad(np.full((num_ranks, num_ranks), num_tokens)), placement, topology)
     ids_TK = torch.arange(num_ranks).repeat(num_tokens, 1)
     weights_TK = torch.ones(num_tokens, num_ranks)
-    build = partial(build_node_handle, ranks_per_node=topology.ranks_per_node) if route == "by_node" else build_handle
+    make_handle = partial(by_node_handle, ranks_per_node=topology.ranks_per_node) if route == "by_node" else direct_handle
 
     def forward() -> None:
-        handle = build(ids_TK, weights_TK, split, [transport.rank], transport, "describe", "")
-        (rows,) = handle.send_rows(x_TD, transport, "dispatch", "")
-        home = handle.rows_home(rows.wait(), transport)
-        handle.return_rows(0, home, transport, "combine", "").wait()
-        y.copy_(handle.add_up(home).x_TD.view(-1))
+        handle = make_handle(ids_TK, weights_TK, split, [transport.rank], transport, "describe", "")
+        rows_ND = handle.send(x_TD, transport, "dispatch", "").wait()
+        y.copy_(handle.send_back(rows_ND, transport, "combine", "").wait().x_TD.view(-1))
 
     return forward
 

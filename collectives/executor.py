@@ -60,13 +60,13 @@ class ScheduleExecutor:
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Run to completion; see `Pending.wait`. The transport's time limit applies to each message separately."""
-        self.take_in()
+        self.drain()
         while self._sending:
             self._sending[0].wait()
             self._sending.popleft()
 
-    def take_in(self) -> None:
-        """See `Unfinished.take_in`."""
+    def drain(self) -> None:
+        """See `Unfinished.drain`."""
         while self._arriving:
             message, pending = self._arriving[0]
             pending.wait()
@@ -118,10 +118,10 @@ class GroupedExecutor:
 
     def wait(self, *, until_sent: bool = True) -> None:
         """Run to completion; see `Pending.wait`."""
-        self.take_in()
+        self.drain()
 
-    def take_in(self) -> None:
-        """See `Unfinished.take_in`."""
+    def drain(self) -> None:
+        """See `Unfinished.drain`."""
         while self._current is not None:
             messages, pending = self._current
             pending.wait()
@@ -154,7 +154,7 @@ def launch(schedule: Schedule, transport: Transport, endpoint: Endpoint, *, op: 
     """
     thread, unfinished = transport.thread, transport.traffic.unfinished
     if (thread is None or in_rounds) and unfinished is not None:
-        unfinished.take_in()
+        unfinished.drain()
     if not schedule.involves(transport.rank):
         return Done()
 

@@ -10,7 +10,7 @@ import numpy as np
 class Unfinished(Protocol):
     """A collective with messages still to post, which may have to be completed before its own wait."""
 
-    def take_in(self) -> None:
+    def drain(self) -> None:
         """Receive everything that is due and forward everything that other ranks wait for.
 
         Does not wait until peers have received what this rank sent: they may be blocked on this rank in another collective.
@@ -40,7 +40,7 @@ class Traffic:
     `waited_s` is the host time spent waiting since the transport was created; on CUDA, where the stream waits, it stays near
     zero. While `spans` is a list, every collective is appended to it.
 
-    `unfinished` is the collective on this transport, if any, that the next collective of its kind drains first (`take_in`).
+    `unfinished` is the collective on this transport, if any, that the next collective of its kind drains first (`drain`).
     Either it has messages still to post, and messages between two ranks are matched in the order in which they are posted; or
     other work runs before its wait, which is never reached if that work fails.
     """

@@ -71,10 +71,6 @@ class FFNWeights:
         if biases not in ((0, 0), (len(self.down), len(self.down))):
             raise ValueError(f"{biases[0]} gate_up and {biases[1]} down biases for {len(self.down)} groups; give all or none")
 
-    def of_groups(self, groups: slice) -> FFNWeights:
-        """The matrices of a range of groups."""
-        return FFNWeights(self.gate_up[groups], self.down[groups], self.gate_up_bias[groups], self.down_bias[groups])
-
 
 @dataclass(frozen=True)
 class GroupedFFNOutput:
@@ -83,10 +79,6 @@ class GroupedFFNOutput:
     y_ND: Tensor
     gate_up_N2F: Tensor
 
-    def of_rows(self, rows: slice) -> GroupedFFNOutput:
-        """The same for a range of rows."""
-        return GroupedFFNOutput(self.y_ND[rows], self.gate_up_N2F[rows])
-
 
 @dataclass(frozen=True)
 class GroupedFFNGrads:
@@ -94,10 +86,6 @@ class GroupedFFNGrads:
 
     dx_ND: Tensor
     drow_weights_N: Tensor
-
-    def of_rows(self, rows: slice) -> GroupedFFNGrads:
-        """The same for a range of rows."""
-        return GroupedFFNGrads(self.dx_ND[rows], self.drow_weights_N[rows])
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ..placement import get_solver
 from ..runtime import RouterConfig, RuntimeConfig
 from ..runtime.config import MAX_SECONDS
-from ..runtime.moved_options import MOVED, warn_of_moved
+from ..runtime.moved_options import GONE, MOVED, warn_of_gone, warn_of_moved
 from ..runtime.routing.capacity import Capacity
 
 Count = Annotated[int, Field(ge=1)]
@@ -322,7 +322,10 @@ def _read_assignment(assignment: str) -> dict[str, _Given]:
 
 
 def _renamed(given: Mapping[str, _Given]) -> dict[str, _Given]:
-    """The same under today's names, with one warning for all old ones."""
+    """The same under today's names, without options that are gone, with one warning for all old ones."""
+    gone = [name for name in GONE if f"runtime.{name}" in given]
+    if gone:
+        warn_of_gone(gone, stacklevel=3)
     moved = {f"runtime.{name}": f"runtime.debug.{name}" for name in MOVED if f"runtime.{name}" in given}
     for old, new in moved.items():
         if new in given:
@@ -330,7 +333,8 @@ def _renamed(given: Mapping[str, _Given]) -> dict[str, _Given]:
             raise ValueError(f"{old} and {new} are both given; give {new} alone (from {sources})")
     if moved:
         warn_of_moved((old.removeprefix("runtime.") for old in moved), stacklevel=3)
-    return {moved.get(key, key): entry for key, entry in given.items()}
+    ignored = {f"runtime.{name}" for name in gone}
+    return {moved.get(key, key): entry for key, entry in given.items() if key not in ignored}
 
 
 def _check_key(key: str, source: str) -> None:

@@ -27,7 +27,7 @@ from ..runtime.adapters.weights import whole
 from ..runtime.layer import moe_layers
 from ..runtime.routing.router import ScoringRouter
 from ..runtime.sharded_experts import ShardedExperts
-from ..runtime.step.layer_pass import is_recomputing
+from ..runtime.step.replay import is_recomputing
 from .target import Inputs
 
 

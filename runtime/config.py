@@ -74,8 +74,8 @@ class DebugConfig:
     """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
     'hecate' copies only as many experts as hide, so none at 0."""
     overlap: bool = True
-    """Copies and their gradients travel under other work, and routed tokens under shared experts and under each other's experts,
-    see `row_parts`; False waits for all of them right after their launch, to compare or debug."""
+    """Copies and their gradients travel under other work, and routed tokens under shared experts; False waits for all of them
+    right after their launch, to compare or debug."""
     calibrate: Literal["auto", "always", "never"] = "auto"
     """Whether copies are added when the exact load is known, if they save more than their gather costs on the critical path;
     "auto": in the first forwards, and while predictions are off by more than a tenth of the assignments on average."""
@@ -84,11 +84,6 @@ class DebugConfig:
     token_route: Literal["auto", "direct", "by_node"] = "auto"
     """How routed tokens travel: straight to every rank that computes them, or once to each node and on inside it; "auto" goes by
     node where the topology has several nodes of several ranks."""
-    row_parts: Literal["auto", 1, 2] = "auto"
-    """Parts, 1 or 2, in which routed tokens travel: the experts of one part compute while the tokens of the other travel, out or
-    back; experts that a rank computes for its own tokens alone compute while the first tokens come and the last leave. Results
-    keep the same bits; as many bytes travel, in up to twice the messages. "auto": 2 between nodes where tokens go straight to
-    every rank and `overlap` is on, else 1. By node they go in one part, and 2 is refused."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
     rehome_effort: float = 1.0
@@ -120,10 +115,6 @@ class RuntimeConfig:
     materialize: Literal["keep", "rematerialize", "auto"] = "keep"
     """Copies stay until backward, or are released after forward and gathered again, so that layers share slots; the last layer's
     stay in any case, as its backward comes at once. "auto" keeps those of as many last layers as fit into `slot_bytes`."""
-    reuse_copies: bool = False
-    """Under gradient accumulation, copies that the next micro-batch's plan wants too stay in their slots, and only the others are
-    gathered; one more layer's slots are taken. Applies to layers that keep their copies until backward. Gradients go to the
-    owners with every micro-batch. Until `Handle.step`, only optimizers and moesaic may change the experts' weights."""
     slot_bytes: int = 0
     """The most bytes that copies, their gradients and staging may take on a rank, for one forward in flight; 0: no limit."""
     shard_dense: bool = True

@@ -96,13 +96,12 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: `x` has another width.
         """
-        runtime = self.runtime
         if x.shape[-1:] != (self.dim,):
-            name, shape = runtime.name, tuple(x.shape)
+            name, shape = self.runtime.name, tuple(x.shape)
             raise ValueError(f"{name} takes tokens of width {self.dim}, but x is {shape}; project x, or build the layer for it")
         x_TD = x.reshape(-1, self.dim)
         this = self.experts.begin()
-        routing = runtime.route(self.router, x_TD, this)
+        routing = this.route(self.router, x_TD)
         y_TD = self.experts(
             x_TD,
             routing.topk_ids_TK,
@@ -112,7 +111,7 @@ class MoELayer(nn.Module):
             layer_pass=this,
         )
         # A recomputation must save what the forward saved, so it computes the loss too, but it is the forward's that counts.
-        aux_loss = runtime.router_loss(self.router, routing, this)
+        aux_loss = this.router_loss(self.router, routing)
         if not this.is_replay:
             self._note_aux_loss(aux_loss)
         return reshaped(y_TD, x.shape)

@@ -1,4 +1,4 @@
-"""Options that moved to `RuntimeConfig.debug`: their old names work for one release, with a warning.
+"""Options that moved to `RuntimeConfig.debug`, or are gone: their old names work for one release, with a warning.
 
 With the release after, this file goes, and with it its three uses: the decorator in config.py, `_renamed` in launch/config.py and
 `warnings_as_lines` in launch/train.py.
@@ -20,10 +20,13 @@ MOVED = (
     "calibrate",
     "schedule",
     "token_route",
-    "row_parts",
     "reduce_wire",
     "rehome_effort",
 )
+
+
+GONE = ("reuse_copies", "row_parts")
+"""Options that have no effect any more: what they saved was below 0.3 % of a step, see docs/benchmarks.md."""
 
 
 class MovedOptionWarning(DeprecationWarning):
@@ -36,6 +39,13 @@ def warn_of_moved(names: Iterable[str], stacklevel: int) -> None:
     warnings.warn(f"{pairs}; old names work for one more release", MovedOptionWarning, stacklevel=stacklevel + 1)
 
 
+def warn_of_gone(names: Iterable[str], stacklevel: int) -> None:
+    """One warning for options that have no effect."""
+    gone = ", ".join(f"runtime.{name}" for name in names)
+    message = f"{gone}: no effect any more, leave it out; old names work for one more release"
+    warnings.warn(message, MovedOptionWarning, stacklevel=stacklevel + 1)
+
+
 def takes_moved_options(kind: type[_Config]) -> type[_Config]:
     """Class decorator of `RuntimeConfig`: old names are taken as arguments and can be read as attributes."""
     defaults = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
@@ -43,6 +53,9 @@ def takes_moved_options(kind: type[_Config]) -> type[_Config]:
 
     @functools.wraps(init)
     def init_with_old_names(self: _Config, *args: Any, **values: Any) -> None:
+        gone = [name for name in GONE if values.pop(name, None) is not None]
+        if gone:
+            warn_of_gone(gone, stacklevel=2)
         moved = {name: values.pop(name) for name in MOVED if name in values}
         if moved:
             # Every field is given by dataclasses.replace alone, whose `debug` is that of the value it starts from.

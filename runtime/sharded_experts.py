@@ -12,22 +12,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Buffer, LocalTransport
-from ..kernels import histogram
+from ..collectives import Buffer
 from ..placement import OwnerMap, get_solver
 from ._compat import full_state_dict_requested, outside_graphs
-from .config import RuntimeConfig
 from .experts.bank import Bank
 from .experts.expert import Expert, ExpertShape, ExpertTensors
-from .experts.slots import SlotPool
 from .family import OWN_LAYER, Family
 from .group import single_rank_group
 from .routing.capacity import Capacity
-from .stages import StageClock
 from .step.layer_pass import LayerPass
 from .step.layer_runtime import LayerRuntime
-from .step.reduces import PendingReduces
-from .step.rematerialize import Rematerializer
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,21 +82,8 @@ class ShardedExperts(nn.Module):
 
     def _run_on(self, bank: Bank) -> None:
         """Run on one process, on a bank that holds every expert of this layer."""
-        config = RuntimeConfig(policy="static", slots=0)
-        self.runtime = LayerRuntime(
-            "layer",
-            bank,
-            0,
-            self.top_k,
-            group=single_rank_group(),
-            solver=get_solver(config.policy, keeps_owners=True),
-            config=config,
-            pool=SlotPool(self.shape, LocalTransport()),
-            clock=StageClock(),
-            reduces=PendingReduces(),
-            rematerializer=Rematerializer(),
-            capacity=self.capacity,
-        )
+        solver = get_solver("static", keeps_owners=True)
+        self.runtime = LayerRuntime.on_one_process(bank, self.top_k, self.capacity, single_rank_group(), solver)
         self._follow_bank()
 
     @outside_graphs
@@ -133,20 +114,11 @@ class ShardedExperts(nn.Module):
             ValueError: shapes that do not fit.
         """
         self._check(x_TD, topk_ids_TK, weights_TK)
-        runtime, this = self.runtime, layer_pass or self.begin()
-        # A recomputation sends tokens where its forward sent them.
-        topk_ids_TK = this.topk_ids_TK = topk_ids_TK if this.topk_ids_TK is None else this.topk_ids_TK
-        x_TD, token = runtime.enter(x_TD, this)
-        load = runtime.measure(histogram(topk_ids_TK, self.num_experts) if counts_E is None else counts_E, this)
-        runtime.plan(load, this)
-        link, crossing = runtime.begin_dispatch(x_TD, weights_TK, this)
-        beside_TD = None if meanwhile is None else meanwhile()
-        # After the first rows have arrived, so that the gather also travels under them; unless experts at home are first, which
-        # need their weights while rows travel.
-        crossing.rows.arrived(0)
-        token = runtime.materialize(token, this)
-        link = runtime.experts(link, token, crossing)
-        y_TD = runtime.combine(link, crossing).to(x_TD.dtype)
+        this = layer_pass or self.begin()
+        this.plan(topk_ids_TK, counts_E)
+        tokens = this.dispatch(x_TD, weights_TK)  # launched
+        beside_TD = meanwhile() if meanwhile else None  # while tokens travel
+        y_TD = this.combine(this.experts(tokens)).to(x_TD.dtype)
         return y_TD if beside_TD is None else y_TD + beside_TD
 
     def begin(self) -> LayerPass:

@@ -1,82 +1,37 @@
-"""Dispatch over nodes of several ranks: a token row crosses to each node once, and comes back once, summed on that node.
+"""The route by node: a token crosses to each other node once, and its result comes back once, summed on that node.
 
-Two hops in place of one. A row goes to one rank of each other node that has work for its token, its *gateway* there: one of
-the ranks that compute it, so no rank gets a row that it has no use for. Tokens take turns among them, which spreads the work.
-The gateway passes the row on to the other ranks of its node that need it. On the way back they return their sums to the
-gateway, which adds its own part, in rank order, and sends one row home. Rows between ranks of one node travel as in dispatch.py.
+Two hops in place of one. A token goes to one rank of each other node that has work for it, its *leader* there: one of the ranks
+that compute it, so no rank gets a token that it has no use for. Tokens take turns among those, which spreads the work. The
+leader forwards the token to the other ranks of its node that need it. On the way back they return their sums to the leader,
+which adds its own part, in rank order, and sends one result to the source rank. Tokens between ranks of one node go straight,
+in the first hop.
 
-Descriptions and gate gradients, numbers that differ from assignment to assignment, have nothing to share: each crosses once,
-straight between the source and the rank that computes it. A rank finds the rows that a gateway passes on to it by order:
-(gateway, source, row). What a gateway has to pass on is a bit mask that comes with its own description.
+Dispatch metadata and gate gradients, numbers that differ from assignment to assignment, have nothing to share: each crosses once,
+straight between the source and the rank that computes it. A rank finds the tokens that a leader forwards to it by order: (leader,
+source, token). The ranks that a leader forwards to come as a bit mask with the leader's own metadata.
 
-Shape letters: as in dispatch.py, and M ranks of a node, W int32 words of a mask, U rows passed on by this gateway, S rows
-passed on to this rank.
+Shape letters: as in handle.py, and M ranks of a node, W int32 words of a mask, U tokens that this leader forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ...collectives import RowLayout, Transport, all_to_all_rows
-from ...kernels import Bags, gather_rows, sum_rows
+from ...collectives import RowLayout, Transport
 from ...placement import Split
-from .direct import Assignments, bags_at, exchange_messages, home_bags, inverse, segment_transpose
-from .expert_order import Run
-from .handle import DispatchHandle, RowsHome, RowsInFlight, slices, starts
+from .assignments import Assignments, exchange_metadata
+from .handle import DispatchHandle, Hop
+from .layouts import bags_at, combine_bags, inverse, segment_transpose, slices, starts
 
 # Bits of a mask in one int32, which stays positive.
 _WORD_BITS = 31
 
 
-@dataclass(frozen=True, eq=False)
-class NodeHandle(DispatchHandle):
-    """A handle whose received rows may be passed on. Row ids (`row_ids_N`) from T + Q on name rows that gateways passed on."""
-
-    passed_row_ids_U: Tensor  # received row of every row that this rank passes on
-    passed_rows_R: tuple[int, ...]  # rows passed on to each rank
-    relayed_rows_R: tuple[int, ...]  # rows that each gateway passes on to this rank
-    relayed_bags: Bags  # slot-major rows of every row that was passed on to this rank
-
-    @cached_property
-    def pass_layout(self) -> RowLayout:
-        """Rows passed on to ranks of this node, and those that they pass on to this one."""
-        return RowLayout.consecutive(self.passed_rows_R, self.relayed_rows_R)
-
-    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> list[RowsInFlight[Tensor]]:
-        """See `DispatchHandle.send_rows`. One part; what is in flight is the first hop, which is the one between nodes."""
-        dim, num_received = x_TD.shape[1], self.num_received
-        outgoing = transport.empty((self.num_sent, dim), x_TD)
-        gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
-        arrived = x_TD.new_empty(num_received + sum(self.relayed_rows_R), dim)
-        received_QD, relayed_SD = arrived[:num_received], arrived[num_received:]
-        pending = all_to_all_rows(transport, self.out_layouts_H[0], outgoing, received_QD, op=op, where=where)
-
-        def pass_on() -> Tensor:
-            passed = transport.empty((sum(self.passed_rows_R), dim), x_TD)
-            gather_rows(received_QD, self.passed_row_ids_U, out=passed)
-            all_to_all_rows(transport, self.pass_layout, passed, relayed_SD, op=op, where=where).wait(until_sent=False)
-            return gather_rows(x_TD, self.row_ids_N, beside=arrived)
-
-        return [RowsInFlight(pending, outgoing, pass_on)]
-
-    def return_rows(self, part: int, home: RowsHome, transport: Transport, op: str, where: str) -> RowsInFlight[None]:
-        """See `DispatchHandle.return_rows`. What is in flight is the last hop, which is the one between nodes."""
-        rows_ND = home.rows_ND
-        relayed = transport.empty((sum(self.relayed_rows_R), rows_ND.shape[1]), rows_ND)
-        sum_rows(rows_ND, self.relayed_bags, out=relayed)
-        passed_UD = rows_ND.new_empty(sum(self.passed_rows_R), rows_ND.shape[1])
-        layout = self.pass_layout.transpose
-        all_to_all_rows(transport, layout, relayed, passed_UD, op=op, where=where).wait(until_sent=False)
-        sum_rows(rows_ND, self.return_bags_H[part], beside=passed_UD, out=home.outgoing_QD)
-        return self.take_home(part, home, transport, op, where)
-
-
-def build_node_handle(
+def by_node_handle(
     topk_ids_TK: Tensor,
     weights_TK: Tensor,
     split: Split,
@@ -86,185 +41,176 @@ def build_node_handle(
     where: str,
     *,
     ranks_per_node: int,
-) -> NodeHandle:
-    """Describe this rank's assignments to their destinations, and learn what comes here and what must be passed on.
+) -> DispatchHandle:
+    """Describe this rank's assignments to their destinations, and receive what is computed and what is forwarded here.
 
-    As `dispatch.build_handle`, for ranks in node-major order; one exchange, and no sizes before it.
+    As `direct.direct_handle`, for ranks in node-major order; one exchange, and no sizes before it.
     """
-    rank, num_tokens = transport.rank, topk_ids_TK.shape[0]
+    rank, num_tokens, device = transport.rank, topk_ids_TK.shape[0], topk_ids_TK.device
+    recvs_RX = split.recvs(rank)[:, list(local_experts)]
+    computed_R = tuple(int(n) for n in recvs_RX.sum(axis=1))
 
-    # Phase 1: which assignment goes where, which rows that makes, and what is said about them.
-    assigned = Assignments.of(topk_ids_TK, split, rank)
-    sent = _SentRows.of(assigned, num_tokens, rank, split.placement.num_ranks, ranks_per_node)
-    weights_A = weights_TK.detach().float().flatten()[assigned.ids_A]
-    recvs_RE = split.recvs(rank)
-    received_assignments_R = tuple(int(n) for n in recvs_RE.sum(axis=1))
-    messages = _exchange_descriptions(assigned, sent, weights_A, received_assignments_R, ranks_per_node, transport, op, where)
+    # 1. Destinations of assignments, the tokens that must be sent for them, and the metadata.
+    assigned = Assignments.of(topk_ids_TK, weights_TK, split, rank)
+    sent = _SentTokens.of(assigned, num_tokens, rank, split.placement.num_ranks, ranks_per_node)
+    messages = _exchange_metadata(assigned, sent, computed_R, ranks_per_node, transport, op, where)
 
-    # Phase 2: which row every assignment that came is about; slot-major order regroups them by local expert.
-    came = _ArrivedRows.of(messages, received_assignments_R, num_tokens, rank, ranks_per_node)
-    slot_major_N = segment_transpose(recvs_RE, topk_ids_TK.device)
-    num_slot_major, positions_by_source = slot_major_N.numel(), inverse(slot_major_N)
+    # 2. The token of every assignment computed here. The expert stage regroups them by expert.
+    arrived = _ArrivedTokens.of(messages, computed_R, num_tokens, rank, ranks_per_node)
+    ids, received_R, forwards_R = arrived.ids, arrived.received_R, arrived.forwards_R
+    rank_major_N, own = segment_transpose(recvs_RX, device), slices(computed_R)[rank]
+    positions, num_rows = inverse(rank_major_N), rank_major_N.numel()
 
-    # Phase 3: the way back. A gateway adds up, in rank order, what the ranks of its node return and what is computed here.
-    own = slices(received_assignments_R)[rank]
-    num_before = sum(came.passed_rows_R[:rank])
-    returned_U = torch.arange(num_slot_major, num_slot_major + sum(came.passed_rows_R), device=slot_major_N.device)
-    first_relayed = num_tokens + sum(came.received_rows_R)
-    is_relayed = came.ids_by_source >= first_relayed
-    is_received = (came.ids_by_source >= num_tokens) & ~is_relayed
-    passed = came.passed_row_ids_U
-    return NodeHandle(
-        rank=rank,
+    # 3. The way back. A leader adds up, in rank order, what the ranks of its node return and what is computed here.
+    first_forwarded = num_tokens + sum(received_R)
+    is_forwarded = ids >= first_forwarded
+    is_received = (ids >= num_tokens) & ~is_forwarded
+    forwarded_ids_U, num_before = arrived.forwarded_ids_U, sum(forwards_R[:rank])
+    returned_U = torch.arange(num_rows, num_rows + sum(forwards_R), device=device)
+    between_nodes = Hop(
+        sent.ids_P,
+        RowLayout.consecutive(sent.num_R, received_R),
+        bags_at(
+            torch.cat([forwarded_ids_U[:num_before], ids[is_received] - num_tokens, forwarded_ids_U[num_before:]]),
+            torch.cat([returned_U[:num_before], positions[is_received], returned_U[num_before:]]),
+            sum(received_R),
+        ),
+    )
+    inside_the_node = Hop(
+        num_tokens + forwarded_ids_U,
+        RowLayout.consecutive(forwards_R, arrived.forwarded_R),
+        bags_at(ids[is_forwarded] - first_forwarded, positions[is_forwarded], sum(arrived.forwarded_R)),
+    )
+    return DispatchHandle(
         num_tokens=num_tokens,
         top_k=topk_ids_TK.shape[1],
-        sent_token_ids_P=sent.token_ids_P,
-        sent_rows_HR=(sent.rows_R,),
-        home_rows_HR=(sent.rows_R,),
-        sent_assignments_A=assigned.ids_A,
-        sent_assignments_HR=(assigned.counts_R,),
-        received_rows_HR=(came.received_rows_R,),
-        returned_rows_HR=(came.received_rows_R,),
-        received_assignments_HR=(received_assignments_R,),
-        slot_major_N=slot_major_N,
-        row_ids_N=came.ids_by_source[slot_major_N],
-        return_bags_H=(
-            bags_at(
-                torch.cat([passed[:num_before], came.ids_by_source[is_received] - num_tokens, passed[num_before:]]),
-                torch.cat([returned_U[:num_before], positions_by_source[is_received], returned_U[num_before:]]),
-                sum(came.received_rows_R),
-            ),
+        hops=(between_nodes, inside_the_node),
+        source_ids_N=ids[rank_major_N],
+        combine_bags_T=combine_bags(
+            rank, sent.num_R, sent.ids_P, ids[own], positions[own], num_rows=num_rows, num_tokens=num_tokens
         ),
-        home_bags=home_bags(rank, sent.rows_R, sent.token_ids_P, came.ids_by_source[own], positions_by_source, own, num_tokens),
-        row_weights_N=came.weights_by_source[slot_major_N],
+        gates=assigned.gate_route(rank, rank_major_N, computed_R),
+        gate_weights_N=arrived.weights[rank_major_N],
         experts=tuple(int(e) for e in local_experts),
-        group_sizes=tuple(int(n) for n in recvs_RE.sum(axis=0)[list(local_experts)]),
-        runs=(Run(slice(0, len(local_experts)), slice(0, num_slot_major), 0),),
-        passed_row_ids_U=passed,
-        passed_rows_R=came.passed_rows_R,
-        relayed_rows_R=came.relayed_rows_R,
-        relayed_bags=bags_at(
-            came.ids_by_source[is_relayed] - first_relayed, positions_by_source[is_relayed], sum(came.relayed_rows_R)
-        ),
+        group_sizes=tuple(int(n) for n in recvs_RX.sum(axis=0)),
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _SentRows:
-    """The rows that leave this rank, and for each assignment the row that it is about."""
+class _SentTokens:
+    """The tokens that leave this rank, and for each assignment the one that it belongs to."""
 
-    token_ids_P: Tensor
-    rows_R: tuple[int, ...]
-    codes_A: Tensor  # int32: row * M + the rank, in its node, that the row goes to first; rows count from 0 for each rank
-    masks_PW: Tensor  # int32: ranks of the node that the row is passed on to
+    ids_P: Tensor  # own token t
+    num_R: tuple[int, ...]  # for each rank
+    codes_A: Tensor  # int32: token * M + the rank, in its node, that it goes to first; tokens count from 0 for each rank
+    masks_PW: Tensor  # int32: ranks of the node that the token is forwarded to
 
     @classmethod
-    def of(cls, assigned: Assignments, num_tokens: int, rank: int, num_ranks: int, ranks_per_node: int) -> _SentRows:
-        """One row for each (other rank of this node, token), and for each (other node, token) one to its gateway.
+    def of(cls, assigned: Assignments, num_tokens: int, rank: int, num_ranks: int, ranks_per_node: int) -> _SentTokens:
+        """One for each (other rank of this node, token), and for each (other node, token) one to its leader.
 
-        Example: two nodes of ranks 0, 1 and 2, 3; a token of rank 0 that ranks 1, 2 and 3 compute makes two rows, one to rank
-        1 and one to rank 2 or 3, whose turn it is; the mask of the latter names the other of them.
+        Example: two nodes of ranks 0, 1 and 2, 3; a token of rank 0 that ranks 1, 2 and 3 compute is sent twice, to rank 1 and
+        to rank 2 or 3, whose turn it is; the mask of the latter names the other of them.
         """
-        device, home = assigned.tokens_A.device, rank // ranks_per_node
+        device, own_node = assigned.tokens_A.device, rank // ranks_per_node
         members, tokens = torch.arange(ranks_per_node, device=device), torch.arange(num_tokens, device=device)
 
-        # Phase 1: who computes what, and the first of them whose turn it is as the gateway.
+        # 1. The ranks that compute each token, and the first of them whose turn it is as the leader.
         needs_RT = torch.zeros(num_ranks, num_tokens, dtype=torch.bool, device=device)
         needs_RT.view(-1)[assigned.destinations_A * num_tokens + assigned.tokens_A] = True
         needs_NMT = needs_RT.view(num_ranks // ranks_per_node, ranks_per_node, num_tokens)
         turns_MT = (members[:, None] - tokens) % ranks_per_node
-        gateways_NT = torch.where(needs_NMT, turns_MT, ranks_per_node).argmin(dim=1)
-        is_sent_NMT = needs_NMT & (gateways_NT[:, None] == members[:, None])
-        is_sent_NMT[home] = needs_NMT[home]
+        leaders_NT = torch.where(needs_NMT, turns_MT, ranks_per_node).argmin(dim=1)
+        is_sent_NMT = needs_NMT & (leaders_NT[:, None] == members[:, None])
+        is_sent_NMT[own_node] = needs_NMT[own_node]
         is_sent_RT = is_sent_NMT.view(num_ranks, num_tokens)
         is_sent_RT[rank] = False
 
-        # Phase 2: rows in the order (rank, token), and the row of every assignment.
-        ranks_P, token_ids_P = is_sent_RT.nonzero(as_tuple=True)
-        rows_R = tuple(is_sent_RT.sum(1).tolist())
+        # 2. Tokens in the order (rank, token), and the one of every assignment.
+        ranks_P, ids_P = is_sent_RT.nonzero(as_tuple=True)
+        num_R = tuple(is_sent_RT.sum(1).tolist())
         nodes_A = assigned.destinations_A // ranks_per_node
-        gateways_A = nodes_A * ranks_per_node + gateways_NT[nodes_A, assigned.tokens_A]
-        first_A = torch.where(nodes_A == home, assigned.destinations_A, gateways_A)
-        row_number = is_sent_RT.view(-1).cumsum(0) - 1
-        first_row_R = torch.tensor(starts(rows_R), device=device)
-        rows_A = row_number[first_A * num_tokens + assigned.tokens_A] - first_row_R[first_A]
+        leaders_A = nodes_A * ranks_per_node + leaders_NT[nodes_A, assigned.tokens_A]
+        first_A = torch.where(nodes_A == own_node, assigned.destinations_A, leaders_A)
+        number = is_sent_RT.view(-1).cumsum(0) - 1
+        first_R = torch.tensor(starts(num_R), device=device)
+        local_ids_A = number[first_A * num_tokens + assigned.tokens_A] - first_R[first_A]
 
-        # Phase 3: the other ranks of a gateway's node.
-        others_PM = needs_NMT[ranks_P // ranks_per_node, :, token_ids_P]
+        # 3. The other ranks of a leader's node.
+        others_PM = needs_NMT[ranks_P // ranks_per_node, :, ids_P]
         others_PM &= (ranks_P % ranks_per_node)[:, None] != members
-        codes_A = rows_A * ranks_per_node + first_A % ranks_per_node
-        return cls(token_ids_P, rows_R, codes_A.to(torch.int32), pack_masks(others_PM))
+        codes_A = local_ids_A * ranks_per_node + first_A % ranks_per_node
+        return cls(ids_P, num_R, codes_A.to(torch.int32), pack_masks(others_PM))
 
 
 @dataclass(frozen=True, eq=False)
-class _ArrivedRows:
-    """What this rank learnt from the descriptions."""
+class _ArrivedTokens:
+    """The content of the metadata that arrived."""
 
-    ids_by_source: Tensor  # of every assignment: token t (t < T), received row q (T + q), row s that is passed on (T + Q + s)
-    weights_by_source: Tensor  # fp32
-    received_rows_R: tuple[int, ...]
-    relayed_rows_R: tuple[int, ...]
-    passed_row_ids_U: Tensor
-    passed_rows_R: tuple[int, ...]
+    ids: Tensor  # the token of every assignment, rank-major: own t (t < T), then in the order of arrival, those forwarded last
+    weights: Tensor  # fp32
+    received_R: tuple[int, ...]  # tokens straight from each source
+    forwarded_R: tuple[int, ...]  # tokens that each leader forwards to this rank
+    forwarded_ids_U: Tensor  # the received token, from 0, of each that this rank forwards
+    forwards_R: tuple[int, ...]  # tokens that this rank forwards to each
 
     @classmethod
     def of(
         cls, messages: Sequence[Tensor], assignments_R: Sequence[int], num_tokens: int, rank: int, ranks_per_node: int
-    ) -> _ArrivedRows:
-        """Read the messages, in rank order; this rank's own among them, with tokens for rows."""
+    ) -> _ArrivedTokens:
+        """Read the messages, in rank order, this rank's own among them."""
         num_ranks, device = len(messages), messages[rank].device
         num_words, local = num_mask_words(ranks_per_node), rank % ranks_per_node
         first_of_node = rank - local
 
-        # Phase 1: rows that came straight from their source.
+        # 1. Tokens straight from their source.
         headers = [message[:1] for message in messages if message.numel()]
         counts = iter(torch.cat(headers).tolist() if headers else [])
-        received_rows_R = tuple(next(counts) if message.numel() else 0 for message in messages)
-        first_ids = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_rows_R))]
+        received_R = tuple(next(counts) if message.numel() else 0 for message in messages)
+        first_ids = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_R))]
         codes, weights = (
             torch.cat([message[1 + part * n : 1 + (part + 1) * n] for message, n in zip(messages, assignments_R, strict=True)])
             for part in (0, 1)
         )
-        rows, members = codes.long() // ranks_per_node, codes.long() % ranks_per_node
+        local_ids, members = codes.long() // ranks_per_node, codes.long() % ranks_per_node
         sources = torch.repeat_interleave(torch.tensor(assignments_R, device=device), output_size=codes.numel())
-        ids = torch.tensor(first_ids, device=device)[sources] + rows
+        ids = torch.tensor(first_ids, device=device)[sources] + local_ids
 
-        # Phase 2: rows that another rank of this node passes on, in the order (gateway, source, row).
-        is_relayed = members != local
-        keys = ((members * num_ranks + sources) << 32) + rows
-        relayed_keys, numbers = keys[is_relayed].unique(return_inverse=True)
-        ids[is_relayed] = num_tokens + sum(received_rows_R) + numbers
-        relayed_M = (relayed_keys // (num_ranks << 32)).bincount(minlength=ranks_per_node).tolist()
+        # 2. Tokens that another rank of this node forwards, in the order (leader, source, token).
+        is_forwarded = members != local
+        keys = ((members * num_ranks + sources) << 32) + local_ids
+        forwarded_keys, numbers = keys[is_forwarded].unique(return_inverse=True)
+        ids[is_forwarded] = num_tokens + sum(received_R) + numbers
+        forwarded_M = (forwarded_keys // (num_ranks << 32)).bincount(minlength=ranks_per_node).tolist()
 
-        # Phase 3: rows that this rank passes on, in the order (destination, source, row).
+        # 3. Tokens that this rank forwards, in the order (destination, source, token).
         masks = [
-            message[1 + 2 * n : 1 + 2 * n + rows_here * num_words].view(-1, num_words)
+            message[1 + 2 * n : 1 + 2 * n + num_here * num_words].view(-1, num_words)
             if r // ranks_per_node != rank // ranks_per_node
-            else message.new_zeros(rows_here, num_words)
-            for r, (message, n, rows_here) in enumerate(zip(messages, assignments_R, received_rows_R, strict=True))
+            else message.new_zeros(num_here, num_words)
+            for r, (message, n, num_here) in enumerate(zip(messages, assignments_R, received_R, strict=True))
         ]
-        is_passed_MQ = unpack_masks(torch.cat(masks), ranks_per_node).T
-        passed_M = is_passed_MQ.sum(1).tolist()
+        forwards_MQ = unpack_masks(torch.cat(masks), ranks_per_node).T
+        forwards_M = forwards_MQ.sum(1).tolist()
 
         def over_ranks(counts_M: list[int]) -> tuple[int, ...]:
             """Counts for the ranks of this node as counts for all ranks."""
             return (0,) * first_of_node + tuple(counts_M) + (0,) * (num_ranks - first_of_node - ranks_per_node)
 
         return cls(
-            ids_by_source=ids,
-            weights_by_source=weights.view(torch.float32),
-            received_rows_R=received_rows_R,
-            relayed_rows_R=over_ranks(relayed_M),
-            passed_row_ids_U=is_passed_MQ.nonzero()[:, 1],
-            passed_rows_R=over_ranks(passed_M),
+            ids=ids,
+            weights=weights.view(torch.float32),
+            received_R=received_R,
+            forwarded_R=over_ranks(forwarded_M),
+            forwarded_ids_U=forwards_MQ.nonzero()[:, 1],
+            forwards_R=over_ranks(forwards_M),
         )
 
 
-def _exchange_descriptions(
+def _exchange_metadata(
     assigned: Assignments,
-    sent: _SentRows,
-    weights_A: Tensor,
-    received_assignments_R: Sequence[int],
+    sent: _SentTokens,
+    computed_R: Sequence[int],
     ranks_per_node: int,
     transport: Transport,
     op: str,
@@ -272,33 +218,33 @@ def _exchange_descriptions(
 ) -> list[Tensor]:
     """One int32 message from each rank, empty if it has no assignment for this one.
 
-    Layout: the number of rows; each assignment's code; each weight's bits; from another node also the masks of the rows, in as
-    much room as if every assignment had a row of its own, since the receiver knows the number of assignments only.
+    Layout: the number of tokens; each assignment's code; each weight's bits; from another node also the masks of the tokens, in
+    as much room as if every assignment had a token of its own, since only the number of assignments is known beforehand.
     """
-    rank, num_words, device = transport.rank, num_mask_words(ranks_per_node), weights_A.device
+    rank, num_words, device = transport.rank, num_mask_words(ranks_per_node), assigned.weights_A.device
 
     def size(other: int, num_assignments: int) -> int:
         is_far = other // ranks_per_node != rank // ranks_per_node
         return 1 + num_assignments * (2 + num_words * is_far) if num_assignments else 0
 
     outgoing = []
-    parts = zip(slices(assigned.counts_R), slices(sent.rows_R), strict=True)
-    for r, (part, rows) in enumerate(parts):
+    pieces = zip(slices(assigned.counts_R), slices(sent.num_R), strict=True)
+    for r, (part, tokens) in enumerate(pieces):
         message = torch.zeros(size(r, assigned.counts_R[r]), dtype=torch.int32, device=device)
         if message.numel():
             n = assigned.counts_R[r]
-            message[0] = sent.rows_R[r]
+            message[0] = sent.num_R[r]
             message[1 : 1 + n] = sent.codes_A[part]
-            message[1 + n : 1 + 2 * n] = weights_A[part].view(torch.int32)
-            masks = sent.masks_PW[rows].flatten()
+            message[1 + n : 1 + 2 * n] = assigned.weights_A[part].view(torch.int32)
+            masks = sent.masks_PW[tokens].flatten()
             if message.numel() > 1 + 2 * n:
                 message[1 + 2 * n : 1 + 2 * n + masks.numel()] = masks
         outgoing.append(message)
     own, n = outgoing[rank], assigned.counts_R[rank]
     if n:
         own[1 : 1 + n] = assigned.tokens_A[slices(assigned.counts_R)[rank]] * ranks_per_node + rank % ranks_per_node
-    sizes_R = [size(r, n) for r, n in enumerate(received_assignments_R)]
-    return exchange_messages(transport, outgoing, own, sizes_R, op, where)
+    sizes_R = [size(r, n) for r, n in enumerate(computed_R)]
+    return exchange_metadata(transport, outgoing, own, sizes_R, op, where)
 
 
 def num_mask_words(ranks_per_node: int) -> int:

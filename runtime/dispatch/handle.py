@@ -1,53 +1,56 @@
-"""How token rows travel once it is known where they go: out to the ranks that compute them and home again, in one part or in two.
+"""The routes of one forward's tokens, over one hop or two, and how tokens and results travel along them.
 
-Two parts let the experts of one run while the other travels. A rank's part is a run of its experts in the order in which it
-computes them (expert_order.py), so that every expert's matrix products stay whole, and with them the bits. A row goes out with
-the first part that needs it, and comes home with the last that adds to it, so it crosses as often as in one part: once each way.
-Between two ranks rows are ordered by both,
+Combine is the transpose of dispatch, so each one's backward is the other's forward: tokens and the gradients of outputs go out by
+`DispatchHandle.send`, results and the gradients of tokens come back by `DispatchHandle.send_back`. A token goes to a rank once,
+however many of its experts are computed there, and its result comes back once, already summed over them. What a rank computes of
+its own tokens never becomes a message: it is read from and added to the tokens' own tensors.
 
-    those of the first part alone, those of both parts, those of the second part alone
+Layouts, on the source rank:
+    assignment a = t * K + k                        as the router made them
+    by destination: (destination, expert, token)    the order in which assignments are listed in the dispatch metadata
+    sent tokens: (destination, token)               one for each other destination of each token
+and on the destination rank:
+    arriving tokens: (hop, sender, token)
+    rank-major: (source, expert, token)             the order in which the dispatch metadata arrives
+    expert-major: (expert, source, token)           the order of the expert stage: one contiguous group per local expert
 
-which makes every part one piece there: two of the three kinds go out with the first part, two come home with the second.
+    rank-major      rank 0: e0 e0 e1 | rank 1: e0 e1
+    expert-major    e0: r0 r0 r1     | e1: r0 r1
 
-Layouts: see dispatch.py. Where rows are returned, those of a part lie together, (part, source, token), as they are summed part by
-part; everywhere else those of a rank.
-
-Shape letters: as in dispatch.py, and H parts.
+Shape letters: T tokens, K choices, D model dim, A assignments of this rank (up to T * K), P tokens sent and Q tokens received
+over a hop, N assignments computed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ...collectives import Pending, RowLayout, RowPart, Transport, all_to_all_rows
+from ...collectives import Pending, RowLayout, Transport, all_to_all_rows
 from ...kernels import Bags, gather_rows, sum_rows
-from .expert_order import Run
+from .layouts import slices
 
 Arrived = TypeVar("Arrived")
-Counts_HR = tuple[tuple[int, ...], ...]
 
 
-class RowsInFlight(Generic[Arrived]):
-    """Token rows on their way.
+class InFlight(Generic[Arrived]):
+    """Messages on their way, and what is made of them on arrival.
 
     Args:
-        pending: waits for them; None if they are at home.
-        sent: what was sent; it must live until then, and is only dropped afterwards. None if they are at home.
-        take: makes of what arrived what it is wanted for; called once. Where rows are passed on, it communicates.
+        pending: waits for the messages.
+        sent: the tensor sent, which must exist until then.
+        take: computes the result from what arrived; called once. On a route of several hops it communicates.
     """
 
     __slots__ = ("_arrived", "_pending", "_sent", "_take")
 
-    def __init__(self, pending: Pending | None, sent: Tensor | None, take: Callable[[], Arrived]):
+    def __init__(self, pending: Pending, sent: Tensor, take: Callable[[], Arrived]):
         self._pending = pending
-        self._sent = sent
+        self._sent: Tensor | None = sent
         self._take: Callable[[], Arrived] | None = take
         self._arrived: Arrived | None = None
 
@@ -57,204 +60,122 @@ class RowsInFlight(Generic[Arrived]):
         return self._take is None
 
     def wait(self) -> Arrived:
-        """Return what has arrived; a second time the same."""
+        """Wait for the messages and return the result; a second call returns the same."""
         if self._take is not None:
-            if self._pending is not None:
-                self._pending.wait(until_sent=False)
+            self._pending.wait(until_sent=False)
             self._arrived = self._take()
             self._take = self._sent = None
         return cast(Arrived, self._arrived)
 
 
 @dataclass(frozen=True, eq=False)
-class RowsHome:
-    """The buffers of rows that go home part by part; see `DispatchHandle.rows_home`."""
-
-    rows_ND: Tensor
-    outgoing_QD: Tensor  # one sum for every received row
-    returned_PD: Tensor
-    gates: GateGrads | None
-
-
-@dataclass(frozen=True, eq=False)
-class GateGrads:
-    """One number per slot-major row [N] that goes home beside the rows, and the buffers for it."""
-
-    grads_N: Tensor
-    by_source: Tensor
-    by_destination: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class ReturnedRows:
-    """What came home: rows [T, D], and with a backward the gradients of the gate weights [T * K], in router order."""
+class Combined:
+    """Sums per token [T, D] and, in backward, the gradients of the gate weights [T * K], in router order."""
 
     x_TD: Tensor
     gate_grads_A: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
-class DispatchHandle:
-    """Where every row of one forward went. Combine and both backwards follow it; it carries no gradient."""
+class Hop:
+    """One exchange of tokens on the route to the ranks that compute them; results return over it.
 
-    rank: int
+    send_ids_P: the tokens that leave: own token t (t < T), or T + q for the q-th token that arrived over the hops before.
+    layout: how many go to and come from each rank.
+    return_bags_Q: the terms of each arriving token's result: row n of the expert-major outputs (n < N), or N + p for the p-th
+        result that the next hop brings back.
+    """
+
+    send_ids_P: Tensor
+    layout: RowLayout
+    return_bags_Q: Bags
+
+
+@dataclass(frozen=True, eq=False)
+class GateRoute:
+    """How one number per assignment, the gradient of its gate weight, returns to the source rank: in one exchange, unsummed.
+
+    rank_major_N: the rank-major position of every expert-major row.
+    ids_A: the assignments by destination.
+    layout: rank-major to by destination, without this rank's own.
+    own_computed, own_sent: the place of this rank's own assignments in rank-major order, and by destination.
+    """
+
+    rank_major_N: Tensor
+    ids_A: Tensor
+    layout: RowLayout
+    own_computed: slice
+    own_sent: slice
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchHandle:
+    """The routes of one forward's tokens; both directions of forward and backward follow them. Carries no gradient."""
+
     num_tokens: int  # T
     top_k: int  # K
-    sent_token_ids_P: Tensor  # token of every sent row
-    sent_rows_HR: Counts_HR  # rows that go out to each rank with each part; none to this one
-    home_rows_HR: Counts_HR  # the same rows by the part with which they come home
-    sent_assignments_A: Tensor  # assignments by destination
-    sent_assignments_HR: Counts_HR
-    received_rows_HR: Counts_HR  # rows that come from each rank with each part; none from this one
-    returned_rows_HR: Counts_HR  # the same rows by the part with which they are returned
-    received_assignments_HR: Counts_HR  # also this rank's own, in both, though no part sends them
-    slot_major_N: Tensor  # position "by source" of every slot-major row
-    row_ids_N: Tensor  # what every slot-major row is a copy of: token t (t < T), or received row q (T + q)
-    return_bags_H: tuple[Bags, ...]  # slot-major rows of every row that is returned with a part
-    home_bags: Bags  # of every token: the slot-major rows computed here (n < N) and the sent rows that come back (N + p)
-    row_weights_N: Tensor  # gate weight of every slot-major row, fp32
-    experts: tuple[int, ...]  # that this rank computes, in the order of the groups
-    group_sizes: tuple[int, ...]  # rows of each
-    runs: tuple[Run, ...]  # of groups, in the order in which they are computed; one for every part, in order, and those at home
+    hops: tuple[Hop, ...]
+    source_ids_N: Tensor  # the token of every expert-major row: own token t (t < T), or T + q for the q-th that arrived
+    combine_bags_T: Bags  # the terms of each own token's result: expert-major rows (n < N), or N + p of the first hop
+    gates: GateRoute
+    gate_weights_N: Tensor  # of every expert-major row, fp32
+    experts: tuple[int, ...]  # computed by this rank, ascending: the groups of the expert stage
+    group_sizes: tuple[int, ...]  # expert-major rows of each
 
-    @property
-    def num_parts(self) -> int:
-        """H."""
-        return len(self.sent_rows_HR)
+    def send(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> InFlight[Tensor]:
+        """Launch tokens [T, D] on the first hop; they arrive as expert-major rows [N, D]."""
+        sizes = [hop.layout.num_received_rows for hop in self.hops]
+        arrived = x_TD.new_empty(sum(sizes), x_TD.shape[1])
 
-    @cached_property
-    def rows_H(self) -> tuple[slice, ...]:
-        """Slot-major rows of each part that travel, with those of the same experts that do not."""
-        return tuple(run.rows for run in self.runs if run.part is not None)
+        def launch(index: int) -> tuple[Pending, Tensor]:
+            hop = self.hops[index]
+            outgoing = transport.empty((hop.send_ids_P.numel(), x_TD.shape[1]), x_TD)
+            gather_rows(x_TD, hop.send_ids_P, beside=arrived if index else None, out=outgoing)
+            received_QD = arrived[slices(sizes)[index]]
+            return all_to_all_rows(transport, hop.layout, outgoing, received_QD, op=op, where=where), outgoing
 
-    @property
-    def num_sent(self) -> int:
-        """P."""
-        return sum(map(sum, self.sent_rows_HR))
+        def take() -> Tensor:
+            for index in range(1, len(self.hops)):
+                pending, _ = launch(index)
+                pending.wait(until_sent=False)
+            return gather_rows(x_TD, self.source_ids_N, beside=arrived)
 
-    @property
-    def num_received(self) -> int:
-        """Q."""
-        return sum(map(sum, self.received_rows_HR))
+        return InFlight(*launch(0), take)
 
-    @cached_property
-    def out_layouts_H(self) -> tuple[RowLayout, ...]:
-        """Sent rows to their destinations, received rows from their sources."""
-        return layouts(rank_by_rank(self.sent_rows_HR), rank_by_rank(self.received_rows_HR))
+    def send_back(
+        self, y_ND: Tensor, transport: Transport, op: str, where: str, gate_grads_N: Tensor | None = None
+    ) -> InFlight[Combined]:
+        """Return expert-major rows [N, D], summed per token on every rank they pass; the first hop's messages are in flight.
 
-    @cached_property
-    def home_layouts_H(self) -> tuple[RowLayout, ...]:
-        """Received rows, in the order in which they are returned, to their sources; sent rows from their destinations."""
-        return layouts(part_by_part(self.returned_rows_HR), rank_by_rank(self.home_rows_HR))
-
-    @cached_property
-    def gate_layouts_H(self) -> tuple[RowLayout, ...]:
-        """One number of each assignment "by source" to its source, where it belongs "by destination"."""
-        received, sent = rank_by_rank(self.received_assignments_HR), rank_by_rank(self.sent_assignments_HR)
-        return layouts(*([[p for p in parts if p.peer != self.rank] for parts in side] for side in (received, sent)))
-
-    def send_rows(self, x_TD: Tensor, transport: Transport, op: str, where: str) -> list[RowsInFlight[Tensor]]:
-        """Launch tokens [T, D] to the ranks that compute them, part after part.
-
-        They arrive run by run, to be waited for in this order, as the slot-major rows [N, D] in which those of the runs waited
-        for are set.
+        With `gate_grads_N`, one number per expert-major row returns too.
         """
-        outgoing = transport.empty((self.num_sent, x_TD.shape[1]), x_TD)
-        gather_rows(x_TD, self.sent_token_ids_P, out=outgoing)
-        received_QD = x_TD.new_empty(self.num_received, x_TD.shape[1])
-        rows_ND = x_TD.new_empty(self.row_ids_N.shape[0], x_TD.shape[1])
+        returned: Tensor | None = None
+        for hop in reversed(self.hops):
+            outgoing = transport.empty((hop.layout.num_received_rows, y_ND.shape[1]), y_ND)
+            sum_rows(y_ND, hop.return_bags_Q, beside=returned, out=outgoing)
+            returned = y_ND.new_empty(hop.send_ids_P.numel(), y_ND.shape[1])
+            pending = all_to_all_rows(transport, hop.layout.transpose, outgoing, returned, op=op, where=where)
+            if hop is not self.hops[0]:
+                pending.wait(until_sent=False)
+        gates = None if gate_grads_N is None else self._send_gate_grads(gate_grads_N, transport, op, where)
 
-        def at_home(rows: slice) -> RowsInFlight[Tensor]:
-            # Holds none of the buffers in which rows travel.
-            def take() -> Tensor:
-                gather_rows(x_TD, self.row_ids_N[rows], out=rows_ND[rows])
-                return rows_ND
+        def take() -> Combined:
+            gate_grads_A = None if gates is None else gates.wait()
+            return Combined(sum_rows(y_ND, self.combine_bags_T, beside=returned), gate_grads_A)
 
-            return RowsInFlight(None, None, take)
+        return InFlight(pending, outgoing, take)
 
-        def launch(layout: RowLayout, rows: slice) -> RowsInFlight[Tensor]:
-            def take() -> Tensor:
-                gather_rows(x_TD, self.row_ids_N[rows], beside=received_QD, out=rows_ND[rows])
-                return rows_ND
+    def _send_gate_grads(self, grads_N: Tensor, transport: Transport, op: str, where: str) -> InFlight[Tensor]:
+        gates = self.gates
+        rank_major = torch.empty_like(grads_N)
+        rank_major[gates.rank_major_N] = grads_N
+        by_destination = grads_N.new_empty(gates.ids_A.shape[0])
 
-            return RowsInFlight(all_to_all_rows(transport, layout, outgoing, received_QD, op=op, where=where), outgoing, take)
+        def take() -> Tensor:
+            by_destination[gates.own_sent] = rank_major[gates.own_computed]
+            grads_A = grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
+            grads_A[gates.ids_A] = by_destination
+            return grads_A
 
-        return [at_home(run.rows) if run.part is None else launch(self.out_layouts_H[run.part], run.rows) for run in self.runs]
-
-    def rows_home(self, rows_ND: Tensor, transport: Transport, gate_grads_N: Tensor | None = None) -> RowsHome:
-        """Buffers in which slot-major rows [N, D] go home, of which those of a part need to be set when it is returned.
-
-        With `gate_grads_N`, one number per slot-major row travels along.
-        """
-        gates, dim = None, rows_ND.shape[1]
-        if gate_grads_N is not None:
-            by_destination = gate_grads_N.new_empty(self.sent_assignments_A.shape[0])
-            gates = GateGrads(gate_grads_N, torch.empty_like(gate_grads_N), by_destination)
-        outgoing_QD = transport.empty((self.num_received, dim), rows_ND)
-        return RowsHome(rows_ND, outgoing_QD, rows_ND.new_empty(self.num_sent, dim), gates)
-
-    def return_rows(self, part: int, home: RowsHome, transport: Transport, op: str, where: str) -> RowsInFlight[None]:
-        """Launch the slot-major rows of a part back to their tokens' ranks, summed for each token here."""
-        rows = slices([sum(counts_R) for counts_R in self.returned_rows_HR])[part]
-        sum_rows(home.rows_ND, self.return_bags_H[part], out=home.outgoing_QD[rows])
-        return self.take_home(part, home, transport, op, where)
-
-    def take_home(self, part: int, home: RowsHome, transport: Transport, op: str, where: str) -> RowsInFlight[None]:
-        """The last hop of `return_rows`: the sums of the received rows to their sources."""
-        layout = self.home_layouts_H[part]
-        pending = all_to_all_rows(transport, layout, home.outgoing_QD, home.returned_PD, op=op, where=where)
-        gates = home.gates
-        if gates is None:
-            return RowsInFlight(pending, home.outgoing_QD, lambda: None)
-        layout, rows = self.gate_layouts_H[part], self.rows_H[part]
-        gates.by_source[self.slot_major_N[rows]] = gates.grads_N[rows]
-        numbers = all_to_all_rows(transport, layout, gates.by_source, gates.by_destination, op=op, where=where)
-        return RowsInFlight(pending, home.outgoing_QD, lambda: numbers.wait(until_sent=False))
-
-    def add_up(self, home: RowsHome) -> ReturnedRows:
-        """Each token's sum over the ranks [T, D], once every part is home."""
-        x_TD = sum_rows(home.rows_ND, self.home_bags, beside=home.returned_PD)
-        gates = home.gates
-        if gates is None:
-            return ReturnedRows(x_TD, None)
-        assignments = self.received_assignments_HR, self.sent_assignments_HR
-        own_from, own_to = (slices(per_rank(counts_HR))[self.rank] for counts_HR in assignments)
-        for rows in (run.rows for run in self.runs if run.part is None):
-            gates.by_source[self.slot_major_N[rows]] = gates.grads_N[rows]
-        gates.by_destination[own_to] = gates.by_source[own_from]
-        gate_grads_A = gates.grads_N.new_zeros(self.num_tokens * self.top_k)  # those of dropped assignments stay zero
-        gate_grads_A[self.sent_assignments_A] = gates.by_destination
-        return ReturnedRows(x_TD, gate_grads_A)
-
-
-def starts(sizes: Sequence[int]) -> list[int]:
-    """Where each of consecutive pieces of these sizes begins."""
-    return list(accumulate(sizes, initial=0))[:-1]
-
-
-def slices(sizes: Sequence[int]) -> list[slice]:
-    """Consecutive pieces of these sizes."""
-    return [slice(start, start + size) for start, size in zip(starts(sizes), sizes, strict=True)]
-
-
-def per_rank(counts_HR: Counts_HR) -> list[int]:
-    """Counts of all parts together, for each rank."""
-    return [sum(counts_H) for counts_H in zip(*counts_HR, strict=True)]
-
-
-def rank_by_rank(counts_HR: Counts_HR) -> list[list[RowPart]]:
-    """Each part's rows for every rank, in a tensor where those of one rank lie together, part after part."""
-    num_parts, sizes = len(counts_HR), [n for counts_H in zip(*counts_HR, strict=True) for n in counts_H]
-    parts = [RowPart(i // num_parts, start, n) for i, (start, n) in enumerate(zip(starts(sizes), sizes, strict=True))]
-    return [parts[h::num_parts] for h in range(num_parts)]
-
-
-def part_by_part(counts_HR: Counts_HR) -> list[list[RowPart]]:
-    """The same in a tensor where the rows of one part lie together, rank after rank."""
-    first_HR = iter(starts([n for counts_R in counts_HR for n in counts_R]))
-    return [[RowPart(r, next(first_HR), n) for r, n in enumerate(counts_R)] for counts_R in counts_HR]
-
-
-def layouts(sent: Sequence[Sequence[RowPart]], received: Sequence[Sequence[RowPart]]) -> tuple[RowLayout, ...]:
-    """One layout for each part."""
-    return tuple(RowLayout(*sides) for sides in zip(sent, received, strict=True))
+        pending = all_to_all_rows(transport, gates.layout, rank_major, by_destination, op=op, where=where)
+        return InFlight(pending, rank_major, take)

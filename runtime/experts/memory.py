@@ -31,7 +31,6 @@ class SlotPlan:
     slots: int
     num_kept: int
     num_layers: int
-    reuses_copies: bool = False
 
     def keeps(self, layer: int) -> bool:
         """Whether the model's MoE layer number `layer` keeps its copies until backward."""
@@ -39,10 +38,10 @@ class SlotPlan:
 
     def peak_bytes(self, banks: Sequence[BankSize]) -> int:
         """Bytes of all banks' pools at their peaks; see `peak_slot_bytes`."""
-        return sum(peak_slot_bytes(bank, sum(map(self.keeps, bank.layers)), self.slots, self.reuses_copies) for bank in banks)
+        return sum(peak_slot_bytes(bank, sum(map(self.keeps, bank.layers)), self.slots) for bank in banks)
 
 
-def peak_slot_bytes(bank: BankSize, num_kept: int, slots: int, reuses_copies: bool = False) -> int:
+def peak_slot_bytes(bank: BankSize, num_kept: int, slots: int) -> int:
     """Bytes that one forward and its backward take at most, when the last `num_kept` layers of a bank keep their copies.
 
     The worst moment is the reduce of a layer: the gradients of its copies are being sent and as many received in staging,
@@ -51,7 +50,6 @@ def peak_slot_bytes(bank: BankSize, num_kept: int, slots: int, reuses_copies: bo
         keep all of L layers       (L - 1) * slots + slots + staging
         re-materialize             slots + slots + staging, and that much leaves room for two layers to keep theirs
 
-    Copies that are reused by the next micro-batch do not make room for gradients either, and all kept layers' count beside them.
     Copies that are narrower than gradients do not make room for them: every kept layer's count beside those of gradients.
     """
     if not slots or bank.world_size == 1:
@@ -60,8 +58,6 @@ def peak_slot_bytes(bank: BankSize, num_kept: int, slots: int, reuses_copies: bo
     num_others = max(num_kept - 1, 1 if num_kept < num_layers > 1 else 0)
     if bank.copy_bytes != bank.gradient_bytes:
         num_others = max(num_kept, 1)
-    if reuses_copies and num_kept:
-        num_others = num_kept + (num_kept < num_layers)
     return num_others * slots * bank.copy_bytes + (slots + staging_limit(slots)) * bank.gradient_bytes
 
 
@@ -77,7 +73,7 @@ def plan_slots(config: RuntimeConfig, banks: Sequence[BankSize]) -> SlotPlan:
     num_layers, budget = sum(len(bank.layers) for bank in banks), config.slot_bytes
     fewest = num_layers if config.materialize == "keep" else 1
     choices = range(AUTO_SLOTS, 0, -1) if config.slots == "auto" else (config.slots,)
-    plans = [SlotPlan(slots, fewest, num_layers, config.reuse_copies) for slots in choices]
+    plans = [SlotPlan(slots, fewest, num_layers) for slots in choices]
     plan = next((plan for plan in plans if not budget or plan.peak_bytes(banks) <= budget), None)
     if plan is None:
         cure = "lower runtime.slots" if fewest == 1 else "lower runtime.slots, or set runtime.materialize='auto'"

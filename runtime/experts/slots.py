@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from .expert import ExpertShape, ExpertTensors
 
 
 class SlotPool:
-    """Expert-sized buffers that materializations borrow: copies of weights, and their gradients.
+    """Expert-sized buffers for copies of weights, and for their gradients.
 
-    A buffer comes back when its last use has been enqueued. One that is never given back, because its graph was dropped
-    without a backward, is simply freed: the pool holds only the free ones.
+    [Note: who may release a slot] A slot is lent to one pass, by `Replicas` or by `ExpertGrads`, which alone gives it back:
+    once no message writes to it any more and its last use has been enqueued on the device. Copies are given back where no
+    backward follows the forward, after forward where backward gathers them again, and otherwise before the layer's reduce,
+    which then finds free slots to receive in. A slot that is never given back, because its graph was dropped without a
+    backward, is simply freed: the pool holds only the free ones.
 
     `peak_slots` is the largest number of buffers that ever existed at once, lent or free, `peak_bytes` the most memory they took,
     and `predicted_bytes` the most that one forward and its backward may take; see `memory.peak_slot_bytes`.
@@ -28,7 +31,6 @@ class SlotPool:
         self._transport = transport
         self._free: list[ExpertTensors] = []
         self._alive: WeakSet[ExpertTensors] = WeakSet()
-        self._num_sharers: WeakKeyDictionary[ExpertTensors, int] = WeakKeyDictionary()  # beside the first
         self.peak_slots = 0
         self.peak_bytes = 0
 
@@ -43,17 +45,9 @@ class SlotPool:
         self.peak_bytes = max(self.peak_bytes, sum(tensor.nbytes for slot in self._alive for tensor in slot.tensors()))
         return buffer
 
-    def share(self, buffer: ExpertTensors) -> ExpertTensors:
-        """Lend a lent buffer once more; it comes back when it was released as often."""
-        self._num_sharers[buffer] = self._num_sharers.get(buffer, 0) + 1
-        return buffer
-
     def release(self, buffer: ExpertTensors) -> None:
         """Give a buffer back."""
-        if self._num_sharers.get(buffer, 0):
-            self._num_sharers[buffer] -= 1
-        else:
-            self._free.append(buffer)
+        self._free.append(buffer)
 
 
 def lasting(transport: Transport, size: Sequence[int], like: Tensor) -> Tensor:

@@ -1,114 +1,264 @@
 """One forward of one layer, and the backward that belongs to it.
 
-The pass carries what both must agree on: the routing decision, the plan, where the tokens went, and the slots. Backward
-finds it on the autograd nodes of its own forward, so interleaved micro-batches cannot be confused, and a recomputation
-(non-reentrant activation checkpointing) finds the passes it repeats with the checkpoint that it belongs to.
+The pass holds what both must agree on: the routing decision, the plan, the routes of tokens, and the slots. Backward finds it
+on the autograd nodes of its own forward, so interleaved micro-batches cannot be confused, and a recomputation finds the passes
+that it repeats with its checkpoint (replay.py).
+
+[Note: the order of collectives] Every rank enters the collectives of a group in one order, which follows from the program,
+never from what a rank holds: ranks without tokens, copies or trained experts enter them all the same.
+
+    forward     gather copies (launched ahead) | gather counts | metadata | tokens out | outputs back
+    backward    gather copies again, if released | gradients out | gradients back | reduce (waited for by the next layer)
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from time import perf_counter
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
-from ...collectives import Pending
+from ...kernels import clamped_ffn, clamped_ffn_backward, grouped_ffn, grouped_ffn_backward, histogram
 from ...placement import ExpertLoad
-from .._compat import current_backward_node, running_checkpoints
-from ..experts.expert import ExpertTensors
+from .._compat import keeps_graph
+from ..dispatch.exchange import Direction, TokenExchange, drain_unfinished
+from ..dispatch.handle import DispatchHandle
+from ..experts.grads import ExpertGrads
+from ..experts.replicas import Replicas
+from ..routing.router import Router, Routing
+from .autograd import Combine, Dispatch, Experts
+from .contexts import LayerContext, PassId
 from .planning import Plan
 
-if TYPE_CHECKING:
-    from ..dispatch.handle import DispatchHandle
-    from .layer_runtime import LayerRuntime
 
-
-@dataclass(eq=False)
 class LayerPass:
-    """The state of one forward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
+    """One forward and its backward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
 
-    where: str  # step, layer, plan and pass, for errors, profiles and the tags of messages: the same on every rank
-    plan: Plan
-    is_training: bool = True
-    number: int = 0  # of the layer's passes in this step
-    weights_version: tuple[int, ...] = ()  # of the bank when the copies were gathered
-    copies: dict[int, ExpertTensors] = field(default_factory=dict)  # this rank's slots by expert; empty once released
-    holds_copies: bool = False  # here or on their way; the same on every rank, also on one whose plan has none
-    gather: Pending | None = None
-    added_gather: Pending | None = None  # of the copies that calibration added
-    copy_grads: dict[int, ExpertTensors] = field(default_factory=dict)
-    reduce: Pending | None = None
-    totals: dict[int, Sequence[Tensor]] = field(default_factory=dict)  # where the reduce adds the sums of owned experts
-    staging: list[ExpertTensors] = field(default_factory=list)  # where the reduce receives others' gradients
-    topk_ids_TK: Tensor | None = None
-    load: ExpertLoad | None = None
-    is_trained: bool = True  # a weight of an expert of the layer learns, on some rank; the same on every rank
-    load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
-    handle: DispatchHandle | None = None
-    is_replay: bool = False
-    anchor: Node | None = None  # of the graph: runs in those backward passes that add to `.grad`
-    backward_id: int = -1  # the last backward pass that computed the experts' gradients
-    after_backward: Callable[[], None] | None = None  # launches what the layer that is next in backward needs
+    def __init__(self, layer: LayerContext, this: PassId, plan: Plan):
+        model, context = layer.model, layer.of_bank
+        experts = context.bank, layer.layer, context.pool, model.group.experts, this.where
+        clocks = [partial(layer.stage, this, stage) for stage in ("materialize", "reduce")]
+        self.layer, self.id, self.planned = layer, this, plan
+        self.is_replay = False  # an activation checkpoint repeats the forward, for a backward that is next
+        self.replicas = Replicas(*experts, clocks[0], overlap=model.debug.overlap)
+        self.grads = ExpertGrads(*experts, this.op("reduce"), clocks[1], wire=model.wire)
+        self.topk_ids_TK: Tensor | None = None
+        self.load: ExpertLoad | None = None
+        self.load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
+        self.handle: DispatchHandle | None = None
+        self.tokens: TokenExchange | None = None
+        self.token_grads: TokenExchange | None = None
+        self.after_backward: Callable[[], None] | None = None  # launches what the layer that is next in backward needs
 
-    def op(self, name: str) -> str:
-        """The name under which traffic is counted: that of evaluation is kept apart from that of training steps."""
-        return name if self.is_training else f"eval_{name}"
+    def stage(self, name: str, is_complete: bool = True) -> AbstractContextManager[None]:
+        """The clock of one stage; see `LayerContext.stage`."""
+        return self.layer.stage(self.id, name, is_complete)
 
+    # The forward, in the order of its verbs
 
-class ReentrantCheckpointError(RuntimeError):
-    """A forward ran inside a backward without a forward of its own to repeat."""
+    def gather(self) -> None:
+        """Borrow slots for this rank's copies and launch the gather that fills them. All ranks at the same point."""
+        self.replicas.launch(self._copies, self.planned.gather, self.id.op("gather"))
 
+    def gather_again(self) -> None:
+        """In backward: the same for copies that were released. All ranks at the same point."""
+        again = self.layer.of_bank.gathered_again
+        again.launch(self.replicas, self._copies, self.planned.gather, self.id.op("regather"))
 
-@dataclass
-class _CheckpointedPasses:
-    """The passes of one layer under one activation checkpoint, in the order of its calls, and how many were repeated."""
+    @property
+    def _copies(self) -> tuple[int, ...]:
+        return self.planned.copies_of(self.layer.model.group.rank)
 
-    passes: list[LayerPass] = field(default_factory=list)
-    num_repeated: Counter[Any] = field(default_factory=Counter)  # by recomputation
+    def route(self, router: Router, x_TD: Tensor) -> Routing:
+        """Choose experts; a recomputation repeats the choice that was made."""
+        with self.stage("route"):
+            routing = router(x_TD, self.topk_ids_TK)
+            self.topk_ids_TK = routing.topk_ids_TK
+            return routing
 
+    def plan(self, topk_ids_TK: Tensor, counts_E: Tensor | None = None) -> None:
+        """Gather the exact load, and split it, as far as experts take it, over the copies and those that calibration adds.
 
-def note_forward(layer: LayerRuntime, layer_pass: LayerPass) -> None:
-    """Have the activation checkpoints that this forward runs under know it, for `pass_being_recomputed`."""
-    for running in running_checkpoints():
-        _checkpointed(running.frame, layer).passes.append(layer_pass)
+        `counts_E`: assignments to every expert, where they were counted already. A recomputation keeps the forward's plan.
+        """
+        if self.planned.split is not None:
+            return
+        layer = self.layer
+        self.topk_ids_TK = topk_ids_TK
+        self.load = self._measure(histogram(topk_ids_TK, layer.num_experts) if counts_E is None else counts_E)
+        with self.stage("plan"), layer.counters.planning():
+            kept = layer.capacity.limit(self.load)
+            self.planned = layer.planner.split(self.planned, kept)
+            if self.id.is_training:
+                error = layer.planner.observe(kept)
+                layer.counters.count(self.planned, self.load, kept, error)
+        if self.planned.added is not None:
+            self.replicas.launch(self._copies, self.planned.added, self.id.op("calibrate"))
 
+    def _measure(self, counts_E: Tensor) -> ExpertLoad:
+        """Every rank's counts [R, E], and with them whether any rank trains experts of the layer."""
+        layer, this = self.layer, self.id
+        bank, traffic = layer.bank, layer.model.group.tokens.traffic
+        with self.stage("plan"):
+            start_s = perf_counter()
+            gathered = layer.model.agreement.gather_counts(
+                counts_E,
+                this.layer,
+                this.number,
+                this.step,
+                is_training=this.is_training,
+                flags=int(bank.is_trainable(layer.layer)),
+                where=this.where,
+            )
+            end_s = perf_counter()
+            traffic.add_wait(this.op("measure"), this.where, start_s, end_s, start_s, end_s)
+        self.grads.is_trained = bool(gathered.flags_R.any())
+        bank.expert_ranks.learning[this.layer] = gathered.flags_R != 0
+        return ExpertLoad(gathered.host_Rn)
 
-def pass_being_recomputed(layer: LayerRuntime) -> LayerPass | None:
-    """The pass of `layer` that the running recomputation repeats with this call, or None in an ordinary forward.
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
+        """Launch every token, in the compute dtype, to where its experts are computed. Returns the dependency of `experts`."""
+        anchor = self.grads.anchor(x_TD.device)
+        return Dispatch.apply(x_TD.to(self.layer.bank.compute_dtype), weights_TK, anchor, self)
 
-    A recomputation makes the same calls as its checkpoint's forward, checkpoints within it included: the n-th call of the layer
-    here repeats the n-th one there. It need not make all of them.
-    """
-    recomputed = next((running for running in running_checkpoints() if running.recomputation is not None), None)
-    if recomputed is None:
-        if current_backward_node() is None:
-            return None
-        raise ReentrantCheckpointError(
-            f"{layer.name} ran forward inside a backward pass, but not as an activation checkpoint's recomputation: "
-            "call torch.utils.checkpoint with use_reentrant=False"
-        )
-    known = _checkpointed(recomputed.frame, layer)
-    index = known.num_repeated[recomputed.recomputation]
-    if index == len(known.passes):
-        raise RuntimeError(
-            f"{layer.name} was called {index} times under an activation checkpoint, but more often when it was recomputed; "
-            "the checkpointed function must do the same both times"
-        )
-    known.num_repeated[recomputed.recomputation] += 1
-    found = known.passes[index]
-    found.is_replay = True
-    return found
+    def experts(self, dep: Tensor) -> Tensor:
+        """Run this rank's experts on the tokens that arrive, and launch the outputs back. Returns the dependency of `combine`."""
+        assert self.tokens is not None
+        self.tokens.wait()  # before the copies, so that their gather also travels under the tokens
+        self.replicas.wait()
+        return Experts.apply(dep, self)
 
+    def combine(self, dep: Tensor) -> Tensor:
+        """Add up the outputs of every token [T, D], and release copies that no backward needs, or only later."""
+        y_TD = Combine.apply(dep, self)
+        if self.layer.under_way is self:
+            self.layer.under_way = None
+        # A recomputation keeps what was gathered for it, as its backward is next.
+        if not torch.is_grad_enabled() or not (self.layer.keeps_copies or self.is_replay):
+            self.replicas.release()
+        return y_TD
 
-def _checkpointed(frame: Any, layer: LayerRuntime) -> _CheckpointedPasses:
-    """Kept with the frame itself, so that passes live no longer than the graph that may have them recomputed."""
-    by_layer: dict[LayerRuntime, _CheckpointedPasses] = frame.__dict__.setdefault("moesaic_passes", {})
-    return by_layer.setdefault(layer, _CheckpointedPasses())
+    def router_loss(self, router: Router, routing: Routing) -> Tensor:
+        """The router's losses on this rank. A global batch is that of all replicas, group after group."""
+        model, this, load = self.layer.model, self.id, self.load
+        assert load is not None
+        replicas, rank = model.group.replicas, model.group.rank
+        if replicas.world_size > 1:
+            if self.load_of_all is None:
+                counts = torch.from_numpy(load.load_RE.flatten()).to(self.layer.bank.device)
+                place = this.layer, this.number, this.step
+                loads = model.agreement.gather_loads(counts, *place, is_training=this.is_training, where=this.where)
+                self.load_of_all = ExpertLoad(loads.host_Rn.reshape(-1, load.num_experts))
+            load, rank = self.load_of_all, replicas.rank * load.num_ranks + rank
+        return router.loss(routing, load, rank)
 
+    # The stages of the three autograd nodes, see autograd.py
 
-def is_recomputing() -> bool:
-    """Whether the code that asks runs inside a backward pass, as the forward that activation checkpointing repeats does."""
-    return current_backward_node() is not None
+    def send_tokens(self, x_TD: Tensor, weights_TK: Tensor) -> None:
+        """Forward of `Dispatch`. The routes are described in the forward, and kept by a recomputation."""
+        transport, plan = self.layer.model.group.tokens, self.planned
+        with self.stage("dispatch", False):
+            drain_unfinished(transport)
+            if self.handle is None:
+                assert plan.split is not None and self.topk_ids_TK is not None
+                ids_TK = self.layer.capacity.kept_ids(self.topk_ids_TK, weights_TK, self.layer.num_experts)
+                here, op = plan.experts_of(transport.rank), self.id.op("describe")
+                self.handle = self.layer.make_handle(ids_TK, weights_TK, plan.split, here, transport, op, self.id.where)
+        self.tokens = self._exchange(self.handle, ("dispatch", "dispatch"), ("combine", "combine"))
+        self.tokens.send(x_TD)
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """Forward of `Experts`."""
+        assert self.tokens is not None and self.handle is not None
+        x_ND, handle, clamp = self.tokens.wait(), self.handle, self.layer.bank.shape.clamp
+        with self.stage("experts"):
+            run = grouped_ffn if clamp is None else partial(clamped_ffn, clamp=clamp)
+            output = run(x_ND, handle.gate_weights_N, self.replicas.weights(handle.experts), handle.group_sizes)
+        self.tokens.send_back(output.y_ND, launch=not self.is_replay)
+        return x_ND, output.gate_up_N2F
+
+    def combine_outputs(self) -> Tensor:
+        """Forward of `Combine`."""
+        assert self.tokens is not None
+        tokens, self.tokens = self.tokens, None
+        return tokens.combine().x_TD
+
+    def send_gradients(self, dy_TD: Tensor) -> None:
+        """Backward of `Combine`.
+
+        Raises:
+            RuntimeError: the backward is to be differentiated itself, or follows one that let go of the graph.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.id.where}: backward ran with create_graph=True, but experts have no second derivatives; "
+                "leave create_graph out, or keep the layer out of what is differentiated twice"
+            )
+        if self.handle is None:
+            raise RuntimeError(
+                f"{self.id.where}: backward ran a second time through one forward; "
+                "give retain_graph=True to the first, or run the forward again"
+            )
+        self.gather_again()
+        with self.stage("combine", False):
+            drain_unfinished(self.layer.model.group.tokens)
+        self.token_grads = self._exchange(self.handle, ("combine", "combine_backward"), ("dispatch", "dispatch_backward"))
+        self.token_grads.send(dy_TD.contiguous())
+        self.token_grads.wait()
+
+    def compute_gradients(self, *saved: Tensor) -> None:
+        """Backward of `Experts`. Weights' gradients are written where they belong: in the bank's rows, or in copies' buffers."""
+        assert self.token_grads is not None and self.handle is not None
+        (x_ND, gate_up_N2F), handle, clamp = saved, self.handle, self.layer.bank.shape.clamp
+        self.replicas.check_weights_unchanged()
+        self.layer.model.reduces.make_room()
+        self.replicas.wait()
+        dy_ND = self.token_grads.wait()
+        with self.stage("experts"):
+            run = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)
+            targets = self.grads.targets(handle.experts, tuple(self.replicas.slots))
+            grads = run(
+                dy_ND,
+                x_ND,
+                gate_up_N2F,
+                handle.gate_weights_N,
+                self.replicas.weights(handle.experts),
+                targets.tensors if targets else None,
+                handle.group_sizes,
+                # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
+                alpha=1.0 / self.layer.gradient_divisor(),
+                overwrite=targets.overwrite if targets else None,
+            )
+        self.token_grads.send_back(grads.dx_ND, grads.drow_weights_N)
+
+    def combine_gradients(self) -> tuple[Tensor, Tensor]:
+        """Backward of `Dispatch`, the last of the pass. It launches the reduce.
+
+        Not earlier: the next layer in backward waits for token gradients, and for no weight gradients yet. The reduce, and the
+        copies of the next layer, travel under the work between the two.
+        """
+        assert self.token_grads is not None and self.handle is not None
+        combined, handle = self.token_grads.combine(), self.handle
+        self.token_grads = None
+        if self.grads.is_written:
+            self.replicas.release()
+            self.grads.launch(self.planned.reduce)
+            self.layer.model.reduces.add(self.grads)
+        if not keeps_graph():
+            # No other backward comes. Whoever holds the loss, to print it later, holds the graph, and with it the pass.
+            self.replicas.release()
+            self.handle = None
+        if self.after_backward is not None:
+            self.after_backward()
+        assert combined.gate_grads_A is not None
+        return combined.x_TD, combined.gate_grads_A.view(handle.num_tokens, handle.top_k)
+
+    def _exchange(self, handle: DispatchHandle, out: tuple[str, str], back: tuple[str, str]) -> TokenExchange:
+        """A round trip whose ways are stages, and traffic of these names."""
+        model, this = self.layer.model, self.id
+        out_way, back_way = (Direction(stage, this.op(op)) for stage, op in (out, back))
+        clock = partial(self.layer.stage, this)
+        return TokenExchange(handle, model.group.tokens, out_way, back_way, this.where, clock, overlap=model.debug.overlap)

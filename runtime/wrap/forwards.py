@@ -21,8 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from ...collectives import CollectiveError
 from .._compat import current_backward_id, outside_graphs, tensors_in
 from ..stages import StageClock
-from ..step.layer_pass import is_recomputing
 from ..step.layer_runtime import LayerRuntime
+from ..step.replay import is_recomputing
 
 _TORCH_DISTRIBUTED = str(Path(dist.__file__).parent)
 

@@ -8,7 +8,6 @@ layer l-1 has released its copies. Only this file knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from .._compat import outside_graphs
 from ..layer import MoELayer
 from ..sharded_experts import ShardedExperts
-from ..step.layer_pass import is_recomputing
+from ..step.replay import is_recomputing
 
 
 def prefetch_in_order(model: nn.Module, layers: Sequence[ShardedExperts], with_losses: Sequence[MoELayer] = ()) -> None:
@@ -58,9 +57,8 @@ def prefetch_in_order(model: nn.Module, layers: Sequence[ShardedExperts], with_l
         ) -> None:
             if is_recomputing():
                 return
-            here, there = layer.runtime, following.runtime
-            launched = there.prefetch(is_training=following.training)
-            if here.latest_pass is not None:
-                launched.after_backward = partial(here.rematerialize, here.latest_pass)
+            launched = following.runtime.prefetch(is_training=following.training)
+            if (this := layer.runtime.latest_pass) is not None:
+                launched.after_backward = this.gather_again
 
         layer.register_forward_hook(after_layer)

@@ -21,15 +21,16 @@ from ..agreement import Agreement, check_same_layers
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
 from ..experts.expert_grad import ExpertRanks
+from ..experts.grads import PendingReduces
 from ..experts.memory import BankSize, plan_slots
+from ..experts.replicas import GatheredAgain
 from ..experts.slots import SlotPool
 from ..group import RankGroup, group_of_process_group, mesh_with_limit
 from ..layer import MoELayer, moe_layers
 from ..sharded_experts import ExpertSource, ShardedExperts
 from ..stages import StageClock
+from ..step.contexts import BankContext, ModelContext
 from ..step.layer_runtime import LayerRuntime
-from ..step.reduces import PendingReduces
-from ..step.rematerialize import Rematerializer
 from .dense import dense_units, gradient_divisor, holders_of, leave_dense, shard_dense
 from .forwards import meet_in_forwards
 from .handle import Handle
@@ -104,7 +105,9 @@ def shard_experts(
         layer.sums_aux_loss = True
     prefetch_in_order(model, list(layers.values()), moe)
     for name, runtime in runtimes.items():
-        runtime.gradient_divisor = partial(gradient_divisor, holders_of(model, name), group.world_size, group.replicas.world_size)
+        runtime.context.gradient_divisor = partial(
+            gradient_divisor, holders_of(model, name), group.world_size, group.replicas.world_size
+        )
     if config.shard_dense:
         shard_dense(model, units, mesh_with_limit(mesh, config.timeout_s), layers, config)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
@@ -203,30 +206,26 @@ def build_runtimes(
         raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
     places = {layer.name: place for place, layer in enumerate(found)}
     sizes = [_size_of(of[0].source, group, config, tuple(places[layer.name] for layer in of)) for of in alike.values()]
-    slots, reduces = plan_slots(config, sizes), PendingReduces(overlap=config.debug.overlap)
+    slots = plan_slots(config, sizes)
     owner_maps = [owners or OwnerMap.contiguous(len(of), of[0].source.num_experts, group.world_size) for of in alike.values()]
     ranks = ExpertRanks(group.experts, tuple(np.sum([each.num_rows_R for each in owner_maps], axis=0).tolist()))
     agreement = Agreement(group, {layer.name: layer.source.num_experts for layer in found})
+    model = ModelContext(group, clock, agreement, PendingReduces(overlap=config.debug.overlap), config.debug)
     runtimes: dict[str, LayerRuntime] = {}
     for of, size, owner_map in zip(alike.values(), sizes, owner_maps, strict=True):
         bank = _bank_of(of[0].source, group, owner_map, config, ranks, device)
-        pool, rematerializer = SlotPool(bank.shape, group.experts, slots.peak_bytes([size])), Rematerializer()
+        of_bank = BankContext(bank, SlotPool(bank.shape, group.experts, slots.peak_bytes([size])), GatheredAgain())
         for index, layer in enumerate(of):
             runtimes[layer.name] = LayerRuntime(
                 layer.name,
-                bank,
                 index,
                 layer.experts.top_k,
-                group=group,
+                model,
+                of_bank,
                 solver=solver,
                 config=replace(config, slots=slots.slots),
-                pool=pool,
-                clock=clock,
-                reduces=reduces,
-                rematerializer=rematerializer,
                 keeps_copies=slots.keeps(size.layers[index]),
                 capacity=layer.experts.capacity,
-                agreement=agreement,
             )
     for layer, placement in zip(found, placements, strict=False):
         runtimes[layer.name].planner.hold(placement)
@@ -239,8 +238,8 @@ def share_layers(found: Sequence[FoundLayer], runtimes: Mapping[str, LayerRuntim
         runtime, source = runtimes[layer.name], layer.source
         bank, index = runtime.bank, runtime.layer
         if source.device.type != "meta":
-            bank.load_rows({(index, e): source.weights(e) for e in runtime.owned_experts})
-        for e in runtime.owned_experts:
+            bank.load_rows({(index, e): source.weights(e) for e in bank.owned(index)})
+        for e in bank.owned(index):
             for weight in bank.weight_names:
                 bank.module_of(index, e).parameter(weight).requires_grad_(source.is_trainable(e, weight))
         bank.retire(source.parameters)

@@ -22,7 +22,6 @@ MOVED_VALUES: Mapping[str, Any] = {
     "calibrate": "never",
     "schedule": "direct",
     "token_route": "by_node",
-    "row_parts": 2,
     "reduce_wire": "bf16",
     "rehome_effort": 0.5,
 }

@@ -120,12 +120,12 @@ def test_debug_is_a_debug_config() -> None:
 
 def test_values_stay_values() -> None:
     """Frozen, equal after replace, pickle and copies; none of these warns."""
-    config = RuntimeConfig(slots=3, check_replicas_except=["a.*"], debug=DebugConfig(row_parts=2, calibrate="never"))
+    config = RuntimeConfig(slots=3, check_replicas_except=["a.*"], debug=DebugConfig(overlap=False, calibrate="never"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == copy.copy(config) == replace(config) == config
         assert replace(config, slots=2) != config
-        assert replace(config, debug=replace(config.debug, row_parts=1)).debug == DebugConfig(row_parts=1, calibrate="never")
+        assert replace(config, debug=replace(config.debug, overlap=True)).debug == DebugConfig(overlap=True, calibrate="never")
         assert len({config, replace(config), RuntimeConfig()}) == 2
     for value, name in ((config, "slots"), (config, "overlap"), (config.debug, "overlap")):
         with pytest.raises((FrozenInstanceError, AttributeError)):

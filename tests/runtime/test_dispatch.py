@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moesaic import MoELayer, RouterConfig, RuntimeConfig
 from moesaic.kernels import bags_of, split_tokens
 from moesaic.placement import ExpertLoad, Placement, get_solver, split_exact
-from moesaic.runtime.dispatch.direct import anchor_ranks, segment_transpose
+from moesaic.runtime.dispatch.assignments import anchor_ranks
+from moesaic.runtime.dispatch.layouts import segment_transpose
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.stages import StageClock
 from moesaic.runtime.wrap.shard import share_experts
@@ -49,7 +50,7 @@ def forward_and_count(group: RankGroup, case: Case) -> tuple[dict[str, int], int
     x = case.tokens(group.rank, 1).requires_grad_()
     y = layer(x)
     assert layer.runtime.latest_pass is not None
-    plan = layer.runtime.latest_pass.plan
+    plan = layer.runtime.latest_pass.planned
     y.sum().backward()
     traffic = group.tokens.traffic
     routing = layer.router(x.detach())
@@ -128,12 +129,12 @@ class HostWaits(TorchDispatchMode):
             self.waits.append(name)
 
 
-def waits_of_a_dispatch(group: RankGroup, case: Case, row_parts: int, watches_R: list[HostWaits]) -> list[str]:
+def waits_of_a_dispatch(group: RankGroup, case: Case, watches_R: list[HostWaits]) -> list[str]:
     """The host's waits while one rank describes its rows."""
     (layer,) = case.layers()
-    config, solver, clock = runtime_config(slots=case.slots, row_parts=row_parts), case.solver(), StageClock()
+    config, solver, clock = runtime_config(slots=case.slots), case.solver(), StageClock()
     share_experts({"moe": layer}, group, config=config, solver=solver, clock=clock, owners=case.owners())
-    watch, build = watches_R[group.rank], layer.runtime.build_handle
+    watch, build = watches_R[group.rank], layer.runtime.context.make_handle
     threading.current_thread().name = f"rank {group.rank}"
 
     def watched(*args: Any) -> Any:
@@ -141,16 +142,13 @@ def waits_of_a_dispatch(group: RankGroup, case: Case, row_parts: int, watches_R:
             watch.is_on = True
             return build(*args)
 
-    layer.runtime.build_handle = watched
+    layer.runtime.context.make_handle = watched
     layer(case.tokens(group.rank))
     return watch.waits
 
 
-@pytest.mark.parametrize("row_parts", [1, 2])
 @pytest.mark.parametrize("placement", ["static", "everywhere"])
-def test_the_host_waits_once_to_learn_how_many_rows_travel(
-    placement: str, row_parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_waits_once_to_learn_how_many_rows_travel(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the split doesn't say about sizes is learnt in one go. The two ops with kernels of their own are theirs to watch."""
     watches_R = [HostWaits() for _ in range(3)]
 
@@ -172,11 +170,11 @@ def test_the_host_waits_once_to_learn_how_many_rows_travel(
         watch_of_this_rank().note("tolist")
         return tolist(tensor)
 
-    monkeypatch.setattr("moesaic.runtime.dispatch.direct.split_tokens", unwatched(split_tokens))
-    monkeypatch.setattr("moesaic.runtime.dispatch.direct.bags_of", unwatched(bags_of))
+    monkeypatch.setattr("moesaic.runtime.dispatch.assignments.split_tokens", unwatched(split_tokens))
+    monkeypatch.setattr("moesaic.runtime.dispatch.layouts.bags_of", unwatched(bags_of))
     monkeypatch.setattr(torch.Tensor, "tolist", noted)
     case = Case(3, 5, 2, 1, (9, 0, 4), placement, hot_expert=True, any_owner=False, normalize=True, seed=1)
-    waits_R = run_threads(3, waits_of_a_dispatch, case, row_parts, watches_R, topology=case.topology())
+    waits_R = run_threads(3, waits_of_a_dispatch, case, watches_R, topology=case.topology())
     assert waits_R == [["tolist"]] * 3
 
 

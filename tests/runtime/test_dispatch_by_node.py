@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from moesaic import DebugConfig
 from moesaic.placement import ExpertLoad, Placement, Topology, split_exact
-from moesaic.runtime.dispatch.by_node import build_node_handle, num_mask_words, pack_masks, unpack_masks
-from moesaic.runtime.dispatch.direct import anchor_ranks
+from moesaic.runtime.dispatch.assignments import anchor_ranks
+from moesaic.runtime.dispatch.by_node import by_node_handle, num_mask_words, pack_masks, unpack_masks
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.stages import StageClock
 from moesaic.runtime.wrap.shard import share_experts
@@ -22,7 +22,7 @@ from tests.helpers.compare import assert_bitwise
 from tests.helpers.configs import runtime_config
 from tests.helpers.threads import run_threads
 from tests.runtime.test_dispatch import crossing_pairs
-from tests.runtime.test_parity import NAMED, check, train
+from tests.runtime.test_parity import NAMED, check
 
 # (nodes, ranks of each)
 SHAPES = ((2, 2), (2, 3), (4, 2))
@@ -71,7 +71,7 @@ def forward_and_count(group: RankGroup, case: Case, route: str) -> tuple[dict[st
     x = case.tokens(group.rank, 1).requires_grad_()
     y = layer(x)
     assert layer.runtime.latest_pass is not None
-    replicas_RE = layer.runtime.latest_pass.plan.placement.replicas_RE
+    replicas_RE = layer.runtime.latest_pass.planned.placement.replicas_RE
     y.sum().backward()
     ops = ("describe", "dispatch", "combine", "combine_backward", "dispatch_backward")
     sent = {op: group.tokens.traffic.bytes_R(op) for op in ops}
@@ -141,27 +141,27 @@ def test_the_topology_decides() -> None:
     assert crossed["auto"] == crossed["by_node"] < crossed["direct"]
     with pytest.raises(ValueError, match=r"runtime.debug.token_route is 'both'; choose 'auto', 'direct' or 'by_node'"):
         DebugConfig(token_route="both")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"row_parts is 2, but on 2 nodes of 2 ranks token rows go by node.*set runtime"):
-        train(case, num_nodes=2, row_parts=2)
 
 
-def describe(group: RankGroup, split: Any) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
+def describe(group: RankGroup, split: Any) -> Any:
     """One token on rank 0, which chose all four experts."""
     num_tokens = 1 if group.rank == 0 else 0
     ids_TK, weights_TK = torch.arange(4).expand(num_tokens, 4), torch.ones(num_tokens, 4)
-    handle = build_node_handle(ids_TK, weights_TK, split, [group.rank], group.tokens, "describe", "", ranks_per_node=2)
-    return handle.sent_rows_HR[0], handle.passed_rows_R, handle.row_ids_N.tolist()
+    handle = by_node_handle(ids_TK, weights_TK, split, [group.rank], group.tokens, "describe", "", ranks_per_node=2)
+    sent, forwarded = (hop.layout.sent for hop in handle.hops)
+    return sent, forwarded, handle.source_ids_N.tolist()
 
 
 def test_worked_example() -> None:
-    """Token 0 of rank 0 needs ranks 1, 2 and 3: a row to rank 1, one to rank 2, whose turn it is, and rank 2 passes it on."""
+    """Token 0 of rank 0 needs ranks 1, 2, 3: it goes to rank 1, and to rank 2, whose turn it is, which forwards it to rank 3."""
     placement = Placement.owners_only(np.arange(4), 4)
     load_RE = np.zeros((4, 4), np.int64)
     load_RE[0] = 1
     split = split_exact(ExpertLoad(load_RE), placement, Topology.preset("cpu", 4))
     results = run_threads(4, describe, split)
-    assert [sent for sent, _, _ in results] == [(0, 1, 1, 0), (0,) * 4, (0,) * 4, (0,) * 4]
-    assert [passed for _, passed, _ in results] == [(0,) * 4, (0,) * 4, (0, 0, 0, 1), (0,) * 4]
+    # (rank, first token, number of tokens)
+    assert [sent for sent, _, _ in results] == [((1, 0, 1), (2, 1, 1)), (), (), ()]
+    assert [forwarded for _, forwarded, _ in results] == [(), (), ((3, 0, 1),), ()]
     assert [ids for _, _, ids in results] == [[0]] * 4
 
 

@@ -158,8 +158,6 @@ def run_program(
     for layer in layers:
         layer.runtime.drop_prefetched()  # `Handle.step` does, for a layer that was to be called once more
         layer.aux_loss = None
-        if layer.runtime.carried is not None:
-            layer.runtime.carried.drop()
     del y
     pool = layers[0].runtime.pool
     assert len(pool._free) == len(pool._alive), "slots that never came back"
@@ -218,8 +216,8 @@ SMALL = Case(
     "program,case,options",
     [
         (SeveralCalls, SMALL, {}),
-        (Siamese, SMALL, {"reuse_copies": True}),
-        (Branches, replace(SMALL, placement="quota", hot_expert=True), {"row_parts": 2, "calibrate": "always"}),
+        (Siamese, SMALL, {}),
+        (Branches, replace(SMALL, placement="quota", hot_expert=True), {"calibrate": "always"}),
         (Nested, replace(SMALL, has_shared=True), {"materialize": "rematerialize"}),
     ],
 )
@@ -250,9 +248,9 @@ def test_a_recomputation_that_does_something_else_is_refused() -> None:
     [
         (of_the_sum, plain, {}),
         (routers_first, plain, {}),
-        (routers_last, plain, {"reuse_copies": True}),
+        (routers_last, plain, {}),
         (routers_last, checkpointed, {}),
-        (halves, plain, {"materialize": "rematerialize", "row_parts": 2}),
+        (halves, plain, {"materialize": "rematerialize"}),
         (asked_before, plain, {}),
         (asked_before, checkpointed, {"materialize": "rematerialize"}),
     ],
@@ -357,8 +355,8 @@ def broken_off(group: RankGroup, case: Case, has_thread: bool, breaks: bool) -> 
         group.experts.exchange = exchange_late  # type: ignore[method-assign]
         with pytest.raises(MemoryError):
             (100 * rank_loss(last(BreakOff.apply(first(case.tokens(group.rank)))))).backward()
-        ((_, broken),) = first.runtime.reduces._passes
-        reduce = broken.reduce
+        (broken,) = first.runtime.context.model.reduces._grads
+        reduce = broken._reduce
         assert reduce is not None
         del broken
     for parameter in (*first.runtime.bank.parameters(), *first.parameters(), *last.parameters()):

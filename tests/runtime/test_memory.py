@@ -25,7 +25,7 @@ NUM_LAYERS, NUM_EXPERTS, DIM, FFN_DIM = 6, 16, 128, 1024
 EXPERT_BYTES = 3 * DIM * FFN_DIM * 4
 
 
-def simulated_peak(num_layers: int, num_kept: int, slots: int, copy_bytes: int, gradient_bytes: int, reuses: bool) -> int:
+def simulated_peak(num_layers: int, num_kept: int, slots: int, copy_bytes: int, gradient_bytes: int) -> int:
     """Borrow and give back what one forward and its backward do, in their order, with every slot of every layer filled.
 
     Buffers of one size serve for both, others for their own kind only; none goes back to the system.
@@ -51,8 +51,7 @@ def simulated_peak(num_layers: int, num_kept: int, slots: int, copy_bytes: int, 
             change("copies", slots)
         change("reduce", -held["reduce"])
         change("grads", slots)
-        if not (reuses and is_kept(layer)):
-            change("copies", -slots)
+        change("copies", -slots)
         held["reduce"], held["grads"] = held["grads"], 0
         change("reduce", staging_limit(slots))
         is_here = layer > 0 and not is_kept(layer - 1)
@@ -68,14 +67,11 @@ def simulated_peak(num_layers: int, num_kept: int, slots: int, copy_bytes: int, 
     num_kept=st.integers(0, 6),
     slots=st.integers(1, 5),
     copy_bytes=st.sampled_from((10, 20)),
-    reuses=st.booleans(),
 )
-def test_predicted_bytes_are_those_of_a_simulated_step(
-    num_layers: int, num_kept: int, slots: int, copy_bytes: int, reuses: bool
-) -> None:
+def test_predicted_bytes_are_those_of_a_simulated_step(num_layers: int, num_kept: int, slots: int, copy_bytes: int) -> None:
     num_kept = min(num_kept, num_layers)
     bank = BankSize(copy_bytes, 20, 2, tuple(range(num_layers)))
-    assert peak_slot_bytes(bank, num_kept, slots, reuses) == simulated_peak(num_layers, num_kept, slots, copy_bytes, 20, reuses)
+    assert peak_slot_bytes(bank, num_kept, slots) == simulated_peak(num_layers, num_kept, slots, copy_bytes, 20)
 
 
 @settings(max_examples=100)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moesaic import Handle, shard_experts
 from moesaic.collectives import Pending, Span
 from moesaic.runtime.experts.bank import Bank
+from moesaic.runtime.experts.replicas import ReplicaState
 from moesaic.runtime.layer import moe_layers
 from moesaic.runtime.wrap.profile import communication_events
 from tests.helpers.configs import runtime_config
@@ -175,23 +176,23 @@ def backward_order(rank: int, materialize: Any) -> dict[str, Any]:
     """What is in flight when the attention of the second block has its backward, and what is gathered and held, when."""
     model, handle = wrapped(materialize=materialize)
     first, second = (layer.runtime for layer in handle.layers.values())
-    traffic = handle.group.experts.traffic
+    traffic, reduces = handle.group.experts.traffic, second.context.model.reduces
     sent = {op: int(traffic.bytes_R(op).sum()) for op in ("gather", "regather")}
     seen: dict[str, Any] = {}
 
     def look(*_: Any) -> None:
         assert first.latest_pass is not None
-        seen.update({"gather": first.latest_pass.gather is not None, "reduce": len(second.reduces._passes)})
+        seen.update({"gather": first.latest_pass.replicas.state is ReplicaState.GATHERING, "reduce": len(reduces._grads)})
 
     model.blocks[1].mix.register_full_backward_hook(look)
     loss = cross_entropy(model(batch(1)[0]), batch(1)[1])
     this = first.latest_pass
     assert this is not None
-    seen["held after forward"] = this.holds_copies
+    seen["held after forward"] = this.replicas.state is not ReplicaState.RELEASED
     loss.backward()
-    seen["left"] = this.holds_copies, len(second.reduces._passes)
+    seen["left"] = this.replicas.state is not ReplicaState.RELEASED, len(reduces._grads)
     sent = {op: int(traffic.bytes_R(op).sum()) - before for op, before in sent.items()}
-    return seen | {"bytes": sent, "owned": [len(r.owned_experts) for r in (first, second)]}
+    return seen | {"bytes": sent, "owned": [len(r.bank.owned(r.layer)) for r in (first, second)]}
 
 
 @pytest.mark.parametrize("materialize", ["keep", "rematerialize"])

@@ -129,9 +129,6 @@ def train_on_ranks(
     # Invariant 6: what one forward in flight may borrow, times the forwards in flight.
     num_in_flight = 1 if order == "each" else NUM_BATCHES
     pool = layers[0].runtime.pool
-    for layer in layers.values():
-        if layer.runtime.carried is not None:
-            layer.runtime.carried.drop()
     assert pool.peak_bytes <= pool.predicted_bytes * num_in_flight
     assert len(pool._free) == len(pool._alive), "slots that never came back"
     return results
@@ -175,25 +172,25 @@ def all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: floa
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=cases(), materialize=st.sampled_from(("keep", "rematerialize")), reuse_copies=st.booleans())
-def test_any_case_equals_the_reference(case: Case, materialize: str, reuse_copies: bool) -> None:
+@given(case=cases(), materialize=st.sampled_from(("keep", "rematerialize")))
+def test_any_case_equals_the_reference(case: Case, materialize: str) -> None:
     """Outputs, input gradients and all parameter gradients, over three accumulated micro-batches."""
-    check(case, materialize=materialize, reuse_copies=reuse_copies)
+    check(case, materialize=materialize)
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=cases(), reuse_copies=st.booleans())
-def test_interleaved_micro_batches_keep_their_plans(case: Case, reuse_copies: bool) -> None:
+@given(case=cases())
+def test_interleaved_micro_batches_keep_their_plans(case: Case) -> None:
     """All forwards before all backwards: each backward follows its own forward's plan."""
-    check(case, order="interleaved", reuse_copies=reuse_copies)
+    check(case, order="interleaved")
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=cases(), reuse_copies=st.booleans())
-def test_activation_checkpointing_repeats_the_routing(case: Case, reuse_copies: bool) -> None:
+@given(case=cases())
+def test_activation_checkpointing_repeats_the_routing(case: Case) -> None:
     """Recomputed forwards change no gradient, bit for bit, though the load predictor has moved on meanwhile."""
     plain = check(case, order="interleaved")
-    assert_bitwise(check(case, order="interleaved", use_checkpoint=True, reuse_copies=reuse_copies), plain)
+    assert_bitwise(check(case, order="interleaved", use_checkpoint=True), plain)
 
 
 @settings(max_examples=25, deadline=None)
@@ -258,9 +255,9 @@ def test_gradients_that_travel_in_bf16(case: Case) -> None:
 @settings(max_examples=25, deadline=None)
 @given(case=cases(min_world_size=2), use_checkpoint=st.booleans())
 def test_calibration_changes_no_result(case: Case, use_checkpoint: bool) -> None:
-    """Copies that the exact load adds, gathered late, reduced with the others, met again by a recomputation, and carried on."""
+    """Copies that the exact load adds, gathered late, reduced with the others, and used again by a recomputation."""
     case = replace(case, hot_expert=True)
-    check(case, order="interleaved", use_checkpoint=use_checkpoint, calibrate="always", reuse_copies=use_checkpoint)
+    check(case, order="interleaved", use_checkpoint=use_checkpoint, calibrate="always")
 
 
 @settings(max_examples=15, deadline=None)

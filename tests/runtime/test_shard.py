@@ -22,7 +22,6 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.stages import StageClock
 from moesaic.runtime.wrap.shard import share_experts
 from tests.helpers.compare import assert_all_close
-from tests.helpers.configs import runtime_config
 from tests.helpers.model import (
     NUM_EXPERTS,
     Model,
@@ -362,8 +361,6 @@ def share_after_refusals(group: RankGroup) -> None:
     share = partial(share_experts, {"moe": layer}, group, solver=everywhere, clock=StageClock())
     with pytest.raises(ValueError, match="puts 2 copies on rank 0, which has 1 slots"):
         share(config=RuntimeConfig(slots=1), owners=owners, placements=[placement])
-    with pytest.raises(ValueError, match="row_parts is 2, but"):
-        share(config=runtime_config(row_parts=2, token_route="by_node"))
     assert not layer.experts.is_sharded
     weights = {f"experts.{e}.{weight}" for e in range(4) for weight in ("gate_up", "down")}
     assert dict(layer.named_parameters()).keys() == {"router.weight", *weights}

@@ -1,4 +1,4 @@
-"""Token rows travel under shared experts and under each other's: what is launched and waited for when; what a failure leaves."""
+"""Tokens travel under shared experts: what is launched and waited for when; what a failure leaves."""
 
 from typing import Any
 from unittest.mock import Mock
@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Handle, shard_experts
 from moesaic.collectives import Pending
-from moesaic.runtime.step.token_rows import RoundTrip
+from moesaic.runtime.dispatch.exchange import TokenExchange
+from moesaic.runtime.experts.replicas import ReplicaState
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.configs import runtime_config
 from tests.helpers.model import Model, cross_entropy, global_batch, make_model, rank_slice
@@ -28,15 +29,6 @@ SENT_BACK, TAKEN_BACK = 2 * ["launch dispatch_backward"], 2 * ["wait dispatch_ba
 FORWARD = ["launch dispatch", "shared", "wait dispatch", *COMBINED]
 BACKWARD = [*COMBINED_BACK, *SENT_BACK, "shared's backward", *TAKEN_BACK]
 PLAIN = [*SENT, "shared", *COMBINED, *COMBINED_BACK, *SENT_BACK, *TAKEN_BACK, "shared's backward"]
-LAUNCH_BOTH, BOTH_HOME = 2 * ["launch dispatch"], 2 * ["wait combine"]
-# The experts of a part run between the wait for its rows and the launch of its way home.
-FORWARD_IN_PARTS = [
-    *LAUNCH_BOTH, "shared", "wait dispatch", "launch combine", "wait dispatch", "launch combine", *BOTH_HOME
-]  # fmt: skip
-BACKWARD_IN_PARTS = [
-    *2 * ["launch combine_backward"], "wait combine_backward", *SENT_BACK, "wait combine_backward", *SENT_BACK,
-    "shared's backward", *2 * TAKEN_BACK
-]  # fmt: skip
 WITHOUT_SHARED = [*SENT, *COMBINED, *COMBINED_BACK, *SENT_BACK, *TAKEN_BACK]
 
 
@@ -106,7 +98,6 @@ def test_shared_experts_run_between_launch_and_wait(transport: str) -> None:
         "repeated": ({"use_checkpoint": True}, False, [*FORWARD, *FORWARD, *BACKWARD]),
         "compiled": ({}, True, [*FORWARD, *BACKWARD]),
         "plain": ({"overlap": False}, False, PLAIN),
-        "in parts": ({"row_parts": 2}, False, [*FORWARD_IN_PARTS, *BACKWARD_IN_PARTS]),
     }
     found = {
         name: run_ranks(2, recorded_step, options | {"transport": transport}, is_compiled)
@@ -115,7 +106,7 @@ def test_shared_experts_run_between_launch_and_wait(transport: str) -> None:
     for name, (_, _, events) in expected.items():
         for (of_layer, grads), (_, plain_grads) in zip(found[name], found["plain"], strict=True):
             assert of_layer["blocks.0.moe"] == events, name
-            assert name in ("repeated", "in parts") or of_layer["blocks.1.moe"] == WITHOUT_SHARED
+            assert name == "repeated" or of_layer["blocks.1.moe"] == WITHOUT_SHARED
             assert_bitwise(grads, plain_grads)
 
 
@@ -123,15 +114,13 @@ class BrokenOffError(Exception):
     """Raised by a shared expert."""
 
 
-def break_off(
-    rank: int, transport: str, row_parts: int, when: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+def break_off(rank: int, transport: str, when: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Gradients of a step after one that broke off while token rows were on their way, of one that nothing came before, and
     what is left."""
     found = []
     for breaks in (True, False):
         # FSDP2 keeps gradients of a backward that broke off, so it is left out.
-        model, handle = wrapped(transport=transport, shard_dense=False, row_parts=row_parts)
+        model, handle = wrapped(transport=transport, shard_dense=False)
         cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()  # the next forward has copies
         shared, rows = model.blocks[0].moe.shared, handle.group.tokens.traffic
 
@@ -146,23 +135,24 @@ def break_off(
 
         if breaks:
             with pytest.MonkeyPatch.context() as patch:
-                if when == "second part":
-                    patch.setattr("moesaic.runtime.step.experts.grouped_ffn", Mock(side_effect=[None, BrokenOffError]))
-                if when == "second part of backward":
-                    patch.setattr("moesaic.runtime.step.experts.grouped_ffn_backward", Mock(side_effect=[None, BrokenOffError]))
+                if when == "experts":
+                    patch.setattr("moesaic.runtime.step.layer_pass.grouped_ffn", Mock(side_effect=BrokenOffError))
+                if when == "experts in backward":
+                    patch.setattr("moesaic.runtime.step.layer_pass.grouped_ffn_backward", Mock(side_effect=BrokenOffError))
                 hook = shared.register_forward_hook({"forward": fail, "backward": fail_in_backward}.get(when, pass_on))
                 with pytest.raises(BrokenOffError):
                     cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
                 hook.remove()
             left, broken = rows.unfinished, model.blocks[0].moe.runtime.latest_pass
-            assert isinstance(left, RoundTrip)
+            assert isinstance(left, TokenExchange) == ("experts" not in when)
         model.zero_grad()
         cross_entropy(model(batch(2)[0]), batch(2)[1]).backward()
         assert rows.unfinished is None
         if breaks:
-            assert all(part.has_arrived for part in left._all()), "nobody waited for the rows"
-        if breaks and when in ("forward", "second part"):
-            assert broken is not None and not broken.copies and broken.gather is None
+            in_flight = (left._tokens, left._returning) if isinstance(left, TokenExchange) else ()
+            assert all(tokens is None or tokens.has_arrived for tokens in in_flight), "tokens are left on their way"
+        if breaks and when in ("forward", "experts"):
+            assert broken is not None and broken.replicas.state is ReplicaState.RELEASED
         handle.step()
         found.append(whole_gradients(model, handle))
     pool = next(iter(handle.layers.values())).runtime.pool
@@ -170,12 +160,10 @@ def break_off(
 
 
 @pytest.mark.parametrize("transport", ["c10d", "shm"])
-@pytest.mark.parametrize(
-    "row_parts,when", [(1, "forward"), (1, "backward"), (2, "backward"), (2, "second part"), (2, "second part of backward")]
-)
-def test_a_failure_leaves_nothing_behind(transport: str, row_parts: int, when: str) -> None:
-    """Of the shared experts, or of the experts between parts: the next step computes what it does after none; no rows are on
+@pytest.mark.parametrize("when", ["forward", "backward", "experts", "experts in backward"])
+def test_a_failure_leaves_nothing_behind(transport: str, when: str) -> None:
+    """Of the shared experts, or of the experts: the next step computes what it does after none; no rows are on
     their way, no slot is lent."""
-    for after_failure, expected, left in run_ranks(2, break_off, transport, row_parts, when):
+    for after_failure, expected, left in run_ranks(2, break_off, transport, when):
         assert_bitwise(after_failure, expected)
         assert left == {"lent": 0}

@@ -1,0 +1,147 @@
+"""Copies of other ranks' experts: gathered into slots for a forward, released, and gathered again for its backward.
+
+The SparseAllGather is launched ahead of the forward and waited for before the experts compute (Hecate, arXiv 2502.02581,
+section 3). Copies that were released after forward come in again for backward, from the same weights by the same schedule, into
+slots that layers share (Hecate-RM, the same paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum, auto
+
+from ...collectives import Pending, Schedule, Transport, sparse_all_gather
+from ...kernels import FFNWeights
+from .._compat import call_after_backward
+from .bank import Bank
+from .expert import ExpertTensors, group_weights
+from .slots import SlotPool
+
+
+class ReplicaState(Enum):
+    """The state of a pass's copies; the same on every rank, also on one whose plan has no copy."""
+
+    RELEASED = auto()
+    """No slot is held: not gathered yet, or given back."""
+    GATHERING = auto()
+    """Slots are held, and messages may be writing to them."""
+    READY = auto()
+    """Every slot holds its expert's weights."""
+
+
+class Replicas:
+    """The copies of one layer's experts with which this rank computes one pass.
+
+    Args:
+        bank, layer: the owned experts, and the layer's index in the bank.
+        pool: lends the slots.
+        transport: carries the copies.
+        where: step, layer and pass, for errors and the tags of messages.
+        clock: the clock of the stage "materialize".
+        overlap: False waits right after every launch.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        layer: int,
+        pool: SlotPool,
+        transport: Transport,
+        where: str,
+        clock: Callable[[], AbstractContextManager[None]],
+        *,
+        overlap: bool,
+    ):
+        self._bank, self._layer, self._pool, self._transport = bank, layer, pool, transport
+        self._where, self._clock, self._overlap = where, clock, overlap
+        self._gathers: list[Pending] = []
+        self._version = bank.version(layer)
+        self.state = ReplicaState.RELEASED
+        self.slots: dict[int, ExpertTensors] = {}
+        """By expert."""
+
+    def launch(self, experts: Sequence[int], schedule: Schedule, op: str) -> None:
+        """Borrow slots for those of the experts that have none yet, and launch the gather that fills them."""
+        bank, layer = self._bank, self._layer
+        with self._clock():
+            new = {e: self._pool.acquire(like=bank.compute_like) for e in experts if e not in self.slots}
+            self.slots |= new
+            self.state = ReplicaState.GATHERING
+            gather = sparse_all_gather(
+                schedule,
+                self._transport,
+                {e: bank.compute_weights(layer, e).tensors() for e in bank.owned(layer)},
+                {e: slot.tensors() for e, slot in new.items()},
+                op=op,
+                where=self._where,
+            )
+            self._gathers.append(gather)
+            if not self._overlap:
+                self._wait()
+
+    def wait(self) -> None:
+        """Return when every slot is filled."""
+        with self._clock():
+            self._wait()
+
+    def _wait(self) -> None:
+        for gather in self._gathers:
+            gather.wait()
+        self._gathers = []
+        if self.state is ReplicaState.GATHERING:
+            self.state = ReplicaState.READY
+
+    def release(self) -> None:
+        """Give the slots back, once they are filled: a message may be writing to them before."""
+        if self.state is ReplicaState.GATHERING:
+            self.wait()
+        for slot in self.slots.values():
+            self._pool.release(slot)
+        self.slots, self.state = {}, ReplicaState.RELEASED
+
+    def weights(self, experts: Sequence[int]) -> FFNWeights:
+        """The weights of this rank's experts, a group each: owned ones in place in the bank, copies in their slots."""
+        return group_weights([self.slots.get(e) or self._bank.compute_weights(self._layer, e) for e in experts])
+
+    def check_weights_unchanged(self) -> None:
+        """Refuse a backward that would compute with other weights than its forward.
+
+        Raises:
+            RuntimeError: the experts' weights changed since the copies were gathered.
+        """
+        if self._version != self._bank.version(self._layer):
+            raise RuntimeError(
+                f"{self._where}: the experts' weights changed between this forward and its backward; "
+                "call backward before optimizer.step(), before handle.step() and before weights are loaded"
+            )
+
+
+class GatheredAgain:
+    """The copies that backward gathered again: those of one pass at a time, which bounds the slots they take; one per bank.
+
+    See `memory.peak_slot_bytes`.
+    """
+
+    def __init__(self) -> None:
+        self._held: Replicas | None = None
+
+    def launch(self, replicas: Replicas, experts: Sequence[int], schedule: Schedule, op: str) -> None:
+        """Gather a pass's copies again, unless they are here or on their way. All ranks at the same point of a backward.
+
+        Those of another pass are given back. They were for a backward that may never come, or that comes after this one's:
+        several layers under one activation checkpoint all run forward again first.
+        """
+        if self._held is not None and self._held is not replicas:
+            self._release()
+        if replicas.state is not ReplicaState.RELEASED:
+            return
+        self._held = replicas
+        # For every launch, since a backward pass that breaks off never calls back.
+        call_after_backward(self._release)
+        replicas.launch(experts, schedule, op)
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.release()
+            self._held = None

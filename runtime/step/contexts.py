@@ -1,0 +1,114 @@
+"""What passes read and do not change: per model, per bank, per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..agreement import Agreement
+from ..config import DebugConfig
+from ..dispatch.handle import DispatchHandle
+from ..experts.bank import Bank
+from ..experts.grads import PendingReduces
+from ..experts.replicas import GatheredAgain
+from ..experts.slots import SlotPool
+from ..group import RankGroup
+from ..routing.capacity import Capacity
+from ..stages import StageClock
+from .metrics import LayerCounters
+from .planning import LayerPlanner
+
+
+@dataclass(frozen=True, eq=False)
+class ModelContext:
+    """What all MoE layers of a model share: ranks, clock of the stages, agreement of the ranks, reduces in flight."""
+
+    group: RankGroup
+    clock: StageClock
+    agreement: Agreement
+    reduces: PendingReduces
+    debug: DebugConfig
+
+    @property
+    def wire(self) -> torch.dtype | None:
+        """The dtype that gradients of copies travel in; None: their own."""
+        return torch.bfloat16 if self.debug.reduce_wire == "bf16" else None
+
+
+@dataclass(frozen=True, eq=False)
+class BankContext:
+    """What the layers of a bank share: the owned experts, the slots, the copies gathered again for backward."""
+
+    bank: Bank
+    pool: SlotPool
+    gathered_again: GatheredAgain
+
+
+@dataclass(frozen=True)
+class PassId:
+    """Which forward of which layer: the same on every rank."""
+
+    layer: str
+    number: int  # of the layer's passes in this step
+    step: int
+    plan: int
+    is_training: bool
+
+    @property
+    def where(self) -> str:
+        """Step, layer, plan and pass, for errors, profiles and the tags of messages."""
+        return f"step {self.step}, {self.layer}, plan {self.plan}, pass {self.number}"
+
+    def op(self, name: str) -> str:
+        """The name under which traffic is counted: that of evaluation is kept apart from that of training steps."""
+        return name if self.is_training else f"eval_{name}"
+
+
+@dataclass(eq=False)
+class LayerContext:
+    """What the passes of one layer share.
+
+    layer: the layer's index in the bank. num_experts: of the layer. make_handle: describes where tokens travel; `direct_handle`
+    or `by_node_handle`. keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
+    gradient_divisor: what this rank's gradients are divided by before all ranks' are added up; the number of ranks, for the
+    mean of
+        the ranks' losses, until the dense part is sharded with another.
+    under_way: the pass whose forward runs, or broke off.
+    """
+
+    name: str
+    layer: int
+    num_experts: int
+    model: ModelContext
+    of_bank: BankContext
+    planner: LayerPlanner
+    counters: LayerCounters
+    capacity: Capacity
+    make_handle: Callable[..., DispatchHandle]
+    keeps_copies: bool
+    gradient_divisor: Callable[[], float]
+    under_way: object = None
+
+    @property
+    def bank(self) -> Bank:
+        """The owned experts."""
+        return self.of_bank.bank
+
+    @contextmanager
+    def stage(self, this: PassId, name: str, is_complete: bool = True) -> Iterator[None]:
+        """The clock and profiler range of one stage; in training, its waits for other ranks are counted.
+
+        `is_complete`: the stage is over at the end, and not only launched.
+        """
+        clock, tokens, experts = self.model.clock, self.model.group.tokens.traffic, self.model.group.experts.traffic
+        tokens_s, experts_s = tokens.waited_s, experts.waited_s
+        with clock.stage(name, self.name):
+            yield
+        if is_complete:
+            clock.completed = name, this.where
+        if this.is_training:
+            self.counters.exposed_s["tokens"] += tokens.waited_s - tokens_s
+            self.counters.exposed_s["reduce" if name == "reduce" else "gather"] += experts.waited_s - experts_s
