@@ -61,18 +61,6 @@ class Split(ByContent):
         return rows_R
 
     @cached_property
-    def home_rows_RE(self) -> np.ndarray:
-        """Local rows: those that rank r computes for expert e from its own tokens, int64 [R, E], read-only."""
-        home_rows_RE = np.zeros(self.placement.replicas_RE.shape, dtype=np.int64)
-        expert_G, src_G, _, rows_G = self.segments_4G[:, self.segments_4G[1] == self.segments_4G[2]]
-        home_rows_RE[src_G, expert_G] = rows_G
-        single = np.flatnonzero(self._is_single_E)
-        owners = self.placement.expert_to_owner_E[single]
-        home_rows_RE[owners, single] = self.load.load_RE[owners, single]
-        home_rows_RE.setflags(write=False)
-        return home_rows_RE
-
-    @cached_property
     def flow_RR(self) -> np.ndarray:
         """Rows of source rank s that rank d computes, over all experts, int64 [R, R], read-only."""
         num_ranks = self.placement.num_ranks

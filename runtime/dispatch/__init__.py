@@ -1,9 +1,9 @@
 """Dispatch: where token rows go, and how they travel to their experts and back.
 
-expert_order.py  In which order ranks compute their experts, so that token rows travel under experts that need none of them.
-handle.py        How token rows travel once it is known where they go: out to the ranks that compute them and home again, in one
-                 part or in two.
-direct.py        Where token rows go: to the ranks that compute them, and back.
-by_node.py       Dispatch over nodes of several ranks: a token row crosses to each node once, and comes back once, summed on that
-                 node.
+layouts.py      Index arithmetic of dispatch: consecutive pieces, their regrouping, and bags of rows to sum.
+handle.py       The routes of one forward's tokens, over one hop or two, and how tokens and results travel along them.
+assignments.py  The assignments of one rank by destination, and the exchange of dispatch metadata that describes them.
+exchange.py     The round trip of one forward's tokens, or of their gradients in its backward: out to their experts and back.
+by_node.py      The route by node: a token crosses to each other node once, and its result comes back once, summed on that node.
+direct.py       The direct route: every token goes straight to the ranks that compute it.
 """

@@ -7,5 +7,8 @@ memory.py       How much memory slots take: the peak, predicted, and what fits i
 slots.py        Slots: expert-sized buffers that the layers of a bank share.
 bank.py         The bank: memory and gradients of the experts that this rank owns, each once, under the parameters that everybody
                 else sees.
+grads.py        Gradients of one layer's experts in one backward: where they are written, and the sparse reduce-scatter to the
+                owners.
 migrate.py      Re-homing: experts change their owner between steps; weights, gradients and optimizer state go along.
+replicas.py     Copies of other ranks' experts: gathered into slots for a forward, released, and gathered again for its backward.
 """

@@ -13,7 +13,6 @@ from enum import Enum, auto
 
 from ...collectives import Pending, Schedule, Transport, sparse_all_gather
 from ...kernels import FFNWeights
-from .._compat import call_after_backward
 from .bank import Bank
 from .expert import ExpertTensors, group_weights
 from .slots import SlotPool
@@ -80,6 +79,13 @@ class Replicas:
             if not self._overlap:
                 self._wait()
 
+    def launch_again(self, experts: Sequence[int], schedule: Schedule, op: str) -> None:
+        """In backward: gather the copies again, unless they are here or on their way. All ranks at the same point."""
+        self._pool.make_room_for(self)
+        if self.state is ReplicaState.RELEASED:
+            self._pool.hold_until_backward_ends(self)
+            self.launch(experts, schedule, op)
+
     def wait(self) -> None:
         """Return when every slot is filled."""
         with self._clock():
@@ -115,33 +121,3 @@ class Replicas:
                 f"{self._where}: the experts' weights changed between this forward and its backward; "
                 "call backward before optimizer.step(), before handle.step() and before weights are loaded"
             )
-
-
-class GatheredAgain:
-    """The copies that backward gathered again: those of one pass at a time, which bounds the slots they take; one per bank.
-
-    See `memory.peak_slot_bytes`.
-    """
-
-    def __init__(self) -> None:
-        self._held: Replicas | None = None
-
-    def launch(self, replicas: Replicas, experts: Sequence[int], schedule: Schedule, op: str) -> None:
-        """Gather a pass's copies again, unless they are here or on their way. All ranks at the same point of a backward.
-
-        Those of another pass are given back. They were for a backward that may never come, or that comes after this one's:
-        several layers under one activation checkpoint all run forward again first.
-        """
-        if self._held is not None and self._held is not replicas:
-            self._release()
-        if replicas.state is not ReplicaState.RELEASED:
-            return
-        self._held = replicas
-        # For every launch, since a backward pass that breaks off never calls back.
-        call_after_backward(self._release)
-        replicas.launch(experts, schedule, op)
-
-    def _release(self) -> None:
-        if self._held is not None:
-            self._held.release()
-            self._held = None

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from ...collectives import Transport
+from .._compat import call_after_backward
 from .expert import ExpertShape, ExpertTensors
+
+
+class Holder(Protocol):
+    """What holds slots for a pass."""
+
+    def release(self) -> None:
+        """Give all of them back."""
 
 
 class SlotPool:
@@ -31,6 +40,7 @@ class SlotPool:
         self._transport = transport
         self._free: list[ExpertTensors] = []
         self._alive: WeakSet[ExpertTensors] = WeakSet()
+        self._gathered_again: Holder | None = None
         self.peak_slots = 0
         self.peak_bytes = 0
 
@@ -48,6 +58,26 @@ class SlotPool:
     def release(self, buffer: ExpertTensors) -> None:
         """Give a buffer back."""
         self._free.append(buffer)
+
+    def make_room_for(self, holder: Holder) -> None:
+        """Release the copies that were gathered again for another pass: one pass at a time has such copies.
+
+        They wait for a backward that may never come, or that comes after this one's: several layers under one activation
+        checkpoint all run forward again first.
+        """
+        if self._gathered_again is not holder:
+            self._release_gathered_again()
+
+    def hold_until_backward_ends(self, holder: Holder) -> None:
+        """Release the slots of a pass whose copies are gathered again in the running backward no later than at its end."""
+        self._gathered_again = holder
+        # For every pass, since a backward pass that breaks off never calls back.
+        call_after_backward(self._release_gathered_again)
+
+    def _release_gathered_again(self) -> None:
+        holder, self._gathered_again = self._gathered_again, None
+        if holder is not None:
+            holder.release()
 
 
 def lasting(transport: Transport, size: Sequence[int], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What passes read and do not change: per model, per bank, per layer."""
+"""What passes read: of the model, and of the layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..config import DebugConfig
 from ..dispatch.handle import DispatchHandle
 from ..experts.bank import Bank
 from ..experts.grads import PendingReduces
-from ..experts.replicas import GatheredAgain
 from ..experts.slots import SlotPool
 from ..group import RankGroup
 from ..routing.capacity import Capacity
@@ -36,15 +35,6 @@ class ModelContext:
     def wire(self) -> torch.dtype | None:
         """The dtype that gradients of copies travel in; None: their own."""
         return torch.bfloat16 if self.debug.reduce_wire == "bf16" else None
-
-
-@dataclass(frozen=True, eq=False)
-class BankContext:
-    """What the layers of a bank share: the owned experts, the slots, the copies gathered again for backward."""
-
-    bank: Bank
-    pool: SlotPool
-    gathered_again: GatheredAgain
 
 
 @dataclass(frozen=True)
@@ -71,6 +61,7 @@ class PassId:
 class LayerContext:
     """What the passes of one layer share.
 
+    bank, pool: the owned experts, and the slots, which the layers of the bank share.
     layer: the layer's index in the bank. num_experts: of the layer. make_handle: describes where tokens travel; `direct_handle`
     or `by_node_handle`. keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
     gradient_divisor: what this rank's gradients are divided by before all ranks' are added up; the number of ranks, for the
@@ -83,7 +74,8 @@ class LayerContext:
     layer: int
     num_experts: int
     model: ModelContext
-    of_bank: BankContext
+    bank: Bank
+    pool: SlotPool
     planner: LayerPlanner
     counters: LayerCounters
     capacity: Capacity
@@ -91,11 +83,6 @@ class LayerContext:
     keeps_copies: bool
     gradient_divisor: Callable[[], float]
     under_way: object = None
-
-    @property
-    def bank(self) -> Bank:
-        """The owned experts."""
-        return self.of_bank.bank
 
     @contextmanager
     def stage(self, this: PassId, name: str, is_complete: bool = True) -> Iterator[None]:

@@ -38,8 +38,8 @@ class LayerPass:
     """One forward and its backward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
 
     def __init__(self, layer: LayerContext, this: PassId, plan: Plan):
-        model, context = layer.model, layer.of_bank
-        experts = context.bank, layer.layer, context.pool, model.group.experts, this.where
+        model = layer.model
+        experts = layer.bank, layer.layer, layer.pool, model.group.experts, this.where
         clocks = [partial(layer.stage, this, stage) for stage in ("materialize", "reduce")]
         self.layer, self.id, self.planned = layer, this, plan
         self.is_replay = False  # an activation checkpoint repeats the forward, for a backward that is next
@@ -65,8 +65,7 @@ class LayerPass:
 
     def gather_again(self) -> None:
         """In backward: the same for copies that were released. All ranks at the same point."""
-        again = self.layer.of_bank.gathered_again
-        again.launch(self.replicas, self._copies, self.planned.gather, self.id.op("regather"))
+        self.replicas.launch_again(self._copies, self.planned.gather, self.id.op("regather"))
 
     @property
     def _copies(self) -> tuple[int, ...]:

@@ -15,12 +15,12 @@ from ..dispatch.direct import direct_handle
 from ..dispatch.handle import DispatchHandle
 from ..experts.bank import Bank
 from ..experts.grads import PendingReduces
-from ..experts.replicas import GatheredAgain, ReplicaState
+from ..experts.replicas import ReplicaState
 from ..experts.slots import SlotPool
 from ..group import RankGroup
 from ..routing.capacity import Capacity
 from ..stages import StageClock
-from .contexts import BankContext, LayerContext, ModelContext, PassId
+from .contexts import LayerContext, ModelContext, PassId
 from .layer_pass import LayerPass
 from .metrics import LayerCounters
 from .planning import LayerPlanner
@@ -34,7 +34,8 @@ class LayerRuntime:
         name: the layer's name in its model, for errors and profiles.
         layer: the layer's index in the bank.
         top_k: experts per token.
-        model, of_bank: what it shares with the model's other layers, and with those of its bank.
+        model: what the model's layers share.
+        bank, pool: the owned experts, and the slots, which the layers of the bank share.
         solver: places the copies.
         config: slots, and what `debug` says of plans and routes.
         keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
@@ -47,18 +48,19 @@ class LayerRuntime:
         layer: int,
         top_k: int,
         model: ModelContext,
-        of_bank: BankContext,
+        bank: Bank,
+        pool: SlotPool,
         *,
         solver: Solver,
         config: RuntimeConfig,
         keeps_copies: bool = True,
         capacity: Capacity | None = None,
     ):
-        bank, topology = of_bank.bank, model.group.topology
+        topology = model.group.topology
         self.name = name
         self.layer = layer
         self.bank = bank
-        self.pool = of_bank.pool
+        self.pool = pool
         self.group = model.group
         self.agreement = model.agreement
         self.counters = LayerCounters()
@@ -71,7 +73,8 @@ class LayerRuntime:
             layer=layer,
             num_experts=int(owners_E.size),
             model=model,
-            of_bank=of_bank,
+            bank=bank,
+            pool=pool,
             planner=self.planner,
             counters=self.counters,
             capacity=capacity or Capacity(),
@@ -89,8 +92,8 @@ class LayerRuntime:
         config, name = RuntimeConfig(policy="static", slots=0), "layer"
         agreement = Agreement(group, {name: bank.owners.num_experts})
         model = ModelContext(group, StageClock(), agreement, PendingReduces(), config.debug)
-        of_bank = BankContext(bank, SlotPool(bank.shape, group.experts), GatheredAgain())
-        return cls(name, 0, top_k, model, of_bank, solver=solver, config=config, capacity=capacity)
+        pool = SlotPool(bank.shape, group.experts)
+        return cls(name, 0, top_k, model, bank, pool, solver=solver, config=config, capacity=capacity)
 
     def follow_bank(self) -> None:
         """Plan by the bank's owner map, which has changed. No pass may be under way."""

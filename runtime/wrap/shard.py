@@ -23,13 +23,12 @@ from ..experts.bank import Bank
 from ..experts.expert_grad import ExpertRanks
 from ..experts.grads import PendingReduces
 from ..experts.memory import BankSize, plan_slots
-from ..experts.replicas import GatheredAgain
 from ..experts.slots import SlotPool
 from ..group import RankGroup, group_of_process_group, mesh_with_limit
 from ..layer import MoELayer, moe_layers
 from ..sharded_experts import ExpertSource, ShardedExperts
 from ..stages import StageClock
-from ..step.contexts import BankContext, ModelContext
+from ..step.contexts import ModelContext
 from ..step.layer_runtime import LayerRuntime
 from .dense import dense_units, gradient_divisor, holders_of, leave_dense, shard_dense
 from .forwards import meet_in_forwards
@@ -214,14 +213,15 @@ def build_runtimes(
     runtimes: dict[str, LayerRuntime] = {}
     for of, size, owner_map in zip(alike.values(), sizes, owner_maps, strict=True):
         bank = _bank_of(of[0].source, group, owner_map, config, ranks, device)
-        of_bank = BankContext(bank, SlotPool(bank.shape, group.experts, slots.peak_bytes([size])), GatheredAgain())
+        pool = SlotPool(bank.shape, group.experts, slots.peak_bytes([size]))
         for index, layer in enumerate(of):
             runtimes[layer.name] = LayerRuntime(
                 layer.name,
                 index,
                 layer.experts.top_k,
                 model,
-                of_bank,
+                bank,
+                pool,
                 solver=solver,
                 config=replace(config, slots=slots.slots),
                 keeps_copies=slots.keeps(size.layers[index]),

@@ -42,8 +42,7 @@ def gradients(model: nn.Module, handle: Handle) -> dict[str, Tensor]:
     for block, layer in handle.layers.items():
         for weight, name in layer.family.fused:
             rows[f"{block}.{name}"] = {
-                e: layer.family.to_family(weight, layer[e].parameter(weight).grad.clone())
-                for e in layer.runtime.owned_experts
+                e: layer.family.to_family(weight, layer[e].parameter(weight).grad.clone()) for e in layer.runtime.owned_experts
             }
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, rows)
