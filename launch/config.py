@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..placement import get_solver
+from ..placement import get_solver, policy_solvers
 from ..runtime import RouterConfig, RuntimeConfig
 from ..runtime.config import MAX_SECONDS
 from ..runtime.moved_options import GONE, MOVED, warn_of_gone, warn_of_moved
@@ -233,7 +233,8 @@ class Config:
                 f"train.batch_size {self.train.batch_size} does not divide into {self.train.micro_batches} micro-batches: "
                 f"make it a multiple of train.micro_batches"
             )
-        get_solver(self.runtime.policy, keeps_owners=True)
+        for name in policy_solvers(self.runtime.policy):
+            get_solver(name, keeps_owners=True)
 
     def check_world_size(self, world_size: int) -> None:
         """Raise `ValueError` unless `world_size` ranks divide into replicas, and every micro-batch divides over the ranks."""

@@ -24,6 +24,7 @@ from ..placement import (
     Topology,
     calibrate,
     get_solver,
+    policy_solvers,
     split_exact,
 )
 from ..runtime import MoELayer, RuntimeConfig
@@ -33,7 +34,7 @@ def warm_run(config: RuntimeConfig, device: torch.device) -> None:
     """Have the routines ready that a training run calls on this rank. Those of its transport were compiled as it was made."""
     if device.type == "cpu":
         warm_kernels([torch.bfloat16 if config.compute_dtype == "bf16" else torch.float32])
-    warm_planning([get_solver(config.policy)])
+    warm_planning([get_solver(name) for name in policy_solvers(config.policy)])
 
 
 def warm_all() -> float:

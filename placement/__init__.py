@@ -17,12 +17,13 @@ offline/        Placement offline, on recorded traces: the policy simulator, pla
 from .cost import Bound, Cost, Solution, cost, lower_bound
 from .offline.plans import SavedPlan, read_plan
 from .online.calibrate import added_copies, calibrate
+from .online.choose import SolverChoice
 from .online.predict import PREDICTORS, Predictor, make_predictor, prediction_error
 from .owners import Move, OwnerMap
 from .solvers.baselines.hecate import hecate_owners
 from .solvers.baselines.moetuner import Hops, count_hops, tune_owners
 from .solvers.joint import JointSolution, solve_joint
-from .solvers.registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver
+from .solvers.registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver, policy_solvers
 from .split import Split, split_exact, split_local_even
 from .topology import Topology
 from .traces.format import Trace, TraceMeta, TraceWriter, write_trace
@@ -46,6 +47,7 @@ __all__ = [
     "SavedPlan",
     "Solution",
     "Solver",
+    "SolverChoice",
     "Split",
     "Topology",
     "Trace",
@@ -59,6 +61,7 @@ __all__ = [
     "hecate_owners",
     "lower_bound",
     "make_predictor",
+    "policy_solvers",
     "prediction_error",
     "read_plan",
     "solve_joint",

@@ -108,8 +108,9 @@ class RuntimeConfig:
     """How experts are placed and moved."""
 
     policy: str = "quota"
-    """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds), 'balance' (fewest routed tokens on the
-    busiest rank, also where the forecast is wrong), or another name of `placement.SOLVERS`."""
+    """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds), 'balance' (fewest routed tokens on
+    the busiest rank, also where the forecast is wrong), 'auto' (of these two, for each layer, the one whose steps take fewer
+    predicted seconds, planning included), or another name of `placement.SOLVERS`."""
     slots: int | Literal["auto"] = 2
     """Copies of other ranks' experts that a rank may hold per MoE layer; "auto": as many as fit into `slot_bytes`, up to 4."""
     materialize: Literal["keep", "rematerialize", "auto"] = "keep"

@@ -38,6 +38,15 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 KEEPS_OWNERS = frozenset({"static", "flexmoe", "laer", "hecate", "quota", "balance", "exhaustive"})
 
 
+# What `runtime.policy` may name beside a solver: several, of which each layer takes the one that suits it.
+AUTO = ("quota", "balance")
+
+
+def policy_solvers(policy: str) -> tuple[str, ...]:
+    """The solvers of a policy: `auto` stands for several, every other name for itself."""
+    return AUTO if policy == "auto" else (policy,)
+
+
 def get_solver(name: str, *, keeps_owners: bool = False) -> Solver:
     """Return the solver called `name`, or raise ValueError that names the nearest one.
 

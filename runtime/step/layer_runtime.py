@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Self
 from weakref import ref
@@ -36,7 +36,7 @@ class LayerRuntime:
         top_k: experts per token.
         model: what the model's layers share.
         bank, pool: the owned experts, and the slots, which the layers of the bank share.
-        solver: places the copies.
+        solvers: place the copies, by name; of several the one that suits the layer.
         config: slots, and what `debug` says of plans and routes.
         keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
         capacity: how many tokens experts take; all by default.
@@ -51,7 +51,7 @@ class LayerRuntime:
         bank: Bank,
         pool: SlotPool,
         *,
-        solver: Solver,
+        solvers: Mapping[str, Solver],
         config: RuntimeConfig,
         keeps_copies: bool = True,
         capacity: Capacity | None = None,
@@ -65,9 +65,9 @@ class LayerRuntime:
         self.agreement = model.agreement
         self.counters = LayerCounters()
         owners_E = bank.owners.expert_to_owner_LE[layer]
-        self.planner = LayerPlanner(
-            owners_E, topology, _shape(bank, model, owners_E.size, top_k), self.counters.timed(solver), config
-        )
+        shape = _shape(bank, model, owners_E.size, top_k)
+        timed = {solver: self.counters.timed(solve) for solver, solve in solvers.items()}
+        self.planner = LayerPlanner(owners_E, topology, shape, timed, config)
         self.context = LayerContext(
             name=name,
             layer=layer,
@@ -93,7 +93,7 @@ class LayerRuntime:
         agreement = Agreement(group, {name: bank.owners.num_experts})
         model = ModelContext(group, StageClock(), agreement, PendingReduces(), config.debug)
         pool = SlotPool(bank.shape, group.experts)
-        return cls(name, 0, top_k, model, bank, pool, solver=solver, config=config, capacity=capacity)
+        return cls(name, 0, top_k, model, bank, pool, solvers={config.policy: solver}, config=config, capacity=capacity)
 
     def follow_bank(self) -> None:
         """Plan by the bank's owner map, which has changed. No pass may be under way."""

@@ -5,6 +5,7 @@ the configuration, and solvers are deterministic. Nothing here is broadcast, and
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from ...placement import (
     Placement,
     Problem,
     Solver,
+    SolverChoice,
     Split,
     Topology,
     added_copies,
@@ -69,7 +71,7 @@ class LayerPlanner:
     Args:
         expert_to_owner_E: who owns this layer's experts.
         topology, shape: of the machine and of the layer; they turn bytes and rows into seconds.
-        solver: proposes the copies.
+        solvers: propose the copies; of several, by name, the one that suits the layer.
         config: slots, split rule, predictor.
     """
 
@@ -78,17 +80,18 @@ class LayerPlanner:
         expert_to_owner_E: np.ndarray,
         topology: Topology,
         shape: LayerShape,
-        solver: Solver,
+        solvers: Mapping[str, Solver],
         config: RuntimeConfig,
     ):
         self._owners_E = expert_to_owner_E
         self._topology = topology
         self._shape = shape
-        self._solver = solver
         assert isinstance(config.slots, int), "slots are still to be chosen; see memory.plan_slots"
         self._debug, self._slots = config.debug, config.slots
         self._predictor = make_predictor(config.debug.predictor)
         self._split_rule = split_exact if config.debug.split == "exact" else split_local_even
+        self.choice = SolverChoice(solvers, self._split_rule)
+        """The solver that places the copies."""
         self._num_plans = 0
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
         self._is_held = False
@@ -126,7 +129,7 @@ class LayerPlanner:
             return self._plan
         predicted = self._predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
-            placement = self._solver(self.problem(predicted, self._predictor.expected_error())).placement
+            placement = self.choice.solve(self.problem(predicted, self._predictor.expected_error()))
             if placement != self._plan.placement:
                 self._check_budget(placement)
                 self._plan = self._plan_of(placement)
@@ -138,7 +141,7 @@ class LayerPlanner:
         if not self.is_calibrating:
             return plan
         assert plan.split is not None
-        more = calibrate(self.problem(load), plan.split, self._solver, self._split_rule)
+        more = calibrate(self.problem(load), plan.split, self.choice.solver, self._split_rule)
         if more is None:
             return plan
         self._check_budget(more.placement)
@@ -159,6 +162,7 @@ class LayerPlanner:
         error = None if self._predicted is None else prediction_error(self._predicted, load)
         if error is not None:
             self._errors.append(error)
+        self.choice.observe(self.problem(load))
         self._predictor.observe(load)
         return error
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...placement import OwnerMap, Placement, Solver, Topology, get_solver
+from ...placement import OwnerMap, Placement, Solver, Topology, get_solver, policy_solvers
 from ..adapters import FoundLayer, find_layers, replace_modules
 from ..adapters.meta import allocate_meta
 from ..adapters.save_pretrained import guard_save_pretrained
@@ -69,7 +69,7 @@ def shard_experts(
     """
     config = config or RuntimeConfig()
     _check_mesh(mesh)
-    solver = solver or get_solver(config.policy, keeps_owners=True)
+    solvers = _solvers_of(config, solver)
     # Phase 1: whatever may be refused, while the model is as it was
     found = find_layers(model)
     if any(layer.experts.is_sharded for layer in found):
@@ -89,7 +89,7 @@ def shard_experts(
         found,
         group,
         config=config,
-        solver=solver,
+        solvers=solvers,
         clock=clock,
         owners=owners,
         placements=placements or (),
@@ -159,7 +159,7 @@ def share_experts(
     group: RankGroup,
     *,
     config: RuntimeConfig,
-    solver: Solver,
+    solver: Solver | None = None,
     clock: StageClock,
     owners: OwnerMap | None = None,
     placements: Sequence[Placement] = (),
@@ -172,7 +172,14 @@ def share_experts(
     """
     found = [FoundLayer(name, layer.experts, layer.experts.source()) for name, layer in layers.items()]
     runtimes = build_runtimes(
-        found, group, config=config, solver=solver, clock=clock, owners=owners, placements=placements, device=device
+        found,
+        group,
+        config=config,
+        solvers=_solvers_of(config, solver),
+        clock=clock,
+        owners=owners,
+        placements=placements,
+        device=device,
     )
     share_layers(found, runtimes)
     return list(dict.fromkeys(runtime.bank for runtime in runtimes.values()))
@@ -183,7 +190,7 @@ def build_runtimes(
     group: RankGroup,
     *,
     config: RuntimeConfig,
-    solver: Solver,
+    solvers: Mapping[str, Solver],
     clock: StageClock,
     owners: OwnerMap | None = None,
     placements: Sequence[Placement] = (),
@@ -222,7 +229,7 @@ def build_runtimes(
                 model,
                 bank,
                 pool,
-                solver=solver,
+                solvers=solvers,
                 config=replace(config, slots=slots.slots),
                 keeps_copies=slots.keeps(size.layers[index]),
                 capacity=layer.experts.capacity,
@@ -245,6 +252,13 @@ def share_layers(found: Sequence[FoundLayer], runtimes: Mapping[str, LayerRuntim
         bank.retire(source.parameters)
         layer.experts.share(runtime)
     return {layer.name: layer.experts for layer in found}
+
+
+def _solvers_of(config: RuntimeConfig, solver: Solver | None) -> dict[str, Solver]:
+    """What places the copies: the solver given, or those of the policy."""
+    if solver is not None:
+        return {"given": solver}
+    return {name: get_solver(name, keeps_owners=True) for name in policy_solvers(config.policy)}
 
 
 def _size_of(source: ExpertSource, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:

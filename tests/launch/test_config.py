@@ -275,3 +275,10 @@ def test_every_value_is_documented() -> None:
                 if isinstance(statement, ast.AnnAssign):
                     assert isinstance(following, ast.Expr), f"{node.name}.{ast.unparse(statement.target)}"
     assert all(field.default_factory is not dataclasses.MISSING for field in dataclasses.fields(Config))
+
+
+def test_an_option_that_is_gone_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[runtime]\nslots = 3\nreuse_copies = true\n")
+    with pytest.warns(MovedOptionWarning, match=r"^runtime\.reuse_copies, runtime\.row_parts: no effect any more, leave it out"):
+        assert load_config(path, ["runtime.row_parts=2"]) == Config(runtime=RuntimeConfig(slots=3))

@@ -46,7 +46,7 @@ def test_choices_are_those_of_the_annotation(section: str, kind: Any, name: str)
 
 
 def test_choices_are_what_there_is_to_choose() -> None:
-    assert len(choice_fields()) == 3 + 3 + 7
+    assert len(choice_fields()) == 3 + 3 + 6
     assert choices_of(DebugConfig, "schedule") == ("auto", *SCHEDULES)
     assert choices_of(RuntimeConfig, "transport") == ("auto", *TRANSPORTS)
 
@@ -130,3 +130,9 @@ def test_values_stay_values() -> None:
     for value, name in ((config, "slots"), (config, "overlap"), (config.debug, "overlap")):
         with pytest.raises((FrozenInstanceError, AttributeError)):
             setattr(value, name, 1)
+
+
+def test_options_that_are_gone_are_left_out_with_a_warning() -> None:
+    with pytest.warns(MovedOptionWarning, match=r"^runtime\.reuse_copies: no effect any more, leave it out"):
+        config = RuntimeConfig(slots=3, reuse_copies=True)  # type: ignore[call-arg]
+    assert config == RuntimeConfig(slots=3)

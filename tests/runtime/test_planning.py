@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moesaic import RuntimeConfig
 from moesaic.placement import ExpertLoad, LayerShape, Placement, Problem, Topology, get_solver
@@ -23,9 +24,9 @@ from tests.helpers.threads import run_threads
 from tests.runtime.test_shard import trained, wrapped
 
 
-def plans_of_three_forwards(group: RankGroup, case: Case) -> list[Plan]:
+def plans_of_three_forwards(group: RankGroup, case: Case, is_auto: bool) -> list[Plan]:
     layers = {str(i): layer for i, layer in enumerate(case.layers())}
-    config, solver = RuntimeConfig(slots=case.slots), case.solver()
+    config, solver = RuntimeConfig(slots=case.slots, policy="auto"), None if is_auto else case.solver()
     share_experts(layers, group, config=config, solver=solver, clock=StageClock(), owners=case.owners())
     seen: list[Plan] = []
     for layer in layers.values():
@@ -39,10 +40,10 @@ def plans_of_three_forwards(group: RankGroup, case: Case) -> list[Plan]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases())
-def test_every_rank_reaches_the_same_plan(case: Case) -> None:
+@given(case=cases(), is_auto=st.booleans())
+def test_every_rank_reaches_the_same_plan(case: Case, is_auto: bool) -> None:
     """Invariants 3, 5 and the budget: equal plans, every assignment computed once, by a rank that holds the expert."""
-    plans_R = run_threads(case.world_size, plans_of_three_forwards, case, topology=case.topology())
+    plans_R = run_threads(case.world_size, plans_of_three_forwards, case, is_auto, topology=case.topology())
     for plans in zip(*plans_R, strict=True):
         assert all(plan == plans[0] for plan in plans)
         placement, split = plans[0].placement, plans[0].split
@@ -57,7 +58,7 @@ def test_every_rank_reaches_the_same_plan(case: Case) -> None:
 def planner(solver: Any, slots: int) -> LayerPlanner:
     owners_E = np.array([0, 0, 1, 1])
     shape = LayerShape(num_experts=4, top_k=1, dim=4, ffn_dim=4)
-    return LayerPlanner(owners_E, Topology.preset("cpu", 2), shape, solver, RuntimeConfig(slots=slots))
+    return LayerPlanner(owners_E, Topology.preset("cpu", 2), shape, {"given": solver}, RuntimeConfig(slots=slots))
 
 
 def everywhere(problem: Problem) -> Any:
@@ -86,7 +87,7 @@ def test_calibration_rests_while_predictions_are_good() -> None:
     for choice in ("always", "never"):
         config = runtime_config(slots=2, calibrate=choice)
         shape = LayerShape(num_experts=4, top_k=1, dim=4, ffn_dim=4)
-        fixed = LayerPlanner(np.array([0, 0, 1, 1]), Topology.preset("cpu", 2), shape, get_solver("quota"), config)
+        fixed = LayerPlanner(np.array([0, 0, 1, 1]), Topology.preset("cpu", 2), shape, {"quota": get_solver("quota")}, config)
         assert fixed.is_calibrating == (choice == "always")
 
 
