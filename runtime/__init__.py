@@ -4,16 +4,17 @@ _compat.py          The private names of torch that the runtime stands on, all o
 family.py           How a family of models names what a `MoELayer` holds: in its modules, and in its checkpoints.
 moved_options.py    Options that moved to `RuntimeConfig.debug`, or are gone: their old names work for one release, with a
                     warning.
-dispatch/           Dispatch: where token rows go, and how they travel to their experts and back.
+dispatch/           Dispatch: the routes of tokens to the ranks that compute them, and the round trip along them.
 stages.py           The stages of a step: profiler ranges, and optional clocks for the break-down that benchmarks print.
-group.py            The ranks that share experts: how they talk, and what the planner knows of the machine they run on.
+group.py            The ranks that share experts: their transports, and the topology that the planner prices with.
 config.py           What a user chooses about routing and about the runtime.
 agreement.py        What the ranks are doing must be the same on all of them: whatever they gather says so, and every rank
                     compares.
 experts/            Experts: the bank of those that this rank owns, copies of others, gradients, and migration between owners.
 routing/            Routing: which experts each token goes to, with which weights, and how many tokens an expert takes.
 step/               One forward of one layer and its backward.
-sharded_experts.py  The experts of one MoE layer as a module: tokens and their routing in, weighted sums of expert outputs out.
+sharded_experts.py  The experts of one MoE layer as a module: tokens and their routing in, weighted sums of expert outputs out, no
+                    router.
 layer.py            The Mixture-of-Experts layer.
 state.py            State under logical names: experts are known by layer and expert, not by rank and row.
 adapters/           Adapters: MoE layers of other models.

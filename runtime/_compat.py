@@ -160,7 +160,7 @@ class FullStateDict:
 def full_state_dict_requested() -> FullStateDict | None:
     """What `torch.distributed.checkpoint.state_dict` wants whole, where it is what calls `Module.state_dict` or an optimizer's.
 
-    It gathers DTensors afterwards and takes plain tensors for whole; neither a module nor an optimizer is told. Its options
+    It gathers DTensors afterwards and takes plain tensors for whole; neither a module nor an optimizer is notified. Its options
     are in its frame.
     """
     frame = inspect.currentframe()
@@ -181,5 +181,5 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def reshaped(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor that nobody else has, in another shape; to autograd it is no view, which FSDP2 warns of at a module's output."""
+    """A tensor without another user, in another shape; to autograd it is no view, which FSDP2 warns of at a module's output."""
     return torch.ops.aten._unsafe_view(tensor, shape)

@@ -1,6 +1,6 @@
 """What the ranks are doing must be the same on all of them: whatever they gather says so, and every rank compares.
 
-Ranks that run different layers at one moment would otherwise exchange each other's token rows, in silence. So each gather of a
+Ranks that run different layers at one moment would otherwise exchange each other's tokens, in silence. So each gather of a
 model's ranks is a frame of one size, whatever it is about: a header, then the values, then padding. Any two of them can be
 compared, on every transport, and all ranks see the same headers, so all raise the same error.
 
@@ -115,8 +115,7 @@ class Agreement:
         return self._num_passes[layer] - 1
 
     def begin_forward(self, step: int, *, is_training: bool) -> int:
-        """Meet the other ranks at the beginning of the model's forward: `CollectiveError` where they are elsewhere, or do not
-        come.
+        """Compare all ranks' places where the model's forward begins: `CollectiveError` if they differ, or one is absent.
 
         The host waits, and no device does. Returns the forward's number, from 1.
         """
@@ -218,11 +217,11 @@ class Agreement:
         for rank, header in enumerate(headers_RH.tolist()):
             ranks_at[Place(*header)].append(self._global_rank(ranks, rank))
         places = list(ranks_at)
-        told = [f"{_named(ranks_at[place])}: {self._describe(place)}" for place in places[:_MOST_NAMED]]
-        told += [f"{len(places) - _MOST_NAMED} more places"] * (len(places) > _MOST_NAMED)
+        named = [f"{_named(ranks_at[place])}: {self._describe(place)}" for place in places[:_MOST_NAMED]]
+        named += [f"{len(places) - _MOST_NAMED} more places"] * (len(places) > _MOST_NAMED)
         here = self._global_rank(ranks, ranks.rank)
         raise CollectiveError(
-            f"rank {here}: the ranks are at different places of the program: {'; '.join(told)}. "
+            f"rank {here}: the ranks are at different places of the program: {'; '.join(named)}. "
             f"{_capitalized(self._cures(places))}"
         )
 
@@ -235,7 +234,7 @@ class Agreement:
     def _describe(self, place: Place) -> str:
         step, name = f"step {place.step}", self._name(place)
         at_layer = f"{step}, pass {place.number}, forward {place.forward} of the model ({_mode(place.is_training)})"
-        told: dict[int, str] = {
+        texts: dict[int, str] = {
             Doing.FORWARD: f"the beginning of forward {place.forward} of the model, {step} ({_mode(place.is_training)})",
             Doing.BACKWARD: f"the beginning of the backward of forward {place.forward} of the model, {step}",
             Doing.LAYER: f"{name}, {at_layer}",
@@ -244,7 +243,7 @@ class Agreement:
             Doing.OWNERS: f"handle.step() after {step}, where experts may change their owner",
             Doing.DRIFT: f"handle.step() after {step}, where ranks compare what they hold",
         }
-        return told.get(place.doing, f"no header of this version of moesaic ({place.doing})")
+        return texts.get(place.doing, f"no header of this version of moesaic ({place.doing})")
 
     def _name(self, place: Place) -> str:
         if not 0 <= place.layer < len(self._names) or crc32(self._names[place.layer].encode()) != place.name:

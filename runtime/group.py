@@ -1,4 +1,4 @@
-"""The ranks that share experts: how they talk, and what the planner knows of the machine they run on."""
+"""The ranks that share experts: their transports, and the topology that the planner prices with."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ._compat import time_limit_s
 class RankGroup:
     """The ranks of one FSSDP group, and this rank's replicas in groups that train other tokens beside it.
 
-    Token rows and expert weights travel on transports of their own, so that copies in flight for the next layer are
-    never mistaken for the rows of this one.
+    Routed tokens and expert weights travel on transports of their own, so that copies in flight for the next layer are
+    never mistaken for the tokens of this one.
     """
 
     tokens: Transport
@@ -61,7 +61,7 @@ class RankGroup:
 
     @property
     def control(self) -> Transport:
-        """Where ranks meet without a device; that of the tokens on CPU, so that whoever is elsewhere with them is met there."""
+        """Gathers in the host's memory; on CPU the transport of the tokens, which finds ranks at other places of the program."""
         return self.host or self.tokens
 
     @property

@@ -69,7 +69,7 @@ class MoELayer(nn.Module):
         """The router's losses, differentiable: of the last call, or, in a model that `shard_experts` returned a handle for, of
         all calls since the model's forward began. `Handle.aux_loss` sums them over layers."""
         self.sums_aux_loss = False
-        """Whether the losses of several calls add up; somebody then sets `aux_loss` to None where a forward begins."""
+        """Whether the losses of several calls add up; a hook then sets `aux_loss` to None where the model's forward begins."""
 
     @property
     def family(self) -> Family:

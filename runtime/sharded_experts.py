@@ -1,4 +1,4 @@
-"""The experts of one MoE layer as a module: tokens and their routing in, weighted sums of expert outputs out. It knows no router.
+"""The experts of one MoE layer as a module: tokens and their routing in, weighted sums of expert outputs out, no router.
 
 Shape letters: T tokens of this rank's micro-batch, D model dim, F expert ffn dim, E experts, K choices per token.
 """
@@ -35,7 +35,7 @@ class ExpertSource:
     weights: Callable[[int], ExpertTensors]
     """The tensors of one expert; views, or made when asked for."""
     is_trainable: Callable[[int, str], bool]
-    """Whether a weight of an expert learns."""
+    """Whether a weight of an expert is trained."""
     parameters: tuple[nn.Parameter, ...]
     """What holds them now, and will not any more."""
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-# In the order in which the data meets them.
+# In the order of the data flow.
 STAGES = ("route", "plan", "materialize", "dispatch", "experts", "combine", "reduce")
 
 

@@ -1,4 +1,4 @@
-"""Dispatch: where token rows go, and how they travel to their experts and back.
+"""Dispatch: the routes of tokens to the ranks that compute them, and the round trip along them.
 
 layouts.py      Index arithmetic of dispatch: consecutive pieces, their regrouping, and bags of rows to sum.
 handle.py       The routes of one forward's tokens, over one hop or two, and how tokens and results travel along them.

@@ -16,7 +16,7 @@ AUTO_SLOTS = 4
 
 @dataclass(frozen=True)
 class BankSize:
-    """What the prediction knows of a bank: bytes of one expert's copy and gradient, ranks, its layers' places in the model."""
+    """The sizes of a bank: bytes of one expert's copy and gradient, ranks, its layers' places in the model."""
 
     copy_bytes: int
     gradient_bytes: int

@@ -24,7 +24,7 @@ DropPolicy = Literal["probs", "position"]
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much experts take, and whom they turn away.
+    """Expert capacity and drop policy.
 
     A dropped assignment adds nothing to its token's output; the gate weights of the token's other experts stay as they are, as in
     Megatron-Core. A token whose assignments are all dropped keeps what passes beside the experts: the residual, shared experts.

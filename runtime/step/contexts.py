@@ -61,13 +61,18 @@ class PassId:
 class LayerContext:
     """What the passes of one layer share.
 
-    bank, pool: the owned experts, and the slots, which the layers of the bank share.
-    layer: the layer's index in the bank. num_experts: of the layer. make_handle: describes where tokens travel; `direct_handle`
-    or `by_node_handle`. keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
-    gradient_divisor: what this rank's gradients are divided by before all ranks' are added up; the number of ranks, for the
-    mean of
-        the ranks' losses, until the dense part is sharded with another.
-    under_way: the pass whose forward runs, or broke off.
+    Args:
+        name: the layer's name in its model.
+        layer: the layer's index in the bank.
+        num_experts: E.
+        model: what the model's layers share.
+        bank, pool: the owned experts, and the slots, which the layers of the bank share.
+        planner, counters, capacity: the layer's own.
+        make_handle: builds the routes of tokens; `direct_handle` or `by_node_handle`.
+        keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
+        gradient_divisor: the divisor of this rank's gradients before all ranks' are added up: the number of ranks, for the mean of
+            the ranks' losses, until the dense part is sharded with another divisor.
+        under_way: the pass whose forward runs, or broke off.
     """
 
     name: str

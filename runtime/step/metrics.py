@@ -12,7 +12,7 @@ from ...jit import run_seconds
 from ...placement import ExpertLoad, Problem, Solution, Solver
 from .planning import Plan
 
-# What a rank may wait for: copies of experts, their gradients to come home, and the token rows (with the loads that are told).
+# What a rank may wait for: copies of experts, the reduce of their gradients, and routed tokens (with the gathered loads).
 EXPOSED = ("gather", "reduce", "tokens")
 
 
@@ -110,7 +110,7 @@ def max_over_mean(counts: np.ndarray) -> float:
 def exposed_metrics(layers: Mapping[str, LayerCounters]) -> dict[str, float]:
     """Seconds of the step in which this rank did nothing but wait for others, on the host's clock.
 
-    exposed_gather_s, exposed_reduce_s, exposed_tokens_s   for copies of experts, for their gradients, for token rows; all layers
+    exposed_gather_s, exposed_reduce_s, exposed_tokens_s   for copies of experts, for their gradients, for routed tokens; all layers
     exposed_s/<layer>                                      the three together, for one layer
     """
     exposed = {name: counters.exposed_s for name, counters in layers.items()}
@@ -121,7 +121,7 @@ def exposed_metrics(layers: Mapping[str, LayerCounters]) -> dict[str, float]:
 def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, LinkCounts]) -> dict[str, float]:
     """One step as flat numbers: means over the MoE layers that ran, but for seconds, which are sums.
 
-    max_over_mean          rows of the busiest rank over the mean rank, as computed (with copies)
+    max_over_mean          routed tokens of the busiest rank over the mean rank, as computed (with copies)
     max_over_mean_static   the same had every expert stayed on its owner: plain expert parallelism on the same routing
     expert_max_over_mean   the busiest expert over the mean expert
     copies_per_layer       copies made, over all ranks

@@ -70,7 +70,7 @@ class LayerPlanner:
 
     Args:
         expert_to_owner_E: who owns this layer's experts.
-        topology, shape: of the machine and of the layer; they turn bytes and rows into seconds.
+        topology, shape: of the machine and of the layer; they turn bytes and routed tokens into seconds.
         solvers: propose the copies; of several, by name, the one that suits the layer.
         config: slots, split rule, predictor.
     """
@@ -106,7 +106,7 @@ class LayerPlanner:
         self._is_held = True
 
     def change_owners(self, expert_to_owner_E: np.ndarray) -> None:
-        """Plan for other owners from now on. What was learnt of the load stays true; a held placement is given up."""
+        """Plan for other owners from now on. Observed loads stay valid; a held placement is given up."""
         self._owners_E = expert_to_owner_E
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, self._topology.num_ranks))
         self._is_held = False

@@ -4,8 +4,8 @@ dense.py              The dense rest of a model: FSDP2 on its repeated blocks an
                       wraps it in.
 fingerprint.py        Fingerprints of tensors and texts: 64 bits that show whether two ranks hold the same, to the last bit.
 optimizer_numbers.py  The numbers of an optimizer, parameter by parameter, in words: what it updates with, and how often it did.
-forwards.py           Where a model's forward begins, and where its backward does, its ranks meet: who is elsewhere, or does not
-                      come, is named.
+forwards.py           All ranks compare their places where a model's forward begins, and where its backward does; absent ranks are
+                      named.
 migration_policy.py   When experts change their owner: observe, ask a solver in the background, move if it pays.
 profile.py            A profile of training steps as one Chrome trace: what this rank computed, and under what its communication
                       travelled.

@@ -1,8 +1,8 @@
-"""Where a model's forward begins, and where its backward does, its ranks meet: who is elsewhere, or does not come, is named.
+"""All ranks compare their places where a model's forward begins, and where its backward does; absent ranks are named.
 
 That is within the time limit. Without this the first to wait would be FSDP2, for as long as its process group allows and
 without a word on whom for. Each costs a gather of a few integers. A recomputation by activation checkpointing is no forward;
-and MoE layers that are called without the model's own forward meet at their own gathers, see agreement.py.
+and MoE layers that are called without the model's own forward compare at their own gathers, see agreement.py.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Meetings:
             tensor.register_hook(begin_backward)
 
     def _explain(self, error: BaseException) -> None:
-        """Add to an error of torch.distributed, as of FSDP2's gathers, what it does not know. Those of MoE layers know it."""
+        """Add to an error of torch.distributed, as of FSDP2's gathers, what it does not say. Those of MoE layers say it."""
         if isinstance(error, RuntimeError) and not isinstance(error, CollectiveError) and _is_of_torch_distributed(error):
             last = "none" if self._clock.completed is None else " of ".join(self._clock.completed)
             error.add_note(
@@ -88,7 +88,7 @@ class _Meetings:
 
 
 class _BeginBackward:
-    """Called with the gradient of each tensor that a forward returned: meets the other ranks once in every backward pass."""
+    """Called with the gradient of each tensor that a forward returned: compares the ranks' places once in every backward pass."""
 
     def __init__(self, layer: LayerRuntime, forward: int):
         self._layer, self._forward = layer, forward

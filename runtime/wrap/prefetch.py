@@ -2,7 +2,7 @@
 
 The copies of MoE layer l are launched when layer l-1 is done, so they travel under whatever lies between (the attention
 of layer l); those of the first layer when the model's forward begins. In backward the same between layer l and layer l-1, if
-layer l-1 has released its copies. Only this file knows.
+layer l-1 has released its copies. Nothing else launches copies ahead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..step.replay import is_recomputing
 
 
 def prefetch_in_order(model: nn.Module, layers: Sequence[ShardedExperts], with_losses: Sequence[MoELayer] = ()) -> None:
-    """Hook `model` and the experts of its MoE layers, given in the order in which forward meets them.
+    """Hook `model` and the experts of its MoE layers, given in the order of the forward.
 
     `with_losses`: the layers whose router losses are those of one forward.
 

@@ -131,7 +131,7 @@ def _check_mesh(mesh: DeviceMesh) -> None:
 
 
 def check_conversions(model: nn.Module, banks: Sequence[Bank]) -> None:
-    """Have `model.half()` and its like refused before they have converted what comes before the first experts."""
+    """Refuse `model.half()` and its like before they have converted what comes before the first experts."""
 
     def check_and_convert(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for bank in banks:
