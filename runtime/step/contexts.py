@@ -70,8 +70,8 @@ class LayerContext:
         planner, counters, capacity: the layer's own.
         make_handle: builds the routes of tokens; `direct_handle` or `by_node_handle`.
         keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
-        gradient_divisor: the divisor of this rank's gradients before all ranks' are added up: the number of ranks, for the mean of
-            the ranks' losses, until the dense part is sharded with another divisor.
+        gradient_divisor: what this rank's gradients are divided by before those of all ranks are summed: the number of ranks, for
+            the mean of the ranks' losses, until the dense part is sharded with another divisor.
         under_way: the pass whose forward runs, or broke off.
     """
 

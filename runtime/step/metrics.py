@@ -110,7 +110,7 @@ def max_over_mean(counts: np.ndarray) -> float:
 def exposed_metrics(layers: Mapping[str, LayerCounters]) -> dict[str, float]:
     """Seconds of the step in which this rank did nothing but wait for others, on the host's clock.
 
-    exposed_gather_s, exposed_reduce_s, exposed_tokens_s   for copies of experts, for their gradients, for routed tokens; all layers
+    exposed_gather_s, exposed_reduce_s, exposed_tokens_s   for copies, for their gradients, for routed tokens; all layers
     exposed_s/<layer>                                      the three together, for one layer
     """
     exposed = {name: counters.exposed_s for name, counters in layers.items()}
