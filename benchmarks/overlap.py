@@ -2,11 +2,10 @@
 
     moesaic bench overlap --nodes 2 --link-mbit 200 --profile FOLDER
 
-A small transformer of attention and MoE layers trains three times side by side, on the same weights and tokens: as usual, with
-token rows in one part, and with `DebugConfig.overlap` off, which waits for whatever is launched right after its launch. Every
-rank holds copies of another node's experts, so the bytes are the same in every step. They take turns, step by step; what counts
-is the wait of the rank that waited longest. Token rows hide under shared experts (`--shared-ffn`), under experts that are
-computed for a rank's own tokens alone, as the copies here are, and a part of them under the experts of the other part.
+A small transformer of attention and MoE layers trains twice side by side, on the same weights and tokens: as usual, and with
+`DebugConfig.overlap` off, which waits for whatever is launched right after its launch. Every rank holds copies of another
+node's experts, so the bytes are the same in every step. The two take turns, step by step; what counts is the wait of the rank
+that waited longest. Copies and their gradients hide under attention, routed tokens under shared experts (`--shared-ffn`).
 """
 
 from __future__ import annotations

@@ -28,5 +28,5 @@ def test_modes_side_by_side(tmp_path: Path) -> None:
         assert row["exposed_tokens_s_min"] <= row["exposed_tokens_s"] <= row["exposed_tokens_s_max"]
         assert row["step_s_min"] <= row["step_s"] <= row["step_s_max"]
     assert rows[-1]["ratio_to_no_overlap"] == rows[-1]["ratio_tokens"] == 1.0
-    names = {f"{mode}-rank-{rank}.json" for mode in ("overlap", "overlap-rows-in-one-part", "no-overlap") for rank in range(2)}
+    names = {f"{mode}-rank-{rank}.json" for mode in ("overlap", "no-overlap") for rank in range(2)}
     assert {path.name for path in tmp_path.iterdir()} == names
