@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import Buffer
-from ..placement import OwnerMap, get_solver
+from ..placement import OwnerMap
 from ._compat import full_state_dict_requested, outside_graphs
 from .experts.bank import Bank
 from .experts.expert import Expert, ExpertShape, ExpertTensors
@@ -82,8 +82,7 @@ class ShardedExperts(nn.Module):
 
     def _run_on(self, bank: Bank) -> None:
         """Run on one process, on a bank that holds every expert of this layer."""
-        solver = get_solver("static", keeps_owners=True)
-        self.runtime = LayerRuntime.on_one_process(bank, self.top_k, self.capacity, single_rank_group(), solver)
+        self.runtime = LayerRuntime.on_one_process(bank, self.top_k, self.capacity, single_rank_group())
         self._follow_bank()
 
     @outside_graphs

@@ -40,7 +40,7 @@ class SolverChoice:
         split: Callable[[ExpertLoad, Placement, Topology], Split],
     ):
         self._candidates, self._split = dict(candidates), split
-        self._num_solved = 0
+        self._num_observed = 0  # of the forecasts that a forward followed which is observed
         self._trial: dict[str, Placement] = {}
         self._seconds: dict[str, deque[float]] = {name: deque(maxlen=FIRST_TRIALS) for name in candidates}
         self.chosen = next(iter(candidates))
@@ -48,25 +48,34 @@ class SolverChoice:
 
     @property
     def solver(self) -> Callable[[Problem], Solution]:
-        """The same."""
+        """The solver that places the copies."""
         return self._candidates[self.chosen]
 
-    def solve(self, forecast: Problem) -> Placement:
-        """The placement for a forecast, by the chosen solver; in a trial by all."""
-        is_trial = len(self._candidates) > 1 and (self._num_solved < FIRST_TRIALS or self._num_solved % TRIAL_EVERY == 0)
-        self._num_solved += 1
-        if not is_trial:
-            self._trial = {}
-            return self.solver(forecast).placement
-        self._trial = {name: solver(forecast).placement for name, solver in self._candidates.items()}
-        return self._trial[self.chosen]
+    @property
+    def is_trying(self) -> bool:
+        """Whether all candidates have placed the copies of the forward that comes, and `observe` is to price them."""
+        return bool(self._trial)
+
+    def solve(self, forecast: Problem, *, is_observed: bool = True) -> Placement:
+        """The placement for a forecast, by the chosen solver.
+
+        `is_observed`: the load that comes will be observed, so that all candidates may be tried.
+        """
+        self._trial = {}
+        if is_observed and len(self._candidates) > 1:
+            if self._num_observed < FIRST_TRIALS or self._num_observed % TRIAL_EVERY == 0:
+                self._trial = {name: solver(forecast).placement for name, solver in self._candidates.items()}
+                return self._trial[self.chosen]
+            self._num_observed += 1
+        return self.solver(forecast).placement
 
     def observe(self, exact: Problem) -> None:
         """Price the placements of a trial for the exact load, and choose anew."""
-        if not self._trial:
+        if not self.is_trying:
             return
         for name, placement in self._trial.items():
             predicted = cost(exact, placement, self._split(exact.load, placement, exact.topology))
             self._seconds[name].append(predicted.total_s + PLANNER_S[name](exact.num_ranks, exact.shape.num_experts))
+        self._num_observed += 1
         self._trial = {}
         self.chosen = min(self._seconds, key=lambda name: sum(self._seconds[name]))

@@ -66,21 +66,26 @@ class TokenExchange:
         if not self._overlap:
             self.wait()
 
-    def wait(self) -> Tensor:
-        """Wait for the tokens of this rank's experts: expert-major [N, D]. A second call returns the same."""
+    def wait(self) -> None:
+        """Wait for the tokens of this rank's experts."""
         assert self._tokens is not None
         if not self._tokens.has_arrived:
             with self._clock(self._out.stage, True):
                 self._tokens.wait()
             self._transport.traffic.finished(self)
-        return self._tokens.wait()
+
+    def take(self) -> Tensor:
+        """The tokens of this rank's experts, expert-major [N, D]; nothing else holds them afterwards."""
+        self.wait()
+        assert self._tokens is not None
+        tokens, self._tokens = self._tokens, None
+        return tokens.wait()
 
     def send_back(self, y_ND: Tensor, gate_grads_N: Tensor | None = None, *, launch: bool = True) -> None:
         """Launch the experts' outputs, or gradients of tokens and gate weights, back to the source ranks.
 
         `launch=False` leaves that to `combine`: a recomputation may end before it.
         """
-        self._tokens = None
         self._results = y_ND, gate_grads_N
         if launch:
             self._launch_back()
@@ -92,7 +97,7 @@ class TokenExchange:
             self._returning = self._handle.send_back(y_ND, self._transport, self._back.op, self._where, gate_grads_N)
             self._transport.traffic.unfinished = self
             if not self._overlap:
-                self._returning.wait()
+                self.drain()
 
     def combine(self) -> Combined:
         """Wait for the results of this rank's tokens, summed over their experts."""

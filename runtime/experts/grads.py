@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import Enum, auto
 
 import torch
 from torch import Tensor
@@ -22,17 +21,6 @@ from .._compat import call_after_backward, current_backward_id, will_run
 from .bank import Bank
 from .expert import ExpertTensors, group_weights
 from .slots import SlotPool
-
-
-class GradState(Enum):
-    """The state of a pass's gradients."""
-
-    IDLE = auto()
-    """No backward pass has reached the experts, or its reduce is complete."""
-    WRITTEN = auto()
-    """The experts' backward ran in a pass that adds to `.grad`; gradients of copies are in buffers of this rank."""
-    REDUCING = auto()
-    """The sparse reduce-scatter adds the gradients of copies to those of the owners."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +58,7 @@ class ExpertGrads:
     ):
         self._bank, self._layer, self._pool, self._transport = bank, layer, pool, transport
         self._where, self._op, self._clock, self._wire = where, op, clock, wire
-        self.state = GradState.IDLE
-        self.backward_id = -1  # the last backward pass that wrote gradients
+        self.backward_id = -1  # the last backward pass that reached the experts and adds to `.grad`
         self.is_trained = True  # some rank trains a weight of an expert of the layer; the same on every rank
         self._anchor: Node | None = None  # runs in those backward passes that add to `.grad`
         self._of_copies: dict[int, ExpertTensors] = {}
@@ -98,7 +85,7 @@ class ExpertGrads:
         assert self._anchor is not None
         if not will_run(self._anchor):
             return None
-        self.backward_id, self.state = current_backward_id(), GradState.WRITTEN
+        self.backward_id = current_backward_id()
         if not self.is_trained:
             return None
         bank = self._bank
@@ -108,13 +95,12 @@ class ExpertGrads:
         return GradTargets(group_weights(targets), tuple(e in self._of_copies or is_empty[e] for e in experts))
 
     @property
-    def is_written(self) -> bool:
-        """Whether the running backward pass wrote gradients that are not being reduced yet."""
-        return self.state is GradState.WRITTEN and self.backward_id == current_backward_id()
+    def is_reached(self) -> bool:
+        """Whether the running backward pass adds to `.grad` and has reached the experts."""
+        return self.backward_id == current_backward_id()
 
     def launch(self, schedule: Schedule) -> None:
         """Launch the reduce. The copies' weights are not needed any more, and have given their slots back."""
-        self.state = GradState.REDUCING
         if not self.is_trained:
             return
         bank = self._bank
@@ -142,7 +128,6 @@ class ExpertGrads:
             for slot in (*self._of_copies.values(), *self._staging):
                 self._pool.release(slot)
             self._reduce, self._of_copies, self._staging, self._sums = None, {}, [], {}
-            self.state = GradState.IDLE
 
     def discard(self) -> None:
         """Redirect contributions still in flight to a scratch buffer. The reduce must still be finished: peers may depend on this

@@ -81,7 +81,7 @@ class Replicas:
 
     def launch_again(self, experts: Sequence[int], schedule: Schedule, op: str) -> None:
         """In backward: gather the copies again, unless they are here or on their way. All ranks at the same point."""
-        self._pool.make_room_for(self)
+        self._pool.release_others(self)
         if self.state is ReplicaState.RELEASED:
             self._pool.hold_until_backward_ends(self)
             self.launch(experts, schedule, op)

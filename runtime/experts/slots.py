@@ -59,7 +59,7 @@ class SlotPool:
         """Give a buffer back."""
         self._free.append(buffer)
 
-    def make_room_for(self, holder: Holder) -> None:
+    def release_others(self, holder: Holder) -> None:
         """Release the copies that were gathered again for another pass: one pass at a time has such copies.
 
         They wait for a backward that may never come, or that comes after this one's: several layers under one activation
@@ -75,9 +75,9 @@ class SlotPool:
         call_after_backward(self._release_gathered_again)
 
     def _release_gathered_again(self) -> None:
-        holder, self._gathered_again = self._gathered_again, None
-        if holder is not None:
-            holder.release()
+        if self._gathered_again is not None:
+            self._gathered_again.release()
+            self._gathered_again = None
 
 
 def lasting(transport: Transport, size: Sequence[int], like: Tensor) -> Tensor:

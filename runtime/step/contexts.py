@@ -13,7 +13,7 @@ from ..config import DebugConfig
 from ..dispatch.handle import DispatchHandle
 from ..experts.bank import Bank
 from ..experts.grads import PendingReduces
-from ..experts.slots import SlotPool
+from ..experts.slots import Holder, SlotPool
 from ..group import RankGroup
 from ..routing.capacity import Capacity
 from ..stages import StageClock
@@ -41,7 +41,7 @@ class ModelContext:
 class PassId:
     """Which forward of which layer: the same on every rank."""
 
-    layer: str
+    layer_name: str
     number: int  # of the layer's passes in this step
     step: int
     plan: int
@@ -50,7 +50,7 @@ class PassId:
     @property
     def where(self) -> str:
         """Step, layer, plan and pass, for errors, profiles and the tags of messages."""
-        return f"step {self.step}, {self.layer}, plan {self.plan}, pass {self.number}"
+        return f"step {self.step}, {self.layer_name}, plan {self.plan}, pass {self.number}"
 
     def op(self, name: str) -> str:
         """The name under which traffic is counted: that of evaluation is kept apart from that of training steps."""
@@ -63,7 +63,7 @@ class LayerContext:
 
     Args:
         name: the layer's name in its model.
-        layer: the layer's index in the bank.
+        index: the layer's index in the bank.
         num_experts: E.
         model: what the model's layers share.
         bank, pool: the owned experts, and the slots, which the layers of the bank share.
@@ -76,7 +76,7 @@ class LayerContext:
     """
 
     name: str
-    layer: int
+    index: int
     num_experts: int
     model: ModelContext
     bank: Bank
@@ -87,10 +87,10 @@ class LayerContext:
     make_handle: Callable[..., DispatchHandle]
     keeps_copies: bool
     gradient_divisor: Callable[[], float]
-    under_way: object = None
+    under_way: Holder | None = None
 
     @contextmanager
-    def stage(self, this: PassId, name: str, is_complete: bool = True) -> Iterator[None]:
+    def stage(self, pass_id: PassId, name: str, is_complete: bool = True) -> Iterator[None]:
         """The clock and profiler range of one stage; in training, its waits for other ranks are counted.
 
         `is_complete`: the stage is over at the end, and not only launched.
@@ -100,7 +100,7 @@ class LayerContext:
         with clock.stage(name, self.name):
             yield
         if is_complete:
-            clock.completed = name, this.where
-        if this.is_training:
+            clock.completed = name, pass_id.where
+        if pass_id.is_training:
             self.counters.exposed_s["tokens"] += tokens.waited_s - tokens_s
             self.counters.exposed_s["reduce" if name == "reduce" else "gather"] += experts.waited_s - experts_s

@@ -4,11 +4,15 @@ The pass holds what both must agree on: the routing decision, the plan, the rout
 on the autograd nodes of its own forward, so interleaved micro-batches cannot be confused, and a recomputation finds the passes
 that it repeats with its checkpoint (replay.py).
 
-[Note: the order of collectives] Every rank enters the collectives of a group in one order, which follows from the program,
-never from what a rank holds: ranks without tokens, copies or trained experts enter them all the same.
+[Note: the order of collectives] Every rank enters the collectives of one transport in one order, which follows from the program,
+never from what the rank holds: ranks without tokens, copies or experts enter them all the same. Two flags decide besides, and are
+the same on all ranks: whether the plan has further copies, and whether any rank trains an expert of the layer.
 
-    forward     gather copies (launched ahead) | gather counts | metadata | tokens out | outputs back
-    backward    gather copies again, if released | gradients out | gradients back | reduce (waited for by the next layer)
+    experts   gather (launched ahead) | further copies, after the counts || gather again, if released | reduce, at the very end
+    tokens    counts | metadata | tokens out | outputs back              || gradients out | gradients back, with those of gates
+    replicas  counts of all groups, for the router's losses, after the forward
+
+A reduce is waited for by the layer that is next in backward, or at the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -37,14 +41,14 @@ from .planning import Plan
 class LayerPass:
     """One forward and its backward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
 
-    def __init__(self, layer: LayerContext, this: PassId, plan: Plan):
-        model = layer.model
-        experts = layer.bank, layer.layer, layer.pool, model.group.experts, this.where
-        clocks = [partial(layer.stage, this, stage) for stage in ("materialize", "reduce")]
-        self.layer, self.id, self.planned = layer, this, plan
+    def __init__(self, layer: LayerContext, pass_id: PassId, plan: Plan):
+        experts, where, debug = layer.model.group.experts, pass_id.where, layer.model.debug
+        gathering, reducing = (partial(layer.stage, pass_id, stage) for stage in ("materialize", "reduce"))
+        place = layer.bank, layer.index, layer.pool, experts, where
+        self.layer, self.id, self.planned = layer, pass_id, plan
+        self.replicas = Replicas(*place, gathering, overlap=debug.overlap)
+        self.grads = ExpertGrads(*place, pass_id.op("reduce"), reducing, wire=layer.model.wire)
         self.is_replay = False  # an activation checkpoint repeats the forward, for a backward that is next
-        self.replicas = Replicas(*experts, clocks[0], overlap=model.debug.overlap)
-        self.grads = ExpertGrads(*experts, this.op("reduce"), clocks[1], wire=model.wire)
         self.topk_ids_TK: Tensor | None = None
         self.load: ExpertLoad | None = None
         self.load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
@@ -99,23 +103,23 @@ class LayerPass:
 
     def _measure(self, counts_E: Tensor) -> ExpertLoad:
         """Every rank's counts [R, E], and with them whether any rank trains experts of the layer."""
-        layer, this = self.layer, self.id
+        layer, pass_id = self.layer, self.id
         bank, traffic = layer.bank, layer.model.group.tokens.traffic
         with self.stage("plan"):
             start_s = perf_counter()
             gathered = layer.model.agreement.gather_counts(
                 counts_E,
-                this.layer,
-                this.number,
-                this.step,
-                is_training=this.is_training,
-                flags=int(bank.is_trainable(layer.layer)),
-                where=this.where,
+                pass_id.layer_name,
+                pass_id.number,
+                pass_id.step,
+                is_training=pass_id.is_training,
+                flags=int(bank.is_trainable(layer.index)),
+                where=pass_id.where,
             )
             end_s = perf_counter()
-            traffic.add_wait(this.op("measure"), this.where, start_s, end_s, start_s, end_s)
+            traffic.add_wait(pass_id.op("measure"), pass_id.where, start_s, end_s, start_s, end_s)
         self.grads.is_trained = bool(gathered.flags_R.any())
-        bank.expert_ranks.learning[this.layer] = gathered.flags_R != 0
+        bank.expert_ranks.learning[pass_id.layer_name] = gathered.flags_R != 0
         return ExpertLoad(gathered.host_Rn)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -140,16 +144,20 @@ class LayerPass:
             self.replicas.release()
         return y_TD
 
+    def release(self) -> None:
+        """Give back the slots of a pass whose forward never came, or broke off."""
+        self.replicas.release()
+
     def router_loss(self, router: Router, routing: Routing) -> Tensor:
         """The router's losses on this rank. A global batch is that of all replicas, group after group."""
-        model, this, load = self.layer.model, self.id, self.load
+        model, pass_id, load = self.layer.model, self.id, self.load
         assert load is not None
         replicas, rank = model.group.replicas, model.group.rank
         if replicas.world_size > 1:
             if self.load_of_all is None:
                 counts = torch.from_numpy(load.load_RE.flatten()).to(self.layer.bank.device)
-                place = this.layer, this.number, this.step
-                loads = model.agreement.gather_loads(counts, *place, is_training=this.is_training, where=this.where)
+                place = pass_id.layer_name, pass_id.number, pass_id.step
+                loads = model.agreement.gather_loads(counts, *place, is_training=pass_id.is_training, where=pass_id.where)
                 self.load_of_all = ExpertLoad(loads.host_Rn.reshape(-1, load.num_experts))
             load, rank = self.load_of_all, replicas.rank * load.num_ranks + rank
         return router.loss(routing, load, rank)
@@ -172,7 +180,7 @@ class LayerPass:
     def compute(self) -> tuple[Tensor, ...]:
         """Forward of `Experts`."""
         assert self.tokens is not None and self.handle is not None
-        x_ND, handle, clamp = self.tokens.wait(), self.handle, self.layer.bank.shape.clamp
+        x_ND, handle, clamp = self.tokens.take(), self.handle, self.layer.bank.shape.clamp
         with self.stage("experts"):
             run = grouped_ffn if clamp is None else partial(clamped_ffn, clamp=clamp)
             output = run(x_ND, handle.gate_weights_N, self.replicas.weights(handle.experts), handle.group_sizes)
@@ -211,11 +219,12 @@ class LayerPass:
     def compute_gradients(self, *saved: Tensor) -> None:
         """Backward of `Experts`. Weights' gradients are written where they belong: in the bank's rows, or in copies' buffers."""
         assert self.token_grads is not None and self.handle is not None
+        self.tokens = None  # that of a recomputation which ended behind the experts
         (x_ND, gate_up_N2F), handle, clamp = saved, self.handle, self.layer.bank.shape.clamp
         self.replicas.check_weights_unchanged()
         self.layer.model.reduces.make_room()
         self.replicas.wait()
-        dy_ND = self.token_grads.wait()
+        dy_ND = self.token_grads.take()
         with self.stage("experts"):
             run = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)
             targets = self.grads.targets(handle.experts, tuple(self.replicas.slots))
@@ -242,7 +251,7 @@ class LayerPass:
         assert self.token_grads is not None and self.handle is not None
         combined, handle = self.token_grads.combine(), self.handle
         self.token_grads = None
-        if self.grads.is_written:
+        if self.grads.is_reached:
             self.replicas.release()
             self.grads.launch(self.planned.reduce)
             self.layer.model.reduces.add(self.grads)
@@ -257,7 +266,7 @@ class LayerPass:
 
     def _exchange(self, handle: DispatchHandle, out: tuple[str, str], back: tuple[str, str]) -> TokenExchange:
         """A round trip whose ways are stages, and traffic of these names."""
-        model, this = self.layer.model, self.id
-        out_way, back_way = (Direction(stage, this.op(op)) for stage, op in (out, back))
-        clock = partial(self.layer.stage, this)
-        return TokenExchange(handle, model.group.tokens, out_way, back_way, this.where, clock, overlap=model.debug.overlap)
+        model, pass_id = self.layer.model, self.id
+        out_way, back_way = (Direction(stage, pass_id.op(op)) for stage, op in (out, back))
+        clock = partial(self.layer.stage, pass_id)
+        return TokenExchange(handle, model.group.tokens, out_way, back_way, pass_id.where, clock, overlap=model.debug.overlap)

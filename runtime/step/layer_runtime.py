@@ -7,7 +7,7 @@ from functools import partial
 from typing import Self
 from weakref import ref
 
-from ...placement import LayerShape, Solver, Topology
+from ...placement import LayerShape, Solver, Topology, get_solver
 from ..agreement import Agreement
 from ..config import DebugConfig, RuntimeConfig
 from ..dispatch.by_node import by_node_handle
@@ -70,7 +70,7 @@ class LayerRuntime:
         self.planner = LayerPlanner(owners_E, topology, shape, timed, config)
         self.context = LayerContext(
             name=name,
-            layer=layer,
+            index=layer,
             num_experts=int(owners_E.size),
             model=model,
             bank=bank,
@@ -87,13 +87,23 @@ class LayerRuntime:
         self._latest: ref[LayerPass] | None = None
 
     @classmethod
-    def on_one_process(cls, bank: Bank, top_k: int, capacity: Capacity, group: RankGroup, solver: Solver) -> Self:
+    def on_one_process(cls, bank: Bank, top_k: int, capacity: Capacity, group: RankGroup) -> Self:
         """A layer that is not sharded, on a bank of its own that holds every expert."""
-        config, name = RuntimeConfig(policy="static", slots=0), "layer"
+        config, name, solvers = RuntimeConfig(policy="static", slots=0), "layer", {"static": get_solver("static")}
         agreement = Agreement(group, {name: bank.owners.num_experts})
         model = ModelContext(group, StageClock(), agreement, PendingReduces(), config.debug)
         pool = SlotPool(bank.shape, group.experts)
-        return cls(name, 0, top_k, model, bank, pool, solvers={config.policy: solver}, config=config, capacity=capacity)
+        return cls(
+            name,
+            0,
+            top_k,
+            model,
+            bank,
+            pool,
+            solvers=solvers,
+            config=config,
+            capacity=capacity,
+        )
 
     def follow_bank(self) -> None:
         """Plan by the bank's owner map, which has changed. No pass may be under way."""
@@ -128,8 +138,8 @@ class LayerRuntime:
         """Before weights change: release copies whose forward never came, or broke off, and finish reduces whose backward did."""
         self.context.model.reduces.finish()
         for left in (self._prefetched, self.context.under_way):
-            if isinstance(left, LayerPass):
-                left.replicas.release()
+            if left is not None:
+                left.release()
         self._prefetched = self.context.under_way = None
 
     @property
@@ -149,7 +159,7 @@ class LayerRuntime:
 
     def _launch(self, is_training: bool) -> LayerPass:
         with self.context.model.clock.stage("plan", self.name), self.counters.planning():
-            plan = self.planner.place()
+            plan = self.planner.place(is_training=is_training)
             number = self.agreement.next_pass(self.name, self.step)
             self.bank.claim(self.layer)
             this = LayerPass(self.context, PassId(self.name, number, self.step, plan.number, is_training), plan)

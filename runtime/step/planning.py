@@ -123,13 +123,14 @@ class LayerPlanner:
             forecast_error=forecast_error,
         )
 
-    def place(self) -> Plan:
+    def place(self, *, is_training: bool = True) -> Plan:
         """The placement for the next forward. Before the first load it is ownership alone, unless one is held."""
         if self._is_held:
             return self._plan
         predicted = self._predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
-            placement = self.choice.solve(self.problem(predicted, self._predictor.expected_error()))
+            forecast = self.problem(predicted, self._predictor.expected_error())
+            placement = self.choice.solve(forecast, is_observed=is_training)
             if placement != self._plan.placement:
                 self._check_budget(placement)
                 self._plan = self._plan_of(placement)
@@ -145,7 +146,7 @@ class LayerPlanner:
         if more is None:
             return plan
         self._check_budget(more.placement)
-        _, added = self.gather_of(added_copies(more.placement, plan.placement))
+        _, added = self._gather_of(added_copies(more.placement, plan.placement))
         return replace(self._plan_of(more.placement), split=more, added=added, number=plan.number)
 
     @property
@@ -162,7 +163,8 @@ class LayerPlanner:
         error = None if self._predicted is None else prediction_error(self._predicted, load)
         if error is not None:
             self._errors.append(error)
-        self.choice.observe(self.problem(load))
+        if self.choice.is_trying:
+            self.choice.observe(self.problem(load))
         self._predictor.observe(load)
         return error
 
@@ -181,7 +183,7 @@ class LayerPlanner:
         Sums are made in fp32. A relay forwards partial sums, which therefore must travel in fp32; narrower gradients, and those
         that are narrowed for the wire, go straight to the owner, in two chunks so that the sum in progress takes half an expert.
         """
-        shape, (name, gather) = self._shape, self.gather_of(placement)
+        shape, (name, gather) = self._shape, self._gather_of(placement)
         if shape.gradient_bytes_per_element >= 4:
             reduce = gather.transpose().limit_receives(staging_limit(self._slots))
         else:
@@ -190,7 +192,7 @@ class LayerPlanner:
         self._num_plans += 1
         return Plan(placement, name, gather, reduce, counted, self._num_plans - 1)
 
-    def gather_of(self, placement: Placement) -> tuple[str, Schedule]:
+    def _gather_of(self, placement: Placement) -> tuple[str, Schedule]:
         """The gather of a placement's copies, and its name: as configured, or the one that is predicted to be fastest."""
         if self._debug.schedule == "auto":
             choice = choose_schedule(placement, self._topology, self._shape)

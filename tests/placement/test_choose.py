@@ -65,6 +65,19 @@ def test_the_others_are_asked_in_trials_only() -> None:
     assert calls == {"quota": 2 * TRIAL_EVERY + 1, "balance": FIRST_TRIALS + 2}
 
 
+def test_forwards_that_are_not_observed_use_up_no_trial() -> None:
+    """An evaluation at the place of a trial: the next training forward is the trial."""
+    calls = dict.fromkeys(AUTO, 0)
+    choice = SolverChoice({name: counted(calls, name) for name in AUTO}, split_exact)
+    (load,) = loads(1, 1)
+    for _ in range(TRIAL_EVERY + 1):
+        choice.solve(problem(load, 1e9), is_observed=False)
+        assert not choice.is_trying
+        choice.solve(problem(load, 1e9))
+        choice.observe(problem(load, 1e9))
+    assert calls["balance"] == FIRST_TRIALS + 1
+
+
 def test_one_candidate_is_simply_asked() -> None:
     calls = {"quota": 0}
     choice = SolverChoice({"quota": counted(calls, "quota")}, split_exact)

@@ -305,6 +305,17 @@ def test_where_rows_went_is_kept_no_longer_than_backward_needs_it() -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_recomputation_leaves_no_tokens_behind() -> None:
+    """torch ends it behind the experts, where nothing is saved later; its outputs are not kept for as long as the loss is."""
+    experts, x = MoELayer(8, 6, 3, 2).experts, torch.randn(9, 8, requires_grad=True)
+    ids_TK = torch.tensor([[0, 1]] * 9)
+    loss = checkpointed(lambda x: x + experts(x, ids_TK, torch.ones(9, 2)), x).sum()
+    this = experts.runtime.latest_pass
+    loss.backward()
+    assert this is not None and this.is_replay
+    assert this.tokens is this.token_grads is this.handle is None
+
+
 def test_second_derivatives_are_refused() -> None:
     """Also where the first is taken of a sum, so that no gradient that comes in leads anywhere."""
     x = torch.randn(3, 8, requires_grad=True)

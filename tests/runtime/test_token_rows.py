@@ -151,6 +151,8 @@ def break_off(rank: int, transport: str, when: str) -> tuple[dict[str, Tensor], 
         if breaks:
             in_flight = (left._tokens, left._returning) if isinstance(left, TokenExchange) else ()
             assert all(tokens is None or tokens.has_arrived for tokens in in_flight), "tokens are left on their way"
+        if breaks and when == "experts":
+            assert broken is not None and broken.tokens is not None and broken.tokens._tokens is None, "tokens are kept"
         if breaks and when in ("forward", "experts"):
             assert broken is not None and broken.replicas.state is ReplicaState.RELEASED
         handle.step()
