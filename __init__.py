@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .runtime import (
         Adapter,
+        CollectiveError,
         DebugConfig,
+        DriftError,
         Handle,
         MoELayer,
         Router,
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "CollectiveError",
     "DebugConfig",
+    "DriftError",
     "Handle",
     "MoELayer",
     "Router",

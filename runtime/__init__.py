@@ -19,17 +19,21 @@ adapters/           Adapters: MoE layers of other models.
 wrap/               Wrapping a model: `shard_experts`, and the handle that it returns.
 """
 
+from ..collectives import CollectiveError
 from .adapters import Adapter, register_adapter
 from .config import DebugConfig, RouterConfig, RuntimeConfig
 from .layer import MoELayer
 from .routing.router import Router, Routing
 from .sharded_experts import ShardedExperts
+from .wrap.drift import DriftError
 from .wrap.handle import Handle
 from .wrap.shard import shard_experts
 
 __all__ = [
     "Adapter",
+    "CollectiveError",
     "DebugConfig",
+    "DriftError",
     "Handle",
     "MoELayer",
     "Router",
