@@ -21,7 +21,7 @@ wrap/               Wrapping a model: `shard_experts`, and the handle that it re
 
 from ..collectives import CollectiveError
 from .adapters import Adapter, register_adapter
-from .config import DebugConfig, RouterConfig, RuntimeConfig
+from .config import DebugConfig, MigrationConfig, RouterConfig, RuntimeConfig
 from .layer import MoELayer
 from .routing.router import Router, Routing
 from .sharded_experts import ShardedExperts
@@ -35,6 +35,7 @@ __all__ = [
     "DebugConfig",
     "DriftError",
     "Handle",
+    "MigrationConfig",
     "MoELayer",
     "Router",
     "RouterConfig",

@@ -74,6 +74,7 @@ def test_public_names() -> None:
         "DebugConfig",
         "DriftError",
         "Handle",
+        "MigrationConfig",
         "MoELayer",
         "Router",
         "RouterConfig",

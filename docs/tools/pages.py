@@ -30,9 +30,9 @@ _CONFIGURATION = f"""\
 
 # Configuration
 
-Every option of a training run: its default, the values it takes and what it does. `[router]`, `[runtime]` and
-`[runtime.debug]` are `RouterConfig`, `RuntimeConfig` and `DebugConfig` of the Python API as well; the other sections belong to
-`moesaic train`.
+Every option of a training run: its default, the values it takes and what it does. `[router]`, `[runtime]`,
+`[runtime.migration]` and `[runtime.debug]` are `RouterConfig`, `RuntimeConfig`, `MigrationConfig` and `DebugConfig` of the
+Python API as well; the other sections belong to `moesaic train`.
 
 - In a file: `moesaic train --config run.toml`, with sections and keys as below.
 - On the command line: `--set section.key=value`, as often as needed, over the file. A value is read as TOML (`0.1`, `true`,

@@ -63,7 +63,7 @@ class Handle:
         self._rehomers = [
             Rehomer(bank, self._layers_of(bank), group, config)
             for bank in self.banks
-            if config.rehome_every and group.world_size > 1
+            if config.migration.every and group.world_size > 1
         ]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -109,7 +109,7 @@ class Handle:
 
         The backward of every forward must have run: weights count as changed from here on.
 
-        With `RuntimeConfig.rehome_every` experts may change their owner here; `optimizer`, whose state goes along, must be given.
+        With `RuntimeConfig.migration` experts may change their owner here; `optimizer`, whose state goes along, must be given.
 
         Collective: after the first step, and every `RuntimeConfig.check_replicas_every`, ranks compare what they must hold alike.
 
@@ -117,7 +117,9 @@ class Handle:
             DriftError: a `RuntimeError`, on every rank, if they differ; see docs/composability.md, "Ranks that drift apart".
         """
         if self._rehomers and optimizer is None:
-            raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
+            raise ValueError(
+                f"runtime.migration.every is {self.config.migration.every}, but handle.step() got no optimizer; give it"
+            )
         for layer in self.layers.values():
             layer.runtime.drop_prefetched()
         counters = [layer.runtime.counters for layer in self.layers.values()]
@@ -204,7 +206,7 @@ class Handle:
     def metrics(self) -> dict[str, float]:
         """The last closed step in numbers; docs/training.md lists the keys.
 
-        With `RuntimeConfig.rehome_every` also moved_experts: experts that changed their owner after the step.
+        With `RuntimeConfig.migration` also moved_experts: experts that changed their owner after the step.
         """
         return dict(self._metrics)
 

@@ -1,8 +1,8 @@
 """When experts change their owner: observe, ask a solver in the background, move if it pays.
 
-Every `rehome_every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
+Every `migration.every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
 waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
-follows what it finds. So ranks agree on the step of a move. An answer may be ten times `rehome_every` steps old, since what it is
+follows what it finds. So ranks agree on the step of a move. An answer may be ten times as many steps old, since what it is
 worth is judged by the load observed in between: a move must save more predicted seconds until the next question than it is
 expected to take. How long moves take is measured: of two equal runs one may move where the other does not, which changes no loss
 beyond rounding.
@@ -143,7 +143,7 @@ class Rehomer:
     Args:
         bank, layers: the bank and its layers, in order.
         group: the ranks; rank 0 solves.
-        config: `rehome_every`, `debug.rehome_effort`, policy.
+        config: `migration`, `debug.migration_effort`, policy.
     """
 
     def __init__(self, bank: Bank, layers: Sequence[ShardedExperts], group: RankGroup, config: RuntimeConfig):
@@ -160,7 +160,7 @@ class Rehomer:
 
     def step(self, step: int, loads_LRE: np.ndarray, optimizer: torch.optim.Optimizer | None) -> None:
         """Close step number `step` (from 1) with the loads it had. Collective."""
-        every = self._config.rehome_every
+        every = self._config.migration.every
         self._loads = loads_LRE.copy() if self._loads is None else self._loads + loads_LRE
         self._num_steps += 1
         late_by = step - self._asked_at - max(1, every // 2)
@@ -171,7 +171,7 @@ class Rehomer:
             if self._solver is not None:
                 move_s = bytes_per_expert(states) / self._rate.bytes_per_s
                 self._solver.ask(
-                    Question(self._problems(), self._config.policy, self._config.debug.rehome_effort, move_s / every)
+                    Question(self._problems(), self._config.policy, self._config.debug.migration_effort, move_s / every)
                 )
             self._loads, self._num_steps, self._asked_at = None, 0, step
 
@@ -188,7 +188,7 @@ class Rehomer:
         current, expert_bytes = self.bank.owners, bytes_per_expert(expert_states(self.bank, optimizer))
         decided: tuple[OwnerMap, Decision] | None = None
         if self._solver is not None:
-            answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.rehome_every
+            answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.migration.every
             if answer is None and age >= most:
                 self._solver.give_up()
                 answer = f"the solver had no answer {age} steps after it was asked, and {most} are allowed"
@@ -217,7 +217,7 @@ class Rehomer:
         current = self.bank.owners
         if isinstance(answer, str):
             return current, Decision(step, 0, 0.0, 0.0, f"owners stay: {answer}")
-        horizon = self._config.rehome_every
+        horizon = self._config.migration.every
         num_moves = len(current.moves_to(answer))
         total_saved_s = saved_s(self._problems(), answer, self._config.policy) * horizon
         move_s = bytes_to_move(current, answer, row_bytes) / self._rate.bytes_per_s

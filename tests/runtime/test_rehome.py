@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
+from moesaic import Handle, MigrationConfig, MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import LocalTransport
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver
 from moesaic.placement.online.propose import Question, propose, saved_s
@@ -258,7 +258,7 @@ def rehome_while_training(
 ) -> tuple[list[str], list[float], list[tuple[int, int]]]:
     """Train with proposals that save so many seconds a step; reasons, losses, and (step, experts moved) of every decision."""
     model = make_model(ffn_dim=FFN_DIM)
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=4, timeout_s=60)
+    config = RuntimeConfig(policy="static", slots=0, migration=MigrationConfig(every=4), timeout_s=60)
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     losses = []
@@ -311,7 +311,7 @@ def test_a_late_answer_is_taken_and_one_that_never_comes_is_given_up() -> None:
 def refusals_after_a_stall(group: RankGroup) -> int:
     """How often the same proposal is refused after the only move so far, which took 20 s."""
     layer = MoELayer(4, 6, 4, 2)
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=50)
+    config = RuntimeConfig(policy="static", slots=0, migration=MigrationConfig(every=50))
     (bank,) = share_experts({"moe": layer}, group, config=config, solver=get_solver("static"), clock=StageClock())
     rehoming = migration_policy.Rehomer(bank, [layer.experts], group, config)
     rehoming._loads, rehoming._num_steps = np.ones((1, 2, 4), np.int64), 1
@@ -343,7 +343,7 @@ def test_one_slow_move_does_not_end_re_homing(monkeypatch: pytest.MonkeyPatch) -
 
 def train_with_the_solver(rank: int) -> list[str]:
     """Seven steps with the real solver; rank 0 waits for it, which only a test may."""
-    config = runtime_config(slots=1, rehome_every=4, rehome_effort=0.05, timeout_s=60)
+    config = runtime_config(slots=1, migration=MigrationConfig(every=4), migration_effort=0.05, timeout_s=60)
     model = make_model(ffn_dim=FFN_DIM)
     handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=config)
     optimizer = torch.optim.AdamW(handle.parameter_groups(), lr=0.01)
@@ -367,9 +367,9 @@ def test_what_the_real_solver_proposes_is_priced_and_decided() -> None:
 
 
 def step_without_an_optimizer(rank: int) -> None:
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=2, timeout_s=60)
+    config = RuntimeConfig(policy="static", slots=0, migration=MigrationConfig(every=2), timeout_s=60)
     handle = shard_experts(make_model(), mesh=init_device_mesh("cpu", (2,)), config=config)
-    with pytest.raises(ValueError, match=r"rehome_every is 2, but handle.step\(\) got no optimizer"):
+    with pytest.raises(ValueError, match=r"migration.every is 2, but handle.step\(\) got no optimizer"):
         handle.step()
 
 
