@@ -2,8 +2,9 @@
 
 _compat.py          The private names of torch that the runtime stands on, all of them here.
 family.py           How a family of models names what a `MoELayer` holds: in its modules, and in its checkpoints.
-moved_options.py    Options that moved to `RuntimeConfig.debug`: their old names work for one release, with a warning.
+moved_options.py    Options that have new names: their old names work for one release, with a warning.
 dispatch/           Dispatch: where token rows go, and how they travel to their experts and back.
+renamed_members.py  Members of public classes that have new names: their old names work for one release, with a warning.
 stages.py           The stages of a step: profiler ranges, and optional clocks for the break-down that benchmarks print.
 group.py            The ranks that share experts: how they talk, and what the planner knows of the machine they run on.
 config.py           What a user chooses about routing and about the runtime.

@@ -57,8 +57,8 @@ def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts])
                 )
                 raise RuntimeError(
                     f"save_pretrained on this rank lacks {lacks}, which other ranks hold; call "
-                    f"handle.save_safetensors(folder) on every "
-                    "rank, or give the state_dict that get_model_state_dict returns with full_state_dict=True"
+                    "handle.weights.save_safetensors(folder) on every rank, or "
+                    "give the state_dict that get_model_state_dict returns with full_state_dict=True"
                 )
             whole = torch.stack([state.pop(apart).detach() for apart in names])
             state[name] = experts.family.to_family(weight, whole).contiguous()

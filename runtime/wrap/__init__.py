@@ -7,10 +7,15 @@ optimizer_numbers.py  The numbers of an optimizer, parameter by parameter, in wo
 forwards.py           Where a model's forward begins, and where its backward does, its ranks meet: who is elsewhere, or does not
                       come, is named.
 migration_policy.py   When experts change their owner: observe, ask a solver in the background, move if it pays.
+sharded_model.py      A model whose experts are in banks: what has to happen before its weights are read, or after they were
+                      written.
+prefetch.py           When gathers are launched: early enough that the copies travel under other work.
 profile.py            A profile of training steps as one Chrome trace: what this rank computed, and under what its communication
                       travelled.
-prefetch.py           When gathers are launched: early enough that the copies travel under other work.
 drift.py              The drift guard: what ranks must hold alike is compared bit by bit, every so many steps.
-handle.py             The handle of a wrapped model: what the user's loop calls, and what it may ask.
+model_weights.py      The weights of a sharded model under the names that it has unwrapped: a state dict, and folders of
+                      safetensors.
+telemetry.py          What the steps of a sharded model were made of: loads, bytes, memory, decisions about owners, profiles.
+handle.py             The handle of a wrapped model: what a training loop calls.
 shard.py              Wrapping a model: its experts move into banks, the dense rest is sharded by FSDP2, a handle comes back.
 """

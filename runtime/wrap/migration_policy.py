@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,8 +137,8 @@ class MoveRate:
             self._measured[place] = max(rate, min(rate * _RATE_REGAINED, self._nominal))
 
 
-class Rehomer:
-    """Re-homes the experts of one bank while training runs.
+class Migrator:
+    """Migrates the experts of one bank while training runs.
 
     Args:
         bank, layers: the bank and its layers, in order.
@@ -158,10 +158,11 @@ class Rehomer:
         self._rate = MoveRate(group.topology.device_bytes_per_s)
         self.decisions: list[Decision] = []
 
-    def step(self, step: int, loads_LRE: np.ndarray, optimizer: torch.optim.Optimizer | None) -> None:
-        """Close step number `step` (from 1) with the loads it had. Collective."""
+    def step(self, step: int, loads: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> None:
+        """Close step number `step` (from 1) with the loads [R, E] it had by layer. Collective."""
         every = self._config.migration.every
-        self._loads = loads_LRE.copy() if self._loads is None else self._loads + loads_LRE
+        loads_LRE = np.stack([loads[layer.runtime.name] for layer in self._layers])
+        self._loads = loads_LRE if self._loads is None else self._loads + loads_LRE
         self._num_steps += 1
         late_by = step - self._asked_at - max(1, every // 2)
         if self._asked_at >= 0 and late_by >= 0 and late_by % max(1, every // _CHECKS_PER_INTERVAL) == 0:

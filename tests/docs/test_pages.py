@@ -17,6 +17,8 @@ from docs.tools.pages import PAGES as PRINTED
 from docs.tools.pages import values_of
 from moesaic import DebugConfig, Handle, MigrationConfig, RouterConfig, RuntimeConfig
 from moesaic.launch.config import CountOrZero, Seed, _sections
+from moesaic.runtime.wrap.model_weights import ModelWeights
+from moesaic.runtime.wrap.telemetry import Telemetry
 from tests.helpers.pages import PAGES, ROOT, commands_in_text, prose, read, spans
 
 FOLDERS_OF_USERS = ("runtime", "launch", "collectives")
@@ -70,6 +72,9 @@ def test_names_exist(page: str) -> None:
             assert key in {field.name for field in fields(kind)}, f"{page}: {kind.__name__}({key})"
     for name in re.findall(r"\bhandle\.(\w+)", read(page)):
         assert hasattr(Handle, name), f"{page}: handle.{name}"
+    parts = {"weights": ModelWeights, "telemetry": Telemetry}
+    for part, name in re.findall(rf"\bhandle\.({'|'.join(parts)})\.(\w+)", read(page)):
+        assert hasattr(parts[part], name), f"{page}: handle.{part}.{name}"
 
 
 def test_refusals_of_torch_are_named() -> None:

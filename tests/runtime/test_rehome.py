@@ -153,7 +153,7 @@ def train(rank: int, optimizer_name: str, solver: str, rehomes: bool, steps: int
             optimizer.zero_grad()  # with gradients and without
         handle.step()
         if rehomes:
-            handle.rehome([shuffled(owners, step) for owners in handle.placement], optimizer)
+            handle.migrate([shuffled(owners, step) for owners in handle.owner_maps], optimizer)
         optimizer.zero_grad()
         losses.append(mean_over_ranks(loss.detach()))
     return losses
@@ -187,17 +187,17 @@ def rehome_two_banks(group: RankGroup) -> None:
     banks = share_experts(layers, group, config=config, solver=get_solver("static"), clock=clock)
     experts = {name: layer.experts for name, layer in layers.items()}
     handle = Handle(nn.ModuleList(layers.values()), experts, banks, group, config, clock)
-    before = handle.placement
+    before = handle.owner_maps
     other, unfit = OwnerMap(np.array([[1, 1, 0, 0]]), 2), OwnerMap(np.array([[0, 0, 0, 1]]), 2)
     with pytest.raises(ValueError, match="rank 0 owns 2 experts and would own 3"):
-        handle.rehome([other, unfit])
+        handle.migrate([other, unfit])
     with pytest.raises(ValueError, match="1 owner maps for 2 banks; give one for each"):
-        handle.rehome([other])
+        handle.migrate([other])
     with pytest.raises(ValueError, match="SGD does not hold the experts' gate_up"):
-        handle.rehome([other, other], torch.optim.SGD(banks[0].parameters()))
-    assert handle.placement == before
-    handle.rehome([other, other])
-    assert handle.placement == [other, other]
+        handle.migrate([other, other], torch.optim.SGD(banks[0].parameters()))
+    assert handle.owner_maps == before
+    handle.migrate([other, other])
+    assert handle.owner_maps == [other, other]
 
 
 def test_a_refused_re_homing_moves_no_bank() -> None:
@@ -275,7 +275,11 @@ def rehome_while_training(
             handle.step(optimizer)
             optimizer.zero_grad()
             losses.append(mean_over_ranks(loss.detach()))
-    return [d.reason for d in handle.rehomings()], losses, [(d.step, d.num_moved) for d in handle.rehomings()]
+    return (
+        [d.reason for d in handle.telemetry.migrations()],
+        losses,
+        [(d.step, d.num_moved) for d in handle.telemetry.migrations()],
+    )
 
 
 def test_a_move_that_pays_is_made_and_explained() -> None:
@@ -351,12 +355,12 @@ def train_with_the_solver(rank: int) -> list[str]:
         ids, targets = (rank_slice(t, rank, 2) for t in global_batch(step))
         (cross_entropy(model(ids), targets) + handle.aux_loss()).backward()
         optimizer.step()
-        (rehoming,) = handle._rehomers
+        (rehoming,) = handle._migrators
         if rehoming._solver is not None and rehoming._solver._thread is not None:
             rehoming._solver._thread.join()
         handle.step(optimizer)
         optimizer.zero_grad()
-    return [f"{d.step} {d.reason}" for d in handle.rehomings()]
+    return [f"{d.step} {d.reason}" for d in handle.telemetry.migrations()]
 
 
 def test_what_the_real_solver_proposes_is_priced_and_decided() -> None:

@@ -213,7 +213,7 @@ def train_on_mesh(rank: int, folder: str) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         handle.step()
-        handle.rehome([shuffled(owners, step) for owners in handle.placement], optimizer)
+        handle.migrate([shuffled(owners, step) for owners in handle.owner_maps], optimizer)
         mean = loss.detach().double()
         dist.all_reduce(mean)
         losses.append(mean.item() / 4)
@@ -223,11 +223,11 @@ def train_on_mesh(rank: int, folder: str) -> list[float]:
 
 def check_export(rank: int, handle: Handle, folder: str) -> None:
     """The whole state is on rank 0 alone; what one replica writes, all of a fresh model read."""
-    assert bool(handle.family_state_dict()) == (rank == 0)
-    handle.save_safetensors(folder)
+    assert bool(handle.weights.state_dict()) == (rank == 0)
+    handle.weights.save_safetensors(folder)
     _, fresh = wrapped()
-    assert fresh.load_safetensors(folder) == ()
-    fresh.rehome(handle.placement)
+    assert fresh.weights.load_safetensors(folder) == ()
+    fresh.migrate(handle.owner_maps)
     expected = handle.state_dict()
     assert all(tensor.device_mesh.ndim == 2 for tensor in expected.values() if isinstance(tensor, DTensor))
     assert_bitwise({k: whole(v) for k, v in fresh.state_dict().items()}, {k: whole(v) for k, v in expected.items()})

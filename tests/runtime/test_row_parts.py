@@ -167,7 +167,7 @@ def steps_on_ranks(rank: int, row_parts: int, use_checkpoint: bool) -> tuple[dic
     grads = whole_gradients(model, handle)
     with torch.no_grad():
         logits = model.eval()(ids)
-    return grads | {"logits": logits}, sent_by(handle.group)
+    return grads | {"logits": logits}, sent_by(handle._group)
 
 
 @pytest.mark.parametrize("world_size,use_checkpoint", [(2, True), (4, False)])
