@@ -64,11 +64,11 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MigrationConfig:
-    """When experts change their owner while training runs."""
+    """When experts migrate: change their owner while training runs."""
 
     every: int = 0
-    """Steps between proposals of new owners, solved in the background from the loads observed; experts move with their optimizer
-    state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
+    """Steps between proposals of new owners, solved in the background from the loads observed; experts migrate with their
+    optimizer state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -124,7 +124,7 @@ class DebugConfig:
 @takes_moved_options("runtime")
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How experts are placed and moved."""
+    """How experts are placed and migrate."""
 
     policy: str = "quota"
     """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds), 'balance' (fewest routed tokens on the
@@ -156,7 +156,7 @@ class RuntimeConfig:
     timeout_s: float = 300.0
     """Seconds after which a wait for other ranks fails."""
     migration: MigrationConfig = MigrationConfig()
-    """When experts change their owner while training runs."""
+    """When experts migrate."""
     debug: DebugConfig = DebugConfig()
     """What only comparisons, benchmarks and bug hunts set."""
 

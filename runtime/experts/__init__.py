@@ -7,5 +7,5 @@ memory.py       How much memory slots take: the peak, predicted, and what fits i
 slots.py        Slots: expert-sized buffers that the layers of a bank share.
 bank.py         The bank: memory and gradients of the experts that this rank owns, each once, under the parameters that everybody
                 else sees.
-migrate.py      Re-homing: experts change their owner between steps; weights, gradients and optimizer state go along.
+migrate.py      Migration: experts change their owner between steps; weights, gradients and optimizer state go along.
 """

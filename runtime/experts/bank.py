@@ -189,7 +189,7 @@ class Bank:
         return self._owned_L[layer]
 
     def adopt(self, owners: OwnerMap, rows: dict[tuple[int, int], int]) -> None:
-        """Go by another owner map, whose experts lie in the given rows; see `rehome.migrate`, which has moved them there."""
+        """Go by another owner map, whose experts lie in the given rows; see `migrate.migrate`, which has put them there."""
         assert set(rows) == set(owners.rows_of(self.rank)), "rows of other experts than those owned here"
         self.weights_changed()
         self.owners, self.rows, self._owned_L = owners, rows, _by_layer(rows, owners.num_layers)
@@ -224,7 +224,7 @@ class Bank:
     def weights_changed(self) -> None:
         """Have every row cast anew when it is next asked for, and copies gathered anew. All ranks at the same point.
 
-        Called after steps of optimizers that hold these weights, by `Handle.step`, and where weights are loaded or experts move.
+        Called after steps of optimizers that hold these weights, by `Handle.step`, when weights are loaded or experts migrate.
         """
         self.generation += 1
 

@@ -1,13 +1,13 @@
-"""Re-homing: experts change their owner between steps; weights, gradients and optimizer state go along.
+"""Migration: experts change their owner between steps; weights, gradients and optimizer state go along.
 
 Ranks keep their numbers of experts, so that no parameter changes its shape: what leaves a rank is as much as what arrives, and
 the moves fall apart into cycles in which every rank gives one expert away and receives another into its row. A few cycles
-at a time travel together, so that memory stays bounded. The idea of moving homes between steps is MoETuner's placement
-(arXiv 2502.06643) put to work in training; what may move is the whole state, so later losses do not change.
+at a time travel together, so that memory stays bounded. MoETuner (arXiv 2502.06643) places
+owners offline; here they change in training, with the whole state of an expert, so later losses do not change.
 
 Parameters stay where the optimizer has them, in their parameter groups; what changes is whose weights and state they hold. So an
 expert goes only where the one it replaces is treated alike: frozen or not, with equal settings of its parameter group, with
-optimizer state of the same form. Cycles that would mix experts of different treatment are left out of a move.
+optimizer state of the same form. Cycles that would mix experts of different treatment are left out of a migration.
 
 Shape letters: B rows of this rank, L layers, E experts.
 """
@@ -30,7 +30,7 @@ from ...placement import Move, OwnerMap
 from .._compat import plain_parts
 from .bank import Bank
 
-logger = logging.getLogger("moesaic.rehome")
+logger = logging.getLogger("moesaic.migration")
 
 # Experts of one rank whose tensors of one kind are on their way at once.
 _ROWS_IN_FLIGHT = 4
@@ -57,7 +57,7 @@ def rounds_of(
     before_R, after_R = current.num_rows_R, wanted.num_rows_R
     for rank, (before, after) in enumerate(zip(before_R.tolist(), after_R.tolist(), strict=False)):
         if before != after:
-            raise ValueError(f"rank {rank} owns {before} experts and would own {after}; re-homing keeps every rank's number")
+            raise ValueError(f"rank {rank} owns {before} experts and would own {after}; migration keeps every rank's number")
     by_kind: dict[int, list[Move]] = defaultdict(list)
     for move in current.moves_to(wanted):
         by_kind[0 if kinds_LE is None else int(kinds_LE[move.layer, move.expert])].append(move)
@@ -201,7 +201,7 @@ def migrate(
     Returns the bytes that this rank sent. Buffers take at most one tensor of a few experts at a time.
 
     Raises:
-        ValueError: some rank would own another number of experts than now; see also `expert_states`. Nothing has moved then.
+        ValueError: some rank would own another number of experts than now; see also `expert_states`. Nothing has migrated then.
     """
     current, rank, sent_bytes = bank.owners, transport.rank, 0
     rounds_of(current, wanted)
@@ -215,7 +215,7 @@ def migrate(
         logger.warning(
             "%s: %d of %d experts stay: those whose place they would take are trained otherwise (frozen, another parameter "
             "group, or other optimizer state)",
-            where or "re-homing",
+            where or "migration",
             num_left,
             len(current.moves_to(wanted)),
         )
@@ -250,7 +250,7 @@ def _gathered_kinds(bank: Bank, states: Sequence[ExpertState], transport: Transp
     for pair, row in bank.rows.items():
         mine_LE[pair] = states[row].kind
     told = torch.from_numpy(mine_LE.ravel()).to(bank.device)
-    kinds = transport.all_gather_ints(told, where=where or "re-homing").cpu().numpy().reshape(-1, *owners_LE.shape)
+    kinds = transport.all_gather_ints(told, where=where or "migration").cpu().numpy().reshape(-1, *owners_LE.shape)
     return np.take_along_axis(kinds, owners_LE[None], axis=0)[0]
 
 
@@ -284,7 +284,7 @@ def _exchange(
         transport.exchange(
             [Buffer(buffer, dst) for buffer, dst in outgoing],
             [Buffer(buffer, src) for buffer, src, _ in incoming],
-            op="rehome",
+            op="migrate",
             where=where,
         ).wait()
         for buffer, _, target in incoming:
@@ -292,7 +292,7 @@ def _exchange(
         sent_bytes += sum(buffer.nbytes for buffer, _ in outgoing)
     sends = [Buffer(buffer, dst) for buffer, dst in numbers if buffer.numel()]
     recvs = [Buffer(buffer, src) for buffer, (_, src) in zip(packed, arriving, strict=True) if buffer.numel()]
-    transport.exchange(sends, recvs, op="rehome", where=where).wait()
+    transport.exchange(sends, recvs, op="migrate", where=where).wait()
     for buffer, (state, _) in zip(packed, arriving, strict=True):
         for number, (holder, key) in zip(buffer.tolist(), state.numbers, strict=True):
             if key is None:
@@ -308,7 +308,7 @@ def _packed(state: ExpertState, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def bytes_to_move(current: OwnerMap, wanted: OwnerMap, row_bytes: int) -> int:
+def bytes_to_migrate(current: OwnerMap, wanted: OwnerMap, row_bytes: int) -> int:
     """Bytes that the busiest rank gives away."""
     counts = [0] * current.num_ranks
     for move in current.moves_to(wanted):

@@ -6,7 +6,8 @@ fingerprint.py        Fingerprints of tensors and texts: 64 bits that show wheth
 optimizer_numbers.py  The numbers of an optimizer, parameter by parameter, in words: what it updates with, and how often it did.
 forwards.py           Where a model's forward begins, and where its backward does, its ranks meet: who is elsewhere, or does not
                       come, is named.
-migration_policy.py   When experts change their owner: observe, ask a solver in the background, move if it pays.
+migration_policy.py   When experts migrate, which is to change their owner: observe, ask a solver in the background, migrate if it
+                      pays.
 sharded_model.py      A model whose experts are in banks: what has to happen before its weights are read, or after they were
                       written.
 prefetch.py           When gathers are launched: early enough that the copies travel under other work.

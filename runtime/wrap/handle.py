@@ -156,13 +156,13 @@ class Handle:
         )
 
     def migrate(self, owners: Sequence[OwnerMap], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Make these the owner maps, one per bank: weights, gradients and the optimizer's state move. Collective, between steps.
+        """Make these the owner maps, one per bank; weights, gradients and optimizer state go along. Collective, between steps.
 
         Replicas, on a two-dimensional mesh, must get the same maps.
 
         Raises:
             ValueError: not one map for each bank, a rank would own another number of experts than now, or some optimizer state
-                has no rows to move. Nothing has moved then.
+                has no rows to migrate. Nothing has migrated then.
         """
         banks = self._banks
         if len(owners) != len(banks):
@@ -174,7 +174,7 @@ class Handle:
             layers = self._sharded.layers_of(bank)
             for layer in layers:
                 layer.runtime.drop_prefetched()
-            migrate(bank, optimizer, wanted, self._group.experts, where=f"re-homing after step {self._step}")
+            migrate(bank, optimizer, wanted, self._group.experts, where=f"the migration after step {self._step}")
             for layer in layers:
                 layer.follow_bank()
 

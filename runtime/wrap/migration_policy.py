@@ -1,11 +1,11 @@
-"""When experts change their owner: observe, ask a solver in the background, move if it pays.
+"""When experts migrate, which is to change their owner: observe, ask a solver in the background, migrate if it pays.
 
 Every `migration.every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
 waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
-follows what it finds. So ranks agree on the step of a move. An answer may be ten times as many steps old, since what it is
-worth is judged by the load observed in between: a move must save more predicted seconds until the next question than it is
-expected to take. How long moves take is measured: of two equal runs one may move where the other does not, which changes no loss
-beyond rounding.
+follows what it finds. So ranks agree on the step of a migration. An answer may be ten times as many steps old, since what it is
+worth is judged by the load observed in between: a migration must save more predicted seconds until the next question than it
+is expected to take. How long migrations take is measured: of two equal runs one may migrate experts where the other does not,
+which changes no loss beyond rounding.
 
 Shape letters: L layers, R ranks, E experts.
 """
@@ -32,13 +32,13 @@ from ...placement.online.propose import Question, propose, saved_s
 from ..agreement import Doing
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
-from ..experts.migrate import bytes_per_expert, bytes_to_move, expert_states, migrate
+from ..experts.migrate import bytes_per_expert, bytes_to_migrate, expert_states, migrate
 from ..group import RankGroup
 from ..sharded_experts import ShardedExperts
 
-logger = logging.getLogger("moesaic.rehome")
+logger = logging.getLogger("moesaic.migration")
 
-# The best of so many moves says how fast moves are: one that met a stall does not.
+# The rate to expect is the best of so many migrations: one slow migration does not lower it.
 _RATES_KEPT = 3
 # What was measured counts for less with every proposal that comes to nothing, so that it is measured again some day.
 _RATE_REGAINED = 1.1
@@ -49,12 +49,12 @@ _MOST_INTERVALS = 10
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of one proposal; the same on every rank, but for the seconds, which only rank 0 knows before a move."""
+    """What came of one proposal; the same on every rank, but for the seconds, which before a migration are on rank 0 alone."""
 
     step: int
     num_moved: int  # experts that changed their owner
     saved_s: float  # predicted, until the next question
-    move_s: float  # expected from the bytes and the rate of earlier moves; measured if it moved
+    move_s: float  # expected from the bytes and the rate of earlier migrations; measured if experts migrated
     reason: str
 
 
@@ -111,11 +111,11 @@ class _Solver:
             self._answer = f"the solver's answer cannot be read: {error!r}"
 
 
-class MoveRate:
-    """How many bytes per second a rank sends when experts move: the best of the last few moves; at first, what the topology says.
+class MigrationRate:
+    """Bytes per second that a rank sends in a migration: the best of the last few; at first, what the topology says.
 
-    Example: where the topology says 1 GB/s, and the only move so far made 0.1, proposals are priced at 0.1 GB/s, then at 0.11,
-    then at 0.121, until one is taken, or at 1.
+    Example: where the topology says 1 GB/s, and the only migration so far made 0.1, proposals are priced at 0.1 GB/s, then at
+    0.11, then at 0.121, until one is taken, or at 1.
     """
 
     def __init__(self, nominal_bytes_per_s: float):
@@ -128,7 +128,7 @@ class MoveRate:
         return max(self._measured, default=self._nominal)
 
     def measure(self, bytes_per_s: float) -> None:
-        """Learn from a move."""
+        """Add the rate of a migration."""
         self._measured.append(bytes_per_s)
 
     def refuse(self) -> None:
@@ -155,7 +155,7 @@ class Migrator:
         self._loads: np.ndarray | None = None  # int64 [L, R, E], since the last question
         self._num_steps = 0
         self._asked_at = -1
-        self._rate = MoveRate(group.topology.device_bytes_per_s)
+        self._rate = MigrationRate(group.topology.device_bytes_per_s)
         self.decisions: list[Decision] = []
 
     def step(self, step: int, loads: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> None:
@@ -168,7 +168,7 @@ class Migrator:
         if self._asked_at >= 0 and late_by >= 0 and late_by % max(1, every // _CHECKS_PER_INTERVAL) == 0:
             self._follow_answer(step, optimizer)
         if step % every == 0 and self._asked_at < 0:
-            states = expert_states(self.bank, optimizer)  # state that cannot move is refused before anything is solved
+            states = expert_states(self.bank, optimizer)  # state that cannot migrate is refused before anything is solved
             if self._solver is not None:
                 move_s = bytes_per_expert(states) / self._rate.bytes_per_s
                 self._solver.ask(
@@ -203,11 +203,11 @@ class Migrator:
         num_moved, self._asked_at = len(current.moves_to(wanted)), -1
         if num_moved:
             start_s = time.perf_counter()
-            self._move(wanted, optimizer)
+            self._migrate(wanted, optimizer)
             move_s = time.perf_counter() - start_s
             num_moved = len(current.moves_to(self.bank.owners))
             if num_moved:
-                self._rate.measure(bytes_to_move(current, self.bank.owners, expert_bytes) / move_s)
+                self._rate.measure(bytes_to_migrate(current, self.bank.owners, expert_bytes) / move_s)
             decision = Decision(step, num_moved, decision.saved_s, move_s, decision.reason)
         self.decisions.append(decision)
         if self._group.is_first:
@@ -221,15 +221,15 @@ class Migrator:
         horizon = self._config.migration.every
         num_moves = len(current.moves_to(answer))
         total_saved_s = saved_s(self._problems(), answer, self._config.policy) * horizon
-        move_s = bytes_to_move(current, answer, row_bytes) / self._rate.bytes_per_s
+        move_s = bytes_to_migrate(current, answer, row_bytes) / self._rate.bytes_per_s
         numbers = (
-            f"{num_moves} experts would save {total_saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to move, "
+            f"{num_moves} experts would save {total_saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to migrate, "
             f"by the load of the {self._num_steps} steps since the solver was asked"
         )
         if num_moves == 0 or total_saved_s <= move_s:
             self._rate.refuse()
             return current, Decision(step, 0, total_saved_s, move_s, f"owners stay: {numbers}")
-        return answer, Decision(step, num_moves, total_saved_s, move_s, f"owners move: {numbers}")
+        return answer, Decision(step, num_moves, total_saved_s, move_s, f"experts migrate: {numbers}")
 
     def _from_first(self, values: Sequence[int]) -> list[int]:
         """What rank 0 of the first replica says, on every rank, of replicas too: they must go on owning the same experts."""
@@ -243,7 +243,7 @@ class Migrator:
             )
         return told.tolist()
 
-    def _move(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
-        migrate(self.bank, optimizer, wanted, self._group.experts, where="re-homing")
+    def _migrate(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
+        migrate(self.bank, optimizer, wanted, self._group.experts, where="migration")
         for layer in self._layers:
             layer.follow_bank()

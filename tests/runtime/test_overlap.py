@@ -211,7 +211,7 @@ CHANGES: dict[str, Callable[[Bank], Any]] = {
     "sgd": lambda bank: torch.optim.SGD(bank.parameters(), lr=0.1).step(),
     "adamw fused": lambda bank: torch.optim.AdamW(bank.parameters(), lr=0.1, fused=True).step(),
     "in place": lambda bank: bank.experts[0].down.detach().mul_(0.5),
-    "re-homing elsewhere": lambda bank: bank.adopt(bank.owners, bank.rows),
+    "migration elsewhere": lambda bank: bank.adopt(bank.owners, bank.rows),
 }
 
 
