@@ -197,7 +197,7 @@ class Handle:
         Applies to the dense part as well, as FSDP2's method of the same name, where `shard_experts` sharded it.
         """
         for bank in self._banks:
-            bank.averages_gradients = required
+            bank.owned_grads.averages = required
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(required)
 
