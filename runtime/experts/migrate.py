@@ -14,16 +14,17 @@ Shape letters: B rows of this rank, L layers, E experts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...collectives import Buffer, Transport
 from ...placement import Move, OwnerMap
@@ -136,25 +137,28 @@ def expert_states(bank: Bank, optimizer: torch.optim.Optimizer | None) -> list[E
     Raises:
         ValueError: a piece of optimizer state that is neither a number nor a tensor; an optimizer without an expert's parameters.
     """
-    groups: dict[nn.Parameter, int] = {}
+    groups: dict[int, int] = {}  # by a parameter's id
     for index, group in enumerate(() if optimizer is None else optimizer.param_groups):
-        groups |= dict.fromkeys(group["params"], _digest(_settings(group, index)))
-    return [_state_of(bank, row, optimizer, groups) for row in range(len(bank.experts))]
+        groups |= dict.fromkeys(map(id, group["params"]), _digest(_settings(group, index)))
+    digest = functools.cache(_digest)  # most experts are of a few kinds
+    return [_state_of(bank, row, optimizer, groups, digest) for row in range(len(bank.experts))]
 
 
-def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, groups: Mapping[nn.Parameter, int]) -> ExpertState:
+def _state_of(
+    bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, groups: Mapping[int, int], digest: Callable[[Hashable], int]
+) -> ExpertState:
     tensors: list[Tensor] = []
     numbers: list[tuple[Any, Any]] = []
-    kind: list[Any] = []
+    kind: list[Hashable] = []
     for name in bank.weight_names:
         parameter = bank.experts[row].parameter(name)
-        if optimizer is not None and parameter.requires_grad and parameter not in groups:
+        if optimizer is not None and parameter.requires_grad and id(parameter) not in groups:
             raise ValueError(
                 f"{type(optimizer).__name__} does not hold the experts' {name}, so its state could not follow them; "
                 "give the optimizer that was built from handle.parameter_groups()"
             )
         tensors.append(parameter.detach())
-        kind.append((name, parameter.requires_grad, groups.get(parameter, 0), parameter.grad is not None))
+        kind.append((name, parameter.requires_grad, groups.get(id(parameter), 0), parameter.grad is not None))
         if parameter.grad is not None:
             tensors.append(parameter.grad.as_subclass(Tensor))
         fields: dict[str, Any] = {} if optimizer is None else optimizer.state.get(parameter, {})
@@ -162,7 +166,7 @@ def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, gro
             value = fields[field]
             if isinstance(value, Tensor):
                 parts = plain_parts(value)
-                kind.append((field, [(tuple(part.shape), str(part.dtype)) for part in parts]))
+                kind.append((field, tuple((part.shape, part.dtype) for part in parts)))
                 for part in parts:
                     if part.numel() == 1:
                         numbers.append((part, None))
@@ -176,7 +180,7 @@ def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, gro
                     f"optimizer state {field!r} of {type(optimizer).__name__} is a {type(value).__name__}, which cannot follow "
                     "an expert; use an optimizer whose state is tensors and numbers"
                 )
-    return ExpertState(tensors, numbers, _digest(kind))
+    return ExpertState(tensors, numbers, digest(tuple(kind)))
 
 
 def _settings(group: Mapping[str, Any], index: int) -> list[tuple[str, str]]:

@@ -155,6 +155,7 @@ class Migrator:
         self._loads: np.ndarray | None = None  # int64 [L, R, E], since the last question
         self._num_steps = 0
         self._asked_at = -1
+        self._expert_bytes = 0  # of one expert and its state, when the solver was asked
         self._rate = MigrationRate(group.topology.device_bytes_per_s)
         self.decisions: list[Decision] = []
 
@@ -168,9 +169,10 @@ class Migrator:
         if self._asked_at >= 0 and late_by >= 0 and late_by % max(1, every // _CHECKS_PER_INTERVAL) == 0:
             self._follow_answer(step, optimizer)
         if step % every == 0 and self._asked_at < 0:
-            states = expert_states(self.bank, optimizer)  # state that cannot migrate is refused before anything is solved
+            # State that cannot migrate is refused before anything is solved.
+            self._expert_bytes = bytes_per_expert(expert_states(self.bank, optimizer))
             if self._solver is not None:
-                move_s = bytes_per_expert(states) / self._rate.bytes_per_s
+                move_s = self._expert_bytes / self._rate.bytes_per_s
                 self._solver.ask(
                     Question(self._problems(), self._config.policy, self._config.debug.migration_effort, move_s / every)
                 )
@@ -186,14 +188,14 @@ class Migrator:
 
     def _follow_answer(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Rank 0 looks whether there is an answer, and what it is worth now; all go by what rank 0 says."""
-        current, expert_bytes = self.bank.owners, bytes_per_expert(expert_states(self.bank, optimizer))
+        current = self.bank.owners
         decided: tuple[OwnerMap, Decision] | None = None
         if self._solver is not None:
             answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.migration.every
             if answer is None and age >= most:
                 self._solver.give_up()
                 answer = f"the solver had no answer {age} steps after it was asked, and {most} are allowed"
-            decided = None if answer is None else self._decide(step, answer, expert_bytes)
+            decided = None if answer is None else self._decide(step, answer, self._expert_bytes)
         (is_decided,) = self._from_first([decided is not None])
         if not is_decided:
             return
@@ -207,7 +209,7 @@ class Migrator:
             move_s = time.perf_counter() - start_s
             num_moved = len(current.moves_to(self.bank.owners))
             if num_moved:
-                self._rate.measure(bytes_to_migrate(current, self.bank.owners, expert_bytes) / move_s)
+                self._rate.measure(bytes_to_migrate(current, self.bank.owners, self._expert_bytes) / move_s)
             decision = Decision(step, num_moved, decision.saved_s, move_s, decision.reason)
         self.decisions.append(decision)
         if self._group.is_first:
