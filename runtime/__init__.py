@@ -1,13 +1,14 @@
 """One training step, a file a stage, plus the wrapping of models and the state that lasts.
 
 _compat.py          The private names of torch that the runtime stands on, all of them here.
-family.py           How a family of models names what a `MoELayer` holds: in its modules, and in its checkpoints.
+naming.py           How other models name and lay out the weights of a MoE layer: in their modules, and in their checkpoints.
 moved_options.py    Options that have new names: their old names work for one release, with a warning.
 dispatch/           Dispatch: where token rows go, and how they travel to their experts and back.
 renamed_members.py  Members of public classes that have new names: their old names work for one release, with a warning.
 stages.py           The stages of a step: profiler ranges, and optional clocks for the break-down that benchmarks print.
 group.py            The ranks that share experts: how they talk, and what the planner knows of the machine they run on.
 config.py           What a user chooses about routing and about the runtime.
+family.py           The module's old name: what it had works for one release, with a warning; see `naming`.
 agreement.py        What the ranks are doing must be the same on all of them: whatever they gather says so, and every rank
                     compares.
 experts/            Experts: the bank of those that this rank owns, copies of others, gradients, and migration between owners.

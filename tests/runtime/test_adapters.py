@@ -40,9 +40,9 @@ def gradients(model: nn.Module, handle: Handle) -> dict[str, Tensor]:
             grads |= dict.fromkeys(dense.names, whole(dense.tensor.grad).clone())
     rows: dict[str, dict[int, Tensor]] = {}
     for block, layer in handle.layers.items():
-        for weight, name in layer.family.fused:
+        for weight, name in layer.naming.fused:
             rows[f"{block}.{name}"] = {
-                e: layer.family.to_family(weight, layer[e].parameter(weight).grad.clone()) for e in layer.runtime.owned_experts
+                e: layer.naming.to_original(weight, layer[e].parameter(weight).grad.clone()) for e in layer.runtime.owned_experts
             }
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, rows)

@@ -10,6 +10,7 @@ import torch
 from moesaic import Handle, MoELayer, RuntimeConfig
 from moesaic.placement import get_solver
 from moesaic.runtime.group import single_rank_group
+from moesaic.runtime.naming import WeightNaming
 from moesaic.runtime.renamed_members import RenamedMemberWarning
 from moesaic.runtime.stages import StageClock
 from moesaic.runtime.wrap.shard import share_experts
@@ -93,3 +94,28 @@ def test_the_handle_is_small() -> None:
         "load_state_dict",
         "prepare_optimizer",
     }
+
+
+def test_the_naming_of_weights_by_its_old_name() -> None:
+    """Of a layer and of its experts, read and set; and a subclass whose methods have their old names."""
+    with pytest.warns(
+        RenamedMemberWarning, match=r"runtime\.family\.Family is now moesaic\.runtime\.naming\.WeightNaming;"
+    ) as seen:
+        from moesaic.runtime.family import Family
+    assert [warning.filename for warning in seen] == [__file__]
+
+    class Transposed(Family):  # type: ignore[misc, valid-type]
+        def to_family(self, weight: str, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.mT
+
+        def from_family(self, weight: str, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.mT
+
+    naming, layer = Transposed(fused=(("down", "w2"),)), MoELayer(4, 6, 4, 2)
+    assert isinstance(naming, WeightNaming) and naming == Transposed(fused=(("down", "w2"),))
+    assert naming.to_original("down", torch.empty(2, 3)).shape == naming.from_original("down", torch.empty(2, 3)).shape == (3, 2)
+    with pytest.warns(RenamedMemberWarning, match=r"^ShardedExperts\.family is now ShardedExperts\.naming;"):
+        layer.experts.family = naming
+    assert layer.experts.naming is naming
+    with pytest.warns(RenamedMemberWarning, match=r"^MoELayer\.family is now MoELayer\.naming;"):
+        assert layer.family is naming
