@@ -253,8 +253,8 @@ def _gathered_kinds(bank: Bank, states: Sequence[ExpertState], transport: Transp
     mine_LE = np.zeros(owners_LE.shape, np.int64)
     for pair, row in bank.rows.items():
         mine_LE[pair] = states[row].kind
-    told = torch.from_numpy(mine_LE.ravel()).to(bank.device)
-    kinds = transport.all_gather_ints(told, where=where or "migration").cpu().numpy().reshape(-1, *owners_LE.shape)
+    mine = torch.from_numpy(mine_LE.ravel()).to(bank.device)
+    kinds = transport.all_gather_ints(mine, where=where or "migration").cpu().numpy().reshape(-1, *owners_LE.shape)
     return np.take_along_axis(kinds, owners_LE[None], axis=0)[0]
 
 

@@ -204,8 +204,8 @@ class DriftGuard:
 
         # Phase 3: in words
         first = min(different, key=lambda identity: identity[0])
-        said = next((f"{record.name}\n{record.text}" for record in records if record.identity == first), "")
-        texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in self._from_all(_packed(said), device, step)]
+        text = next((f"{record.name}\n{record.text}" for record in records if record.identity == first), "")
+        texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in self._from_all(_packed(text), device, step)]
         raise DriftError(self._message(step, first, values_of[first], texts, different))
 
     def _summary(self, records: Sequence[_Record]) -> list[int]:

@@ -1,8 +1,8 @@
 """When experts migrate, which is to change their owner: observe, ask a solver in the background, migrate if it pays.
 
 Every `migration.every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
-waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
-follows what it finds. So ranks agree on the step of a migration. An answer may be ten times as many steps old, since what it is
+waits for it: half as many steps later, and then after every tenth as many, rank 0 checks for an answer and broadcasts what it
+finds. So all ranks migrate after the same step. An answer may be ten times as many steps old, since what it is
 worth is judged by the load observed in between: a migration must save more predicted seconds until the next question than it
 is expected to take. How long migrations take is measured: of two equal runs one may migrate experts where the other does not,
 which changes no loss beyond rounding.
@@ -42,7 +42,7 @@ logger = logging.getLogger("moesaic.migration")
 _RATES_KEPT = 3
 # What was measured counts for less with every proposal that comes to nothing, so that it is measured again some day.
 _RATE_REGAINED = 1.1
-# A solver may be late: its answer is looked for this often between two questions, and given up after this many times that time.
+# Between two questions there are so many checks for an answer; a question is given up after so many times that interval.
 _CHECKS_PER_INTERVAL = 10
 _MOST_INTERVALS = 10
 
@@ -70,7 +70,7 @@ class _Solver:
         self._answer: OwnerMap | str = ""
 
     def ask(self, question: Question) -> None:
-        """Have a question answered. The one before must have been, or given up."""
+        """Send a question to the process. The one before must be answered, or given up."""
         if self._process.poll() is not None:
             self._start()
         self._answer = ""
@@ -92,7 +92,7 @@ class _Solver:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         command = [sys.executable, "-c", f"from {propose.__module__} import main; main()"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        # The process must not outlive the run that asked.
+        # The process must not outlive the run.
         weakref.finalize(self, self._process.kill)
 
     def _converse(self, process: subprocess.Popen[bytes], question: Question) -> None:
@@ -105,7 +105,7 @@ class _Solver:
             status = process.wait()
             self._errors.seek(0)
             last = self._errors.read().decode(errors="replace").strip().splitlines()
-            self._answer = f"the solver ended with {status}: {last[-1] if last else 'it said nothing'}"
+            self._answer = f"the solver ended with {status}: {last[-1] if last else 'without a message'}"
         except Exception as error:  # unpickling raises whatever the bytes make it
             process.kill()
             self._answer = f"the solver's answer cannot be read: {error!r}"
@@ -187,7 +187,7 @@ class Migrator:
         )
 
     def _follow_answer(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Rank 0 looks whether there is an answer, and what it is worth now; all go by what rank 0 says."""
+        """Rank 0 checks for an answer and prices it; all ranks follow the decision of rank 0."""
         current = self.bank.owners
         decided: tuple[OwnerMap, Decision] | None = None
         if self._solver is not None:
@@ -234,16 +234,12 @@ class Migrator:
         return answer, Decision(step, num_moves, total_saved_s, move_s, f"experts migrate: {numbers}")
 
     def _from_first(self, values: Sequence[int]) -> list[int]:
-        """What rank 0 of the first replica says, on every rank, of replicas too: they must go on owning the same experts."""
-        told = torch.tensor(values, dtype=torch.int64)
+        """The values of rank 0 of the first replica, on every rank of every replica, as replicas own the same experts."""
+        found = torch.tensor(values, dtype=torch.int64)
+        runtime = self._layers[0].runtime
         for ranks in (self._group.tokens, self._group.replicas):
-            told = (
-                self._layers[0]
-                .runtime.agreement.gather(ranks, told, Doing.OWNERS, self._layers[0].runtime.step)
-                .values_Rn[0]
-                .contiguous()
-            )
-        return told.tolist()
+            found = runtime.agreement.gather(ranks, found, Doing.OWNERS, runtime.step).values_Rn[0].contiguous()
+        return found.tolist()
 
     def _migrate(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
         migrate(self.bank, optimizer, wanted, self._group.experts, where="migration")
