@@ -16,7 +16,7 @@ routing/            Routing: which experts each token goes to, with which weight
 step/               One forward of one layer and its backward.
 sharded_experts.py  The experts of one MoE layer as a module: tokens and their routing in, weighted sums of expert outputs out.
 layer.py            The Mixture-of-Experts layer.
-state.py            State under logical names: experts are known by layer and expert, not by rank and row.
+state.py            State under logical names: an expert is named by its layer and number, not by rank and row.
 adapters/           Adapters: MoE layers of other models.
 wrap/               Wrapping a model: `shard_experts`, and the handle that it returns.
 """

@@ -9,7 +9,7 @@ save_pretrained.py    `save_pretrained` of a sharded model of transformers: file
 weights.py            A model's weights under the names that it has unwrapped: state dict and safetensors, out and in.
 experts_modules.py    Experts modules of Hugging Face transformers: only they are replaced, inside their block, which stays
                       transformers' own.
-registry.py           Finding the MoE layers of a model: moesaic's own, those that registered adapters know, and experts modules
+registry.py           Finding the MoE layers of a model: moesaic's own, those that registered adapters match, and experts modules
                       of transformers.
 """
 

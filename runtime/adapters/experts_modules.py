@@ -1,7 +1,7 @@
 """Experts modules of Hugging Face transformers: only they are replaced, inside their block, which stays transformers' own.
 
 A block computes its router, its shared experts and its losses as before, and calls `experts(hidden_states, top_k_index,
-top_k_weights)`. Nothing here imports transformers: a module is known by the name of its class and of the module that defines it.
+top_k_weights)`. Nothing here imports transformers: a module is recognized by the names of its class and file.
 
 Shape letters: E experts, D model dim, F expert ffn dim.
 """
@@ -24,7 +24,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk")
 
 
 def known_experts(module: nn.Module) -> KnownExperts | None:
-    """What is known of an experts module of transformers, or of its nearest base class; None of any other module."""
+    """The entry of an experts module of transformers, or of its nearest base class; None for any other module."""
     for kind in type(module).__mro__:
         if kind.__module__.startswith(_PACKAGE):
             folder = kind.__module__.removeprefix(_PACKAGE).partition(".")[0]

@@ -1,4 +1,4 @@
-"""Finding the MoE layers of a model: moesaic's own, those that registered adapters know, and experts modules of transformers."""
+"""Finding the MoE layers of a model: moesaic's own, those that registered adapters match, and experts modules of transformers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Experts: the bank of those that this rank owns, copies of others, gradients, and migration between owners.
 
 expert.py           One expert: its shape, its tensors, and the module that holds its parameters on the rank that owns it.
-expert_grad.py      Gradients of experts: whole on the rank that owns the expert, so whatever judges all gradients together must
-                    ask all ranks.
+expert_grad.py      Gradients of experts: whole on the rank that owns the expert, so a norm or check over all gradients is a
+                    collective.
 optimizer_watch.py  Optimizers of a bank's experts: their steps change the weights, and what they cannot do with experts is
                     refused.
 memory.py           How much memory slots take: the peak, predicted, and what fits into a budget.

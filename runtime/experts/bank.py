@@ -180,7 +180,7 @@ class Bank:
     def compute_weights(self, layer: int, expert: int) -> ExpertTensors:
         """Weights of an owned expert in the compute dtype: the masters themselves, or their cast.
 
-        A row is cast when it is first asked for after the masters changed, by an optimizer or in place; changes through `.data`
+        A row is cast at its first use after the masters changed, by an optimizer or in place; changes through `.data`
         show after `weights_changed`, which every `Handle.step` calls.
         """
         masters = self.weights(layer, expert)
@@ -199,7 +199,7 @@ class Bank:
         return cast
 
     def weights_changed(self) -> None:
-        """Have every row cast anew when it is next asked for, and copies gathered anew. All ranks at the same point.
+        """Have every row cast anew at its next use, and copies gathered anew. All ranks call it at the same point.
 
         Called after steps of optimizers that hold these weights, by `Handle.step`, when weights are loaded or experts migrate.
         """
@@ -281,7 +281,7 @@ class Bank:
         return sum(cast.nbytes for cast in self._casts.values())
 
     def is_trainable(self, layer: int) -> bool:
-        """Whether a weight of a layer's experts owned here learns."""
+        """Whether a weight of a layer's experts owned here is trainable."""
         return any(p.requires_grad for row in self.owned(layer).values() for p in self.experts[row].parameters())
 
     @torch.no_grad()

@@ -78,7 +78,7 @@ class _Record:
 
     @classmethod
     def of_text(cls, kind: _Kind, name: str, part: str, text: str) -> _Record:
-        """The record of a value that is known in words."""
+        """The record of a value that is a text."""
         return cls(kind, name, part, hash_text(text), text)
 
     @property
