@@ -124,13 +124,13 @@ _HOOKS = (
 
 
 def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have the hooks of one module on another, so that whoever registered them can still remove them."""
+    """Have the hooks of one module on another; the handles that registered them still remove them."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
     new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have the hooks of a module that is replaced on the module that takes its place, beside that one's own."""
+    """Have the hooks of a module on its replacement, unless that has hooks of its own."""
     if not any(getattr(new, name) for name in _HOOKS):
         _carry_hooks(old, new)
