@@ -115,7 +115,7 @@ class Bank:
 
     @property
     def device(self) -> torch.device:
-        """The device that the experts lie on."""
+        """The device of the experts."""
         return self.storage["gate_up"].device
 
     @property

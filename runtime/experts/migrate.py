@@ -1,13 +1,13 @@
 """Migration: experts change their owner between steps; weights, gradients and optimizer state go along.
 
-Ranks keep their numbers of experts, so that no parameter changes its shape: what leaves a rank is as much as what arrives, and
-the moves fall apart into cycles in which every rank gives one expert away and receives another into its row. A few cycles
-at a time travel together, so that memory stays bounded. MoETuner (arXiv 2502.06643) places
-owners offline; here they change in training, with the whole state of an expert, so later losses do not change.
+Every rank keeps its number of experts, so that no parameter changes its shape: as many experts leave a rank as arrive, and the
+moves decompose into cycles in which every rank sends one expert and receives another into its row. A few cycles at a time
+travel together, so that memory stays bounded. MoETuner (arXiv 2502.06643) has the idea of new owners between steps; here the
+whole state of an expert migrates, so later losses do not change.
 
-Parameters stay where the optimizer has them, in their parameter groups; what changes is whose weights and state they hold. So an
-expert goes only where the one it replaces is treated alike: frozen or not, with equal settings of its parameter group, with
-optimizer state of the same form. Cycles that would mix experts of different treatment are left out of a migration.
+Parameters stay in the optimizer's parameter groups and get the weights and the state of another expert. So an expert only
+replaces one that is trained alike: frozen or not, with equal settings of its parameter group, with optimizer state of the same
+form. Cycles of experts that are trained differently are left out of a migration.
 
 Shape letters: B rows of this rank, L layers, E experts.
 """
@@ -39,7 +39,7 @@ _ROWS_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class Round:
-    """Moves that travel together: each rank gives away as many experts as it receives."""
+    """Moves that travel together: each rank sends as many experts as it receives."""
 
     moves: tuple[Move, ...]
 
@@ -47,7 +47,7 @@ class Round:
 def rounds_of(
     current: OwnerMap, wanted: OwnerMap, *, rows_in_flight: int = _ROWS_IN_FLIGHT, kinds_LE: np.ndarray | None = None
 ) -> list[Round]:
-    """The moves from one owner map to another in rounds in which no rank gives or takes more than `rows_in_flight` experts.
+    """The moves from one owner map to another in rounds in which no rank sends or receives more than `rows_in_flight` experts.
 
     Every round is made of cycles. With `kinds_LE`, a number for each expert, a cycle has experts of one kind, and moves that no
     such cycle holds are left out. Deterministic.
@@ -63,7 +63,7 @@ def rounds_of(
     for move in current.moves_to(wanted):
         by_kind[0 if kinds_LE is None else int(kinds_LE[move.layer, move.expert])].append(move)
     rounds: list[list[Move]] = []
-    given: list[Counter[int]] = []  # experts that each rank gives away in a round
+    given: list[Counter[int]] = []  # experts that each rank sends in a round
     for kind in sorted(by_kind):
         for cycle in _cycles(by_kind[kind]):
             ranks = Counter(move.src for move in cycle)
@@ -313,7 +313,7 @@ def _packed(state: ExpertState, device: torch.device) -> Tensor:
 
 
 def bytes_to_migrate(current: OwnerMap, wanted: OwnerMap, row_bytes: int) -> int:
-    """Bytes that the busiest rank gives away."""
+    """Bytes that the busiest rank sends."""
     counts = [0] * current.num_ranks
     for move in current.moves_to(wanted):
         counts[move.src] += 1

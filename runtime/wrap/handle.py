@@ -124,7 +124,7 @@ class Handle:
 
         With `RuntimeConfig.migration` experts may change their owner here; `optimizer`, whose state goes along, must be given.
 
-        Collective: after the first step, and every `RuntimeConfig.check_replicas_every`, ranks compare what they must hold alike.
+        Collective: after the first step, and every `RuntimeConfig.check_replicas_every`, ranks compare what must be equal.
 
         Raises:
             DriftError: a `RuntimeError`, on every rank, if they differ; see docs/composability.md, "Ranks that drift apart".

@@ -40,7 +40,7 @@ logger = logging.getLogger("moesaic.migration")
 
 # The rate to expect is the best of so many migrations: one slow migration does not lower it.
 _RATES_KEPT = 3
-# What was measured counts for less with every proposal that comes to nothing, so that it is measured again some day.
+# Measured rates rise by this factor with every proposal that is rejected, so that the rate is measured again some day.
 _RATE_REGAINED = 1.1
 # Between two questions there are so many checks for an answer; a question is given up after so many times that interval.
 _CHECKS_PER_INTERVAL = 10
@@ -112,9 +112,9 @@ class _Solver:
 
 
 class MigrationRate:
-    """Bytes per second that a rank sends in a migration: the best of the last few; at first, what the topology says.
+    """Bytes per second that a rank sends in a migration: the best of the last few; at first, the topology's.
 
-    Example: where the topology says 1 GB/s, and the only migration so far made 0.1, proposals are priced at 0.1 GB/s, then at
+    Example: where the topology has 1 GB/s, and the only migration so far made 0.1, proposals are priced at 0.1 GB/s, then at
     0.11, then at 0.121, until one is taken, or at 1.
     """
 
@@ -132,7 +132,7 @@ class MigrationRate:
         self._measured.append(bytes_per_s)
 
     def refuse(self) -> None:
-        """A proposal came to nothing: raise what was measured, as far as the topology's rate."""
+        """A proposal was rejected: raise the measured rates, up to the topology's."""
         for place, rate in enumerate(self._measured):
             self._measured[place] = max(rate, min(rate * _RATE_REGAINED, self._nominal))
 
