@@ -89,8 +89,7 @@ class Bank:
         if self._fixed_compute_dtype is not None and wanted != self.storage["gate_up"].dtype:
             raise ValueError(
                 f"experts that ranks share are {self.storage['gate_up'].dtype} and cannot become {wanted}; convert the "
-                f"model before "
-                "shard_experts, or set runtime.compute_dtype"
+                "model before shard_experts, or set runtime.compute_dtype"
             )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -117,23 +116,6 @@ class Bank:
     def device(self) -> torch.device:
         """The device of the experts."""
         return self.storage["gate_up"].device
-
-    @property
-    def gate_up(self) -> Tensor:
-        """Every row's gate_up [B, 2F, D], the memory itself, with a copy of the gradients if all have one; to inspect."""
-        return self._with_gradients("gate_up")
-
-    @property
-    def down(self) -> Tensor:
-        """Every row's down [B, D, F]; see `gate_up`."""
-        return self._with_gradients("down")
-
-    def _with_gradients(self, weight: str) -> Tensor:
-        rows = self.storage[weight].detach()
-        grads = [grad for expert in self.experts if (grad := expert.parameter(weight).grad) is not None]
-        if len(grads) == len(self.experts):
-            rows.grad = torch.stack([grad.as_subclass(Tensor) for grad in grads]) if grads else torch.empty_like(rows)
-        return rows
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -264,16 +246,6 @@ class Bank:
     def begin_grads(self, layer: int) -> dict[int, bool]:
         """Make room for the gradients of a layer's owned experts in its backward; see `OwnedGrads.begin`."""
         return self.owned_grads.begin(layer, self.owned(layer), self.experts)
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert's master weights."""
-        return self.shape.num_elements * self.storage["gate_up"].element_size()
-
-    @property
-    def copy_bytes(self) -> int:
-        """Bytes of one copy of an expert's weights."""
-        return self.shape.num_elements * self.compute_dtype.itemsize
 
     @property
     def cast_bytes(self) -> int:
