@@ -12,8 +12,8 @@ migration_policy.py   When experts migrate, which is to change their owner: obse
 sharded_model.py      A model whose experts are in banks: what has to happen before its weights are read, or after they were
                       written.
 prefetch.py           When gathers are launched: early enough that the copies travel under other work.
-profile.py            A profile of training steps as one Chrome trace: what this rank computed, and under what its communication
-                      travelled.
+profile.py            A profile of training steps as one Chrome trace: what this rank computed, and what overlapped its
+                      communication.
 drift.py              The drift guard: state that must be equal on several ranks is compared bit by bit, every so many steps.
 model_weights.py      The weights of a sharded model under the names that it has unwrapped: a state dict, and folders of
                       safetensors.
