@@ -11,8 +11,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .runtime import (
         Adapter,
+        CollectiveError,
         DebugConfig,
+        DriftError,
         Handle,
+        MigrationConfig,
         MoELayer,
         Router,
         RouterConfig,
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "CollectiveError",
     "DebugConfig",
+    "DriftError",
     "Handle",
+    "MigrationConfig",
     "MoELayer",
     "Router",
     "RouterConfig",

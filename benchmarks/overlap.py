@@ -178,7 +178,7 @@ def _rank(folder: Path) -> None:
     first, *others = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs.values())
     assert all(torch.equal(first, other) for other in others), "the runs have come apart"
     for mode, run in runs.items():
-        with run.handle.profile(folder / f"{mode.replace(',', '').replace(' ', '-')}-rank-{rank}.json"):
+        with run.handle.telemetry.profile(folder / f"{mode.replace(',', '').replace(' ', '-')}-rank-{rank}.json"):
             run.step(x_TD)
     (folder / f"rank-{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
     dist.barrier()

@@ -194,7 +194,7 @@ class _Policy:
         self.handle: Handle = shard_experts(self.model, mesh=mesh, config=config, topology=topology, solver=solver)
         self.layer = layer
         self.optimizer = OPTIMIZERS[case.optimizer](self.model.parameters(), lr=1e-4, fused=True)
-        self.handle.clock.enabled = True
+        self.handle.telemetry.clock.enabled = True
         self.seconds: list[float] = []
         self.metrics: list[dict[str, float]] = []
 
@@ -229,7 +229,7 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
         for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
             policy = policies[name]
             if round_index == WARM_UP_ROUNDS:
-                policy.handle.clock.seconds.clear()
+                policy.handle.telemetry.clock.seconds.clear()
             x_TD.grad = None
             seconds, outputs[name] = _timed(partial(policy.step, x_TD, dy_TD, round_index), device)
             if is_timed:
@@ -244,7 +244,9 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
     return {
         "seconds": {name: policy.seconds for name, policy in policies.items()},
         "metrics": {name: policy.metrics for name, policy in policies.items()},
-        "stage_s": {name: {k: v / case.rounds for k, v in p.handle.clock.seconds.items()} for name, p in policies.items()},
+        "stage_s": {
+            name: {k: v / case.rounds for k, v in p.handle.telemetry.clock.seconds.items()} for name, p in policies.items()
+        },
         "floor": floor_seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }

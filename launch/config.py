@@ -324,18 +324,18 @@ def _read_assignment(assignment: str) -> dict[str, _Given]:
 
 def _renamed(given: Mapping[str, _Given]) -> dict[str, _Given]:
     """The same under today's names, without options that are gone, with one warning for all old ones."""
-    gone = [name for name in GONE if f"runtime.{name}" in given]
+    gone = [key for key in GONE if key in given]
     if gone:
         warn_of_gone(gone, stacklevel=3)
-    moved = {f"runtime.{name}": f"runtime.debug.{name}" for name in MOVED if f"runtime.{name}" in given}
-    for old, new in moved.items():
-        if new in given:
-            sources = f"{given[old].source}, {given[new].source}"
-            raise ValueError(f"{old} and {new} are both given; give {new} alone (from {sources})")
+    moved = {old: new for old, new in MOVED.items() if old in given}
+    for new in moved.values():
+        first, *others = (key for key in given if MOVED.get(key, key) == new)
+        if others:
+            sources = f"{given[first].source}, {given[others[0]].source}"
+            raise ValueError(f"{first} and {others[0]} are both given; give {new} alone (from {sources})")
     if moved:
-        warn_of_moved((old.removeprefix("runtime.") for old in moved), stacklevel=3)
-    ignored = {f"runtime.{name}" for name in gone}
-    return {moved.get(key, key): entry for key, entry in given.items() if key not in ignored}
+        warn_of_moved(moved, stacklevel=3)
+    return {moved.get(key, key): entry for key, entry in given.items() if key not in gone}
 
 
 def _check_key(key: str, source: str) -> None:

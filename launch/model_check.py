@@ -226,7 +226,7 @@ def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Pat
     rows: list[Row] = []
     for plan in (_WITHOUT_COPIES, _WITH_COPIES, _MOVED):
         if plan == _MOVED:
-            handle.rehome([moved(owners) for owners in handle.placement])
+            handle.migrate([moved(owners) for owners in handle.owner_maps])
         if plan != _WITHOUT_COPIES:
             hold_copies(handle, reference.loads)
         found = _compare_step(handle, inputs, reference)
@@ -248,8 +248,8 @@ def hold_copies(handle: Handle, loads: Mapping[str, Tensor]) -> None:
         runtime = layer.runtime
         owner_E = runtime.bank.owners.expert_to_owner_LE[runtime.layer]
         busiest = np.argsort(-loads[name].numpy().sum(axis=0), kind="stable") if name in loads else np.arange(owner_E.size)
-        replicas_RE = Placement.owners_only(owner_E, handle.group.world_size).replicas_RE.copy()
-        for rank in range(handle.group.world_size):
+        replicas_RE = Placement.owners_only(owner_E, runtime.group.world_size).replicas_RE.copy()
+        for rank in range(runtime.group.world_size):
             others = [e for e in np.roll(busiest, -rank) if owner_E[e] != rank]
             replicas_RE[rank, others[:_SLOTS]] = True
         runtime.drop_prefetched()
@@ -258,7 +258,7 @@ def hold_copies(handle: Handle, loads: Mapping[str, Tensor]) -> None:
 
 def _compare_step(handle: Handle, inputs: Inputs, reference: Reference) -> dict[str, Difference]:
     """One forward and backward on this rank, compared with its part of the reference."""
-    rank, world_size = handle.group.rank, handle.group.world_size
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     names = ("outputs", "gradients", "global norm", "aux loss", "counts", "choices")
     found = {name: Difference() for name in names}
     with followed_choices(handle, {name: parts[rank] for name, parts in reference.choices.items()}) as choices:

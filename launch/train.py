@@ -175,7 +175,8 @@ class Trainer:
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
         self.step = progress.step if progress else 0
         layers = list(moe_layers(self.model).values())
-        self._replay = None if trace is None else Replay(trace, layers, self.handle.group.rank, first_step=self.step)
+        rank = process.rank % config.ranks_per_replica(process.world_size)
+        self._replay = None if trace is None else Replay(trace, layers, rank, first_step=self.step)
         self._num_decisions = 0  # about owners, that are recorded
         self._compile_s = 0.0  # that is recorded
         self.data = TrainingData(
@@ -196,7 +197,9 @@ class Trainer:
             while self.step < config.train.steps:
                 if self.step == profile_from:
                     records.folder.mkdir(parents=True, exist_ok=True)  # on machines that rank 0 is not on
-                    profile.enter_context(self.handle.profile(records.folder / f"profile-rank-{self.process.rank}.json"))
+                    profile.enter_context(
+                        self.handle.telemetry.profile(records.folder / f"profile-rank-{self.process.rank}.json")
+                    )
                 with self._explained():
                     signum = self._train_step(records, stop)
                 if signum:
@@ -212,7 +215,7 @@ class Trainer:
             raise
         except (ValueError, RuntimeError, OSError) as error:
             # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
-            place = self.process.rank, self.step, self.handle.last_stage()
+            place = self.process.rank, self.step, self.handle.telemetry.last_stage()
             raise RuntimeError(diagnosis(error, *place, self.peers)) from error
 
     def _train_step(self, records: Records, stop: StopSignal) -> int:
@@ -254,10 +257,15 @@ class Trainer:
             bytes_sent=totals.bytes_sent,
         )
         self._compile_s += record.compile_s
-        decisions = self.handle.rehomings()[self._num_decisions :]
+        decisions = self.handle.telemetry.migrations()[self._num_decisions :]
         self._num_decisions += len(decisions)
         records.add(
-            record, metrics, self.handle.loads(), val_loss=val_loss, layers=self.handle.layer_metrics(), decisions=decisions
+            record,
+            metrics,
+            self.handle.telemetry.loads(),
+            val_loss=val_loss,
+            layers=self.handle.telemetry.layer_metrics(),
+            decisions=decisions,
         )
         if config.checkpoint.every and (is_last or _is_due(self.step, config.checkpoint.every)):
             self.save(records)

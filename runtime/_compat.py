@@ -174,7 +174,7 @@ def full_state_dict_requested() -> FullStateDict | None:
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors that a tensor consists of, in place: itself, or what a subclass (quantized optimizer state) wraps."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor):
         return [tensor.detach()]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in plain_parts(getattr(tensor, name))]

@@ -161,7 +161,7 @@ class Agreement:
     def gather(self, ranks: Transport, values: Tensor, doing: Doing, step: int) -> Gathered:
         """Values [n] of every rank, outside of any layer."""
         drift = f"the drift check after step {step}"
-        where = {Doing.CLIP: "clip_grad_norm_", Doing.OWNERS: "re-homing", Doing.DRIFT: drift}[doing]
+        where = {Doing.CLIP: "clip_grad_norm_", Doing.OWNERS: "migration", Doing.DRIFT: drift}[doing]
         return self._gather(ranks, values, doing, step, where=where)
 
     def _gather(

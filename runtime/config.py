@@ -63,6 +63,20 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MigrationConfig:
+    """When experts migrate: change their owner while training runs."""
+
+    every: int = 0
+    """Steps between proposals of new owners, solved in the background from the loads observed; experts migrate with their
+    optimizer state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"runtime.migration.every is {self.every}; it must be 0 (never) or a number of steps")
+
+
+@takes_moved_options("runtime.debug")
+@dataclass(frozen=True, kw_only=True)
 class DebugConfig:
     """What only comparisons, benchmarks and bug hunts set: the defaults are right for training."""
 
@@ -86,13 +100,13 @@ class DebugConfig:
     node where the topology has several nodes of several ranks."""
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
-    rehome_effort: float = 1.0
+    migration_effort: float = 1.0
     """How long the solver searches for owners, relative to its default."""
 
     def __post_init__(self) -> None:
         check_choices(self, "runtime.debug")
-        if not 0 < self.rehome_effort < math.inf:
-            raise ValueError(f"runtime.debug.rehome_effort is {self.rehome_effort}; it must be more than 0, and finite")
+        if not 0 < self.migration_effort < math.inf:
+            raise ValueError(f"runtime.debug.migration_effort is {self.migration_effort}; it must be more than 0, and finite")
         if not 0 <= self.overlap_s < math.inf:
             raise ValueError(f"runtime.debug.overlap_s is {self.overlap_s}; it must be 0 or more seconds, and finite")
         if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):
@@ -102,10 +116,10 @@ class DebugConfig:
             )
 
 
-@takes_moved_options
+@takes_moved_options("runtime")
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How experts are placed and moved."""
+    """How experts are placed and migrate."""
 
     policy: str = "quota"
     """Solver that places the copies: 'static' (none), 'hecate', 'quota' (fewest seconds), 'balance' (fewest routed tokens on
@@ -124,9 +138,6 @@ class RuntimeConfig:
     """What experts and the dense rest compute in, and what copies, routed tokens and FSDP2's gathers travel in: the parameters'
     own dtype, or bf16 cast from them. Master weights, gradients, their reductions and optimizer state keep the parameters' dtype;
     of FSDP2 it is MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32). Router logits are fp32."""
-    rehome_every: int = 0
-    """Steps between proposals of new owners, solved in the background from the loads observed; experts move with their optimizer
-    state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
     check_replicas_every: int = 100
     """Steps between checks that ranks hold the same dense weights, buffers, experts of replicas and optimizer's numbers; one
     after the first step besides. A difference of one bit ends the step with an error on every rank. 0: none."""
@@ -136,13 +147,16 @@ class RuntimeConfig:
     """How bytes travel between ranks; `moesaic doctor` says what "auto" chooses here, and why."""
     timeout_s: float = 300.0
     """Seconds after which a wait for other ranks fails."""
+    migration: MigrationConfig = MigrationConfig()
+    """When experts migrate."""
     debug: DebugConfig = DebugConfig()
     """What only comparisons, benchmarks and bug hunts set."""
 
     def __post_init__(self) -> None:
         check_choices(self, "runtime")
-        if not isinstance(self.debug, DebugConfig):
-            raise ValueError(f"runtime.debug is {self.debug!r}; give a DebugConfig")
+        for name, kind in (("migration", MigrationConfig), ("debug", DebugConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"runtime.{name} is {getattr(self, name)!r}; give a {kind.__name__}")
         if self.slots != "auto" and not (isinstance(self.slots, int) and self.slots >= 0):
             raise ValueError(f"runtime.slots is {self.slots!r}; it must be 0 (no copies) or more, or 'auto'")
         if self.slot_bytes < 0:
@@ -150,8 +164,6 @@ class RuntimeConfig:
         for name in ("slots", "materialize"):
             if getattr(self, name) == "auto" and not self.slot_bytes:
                 raise ValueError(f"runtime.{name} is 'auto', but runtime.slot_bytes is 0; state the bytes that slots may take")
-        if self.rehome_every < 0:
-            raise ValueError(f"runtime.rehome_every is {self.rehome_every}; it must be 0 (never) or a number of steps")
         if self.check_replicas_every < 0:
             raise ValueError(
                 f"runtime.check_replicas_every is {self.check_replicas_every}; it must be 0 (never) or a number of steps"

@@ -1,68 +1,37 @@
-"""How a family of models names what a `MoELayer` holds: in its modules, and in its checkpoints."""
+"""The module's old name: what it had works for one release, with a warning; see `naming`."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+import warnings
+from typing import Any
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """Names of one expert's matrices in a checkpoint, inside the block; `{expert}` stands for the expert's number."""
-
-    gate: str
-    up: str
-    down: str
+from .naming import WeightNaming
+from .renamed_members import RenamedMemberWarning
 
 
-@dataclass(frozen=True)
-class Family:
-    """The names of a family.
+class _Family(WeightNaming):
+    """A naming whose subclasses have the layout's methods by their old names."""
 
-    Args:
-        fused: (ours, theirs) for every weight of the experts: a bank's parameter, and the tensor [E, ...] inside the block.
-        state_experts: where the model itself keeps experts apart, the name of one's weight inside the block; `{expert}` and
-            `{weight}` stand for the expert's number and for ours. `fused` are names of older checkpoints then.
-        renames: (ours, theirs) for submodules of the layer and of the block.
-        checkpoint_experts: where checkpoints keep experts apart, an expert's names; None where they hold the fused tensors.
-        checkpoint_block: the block's own name in checkpoints, where that is another than in the model.
-    """
+    def to_original(self, weight: str, tensor: Tensor) -> Tensor:
+        """See `WeightNaming.to_original`."""
+        return self.to_family(weight, tensor)
 
-    fused: tuple[tuple[str, str], ...]
-    state_experts: str | None = None
-    renames: tuple[tuple[str, str], ...] = ()
-    checkpoint_experts: ExpertNames | None = None
-    checkpoint_block: str | None = None
-
-    def name_of(self, inner: str) -> str:
-        """The family's name for a parameter or buffer of the layer, both without the layer's own name."""
-        for ours, theirs in self.renames:
-            if inner.startswith(ours + "."):
-                return theirs + inner.removeprefix(ours)
-        return inner
-
-    def block_in_checkpoint(self, block: str) -> str:
-        """A block's full name in checkpoints, from its full name in the model."""
-        if self.checkpoint_block is None:
-            return block
-        parent, dot, _ = block.rpartition(".")
-        return parent + dot + self.checkpoint_block
+    def from_original(self, weight: str, tensor: Tensor) -> Tensor:
+        """See `WeightNaming.from_original`."""
+        return self.from_family(weight, tensor)
 
     def to_family(self, weight: str, tensor: Tensor) -> Tensor:
-        """A bank's `weight` of one expert, or of several stacked, in the family's layout. May be a view."""
+        """The old name of `to_original`."""
         return tensor
 
     def from_family(self, weight: str, tensor: Tensor) -> Tensor:
-        """The inverse of `to_family`."""
+        """The old name of `from_original`."""
         return tensor
 
 
-# moesaic's own layer; earlier checkpoints of it have one tensor for each weight of all experts.
-OWN_LAYER = Family(fused=(("gate_up", "experts.gate_up"), ("down", "experts.down")), state_experts="experts.{expert}.{weight}")
-# The layout that transformers 5 gives most families: gate rows, then up rows, in one tensor for all experts of a layer.
-FUSED = (("gate_up", "experts.gate_up_proj"), ("down", "experts.down_proj"))
-# The names most families use in checkpoints.
-PROJECTIONS = ExpertNames(
-    gate="experts.{expert}.gate_proj.weight", up="experts.{expert}.up_proj.weight", down="experts.{expert}.down_proj.weight"
-)
+def __getattr__(name: str) -> Any:
+    if name != "Family":
+        raise AttributeError(name)
+    text = "moesaic.runtime.family.Family is now moesaic.runtime.naming.WeightNaming; old names work for one more release"
+    warnings.warn(text, RenamedMemberWarning, stacklevel=2)
+    return _Family

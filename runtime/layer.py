@@ -13,13 +13,15 @@ from ..kernels import Clamp
 from ._compat import outside_graphs, reshaped
 from .config import RouterConfig
 from .experts.expert import ExpertShape
-from .family import Family
+from .naming import WeightNaming
+from .renamed_members import renamed_members
 from .routing.capacity import Capacity, DropPolicy
 from .routing.router import Router, TopKRouter
 from .sharded_experts import ShardedExperts
 from .step.layer_runtime import LayerRuntime
 
 
+@renamed_members(family="naming")
 class MoELayer(nn.Module):
     """An MoE feed-forward layer of SwiGLU experts, dropless by default: y = sum_k weight_k * expert_k(x) + shared(x).
 
@@ -72,13 +74,13 @@ class MoELayer(nn.Module):
         """Whether the losses of several calls add up; a hook then sets `aux_loss` to None where the model's forward begins."""
 
     @property
-    def family(self) -> Family:
-        """How the layer's weights are called where the model comes from; an adapter sets it."""
-        return self.experts.family
+    def naming(self) -> WeightNaming:
+        """The names of the layer's weights in the model that the layer comes from; an adapter sets it."""
+        return self.experts.naming
 
-    @family.setter
-    def family(self, family: Family) -> None:
-        self.experts.family = family
+    @naming.setter
+    def naming(self, naming: WeightNaming) -> None:
+        self.experts.naming = naming
 
     @property
     def runtime(self) -> LayerRuntime:

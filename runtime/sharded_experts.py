@@ -17,8 +17,9 @@ from ..placement import OwnerMap
 from ._compat import full_state_dict_requested, outside_graphs
 from .experts.bank import Bank
 from .experts.expert import Expert, ExpertShape, ExpertTensors
-from .family import OWN_LAYER, Family
 from .group import single_rank_group
+from .naming import OWN_LAYER, WeightNaming
+from .renamed_members import renamed_members
 from .routing.capacity import Capacity
 from .step.layer_pass import LayerPass
 from .step.layer_runtime import LayerRuntime
@@ -45,6 +46,7 @@ class ExpertSource:
         return self.shape.num_elements * self.dtype.itemsize
 
 
+@renamed_members(family="naming")
 class ShardedExperts(nn.Module):
     """All experts of a MoE layer: y = sum_k weight_k * expert_k(x), wherever an expert lives.
 
@@ -75,8 +77,8 @@ class ShardedExperts(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.capacity = capacity or Capacity()
-        self.family: Family = OWN_LAYER
-        """How the weights are called where the model comes from."""
+        self.naming: WeightNaming = OWN_LAYER
+        """The names of the weights in the model that the experts come from."""
         self.is_sharded = False
         self._run_on(Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype))
 
@@ -290,7 +292,7 @@ class ShardedExperts(nn.Module):
                     )
                     continue
                 for expert in map(int, self._modules):
-                    tensor = self.family.from_family(weight, fused[expert])
+                    tensor = self.naming.from_original(weight, fused[expert])
                     state_dict[f"{prefix}{expert}.{weight}"] = tensor
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         elsewhere = {
@@ -304,7 +306,7 @@ class ShardedExperts(nn.Module):
 
     def _fused_names(self) -> list[tuple[str, str]]:
         """(ours, theirs) for weights that a state may hold for all experts in one tensor."""
-        return [(weight, name.removeprefix("experts.")) for weight, name in self.family.fused]
+        return [(weight, name.removeprefix("experts.")) for weight, name in self.naming.fused]
 
 
 class _Elsewhere:

@@ -1,4 +1,4 @@
-"""State under logical names: experts are known by layer and expert, not by rank and row.
+"""State under logical names: an expert is named by its layer and number, not by rank and row.
 
     model.<parameter or buffer name>                          the dense part, DTensors where FSDP2 sharded it
     model.<layer>.experts.<expert>.<weight>                   one expert's weights (gate_up, down, biases), on its owner only
@@ -34,7 +34,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
 @torch.no_grad()
 def load_state(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Copy `state` into the model and the optimizer. Entries of experts that live elsewhere are left alone.
+    """Copy `state` into the model and the optimizer. Entries of experts of other ranks are left alone.
 
     Raises ValueError if something this rank needs is missing or has another shape; nothing is changed then.
     """
@@ -61,7 +61,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         names.add(name)
         yield name, parameter
-    # The tensors themselves, not detached, so that a parameter is known under every name.
+    # The tensors themselves, not detached, so that a parameter is found under every name.
     for name, value in model.state_dict(keep_vars=True).items():
         if name not in names and isinstance(value, Tensor) and id(value) not in experts:
             yield name, value
@@ -92,7 +92,7 @@ def prepare_optimizer(
 ) -> None:
     """Make an optimizer create the state that it lacks: one step with zero gradients and a learning rate of zero.
 
-    Of `saved`, the names in a state that is to be loaded, it learns which parameters had none when it was saved: they get none.
+    `saved`: the names in a state that is to be loaded; parameters without an optimizer state there get none here either.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     names = [name for name in saved or () if name.startswith("optimizer.")]

@@ -18,10 +18,18 @@ from typing import Any, Literal
 
 import moesaic
 from moesaic.launch.config import Config
+from moesaic.runtime.wrap.model_weights import ModelWeights
+from moesaic.runtime.wrap.telemetry import Telemetry
 
 DOCS = Path(__file__).resolve().parents[1]
 # Members without an underscore that only moesaic itself uses.
-_INTERNAL = {"MoELayer": ("runtime",), "ShardedExperts": ("begin", "source", "share", "follow_bank")}
+_INTERNAL = {
+    "MoELayer": ("runtime",),
+    "ShardedExperts": ("begin", "source", "share", "follow_bank"),
+    "Telemetry": ("close_step",),
+}
+# Classes of what a member holds, whose members stand below it.
+_PARTS = {"weights": ModelWeights, "telemetry": Telemetry}
 
 _GENERATED = "<!-- Printed by docs/tools/pages.py: change the code's docstrings, then run `make docs`. -->"
 
@@ -30,9 +38,9 @@ _CONFIGURATION = f"""\
 
 # Configuration
 
-Every option of a training run: its default, the values it takes and what it does. `[router]`, `[runtime]` and
-`[runtime.debug]` are `RouterConfig`, `RuntimeConfig` and `DebugConfig` of the Python API as well; the other sections belong to
-`moesaic train`.
+Every option of a training run: its default, the values it takes and what it does. `[router]`, `[runtime]`,
+`[runtime.migration]` and `[runtime.debug]` are `RouterConfig`, `RuntimeConfig`, `MigrationConfig` and `DebugConfig` of the
+Python API as well; the other sections belong to `moesaic train`.
 
 - In a file: `moesaic train --config run.toml`, with sections and keys as below.
 - On the command line: `--set section.key=value`, as often as needed, over the file. A value is read as TOML (`0.1`, `true`,
@@ -145,7 +153,10 @@ def api_page() -> str:
     for name in [*functions, *classes]:
         parts += _entry(name, getattr(moesaic, name), level=2)
         if name in classes:
-            parts += [line for member, value in _members(getattr(moesaic, name)) for line in _entry(member, value, level=3)]
+            for member, value in _members(getattr(moesaic, name)):
+                parts += _entry(member, value, level=3)
+                for inner, inner_value in _members(_PARTS[member]) if member in _PARTS else ():
+                    parts += _entry(f"{member}.{inner}", inner_value, level=4)
     return "\n".join(parts).rstrip() + "\n"
 
 

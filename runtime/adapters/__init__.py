@@ -1,15 +1,15 @@
 """Adapters: MoE layers of other models.
 
-families.py           The families of Hugging Face transformers whose experts are known, as data: how each lays out and names its
-                      weights.
+known_experts.py      The experts modules of Hugging Face transformers that are replaced, as data: the names and the layout of
+                      their weights.
 meta.py               Models built on the meta device: shapes without memory, allocated once they are sharded.
 safetensors_files.py  A checkpoint as a folder of safetensors files with an index, as transformers reads and writes it.
-save_pretrained.py    `save_pretrained` of a sharded model of transformers: the family's own files, or a refusal; never one rank's
-                      experts for all.
-weights.py            A model's weights under its family's own names: state dict and safetensors, out and in.
+save_pretrained.py    `save_pretrained` of a sharded model of transformers: files of the whole model, or a refusal; never of one
+                      rank's experts.
+weights.py            A model's weights under the names that it has unwrapped: state dict and safetensors, out and in.
 experts_modules.py    Experts modules of Hugging Face transformers: only they are replaced, inside their block, which stays
                       transformers' own.
-registry.py           Finding the MoE layers of a model: moesaic's own, those that registered adapters know, and experts modules
+registry.py           Finding the MoE layers of a model: moesaic's own, those that registered adapters match, and experts modules
                       of transformers.
 """
 

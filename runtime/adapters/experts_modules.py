@@ -1,7 +1,7 @@
 """Experts modules of Hugging Face transformers: only they are replaced, inside their block, which stays transformers' own.
 
 A block computes its router, its shared experts and its losses as before, and calls `experts(hidden_states, top_k_index,
-top_k_weights)`. Nothing here imports transformers: a module is known by the name of its class and of the module that defines it.
+top_k_weights)`. Nothing here imports transformers: a module is recognized by the names of its class and file.
 
 Shape letters: E experts, D model dim, F expert ffn dim.
 """
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ...kernels import Clamp
 from ..experts.expert import ExpertShape, ExpertTensors
 from ..sharded_experts import ExpertSource, ShardedExperts
-from .families import KNOWN_EXPERTS, KnownExperts
+from .known_experts import KNOWN_EXPERTS, KnownExperts
 
 _PACKAGE = "transformers.models."
 # Where configurations keep the number of experts per token.
@@ -24,7 +24,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk")
 
 
 def known_experts(module: nn.Module) -> KnownExperts | None:
-    """What is known of an experts module of transformers; None of any other module. A subclass is of its parent's family."""
+    """The entry of an experts module of transformers, or of its nearest base class; None for any other module."""
     for kind in type(module).__mro__:
         if kind.__module__.startswith(_PACKAGE):
             folder = kind.__module__.removeprefix(_PACKAGE).partition(".")[0]
@@ -37,7 +37,7 @@ def adopt(name: str, module: nn.Module, known: KnownExperts) -> tuple[ShardedExp
     """The module to put in the place of transformers' one, without weights yet, and where its weights are.
 
     Raises:
-        ValueError: the module computes something else than its family does.
+        ValueError: the module computes something else than transformers' own.
     """
     _check_is_own(name, module, known)
     gate_up = getattr(module, "gate_up_proj", None)
@@ -56,17 +56,17 @@ def adopt(name: str, module: nn.Module, known: KnownExperts) -> tuple[ShardedExp
     config = getattr(module, "config", None)
     top_k = next((int(getattr(config, key)) for key in _TOP_K if getattr(config, key, None)), 1)
     experts = _TransformersExperts(shape, E, top_k, device="meta", dtype=gate_up.dtype)
-    experts.family = known.family
+    experts.naming = known.naming
     experts.config = config  # type: ignore[assignment]
     experts.train(module.training)
     _carry_hooks(module, experts)
-    theirs = {ours: getattr(module, full.removeprefix("experts.")) for ours, full in known.family.fused}
+    theirs = {ours: getattr(module, full.removeprefix("experts.")) for ours, full in known.naming.fused}
     source = ExpertSource(
         shape,
         E,
         gate_up.dtype,
         gate_up.device,
-        lambda e: ExpertTensors(**{n: known.family.from_family(n, p.detach()[e]) for n, p in theirs.items()}),
+        lambda e: ExpertTensors(**{n: known.naming.from_original(n, p.detach()[e]) for n, p in theirs.items()}),
         lambda e, weight: theirs[weight].requires_grad,
         tuple(theirs.values()),
     )
@@ -82,7 +82,7 @@ class _TransformersExperts(ShardedExperts):
 
 
 def _check_is_own(name: str, module: nn.Module, known: KnownExperts) -> None:
-    """Refuse experts that somebody has changed: what is replaced must compute what its family does."""
+    """Refuse experts that were changed: what is replaced must compute what transformers' own does."""
     what = f"{known.name}: {name}, {type(module).__name__},"
     if "forward" in vars(module):
         raise ValueError(f"{what} has a forward of its own on the instance, which would be lost; remove it before shard_experts")
@@ -93,15 +93,15 @@ def _check_is_own(name: str, module: nn.Module, known: KnownExperts) -> None:
     if parametrize.is_parametrized(module):
         changed = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         raise ValueError(
-            f"{what} has parametrized weights ({changed}), of which experts on other ranks know nothing; "
+            f"{what} has parametrized weights ({changed}), which experts on other ranks would lack; "
             "call torch.nn.utils.parametrize.remove_parametrizations first"
         )
-    wanted = {full.removeprefix("experts.") for _, full in known.family.fused}
+    wanted = {full.removeprefix("experts.") for _, full in known.naming.fused}
     weights = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     if weights != wanted and hasattr(module, "gate_up_proj"):
         raise ValueError(
-            f"{what} has the weights {', '.join(sorted(weights))} where its family has {', '.join(sorted(wanted))}; undo what "
-            "changed them before shard_experts, or call register_adapter"
+            f"{what} has the weights {', '.join(sorted(weights))} where transformers' own has {', '.join(sorted(wanted))}; undo "
+            "what changed them before shard_experts, or call register_adapter"
         )
     if known.has_clamp:
         return
@@ -124,13 +124,13 @@ _HOOKS = (
 
 
 def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have the hooks of one module on another, so that whoever registered them can still remove them."""
+    """Have the hooks of one module on another; the handles that registered them still remove them."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
     new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Have the hooks of a module that is replaced on the module that takes its place, beside that one's own."""
+    """Have the hooks of a module on its replacement, unless that has hooks of its own."""
     if not any(getattr(new, name) for name in _HOOKS):
         _carry_hooks(old, new)

@@ -1,4 +1,4 @@
-"""Finding the MoE layers of a model: moesaic's own, those that registered adapters know, and experts modules of transformers."""
+"""Finding the MoE layers of a model: moesaic's own, those that registered adapters match, and experts modules of transformers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import nn
 from ..layer import MoELayer
 from ..sharded_experts import ExpertSource, ShardedExperts
 from .experts_modules import adopt, carry_hooks, known_experts
-from .families import KNOWN_EXPERTS
+from .known_experts import KNOWN_EXPERTS
 
 
 class Adapter(Protocol):
-    """Converts one family of MoE blocks, which are replaced whole."""
+    """Converts MoE blocks of one kind, which are replaced whole."""
 
     name: str
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is a block of this family."""
+        """Whether `module` is a block of this kind."""
 
     def convert(self, module: nn.Module) -> MoELayer:
         """A `MoELayer` with the block's weights, which takes its place in the model. The block itself must stay as it is.
 
-        Set `layer.experts.family` for the weights to be saved and loaded under the names of the model's own family.
+        Set `layer.experts.naming` for the weights to be saved and loaded under the names that they have in the block.
         """
 
 
@@ -33,7 +33,7 @@ _ADAPTERS: list[Adapter] = []
 
 
 def register_adapter(adapter: Adapter) -> None:
-    """Teach `shard_experts` a further family of MoE blocks. Later registrations are asked first."""
+    """Add an adapter for a further kind of MoE blocks. Adapters that were registered later are tried first."""
     _ADAPTERS.insert(0, adapter)
 
 
@@ -54,16 +54,16 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     """Every MoE layer of `model`, in module order.
 
     Raises:
-        ValueError: there is none, with what the model consists of; experts that compute something else than their family's.
+        ValueError: there is none, with what the model consists of; experts that compute something else than transformers' own.
     """
     found = list(_found_in(model))
     if not found:
         seen = sorted({type(module).__name__ for module in model.modules()})
-        families = dict.fromkeys(known.name for known in KNOWN_EXPERTS.values())
-        known = ", ".join(["moesaic.MoELayer", *(adapter.name for adapter in _ADAPTERS), *families])
+        names = dict.fromkeys(known.name for known in KNOWN_EXPERTS.values())
+        known = ", ".join(["moesaic.MoELayer", *(adapter.name for adapter in _ADAPTERS), *names])
         raise ValueError(
             f"no MoE block in {type(model).__name__}, which consists of {', '.join(seen)}; known blocks: {known}; "
-            "teach moesaic yours with register_adapter(adapter)"
+            "add an adapter for yours with register_adapter(adapter)"
         )
     return found
 
@@ -109,8 +109,7 @@ def _check_holders(model: nn.Module, name: str, module: nn.Module) -> None:
     holder = model.get_submodule(name.rpartition(".")[0])
     if type(holder).__module__.startswith("peft.") and getattr(holder, "base_layer", None) is module:
         raise ValueError(
-            f"{name} has adapters on the experts' weights (peft's target_parameters), which experts on other ranks know "
-            f"nothing of; "
+            f"{name} has adapters on the experts' weights (peft's target_parameters), which experts on other ranks would lack; "
             "leave them to attention, the router and shared experts, or merge them before shard_experts"
         )
 

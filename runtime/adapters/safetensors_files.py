@@ -50,25 +50,25 @@ class SafetensorsFolder(Mapping[str, Any]):
 
 
 def write_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, rank: int, max_file_bytes: int) -> None:
-    """Write what every rank has into one folder that all of them see. Collective.
+    """Write every rank's tensors into one folder on a disk that all ranks share. Collective.
 
     A rank holds at most `max_file_bytes`, or one larger tensor, at a time. The index comes last and under its name only
     when it is complete.
     """
     require_safetensors()
     folder.mkdir(parents=True, exist_ok=True)
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, any(folder.glob("*.safetensors")))
-    if any(everybody):
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, any(folder.glob("*.safetensors")))
+    if any(of_ranks):
         raise ValueError(f"{folder} holds safetensors files already; give an empty folder")
     writer = _Writer(folder, rank, max_file_bytes)
     for name, tensor in tensors:
         writer.add(name, tensor)
     writer.flush()
-    dist.all_gather_object(everybody, (writer.file_of, writer.total_bytes))
+    dist.all_gather_object(of_ranks, (writer.file_of, writer.total_bytes))
     if rank == 0:
-        weight_map = {name: file for part, _ in everybody for name, file in part.items()}
-        index = {"metadata": {"total_size": sum(size for _, size in everybody)}, "weight_map": dict(sorted(weight_map.items()))}
+        weight_map = {name: file for part, _ in of_ranks for name, file in part.items()}
+        index = {"metadata": {"total_size": sum(size for _, size in of_ranks)}, "weight_map": dict(sorted(weight_map.items()))}
         draft = folder / (INDEX + ".part")
         draft.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         draft.replace(folder / INDEX)

@@ -1,5 +1,4 @@
-"""`save_pretrained` of a sharded model of transformers: the family's own files, or a refusal; never one rank's experts for
-all."""
+"""`save_pretrained` of a sharded model of transformers: files of the whole model, or a refusal; never of one rank's experts."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from ..sharded_experts import ShardedExperts
 
 
 def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
-    """Have `model.save_pretrained` write whole experts under the family's names, where it is given all of them, or refuse."""
+    """Have `model.save_pretrained` write whole experts under transformers' names, where it is given all of them, or refuse."""
     original: Callable[..., Any] | None = getattr(model, "save_pretrained", None)
     if original is None:
         return
@@ -26,12 +25,12 @@ def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]
         """
         if state_dict is None:
             state_dict = model.state_dict()
-        return original(save_directory, *args, state_dict=family_names(state_dict, layers), **options)
+        return original(save_directory, *args, state_dict=original_names(state_dict, layers), **options)
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]
 
 
-def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts]) -> dict[str, Any]:
+def original_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts]) -> dict[str, Any]:
     """A whole state dict of the sharded model as that of the unwrapped one: all experts of a layer in one tensor.
 
     Raises:
@@ -43,7 +42,7 @@ def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts])
     )
     for block, experts in layers.items():
         prefix = f"{block}.experts." if block else "experts."
-        for weight, fused in experts.family.fused:
+        for weight, fused in experts.naming.fused:
             names = [f"{prefix}{expert}.{weight}" for expert in range(experts.num_experts)]
             found = [name for name in names if name in state]
             name = f"{block}.{fused}" if block else fused
@@ -57,9 +56,9 @@ def family_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts])
                 )
                 raise RuntimeError(
                     f"save_pretrained on this rank lacks {lacks}, which other ranks hold; call "
-                    f"handle.save_safetensors(folder) on every "
-                    "rank, or give the state_dict that get_model_state_dict returns with full_state_dict=True"
+                    "handle.weights.save_safetensors(folder) on every rank, or "
+                    "give the state_dict that get_model_state_dict returns with full_state_dict=True"
                 )
             whole = torch.stack([state.pop(apart).detach() for apart in names])
-            state[name] = experts.family.to_family(weight, whole).contiguous()
+            state[name] = experts.naming.to_original(weight, whole).contiguous()
     return state

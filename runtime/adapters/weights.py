@@ -1,7 +1,7 @@
-"""A model's weights under its family's own names: state dict and safetensors, out and in.
+"""A model's weights under the names that it has unwrapped: state dict and safetensors, out and in.
 
 Nothing but a state dict that was asked for is ever whole on one rank. A tensor of the dense part is whole while it is
-written, as is one layer's weight where the family keeps the experts of a layer in one tensor.
+written, as is one layer's weight where the original keeps the experts of a layer in one tensor (see `WeightNaming`).
 
 Shape letters: E experts.
 """
@@ -26,34 +26,34 @@ class DenseTensor:
     """A parameter or buffer outside the experts. Tied weights have several names."""
 
     tensor: Tensor
-    names: tuple[str, ...]  # in the family's own state dict
+    names: tuple[str, ...]  # in the unwrapped model's state dict
     checkpoint_names: tuple[str, ...]
 
 
 def dense_tensors(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> list[DenseTensor]:
-    """Everything that the family's state dict holds besides experts, each tensor once, in module order."""
+    """Everything that the unwrapped model's state dict holds besides experts, each tensor once, in module order."""
     experts = expert_parameters(layers)
     names: dict[int, list[tuple[str, str]]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in experts:
             tensors[id(tensor)] = tensor
-            names.setdefault(id(tensor), []).append(_family_names(name, layers))
+            names.setdefault(id(tensor), []).append(_original_names(name, layers))
     return [DenseTensor(tensors[i], tuple(n for n, _ in both), tuple(n for _, n in both)) for i, both in names.items()]
 
 
-def _family_names(name: str, layers: Mapping[str, ShardedExperts]) -> tuple[str, str]:
-    """The family's name and its checkpoints' name of what the wrapped model calls `name`."""
+def _original_names(name: str, layers: Mapping[str, ShardedExperts]) -> tuple[str, str]:
+    """The names, in the unwrapped model and in its checkpoints, of what the wrapped model calls `name`."""
     for block, layer in layers.items():
         prefix = f"{block}." if block else ""
         if name.startswith(prefix):
-            inner = layer.family.name_of(name.removeprefix(prefix))
+            inner = layer.naming.name_of(name.removeprefix(prefix))
             return prefix + inner, _in_checkpoint(layer, block, inner)
     return name, name
 
 
 def _in_checkpoint(layer: ShardedExperts, block: str, inner: str) -> str:
-    return _in_block(layer.family.block_in_checkpoint(block), inner)
+    return _in_block(layer.naming.block_in_checkpoint(block), inner)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -90,15 +90,15 @@ def state_on_rank_zero(model: nn.Module, layers: Mapping[str, ShardedExperts], t
         if transport.rank == 0:
             state |= dict.fromkeys(dense.names, full.to("cpu", copy=True))
     for block, layer in layers.items():
-        for weight, inner in layer.family.fused:
+        for weight, inner in layer.naming.fused:
             experts = gather_experts(layer, weight, transport)
             if experts is None:
                 continue
-            if layer.family.state_experts is not None:
+            if layer.naming.state_experts is not None:
                 names = _names_apart(block, layer, weight)
                 state |= {name: experts[e].to("cpu", copy=True) for e, name in enumerate(names)}
             else:
-                state[_in_block(block, inner)] = layer.family.to_family(weight, experts).contiguous().cpu()
+                state[_in_block(block, inner)] = layer.naming.to_original(weight, experts).contiguous().cpu()
     return state
 
 
@@ -108,8 +108,8 @@ def _in_block(block: str, inner: str) -> str:
 
 def _names_apart(block: str, layer: ShardedExperts, weight: str) -> list[str]:
     """By expert: the name of a weight in models that keep experts apart."""
-    assert layer.family.state_experts is not None
-    return [_in_block(block, layer.family.state_experts.format(expert=e, weight=weight)) for e in range(layer.num_experts)]
+    assert layer.naming.state_experts is not None
+    return [_in_block(block, layer.naming.state_experts.format(expert=e, weight=weight)) for e in range(layer.num_experts)]
 
 
 def checkpoint_tensors(
@@ -117,24 +117,24 @@ def checkpoint_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """What this rank writes of a checkpoint, one tensor at a time. Collective: every rank iterates to the end.
 
-    Rank 0 writes the dense part, and the experts of families whose checkpoints fuse them; else every rank writes its own.
+    Rank 0 writes the dense part, and the experts where checkpoints fuse those of a layer; else every rank writes its own.
     """
     for dense in dense_tensors(model, layers):
         full = whole(dense.tensor)
         if transport.rank == 0:
             yield dense.checkpoint_names[0], full
     for block, layer in layers.items():
-        names, runtime = layer.family.checkpoint_experts, layer.runtime
-        if layer.family.state_experts is not None:
+        names, runtime = layer.naming.checkpoint_experts, layer.runtime
+        if layer.naming.state_experts is not None:
             for weight in runtime.bank.weight_names:
                 apart = _names_apart(block, layer, weight)
                 for e in runtime.owned_experts:
                     yield apart[e], getattr(runtime.bank.weights(runtime.layer, e), weight)
         elif names is None:
-            for weight, inner in layer.family.fused:
+            for weight, inner in layer.naming.fused:
                 experts = gather_experts(layer, weight, transport)
                 if experts is not None:
-                    yield _in_checkpoint(layer, block, inner), layer.family.to_family(weight, experts)
+                    yield _in_checkpoint(layer, block, inner), layer.naming.to_original(weight, experts)
         else:
             for e in runtime.owned_experts:
                 expert = runtime.bank.weights(runtime.layer, e)
@@ -151,13 +151,13 @@ class _Read:
     shape: tuple[int, ...]
     rows: slice | int | None  # of the stored tensor; None for all of it
     target: Tensor
-    layer: ShardedExperts | None = None  # whose family's layout the stored tensor has
+    layer: ShardedExperts | None = None  # whose original's layout the stored tensor has
     weight: str = ""
 
 
 @torch.no_grad()
 def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, ShardedExperts]) -> tuple[str, ...]:
-    """Copy this rank's part out of a whole state under the family's names, those of its state dict or of its checkpoints.
+    """Copy this rank's part out of a whole state under the names of the unwrapped model's state dict, or of its checkpoints.
 
     Args:
         state: values are tensors, or anything that becomes one when sliced, so that files are read only where needed.
@@ -185,7 +185,7 @@ def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str
         value = state[name][... if read.rows is None else read.rows]
         if value.dtype not in (read.target.dtype, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name!r} is {value.dtype}, a quantized weight; dequantize the checkpoint first")
-        read.target.copy_(value if read.layer is None else read.layer.family.from_family(read.weight, value))
+        read.target.copy_(value if read.layer is None else read.layer.naming.from_original(read.weight, value))
     places = {n for dense in dense_tensors(model, layers) for n in (*dense.names, *dense.checkpoint_names)}
     places |= {n for block, layer in layers.items() for n in _expert_names(block, layer)}
     return tuple(name for name in state if name not in places)
@@ -212,7 +212,7 @@ def _local_rows(tensor: DTensor) -> slice:
 
 def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]) -> Iterator[_Read]:
     for block, layer in layers.items():
-        runtime, names = layer.runtime, layer.family.checkpoint_experts
+        runtime, names = layer.runtime, layer.naming.checkpoint_experts
         for e in runtime.owned_experts:
             expert = runtime.bank.weights(runtime.layer, e)
             if names is not None and _in_checkpoint(layer, block, names.down.format(expert=e)) in state:
@@ -220,24 +220,24 @@ def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]
                 for name, target in ((names.gate, gate), (names.up, up), (names.down, expert.down)):
                     yield _Read((_in_checkpoint(layer, block, name.format(expert=e)),), tuple(target.shape), None, target)
                 continue
-            for weight, inner in layer.family.fused:
+            for weight, inner in layer.naming.fused:
                 target = getattr(expert, weight)
                 fused_names = (_in_block(block, inner), _in_checkpoint(layer, block, inner))
-                if layer.family.state_experts is not None and not any(name in state for name in fused_names):
+                if layer.naming.state_experts is not None and not any(name in state for name in fused_names):
                     yield _Read((_names_apart(block, layer, weight)[e],), tuple(target.shape), None, target)
                     continue
-                shape = (runtime.num_experts, *layer.family.to_family(weight, target).shape)
+                shape = (runtime.num_experts, *layer.naming.to_original(weight, target).shape)
                 yield _Read(fused_names, shape, e, target, layer, weight)
 
 
 def _expert_names(block: str, layer: ShardedExperts) -> Sequence[str]:
     """All names that weights of a layer's experts may have."""
-    names = layer.family.checkpoint_experts
+    names = layer.naming.checkpoint_experts
     apart = () if names is None else (names.gate, names.up, names.down)
-    weights = () if layer.family.state_experts is None else layer.runtime.bank.weight_names
+    weights = () if layer.naming.state_experts is None else layer.runtime.bank.weight_names
     return [
         *(name for weight in weights for name in _names_apart(block, layer, weight)),
-        *(_in_block(block, inner) for _, inner in layer.family.fused),
-        *(_in_checkpoint(layer, block, inner) for _, inner in layer.family.fused),
+        *(_in_block(block, inner) for _, inner in layer.naming.fused),
+        *(_in_checkpoint(layer, block, inner) for _, inner in layer.naming.fused),
         *(_in_checkpoint(layer, block, name.format(expert=e)) for name in apart for e in range(layer.num_experts)),
     ]

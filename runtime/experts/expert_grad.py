@@ -1,11 +1,11 @@
-"""Gradients of experts: whole on the rank that owns the expert, so whatever judges all gradients together must ask all ranks.
+"""Gradients of experts: whole on the rank that owns the expert, so a norm or check over all gradients is a collective.
 
 `torch.nn.utils.clip_grad_norm_` and `get_total_norm`, what Accelerate and the Trainer make of them, and `torch.amp.GradScaler`
 look at the gradients of the parameters they are given. For FSDP2's DTensors torch adds the other ranks' part; for experts,
 which are plain tensors, this file does:
 
     _foreach_norm, vector_norm of gradients  ->  one `ExpertNorm` for each expert's gradient, this rank's own
-    stack of norms                           ->  `ExpertNorm` [N], which knows which of them belong to experts
+    stack of norms                           ->  `ExpertNorm` [N], marked where they belong to experts
     vector_norm of that                      ->  the norm over all ranks: those of experts add up, others count once
     GradScaler's check for overflow          ->  an overflow on one rank is one on all
 
@@ -37,18 +37,18 @@ class ExpertRanks:
     transport: Transport
     num_experts_R: tuple[int, ...]
     learning: dict[str, np.ndarray] = field(default_factory=dict)
-    """By layer, bool [R]: the ranks that own an expert which is not frozen, as of the layer's last forward."""
+    """By layer, bool [R]: the ranks that own a trainable expert, as of the layer's last forward."""
 
     def check(self, where: str) -> None:
         """Before any rank waits for another one.
 
         Raises:
-            RuntimeError: some rank has no gradient of an expert, and so never comes to `combine`.
+            RuntimeError: some rank has no gradient of an expert, and so would not call `combine`.
         """
         for rank, num_experts in enumerate(self.num_experts_R):
-            if not num_experts or (self.learning and not any(learns_R[rank] for learns_R in self.learning.values())):
+            if not num_experts or (self.learning and not any(trainable_R[rank] for trainable_R in self.learning.values())):
                 raise RuntimeError(
-                    f"rank {rank} owns no expert that learns, so {where} cannot be made one number for all ranks; "
+                    f"rank {rank} owns no trainable expert, so {where} cannot be made one number for all ranks; "
                     "use handle.clip_grad_norm_, or fewer ranks per group"
                 )
 
@@ -67,7 +67,7 @@ class ExpertGrad(Tensor):
 
     @classmethod
     def of(cls, tensor: Tensor, ranks: ExpertRanks) -> ExpertGrad:
-        """The same memory as a gradient that knows its ranks."""
+        """The same memory as a gradient that is marked as an expert's."""
         grad = tensor.as_subclass(cls)
         grad.ranks = ranks
         return grad
@@ -87,7 +87,7 @@ class ExpertNorm(Tensor):
 
     @classmethod
     def of(cls, tensor: Tensor, ranks: ExpertRanks, of_experts: list[bool]) -> ExpertNorm:
-        """The same numbers, with what is known of them."""
+        """The same numbers, with a mark for each that is of an expert."""
         norm = tensor.as_subclass(cls)
         norm.ranks, norm.of_experts = ranks, of_experts
         return norm
@@ -133,7 +133,7 @@ def _norm(func: Callable[..., Any], grad: Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def _check_overflow(func: Callable[..., Any], grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """GradScaler's check and unscaling: what one rank finds in its experts, all have found."""
+    """GradScaler's check and unscaling; an overflow in the experts of one rank is one on all ranks."""
     ranks = next(grad.ranks for grad in grads if isinstance(grad, ExpertGrad))
     _foreach_scale(func, grads, found_inf, inv_scale)
     found_inf.copy_(ranks.combine(found_inf, largest=True, where="GradScaler's check for overflow"))

@@ -1,36 +1,37 @@
-"""Re-homing: experts change their owner between steps; weights, gradients and optimizer state go along.
+"""Migration: experts change their owner between steps; weights, gradients and optimizer state go along.
 
-Ranks keep their numbers of experts, so that no parameter changes its shape: what leaves a rank is as much as what arrives, and
-the moves fall apart into cycles in which every rank gives one expert away and receives another into its row. A few cycles
-at a time travel together, so that memory stays bounded. The idea of moving homes between steps is MoETuner's placement
-(arXiv 2502.06643) put to work in training; what may move is the whole state, so later losses do not change.
+Every rank keeps its number of experts, so that no parameter changes its shape: as many experts leave a rank as arrive, and the
+moves decompose into cycles in which every rank sends one expert and receives another into its row. A few cycles at a time
+travel together, so that memory stays bounded. MoETuner (arXiv 2502.06643) has the idea of new owners between steps; here the
+whole state of an expert migrates, so later losses do not change.
 
-Parameters stay where the optimizer has them, in their parameter groups; what changes is whose weights and state they hold. So an
-expert goes only where the one it replaces is treated alike: frozen or not, with equal settings of its parameter group, with
-optimizer state of the same form. Cycles that would mix experts of different treatment are left out of a move.
+Parameters stay in the optimizer's parameter groups and get the weights and the state of another expert. So an expert only
+replaces one that is trained alike: frozen or not, with equal settings of its parameter group, with optimizer state of the same
+form. Cycles of experts that are trained differently are left out of a migration.
 
 Shape letters: B rows of this rank, L layers, E experts.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...collectives import Buffer, Transport
 from ...placement import Move, OwnerMap
 from .._compat import plain_parts
 from .bank import Bank
 
-logger = logging.getLogger("moesaic.rehome")
+logger = logging.getLogger("moesaic.migration")
 
 # Experts of one rank whose tensors of one kind are on their way at once.
 _ROWS_IN_FLIGHT = 4
@@ -38,7 +39,7 @@ _ROWS_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class Round:
-    """Moves that travel together: each rank gives away as many experts as it receives."""
+    """Moves that travel together: each rank sends as many experts as it receives."""
 
     moves: tuple[Move, ...]
 
@@ -46,7 +47,7 @@ class Round:
 def rounds_of(
     current: OwnerMap, wanted: OwnerMap, *, rows_in_flight: int = _ROWS_IN_FLIGHT, kinds_LE: np.ndarray | None = None
 ) -> list[Round]:
-    """The moves from one owner map to another in rounds in which no rank gives or takes more than `rows_in_flight` experts.
+    """The moves from one owner map to another in rounds in which no rank sends or receives more than `rows_in_flight` experts.
 
     Every round is made of cycles. With `kinds_LE`, a number for each expert, a cycle has experts of one kind, and moves that no
     such cycle holds are left out. Deterministic.
@@ -57,12 +58,12 @@ def rounds_of(
     before_R, after_R = current.num_rows_R, wanted.num_rows_R
     for rank, (before, after) in enumerate(zip(before_R.tolist(), after_R.tolist(), strict=False)):
         if before != after:
-            raise ValueError(f"rank {rank} owns {before} experts and would own {after}; re-homing keeps every rank's number")
+            raise ValueError(f"rank {rank} owns {before} experts and would own {after}; migration keeps every rank's number")
     by_kind: dict[int, list[Move]] = defaultdict(list)
     for move in current.moves_to(wanted):
         by_kind[0 if kinds_LE is None else int(kinds_LE[move.layer, move.expert])].append(move)
     rounds: list[list[Move]] = []
-    given: list[Counter[int]] = []  # experts that each rank gives away in a round
+    given: list[Counter[int]] = []  # experts that each rank sends in a round
     for kind in sorted(by_kind):
         for cycle in _cycles(by_kind[kind]):
             ranks = Counter(move.src for move in cycle)
@@ -136,25 +137,28 @@ def expert_states(bank: Bank, optimizer: torch.optim.Optimizer | None) -> list[E
     Raises:
         ValueError: a piece of optimizer state that is neither a number nor a tensor; an optimizer without an expert's parameters.
     """
-    groups: dict[nn.Parameter, int] = {}
+    groups: dict[int, int] = {}  # by a parameter's id
     for index, group in enumerate(() if optimizer is None else optimizer.param_groups):
-        groups |= dict.fromkeys(group["params"], _digest(_settings(group, index)))
-    return [_state_of(bank, row, optimizer, groups) for row in range(len(bank.experts))]
+        groups |= dict.fromkeys(map(id, group["params"]), _digest(_settings(group, index)))
+    digest = functools.cache(_digest)  # most experts are of a few kinds
+    return [_state_of(bank, row, optimizer, groups, digest) for row in range(len(bank.experts))]
 
 
-def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, groups: Mapping[nn.Parameter, int]) -> ExpertState:
+def _state_of(
+    bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, groups: Mapping[int, int], digest: Callable[[Hashable], int]
+) -> ExpertState:
     tensors: list[Tensor] = []
     numbers: list[tuple[Any, Any]] = []
-    kind: list[Any] = []
+    kind: list[Hashable] = []
     for name in bank.weight_names:
         parameter = bank.experts[row].parameter(name)
-        if optimizer is not None and parameter.requires_grad and parameter not in groups:
+        if optimizer is not None and parameter.requires_grad and id(parameter) not in groups:
             raise ValueError(
                 f"{type(optimizer).__name__} does not hold the experts' {name}, so its state could not follow them; "
                 "give the optimizer that was built from handle.parameter_groups()"
             )
         tensors.append(parameter.detach())
-        kind.append((name, parameter.requires_grad, groups.get(parameter, 0), parameter.grad is not None))
+        kind.append((name, parameter.requires_grad, groups.get(id(parameter), 0), parameter.grad is not None))
         if parameter.grad is not None:
             tensors.append(parameter.grad.as_subclass(Tensor))
         fields: dict[str, Any] = {} if optimizer is None else optimizer.state.get(parameter, {})
@@ -162,7 +166,7 @@ def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, gro
             value = fields[field]
             if isinstance(value, Tensor):
                 parts = plain_parts(value)
-                kind.append((field, [(tuple(part.shape), str(part.dtype)) for part in parts]))
+                kind.append((field, tuple((part.shape, part.dtype) for part in parts)))
                 for part in parts:
                     if part.numel() == 1:
                         numbers.append((part, None))
@@ -176,7 +180,7 @@ def _state_of(bank: Bank, row: int, optimizer: torch.optim.Optimizer | None, gro
                     f"optimizer state {field!r} of {type(optimizer).__name__} is a {type(value).__name__}, which cannot follow "
                     "an expert; use an optimizer whose state is tensors and numbers"
                 )
-    return ExpertState(tensors, numbers, _digest(kind))
+    return ExpertState(tensors, numbers, digest(tuple(kind)))
 
 
 def _settings(group: Mapping[str, Any], index: int) -> list[tuple[str, str]]:
@@ -201,7 +205,7 @@ def migrate(
     Returns the bytes that this rank sent. Buffers take at most one tensor of a few experts at a time.
 
     Raises:
-        ValueError: some rank would own another number of experts than now; see also `expert_states`. Nothing has moved then.
+        ValueError: some rank would own another number of experts than now; see also `expert_states`. Nothing has migrated then.
     """
     current, rank, sent_bytes = bank.owners, transport.rank, 0
     rounds_of(current, wanted)
@@ -215,7 +219,7 @@ def migrate(
         logger.warning(
             "%s: %d of %d experts stay: those whose place they would take are trained otherwise (frozen, another parameter "
             "group, or other optimizer state)",
-            where or "re-homing",
+            where or "migration",
             num_left,
             len(current.moves_to(wanted)),
         )
@@ -249,8 +253,8 @@ def _gathered_kinds(bank: Bank, states: Sequence[ExpertState], transport: Transp
     mine_LE = np.zeros(owners_LE.shape, np.int64)
     for pair, row in bank.rows.items():
         mine_LE[pair] = states[row].kind
-    told = torch.from_numpy(mine_LE.ravel()).to(bank.device)
-    kinds = transport.all_gather_ints(told, where=where or "re-homing").cpu().numpy().reshape(-1, *owners_LE.shape)
+    mine = torch.from_numpy(mine_LE.ravel()).to(bank.device)
+    kinds = transport.all_gather_ints(mine, where=where or "migration").cpu().numpy().reshape(-1, *owners_LE.shape)
     return np.take_along_axis(kinds, owners_LE[None], axis=0)[0]
 
 
@@ -284,7 +288,7 @@ def _exchange(
         transport.exchange(
             [Buffer(buffer, dst) for buffer, dst in outgoing],
             [Buffer(buffer, src) for buffer, src, _ in incoming],
-            op="rehome",
+            op="migrate",
             where=where,
         ).wait()
         for buffer, _, target in incoming:
@@ -292,7 +296,7 @@ def _exchange(
         sent_bytes += sum(buffer.nbytes for buffer, _ in outgoing)
     sends = [Buffer(buffer, dst) for buffer, dst in numbers if buffer.numel()]
     recvs = [Buffer(buffer, src) for buffer, (_, src) in zip(packed, arriving, strict=True) if buffer.numel()]
-    transport.exchange(sends, recvs, op="rehome", where=where).wait()
+    transport.exchange(sends, recvs, op="migrate", where=where).wait()
     for buffer, (state, _) in zip(packed, arriving, strict=True):
         for number, (holder, key) in zip(buffer.tolist(), state.numbers, strict=True):
             if key is None:
@@ -308,8 +312,8 @@ def _packed(state: ExpertState, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def bytes_to_move(current: OwnerMap, wanted: OwnerMap, row_bytes: int) -> int:
-    """Bytes that the busiest rank gives away."""
+def bytes_to_migrate(current: OwnerMap, wanted: OwnerMap, row_bytes: int) -> int:
+    """Bytes that the busiest rank sends."""
     counts = [0] * current.num_ranks
     for move in current.moves_to(wanted):
         counts[move.src] += 1

@@ -196,7 +196,7 @@ def _refuse_ddp_around(model: nn.Module, holder: nn.Module, child: nn.Module) ->
 def gradient_divisor(holders: Sequence[nn.Module], world_size: int, num_replicas: int) -> float:
     """What a rank's gradients of experts are divided by, before they are added up in its group and averaged over replicas.
 
-    As FSDP2 divides those of the dense part around them: by the number of ranks, or by what `set_gradient_divide_factor` says.
+    As FSDP2 divides those of the dense part around them: by the number of ranks, or the factor of `set_gradient_divide_factor`.
     `holders`: the modules around a layer, innermost first.
     """
     for module in holders:

@@ -1,7 +1,7 @@
-"""The drift guard: what ranks must hold alike is compared bit by bit, every so many steps.
+"""The drift guard: state that must be equal on several ranks is compared bit by bit, every so many steps.
 
-Replicas that part make no noise: every rank's loss stays plausible, while gradients are averaged over models that are no longer
-one. What is compared, and among which ranks:
+Replicas that have drifted apart raise no error of their own: every rank's loss stays plausible, while gradients are averaged over
+models that differ. What is compared, and among which ranks:
 
     dense parameters and buffers   dtype, shape and requires_grad among all ranks; bits among those that hold the same part of a
                                    tensor: all ranks where it is whole, the replicas of a shard where a DTensor has some
@@ -13,10 +13,10 @@ one. What is compared, and among which ranks:
 A check takes one exchange where nothing differs, and three where something does:
 
     1. sums over everything that the same ranks share: some hundred bytes a rank
-    2. a record for each thing: what it is, and a fingerprint of its value
-    3. of the first that differs, what each rank has, in words
+    2. a record for each tensor and number: what it is, and a fingerprint of its value
+    3. the text of the first record that differs, from each rank
 
-All ranks get the same answers, so all raise the same error.
+All ranks receive the same data, so all raise the same error.
 
 Shape letters: W ranks of the mesh in row-major order, N records of the rank that has most.
 """
@@ -54,7 +54,7 @@ _TEXT_BYTES = 1024
 
 
 class DriftError(RuntimeError):
-    """Ranks differ in what they must hold alike. The same error on every rank."""
+    """Ranks differ in state that must be equal on them. The same error on every rank."""
 
 
 class _Kind(IntEnum):
@@ -68,7 +68,7 @@ class _Kind(IntEnum):
 
 @dataclass(frozen=True)
 class _Record:
-    """A value, 64 bits, that must be the same on all ranks with the same `part` of the thing called `name`."""
+    """A value, 64 bits, that must be the same on all ranks with the same `part` of the tensor called `name`."""
 
     kind: _Kind
     name: str
@@ -78,7 +78,7 @@ class _Record:
 
     @classmethod
     def of_text(cls, kind: _Kind, name: str, part: str, text: str) -> _Record:
-        """The record of a value that is known in words."""
+        """The record of a value that is a text."""
         return cls(kind, name, part, hash_text(text), text)
 
     @property
@@ -88,7 +88,7 @@ class _Record:
 
 
 class DriftGuard:
-    """Compares what the ranks of a mesh must hold alike.
+    """Compares the state that must be equal on ranks of a mesh.
 
     Args:
         group: the ranks, and the transports between them.
@@ -202,10 +202,10 @@ class DriftGuard:
         if not different:
             return
 
-        # Phase 3: in words
+        # Phase 3: the texts of the first difference
         first = min(different, key=lambda identity: identity[0])
-        said = next((f"{record.name}\n{record.text}" for record in records if record.identity == first), "")
-        texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in self._from_all(_packed(said), device, step)]
+        text = next((f"{record.name}\n{record.text}" for record in records if record.identity == first), "")
+        texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in self._from_all(_packed(text), device, step)]
         raise DriftError(self._message(step, first, values_of[first], texts, different))
 
     def _summary(self, records: Sequence[_Record]) -> list[int]:
@@ -302,7 +302,7 @@ _CURES = {
 
 
 def _agree(summaries_WS: np.ndarray) -> bool:
-    """Whether ranks have the same sums for the parts that they share; False besides where they have too many parts to tell."""
+    """Whether ranks have the same sums for the parts that they share; also False where there are too many parts to compare."""
     sums: dict[int, int] = {}
     for _, num_parts, *pairs in summaries_WS.tolist():
         for part, total in zip(pairs[: 2 * num_parts : 2], pairs[1::2], strict=False):

@@ -1,8 +1,8 @@
-"""Fingerprints of tensors and texts: 64 bits that show whether two ranks hold the same, to the last bit.
+"""Fingerprints of tensors and texts: 64 bits that are equal where the contents are, to the last bit.
 
 A tensor's words w_0, w_1, ... of 32 bits or fewer, in logical order, become the sum of w_i m_i mod 2^64 over a chunk, with odd
 m_i; chunks become a polynomial in an odd number. One word that changes alone changes the result, since odd numbers have inverses
-mod 2^64. Any other change goes unseen with a chance of about 2^-32 (multilinear hashing, arXiv 1202.4961).
+mod 2^64. Any other change is missed with a probability of about 2^-32 (multilinear hashing, arXiv 1202.4961).
 """
 
 from __future__ import annotations

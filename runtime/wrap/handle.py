@@ -1,38 +1,50 @@
-"""The handle of a wrapped model: what the user's loop calls, and what it may ask."""
+"""The handle of a wrapped model: what a training loop calls."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ...collectives import LinkCounts
 from ...placement import OwnerMap
-from ..adapters.safetensors_files import SafetensorsFolder, write_folder
-from ..adapters.weights import checkpoint_tensors, load_weights, state_on_rank_zero
 from ..agreement import Doing
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
 from ..experts.migrate import expert_states, migrate, rounds_of
 from ..group import RankGroup
 from ..layer import moe_layers
+from ..renamed_members import renamed_members
 from ..sharded_experts import ShardedExperts
 from ..stages import StageClock
 from ..state import expert_parameters, load_state, prepare_optimizer, state_of
-from ..step.metrics import exposed_metrics, step_metrics
 from .drift import DriftGuard
-from .migration_policy import Decision, Rehomer
-from .profile import profiled
+from .migration_policy import Migrator
+from .model_weights import ModelWeights
+from .sharded_model import ShardedModel
+from .telemetry import Telemetry
 
 
+@renamed_members(
+    placement="owner_maps",
+    rehome="migrate",
+    rehomings="telemetry.migrations",
+    loads="telemetry.loads",
+    layer_loads="telemetry.layer_loads",
+    layer_metrics="telemetry.layer_metrics",
+    memory="telemetry.memory",
+    profile="telemetry.profile",
+    last_stage="telemetry.last_stage",
+    clock="telemetry.clock",
+    family_state_dict="weights.state_dict",
+    load_family_state_dict="weights.load_state_dict",
+    save_safetensors="weights.save_safetensors",
+    load_safetensors="weights.load_safetensors",
+)
 class Handle:
     """Returned by `shard_experts`; one per model."""
 
@@ -47,24 +59,25 @@ class Handle:
     ):
         self.model = model
         self.layers = dict(layers)
-        self.banks = list(banks)
-        self.group = group
-        self.config = config
-        self.clock = clock
+        """The experts of every MoE layer by its name, in the order of the model."""
+        self._sharded = ShardedModel(model, self.layers, list(banks), group)
+        self._banks = self._sharded.banks
+        self._group = group
+        self._config = config
         self._agreement = next(iter(self.layers.values())).runtime.agreement
         self._step = 0
         self._guard = DriftGuard(
             group, every=config.check_replicas_every, ignored=config.check_replicas_except, agreement=self._agreement
         )
-        self._metrics: dict[str, float] = {}
-        self._layer_metrics: dict[str, dict[str, float]] = {}
-        self._loads: list[np.ndarray] = []
         self._moe_layers = moe_layers(model)
-        self._rehomers = [
-            Rehomer(bank, self._layers_of(bank), group, config)
-            for bank in self.banks
-            if config.rehome_every and group.world_size > 1
+        self._migrators = [
+            Migrator(bank, self._sharded.layers_of(bank), group, config)
+            for bank in self._banks
+            if config.migration.every and group.world_size > 1
         ]
+        self._weights = ModelWeights(self._sharded)
+        self._telemetry = Telemetry(self._sharded, clock, self._migrators)
+        self._metrics: dict[str, float] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter of the model, as an optimizer wants it: FSDP2's shards, and the experts that this rank owns.
@@ -72,7 +85,7 @@ class Handle:
         After a forward that had no backward FSDP2 leaves some parameters whole; what `model.parameters()` gives then are copies
         that never train.
         """
-        self._reshard()
+        self._sharded.reshard()
         return list(self.model.parameters())
 
     def parameter_groups(self) -> list[dict[str, list[nn.Parameter]]]:
@@ -98,7 +111,7 @@ class Handle:
         Coefficients are applied. Blocks of transformers' models have their own losses, which the model's output holds.
         """
         if not self._moe_layers:
-            return torch.zeros((), device=self._device)
+            return torch.zeros((), device=self._sharded.device)
         losses = [layer.aux_loss for layer in self._moe_layers.values() if layer.aux_loss is not None]
         if not losses:
             raise RuntimeError("aux_loss() before any forward of a MoE layer; call the model first")
@@ -109,138 +122,73 @@ class Handle:
 
         The backward of every forward must have run: weights count as changed from here on.
 
-        With `RuntimeConfig.rehome_every` experts may change their owner here; `optimizer`, whose state goes along, must be given.
+        With `RuntimeConfig.migration` experts may change their owner here; `optimizer`, whose state goes along, must be given.
 
-        Collective: after the first step, and every `RuntimeConfig.check_replicas_every`, ranks compare what they must hold alike.
+        Collective: after the first step, and every `RuntimeConfig.check_replicas_every`, ranks compare what must be equal.
 
         Raises:
             DriftError: a `RuntimeError`, on every rank, if they differ; see docs/composability.md, "Ranks that drift apart".
         """
-        if self._rehomers and optimizer is None:
-            raise ValueError(f"runtime.rehome_every is {self.config.rehome_every}, but handle.step() got no optimizer; give it")
-        for layer in self.layers.values():
-            layer.runtime.drop_prefetched()
-        counters = [layer.runtime.counters for layer in self.layers.values()]
-        self._metrics = step_metrics(counters, self._sent_bytes())
-        self._layer_metrics = {n: layer.runtime.counters.summary() for n, layer in self.layers.items() if _has_run(layer)}
-        self._metrics |= exposed_metrics({name: layer.runtime.counters for name, layer in self.layers.items()})
-        self._metrics |= {key: float(count) for key, count in self.memory().items()}
-        self._loads = [
-            np.zeros((self.group.world_size, layer.num_experts), np.int64) if c.load_RE is None else c.load_RE
-            for layer, c in zip(self.layers.values(), counters, strict=True)
-        ]
-        kept = [load if c.kept_RE is None else c.kept_RE for load, c in zip(self._loads, counters, strict=True)]
+        if self._migrators and optimizer is None:
+            raise ValueError(
+                f"runtime.migration.every is {self._config.migration.every}, but handle.step() got no optimizer; give it"
+            )
+        self._sharded.drop_prefetched()
+        self._metrics = self._telemetry.close_step()
+        loads = self._telemetry.layer_loads()  # as the routers chose; what was kept of them decides about owners
+        loads |= {name: kept_RE for name, layer in self.layers.items() if (kept_RE := layer.runtime.counters.kept_RE) is not None}
         self._step += 1
         for moe_layer in self._moe_layers.values():
             moe_layer.aux_loss = None
         for layer in self.layers.values():
             layer.runtime.counters.reset()
             layer.runtime.step = self._step
-        for bank in self.banks:
-            bank.weights_changed()
-        for rehomer in self._rehomers:
-            here = [load for layer, load in zip(self.layers.values(), kept, strict=True) if layer.runtime.bank is rehomer.bank]
-            rehomer.step(self._step, np.stack(here), optimizer)
-        if self._rehomers:
-            latest = [rehomer.decisions[-1] for rehomer in self._rehomers if rehomer.decisions]
+        self._sharded.weights_changed()
+        for migrator in self._migrators:
+            migrator.step(self._step, loads, optimizer)
+        if self._migrators:
+            latest = [migrator.decisions[-1] for migrator in self._migrators if migrator.decisions]
             self._metrics["moved_experts"] = float(sum(d.num_moved for d in latest if d.step == self._step))
-        for transport in (self.group.tokens, self.group.experts, self.group.replicas):
+        for transport in (self._group.tokens, self._group.experts, self._group.replicas):
             transport.traffic.reset()
-        self._guard.after_step(self._step, self._tensors(experts=False), self._tensors(experts=True), optimizer, self._device)
+        self._guard.after_step(
+            self._step, self._tensors(experts=False), self._tensors(experts=True), optimizer, self._sharded.device
+        )
 
-    def rehome(self, owners: Sequence[OwnerMap], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Make these the owner maps, one per bank: weights, gradients and the optimizer's state move. Collective, between steps.
+    def migrate(self, owners: Sequence[OwnerMap], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Make these the owner maps, one per bank; weights, gradients and optimizer state go along. Collective, between steps.
 
         Replicas, on a two-dimensional mesh, must get the same maps.
 
         Raises:
             ValueError: not one map for each bank, a rank would own another number of experts than now, or some optimizer state
-                has no rows to move. Nothing has moved then.
+                has no rows to migrate. Nothing has migrated then.
         """
-        if len(owners) != len(self.banks):
-            raise ValueError(f"{len(owners)} owner maps for {len(self.banks)} banks; give one for each, as handle.placement does")
-        for bank, wanted in zip(self.banks, owners, strict=True):
+        banks = self._banks
+        if len(owners) != len(banks):
+            raise ValueError(f"{len(owners)} owner maps for {len(banks)} banks; give one for each, as handle.owner_maps does")
+        for bank, wanted in zip(banks, owners, strict=True):
             rounds_of(bank.owners, wanted)
             expert_states(bank, optimizer)
-        for bank, wanted in zip(self.banks, owners, strict=True):
-            for layer in self._layers_of(bank):
+        for bank, wanted in zip(banks, owners, strict=True):
+            layers = self._sharded.layers_of(bank)
+            for layer in layers:
                 layer.runtime.drop_prefetched()
-            migrate(bank, optimizer, wanted, self.group.experts, where=f"re-homing after step {self._step}")
-            for layer in self._layers_of(bank):
+            migrate(bank, optimizer, wanted, self._group.experts, where=f"the migration after step {self._step}")
+            for layer in layers:
                 layer.follow_bank()
 
-    def last_stage(self) -> str:
-        """The stage of a layer that this rank completed last, with step, layer and plan: for errors outside the layers."""
-        return "no stage" if self.clock.completed is None else " of ".join(self.clock.completed)
-
-    def rehomings(self) -> list[Decision]:
-        """What came of every proposal to re-home experts so far, with its reason."""
-        return [decision for rehomer in self._rehomers for decision in rehomer.decisions]
-
-    def _layers_of(self, bank: Bank) -> list[ShardedExperts]:
-        layers = [layer for layer in self.layers.values() if layer.runtime.bank is bank]
-        return sorted(layers, key=lambda layer: layer.runtime.layer)
-
-    def memory(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-        """Bytes of expert state on this rank.
-
-        expert_bytes: master weights and gradients of the experts owned here, and with `RuntimeConfig.compute_dtype` their
-        weights in that dtype. slot_bytes_bound: the most that copies, their gradients and staging can take for one forward in
-        flight, predicted. slot_bytes_peak: the most they did take so far. optimizer_bytes: state of the experts
-        in `optimizer`, if it is given.
-        """
-        pools = {layer.runtime.pool for layer in self.layers.values()}
-        memory = {
-            "expert_bytes": sum(2 * p.nbytes for bank in self.banks for p in bank.parameters())
-            + sum(bank.cast_bytes for bank in self.banks),
-            "slot_bytes_bound": sum(pool.predicted_bytes for pool in pools),
-            "slot_bytes_peak": sum(pool.peak_bytes for pool in pools),
-        }
-        if optimizer is not None:
-            states = [optimizer.state.get(p, {}) for bank in self.banks for p in bank.parameters()]
-            memory["optimizer_bytes"] = sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
-        return memory
+    @property
+    def owner_maps(self) -> list[OwnerMap]:
+        """The owner map of every bank."""
+        return [bank.owners for bank in self._banks]
 
     def metrics(self) -> dict[str, float]:
         """The last closed step in numbers; docs/training.md lists the keys.
 
-        With `RuntimeConfig.rehome_every` also moved_experts: experts that changed their owner after the step.
+        With `RuntimeConfig.migration` also moved_experts: experts that changed their owner after the step.
         """
         return dict(self._metrics)
-
-    def layer_metrics(self) -> dict[str, dict[str, float]]:
-        """The last closed step by the layer's name; the keys are those of `metrics`, but for bytes sent."""
-        return {name: dict(summary) for name, summary in self._layer_metrics.items()}
-
-    def profile(self, path: str | Path) -> AbstractContextManager[None]:
-        """Profile the steps of a `with` block on this rank, and write them to `path` as a trace for ui.perfetto.dev.
-
-        Compute, the stages of every MoE layer, and each collective from launch to arrival.
-        """
-        traffic = {"experts": self.group.experts.traffic, "token rows": self.group.tokens.traffic}
-        return profiled(Path(path), traffic, self.group.rank)
-
-    def loads(self) -> np.ndarray:
-        """Assignments of the last closed step by layer, source rank and expert, int64 [L, R, E].
-
-        Raises:
-            ValueError: layers have different numbers of experts; see `layer_loads`.
-        """
-        numbers = {load_RE.shape[1] for load_RE in self._loads}
-        if len(numbers) > 1:
-            raise ValueError(
-                f"layers have {' and '.join(map(str, sorted(numbers)))} experts, no one array; use handle.layer_loads()"
-            )
-        return np.stack(self._loads)
-
-    def layer_loads(self) -> dict[str, np.ndarray]:
-        """The same by the layer's name, int64 [R, E] each."""
-        return dict(zip(self.layers, self._loads, strict=False))
-
-    @property
-    def placement(self) -> list[OwnerMap]:
-        """The owner map of every bank."""
-        return [bank.owners for bank in self.banks]
 
     def set_requires_all_reduce(self, required: bool) -> None:
         """Whether backward passes end with gradients averaged over the groups of a two-dimensional mesh; at first they do.
@@ -248,8 +196,8 @@ class Handle:
         For gradient accumulation: False before all micro-batches but the last saves their averaging, and changes nothing else.
         Applies to the dense part as well, as FSDP2's method of the same name, where `shard_experts` sharded it.
         """
-        for bank in self.banks:
-            bank.averages_gradients = required
+        for bank in self._banks:
+            bank.owned_grads.averages = required
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(required)
 
@@ -262,19 +210,19 @@ class Handle:
         """
         experts = expert_parameters(self.layers)
         grads: list[Tensor] = []
-        num_ranks = self.group.world_size * self.group.replicas.world_size
-        square = torch.zeros((), dtype=torch.float64, device=self._device)
+        num_ranks = self._group.world_size * self._group.replicas.world_size
+        square = torch.zeros((), dtype=torch.float64, device=self._sharded.device)
         for parameter in self.parameters():
             grad = parameter.grad
             if grad is None:
                 continue
-            num_shards = self.group.world_size if id(parameter) in experts else _num_shards(grad)
+            num_shards = self._group.world_size if id(parameter) in experts else _num_shards(grad)
             local = grad.to_local() if isinstance(grad, DTensor) else grad.as_subclass(Tensor)
             grads.append(local)
             dtype = torch.promote_types(local.dtype, torch.float32)
             square += torch.linalg.vector_norm(local, dtype=dtype).double().square() * (num_shards / num_ranks)
         # Summed in rank order on every rank, and over replicas: bitwise the same everywhere.
-        for ranks in (self.group.tokens, self.group.replicas):
+        for ranks in (self._group.tokens, self._group.replicas):
             squares_R = self._agreement.gather(ranks, square.view(1).view(torch.int64), Doing.CLIP, self._step).values_Rn
             square = squares_R.contiguous().view(torch.float64).sum()
         norm = square.sqrt()
@@ -287,62 +235,15 @@ class Handle:
 
     def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
         """Weights (and optimizer state) under logical names, as live tensors; see `state.state_of`."""
-        self._reshard()
+        self._sharded.reshard()
         return state_of(self.model, optimizer)
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copy weights (and optimizer state) from a state that holds at least this rank's part; see `state.load_state`."""
-        for layer in self.layers.values():
-            layer.runtime.drop_prefetched()
-        self._reshard()
+        self._sharded.drop_prefetched()
+        self._sharded.reshard()
         load_state(state, self.model, optimizer)
-        for bank in self.banks:
-            bank.weights_changed()
-
-    def family_state_dict(self) -> dict[str, Tensor]:
-        """The weights as the unwrapped model's `state_dict()` has them, whole, in CPU memory of rank 0; empty elsewhere.
-
-        Collective. Models from transformers come out under transformers' own names.
-        """
-        self._reshard()
-        self._claim()
-        return state_on_rank_zero(self.model, self.layers, self.group.tokens) if self.group.replicas.rank == 0 else {}
-
-    def load_family_state_dict(self, state: Mapping[str, Any]) -> tuple[str, ...]:
-        """Copy this rank's part of the weights out of the unwrapped model's whole state dict.
-
-        Returns names that the model has no place for; see `adapters.weights.load_weights`.
-        """
-        for layer in self.layers.values():
-            layer.runtime.drop_prefetched()
-        self._reshard()
-        self._claim()
-        for bank in self.banks:
-            bank.weights_changed()
-        return load_weights(state, self.model, self.layers)
-
-    def save_safetensors(self, folder: str | Path, *, max_file_bytes: int = 4 << 30) -> None:
-        """Write the weights as transformers' `save_pretrained` lays them out, with the model's config, if it has one.
-
-        Collective; every rank, of the first replica, writes the experts it owns into the same folder, which must hold no
-        safetensors yet.
-        """
-        self._reshard()
-        self._claim()
-        replica = self.group.replicas.rank
-        tensors = () if replica else checkpoint_tensors(self.model, self.layers, self.group.tokens)
-        rank = replica * self.group.world_size + self.group.rank
-        write_folder(Path(folder), tensors, rank=rank, max_file_bytes=max_file_bytes)
-        save_config = getattr(getattr(self.model, "config", None), "save_pretrained", None)
-        if self.group.is_first and save_config is not None:
-            save_config(folder)
-
-    def load_safetensors(self, folder: str | Path) -> tuple[str, ...]:
-        """Load weights from such a folder, transformers' own included; each rank reads its part only.
-
-        Returns names that the model has no place for.
-        """
-        return self.load_family_state_dict(SafetensorsFolder(Path(folder)))
+        self._sharded.weights_changed()
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, saved: Iterable[str] | None = None) -> None:
         """Create the state of an optimizer that has not stepped yet, so that it can be loaded in place.
@@ -350,49 +251,26 @@ class Handle:
         `saved` are the names in the state to be loaded; of a checkpoint in `folder`, which `torch.distributed.checkpoint` wrote:
         `FileSystemReader(folder).read_metadata().state_dict_metadata`. Parameters without state there get none here either.
         """
-        self._reshard()
+        self._sharded.reshard()
         prepare_optimizer(optimizer, self.model, saved)
+
+    @property
+    def weights(self) -> ModelWeights:
+        """The model's weights under the names that it has unwrapped: state dicts and folders of safetensors."""
+        return self._weights
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Loads, memory, decisions about owners, profiles."""
+        return self._telemetry
 
     def _tensors(self, *, experts: bool) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by name: those of the experts that this rank owns, or all others."""
-        self._reshard()
+        self._sharded.reshard()
         owned = {id(p) for p in self.expert_parameters()}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if (id(tensor) in owned) == experts:
                 yield name, tensor
-
-    def _reshard(self) -> None:
-        """Give the root its shards back: FSDP2 leaves its parameters whole after a forward that had no backward."""
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()
-
-    def _claim(self) -> None:
-        """Have the banks' memory hold what the parameters do, which may have been given other memory; see `Bank.claim`."""
-        for bank in self.banks:
-            for layer in range(bank.owners.num_layers):
-                bank.claim(layer)
-
-    def _sent_bytes(self) -> dict[str, LinkCounts]:
-        """What this rank has sent since the last step, by operation and link class."""
-        group = self.group
-        bytes_by_op: dict[str, np.ndarray] = {}
-        for part in {group.tokens.traffic, group.experts.traffic}:
-            for op in part.total_bytes():
-                bytes_by_op[op] = bytes_by_op.get(op, 0) + part.bytes_R(op)
-        sent = {op: LinkCounts.sent_by(group.rank, bytes_R, group.topology) for op, bytes_R in bytes_by_op.items()}
-        between = group.replicas.traffic
-        return sent | {
-            op: LinkCounts.sent_by(group.replicas.rank, between.bytes_R(op), group.replica_topology)
-            for op in between.total_bytes()
-        }
-
-    @property
-    def _device(self) -> torch.device:
-        return self.banks[0].device
-
-
-def _has_run(layer: ShardedExperts) -> bool:
-    return layer.runtime.counters.num_forwards > 0
 
 
 def _num_shards(grad: Tensor) -> int:

@@ -1,11 +1,11 @@
-"""When experts change their owner: observe, ask a solver in the background, move if it pays.
+"""When experts migrate, which is to change their owner: observe, ask a solver in the background, migrate if it pays.
 
-Every `rehome_every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
-waits for it: half as many steps later, and then after every tenth as many, rank 0 looks whether there is an answer, and everybody
-follows what it finds. So ranks agree on the step of a move. An answer may be ten times `rehome_every` steps old, since what it is
-worth is judged by the load observed in between: a move must save more predicted seconds until the next question than it is
-expected to take. How long moves take is measured: of two equal runs one may move where the other does not, which changes no loss
-beyond rounding.
+Every `migration.every` steps the loads observed since the last question go to a process of its own (`online.propose`). No step
+waits for it: half as many steps later, and then after every tenth as many, rank 0 checks for an answer and broadcasts what it
+finds. So all ranks migrate after the same step. An answer may be ten times as many steps old, since what it is
+worth is judged by the load observed in between: a migration must save more predicted seconds until the next question than it
+is expected to take. How long migrations take is measured: of two equal runs one may migrate experts where the other does not,
+which changes no loss beyond rounding.
 
 Shape letters: L layers, R ranks, E experts.
 """
@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,29 +32,29 @@ from ...placement.online.propose import Question, propose, saved_s
 from ..agreement import Doing
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
-from ..experts.migrate import bytes_per_expert, bytes_to_move, expert_states, migrate
+from ..experts.migrate import bytes_per_expert, bytes_to_migrate, expert_states, migrate
 from ..group import RankGroup
 from ..sharded_experts import ShardedExperts
 
-logger = logging.getLogger("moesaic.rehome")
+logger = logging.getLogger("moesaic.migration")
 
-# The best of so many moves says how fast moves are: one that met a stall does not.
+# The rate to expect is the best of so many migrations: one slow migration does not lower it.
 _RATES_KEPT = 3
-# What was measured counts for less with every proposal that comes to nothing, so that it is measured again some day.
+# Measured rates rise by this factor with every proposal that is rejected, so that the rate is measured again some day.
 _RATE_REGAINED = 1.1
-# A solver may be late: its answer is looked for this often between two questions, and given up after this many times that time.
+# Between two questions there are so many checks for an answer; a question is given up after so many times that interval.
 _CHECKS_PER_INTERVAL = 10
 _MOST_INTERVALS = 10
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of one proposal; the same on every rank, but for the seconds, which only rank 0 knows before a move."""
+    """What came of one proposal; the same on every rank, but for the seconds, which before a migration are on rank 0 alone."""
 
     step: int
     num_moved: int  # experts that changed their owner
     saved_s: float  # predicted, until the next question
-    move_s: float  # expected from the bytes and the rate of earlier moves; measured if it moved
+    move_s: float  # expected from the bytes and the rate of earlier migrations; measured if experts migrated
     reason: str
 
 
@@ -70,7 +70,7 @@ class _Solver:
         self._answer: OwnerMap | str = ""
 
     def ask(self, question: Question) -> None:
-        """Have a question answered. The one before must have been, or given up."""
+        """Send a question to the process. The one before must be answered, or given up."""
         if self._process.poll() is not None:
             self._start()
         self._answer = ""
@@ -92,7 +92,7 @@ class _Solver:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         command = [sys.executable, "-c", f"from {propose.__module__} import main; main()"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        # The process must not outlive the run that asked.
+        # The process must not outlive the run.
         weakref.finalize(self, self._process.kill)
 
     def _converse(self, process: subprocess.Popen[bytes], question: Question) -> None:
@@ -105,17 +105,17 @@ class _Solver:
             status = process.wait()
             self._errors.seek(0)
             last = self._errors.read().decode(errors="replace").strip().splitlines()
-            self._answer = f"the solver ended with {status}: {last[-1] if last else 'it said nothing'}"
+            self._answer = f"the solver ended with {status}: {last[-1] if last else 'without a message'}"
         except Exception as error:  # unpickling raises whatever the bytes make it
             process.kill()
             self._answer = f"the solver's answer cannot be read: {error!r}"
 
 
-class MoveRate:
-    """How many bytes per second a rank sends when experts move: the best of the last few moves; at first, what the topology says.
+class MigrationRate:
+    """Bytes per second that a rank sends in a migration: the best of the last few; at first, the topology's.
 
-    Example: where the topology says 1 GB/s, and the only move so far made 0.1, proposals are priced at 0.1 GB/s, then at 0.11,
-    then at 0.121, until one is taken, or at 1.
+    Example: where the topology has 1 GB/s, and the only migration so far made 0.1, proposals are priced at 0.1 GB/s, then at
+    0.11, then at 0.121, until one is taken, or at 1.
     """
 
     def __init__(self, nominal_bytes_per_s: float):
@@ -128,22 +128,22 @@ class MoveRate:
         return max(self._measured, default=self._nominal)
 
     def measure(self, bytes_per_s: float) -> None:
-        """Learn from a move."""
+        """Add the rate of a migration."""
         self._measured.append(bytes_per_s)
 
     def refuse(self) -> None:
-        """A proposal came to nothing: raise what was measured, as far as the topology's rate."""
+        """A proposal was rejected: raise the measured rates, up to the topology's."""
         for place, rate in enumerate(self._measured):
             self._measured[place] = max(rate, min(rate * _RATE_REGAINED, self._nominal))
 
 
-class Rehomer:
-    """Re-homes the experts of one bank while training runs.
+class Migrator:
+    """Migrates the experts of one bank while training runs.
 
     Args:
         bank, layers: the bank and its layers, in order.
         group: the ranks; rank 0 solves.
-        config: `rehome_every`, `debug.rehome_effort`, policy.
+        config: `migration`, `debug.migration_effort`, policy.
     """
 
     def __init__(self, bank: Bank, layers: Sequence[ShardedExperts], group: RankGroup, config: RuntimeConfig):
@@ -155,23 +155,26 @@ class Rehomer:
         self._loads: np.ndarray | None = None  # int64 [L, R, E], since the last question
         self._num_steps = 0
         self._asked_at = -1
-        self._rate = MoveRate(group.topology.device_bytes_per_s)
+        self._expert_bytes = 0  # of one expert and its state, when the solver was asked
+        self._rate = MigrationRate(group.topology.device_bytes_per_s)
         self.decisions: list[Decision] = []
 
-    def step(self, step: int, loads_LRE: np.ndarray, optimizer: torch.optim.Optimizer | None) -> None:
-        """Close step number `step` (from 1) with the loads it had. Collective."""
-        every = self._config.rehome_every
-        self._loads = loads_LRE.copy() if self._loads is None else self._loads + loads_LRE
+    def step(self, step: int, loads: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> None:
+        """Close step number `step` (from 1) with the loads [R, E] it had by layer. Collective."""
+        every = self._config.migration.every
+        loads_LRE = np.stack([loads[layer.runtime.name] for layer in self._layers])
+        self._loads = loads_LRE if self._loads is None else self._loads + loads_LRE
         self._num_steps += 1
         late_by = step - self._asked_at - max(1, every // 2)
         if self._asked_at >= 0 and late_by >= 0 and late_by % max(1, every // _CHECKS_PER_INTERVAL) == 0:
             self._follow_answer(step, optimizer)
         if step % every == 0 and self._asked_at < 0:
-            states = expert_states(self.bank, optimizer)  # state that cannot move is refused before anything is solved
+            # State that cannot migrate is refused before anything is solved.
+            self._expert_bytes = bytes_per_expert(expert_states(self.bank, optimizer))
             if self._solver is not None:
-                move_s = bytes_per_expert(states) / self._rate.bytes_per_s
+                move_s = self._expert_bytes / self._rate.bytes_per_s
                 self._solver.ask(
-                    Question(self._problems(), self._config.policy, self._config.debug.rehome_effort, move_s / every)
+                    Question(self._problems(), self._config.policy, self._config.debug.migration_effort, move_s / every)
                 )
             self._loads, self._num_steps, self._asked_at = None, 0, step
 
@@ -184,15 +187,15 @@ class Rehomer:
         )
 
     def _follow_answer(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Rank 0 looks whether there is an answer, and what it is worth now; all go by what rank 0 says."""
-        current, expert_bytes = self.bank.owners, bytes_per_expert(expert_states(self.bank, optimizer))
+        """Rank 0 checks for an answer and prices it; all ranks follow the decision of rank 0."""
+        current = self.bank.owners
         decided: tuple[OwnerMap, Decision] | None = None
         if self._solver is not None:
-            answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.rehome_every
+            answer, age, most = self._solver.answer(), step - self._asked_at, _MOST_INTERVALS * self._config.migration.every
             if answer is None and age >= most:
                 self._solver.give_up()
                 answer = f"the solver had no answer {age} steps after it was asked, and {most} are allowed"
-            decided = None if answer is None else self._decide(step, answer, expert_bytes)
+            decided = None if answer is None else self._decide(step, answer, self._expert_bytes)
         (is_decided,) = self._from_first([decided is not None])
         if not is_decided:
             return
@@ -202,11 +205,11 @@ class Rehomer:
         num_moved, self._asked_at = len(current.moves_to(wanted)), -1
         if num_moved:
             start_s = time.perf_counter()
-            self._move(wanted, optimizer)
+            self._migrate(wanted, optimizer)
             move_s = time.perf_counter() - start_s
             num_moved = len(current.moves_to(self.bank.owners))
             if num_moved:
-                self._rate.measure(bytes_to_move(current, self.bank.owners, expert_bytes) / move_s)
+                self._rate.measure(bytes_to_migrate(current, self.bank.owners, self._expert_bytes) / move_s)
             decision = Decision(step, num_moved, decision.saved_s, move_s, decision.reason)
         self.decisions.append(decision)
         if self._group.is_first:
@@ -217,32 +220,28 @@ class Rehomer:
         current = self.bank.owners
         if isinstance(answer, str):
             return current, Decision(step, 0, 0.0, 0.0, f"owners stay: {answer}")
-        horizon = self._config.rehome_every
+        horizon = self._config.migration.every
         num_moves = len(current.moves_to(answer))
         total_saved_s = saved_s(self._problems(), answer, self._config.policy) * horizon
-        move_s = bytes_to_move(current, answer, row_bytes) / self._rate.bytes_per_s
+        move_s = bytes_to_migrate(current, answer, row_bytes) / self._rate.bytes_per_s
         numbers = (
-            f"{num_moves} experts would save {total_saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to move, "
+            f"{num_moves} experts would save {total_saved_s:.3g} s over {horizon} steps and take {move_s:.3g} s to migrate, "
             f"by the load of the {self._num_steps} steps since the solver was asked"
         )
         if num_moves == 0 or total_saved_s <= move_s:
             self._rate.refuse()
             return current, Decision(step, 0, total_saved_s, move_s, f"owners stay: {numbers}")
-        return answer, Decision(step, num_moves, total_saved_s, move_s, f"owners move: {numbers}")
+        return answer, Decision(step, num_moves, total_saved_s, move_s, f"experts migrate: {numbers}")
 
     def _from_first(self, values: Sequence[int]) -> list[int]:
-        """What rank 0 of the first replica says, on every rank, of replicas too: they must go on owning the same experts."""
-        told = torch.tensor(values, dtype=torch.int64)
+        """The values of rank 0 of the first replica, on every rank of every replica, as replicas own the same experts."""
+        found = torch.tensor(values, dtype=torch.int64)
+        runtime = self._layers[0].runtime
         for ranks in (self._group.tokens, self._group.replicas):
-            told = (
-                self._layers[0]
-                .runtime.agreement.gather(ranks, told, Doing.OWNERS, self._layers[0].runtime.step)
-                .values_Rn[0]
-                .contiguous()
-            )
-        return told.tolist()
+            found = runtime.agreement.gather(ranks, found, Doing.OWNERS, runtime.step).values_Rn[0].contiguous()
+        return found.tolist()
 
-    def _move(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
-        migrate(self.bank, optimizer, wanted, self._group.experts, where="re-homing")
+    def _migrate(self, wanted: OwnerMap, optimizer: torch.optim.Optimizer | None) -> None:
+        migrate(self.bank, optimizer, wanted, self._group.experts, where="migration")
         for layer in self._layers:
             layer.follow_bank()

@@ -1,4 +1,4 @@
-"""The numbers of an optimizer, parameter by parameter, in words: what it updates with, and how often it did."""
+"""The numbers of an optimizer as text, parameter by parameter: the settings it updates with, and its count of steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A profile of training steps as one Chrome trace: what this rank computed, and under what its communication travelled.
+"""A profile of training steps as one Chrome trace: what this rank computed, and what overlapped its communication.
 
 Open the file in ui.perfetto.dev. The tracks of torch's profiler show ops, this package's stages (`moesaic::...`) and the modules'
 forwards; tracks of their own show every collective from its launch to its arrival, and inside it the part that was waited for.
@@ -60,13 +60,13 @@ def communication_events(spans: Mapping[str, Sequence[Span]], rank: int, *, pid:
     events: list[dict[str, Any]] = [_meta("process_name", pid, 0, f"rank {rank}")]
     track = _FIRST_TRACK
     for name, of_name in spans.items():
-        lanes: list[float] = []  # when each track is free again
+        free_from_s: list[float] = []  # by track
         for span in sorted(of_name, key=lambda span: span.launched_s):
-            lane = next((i for i, free_s in enumerate(lanes) if free_s <= span.launched_s), len(lanes))
-            if lane == len(lanes):
-                lanes.append(0.0)
-                events.append(_meta("thread_name", pid, track + lane, f"communication: {name}"))
-            lanes[lane] = span.arrived_s
+            index = next((i for i, free_s in enumerate(free_from_s) if free_s <= span.launched_s), len(free_from_s))
+            if index == len(free_from_s):
+                free_from_s.append(0.0)
+                events.append(_meta("thread_name", pid, track + index, f"communication: {name}"))
+            free_from_s[index] = span.arrived_s
             waited_s = max(0.0, min(span.wait_to_s, span.arrived_s) - span.wait_from_s)
             parts = [(span.op, span.launched_s, span.arrived_s)]
             if waited_s:
@@ -77,14 +77,14 @@ def communication_events(spans: Mapping[str, Sequence[Span]], rank: int, *, pid:
                     "cat": "communication",
                     "name": label,
                     "pid": pid,
-                    "tid": track + lane,
+                    "tid": track + index,
                     "ts": from_s * 1e6 + offset_us,
                     "dur": (to_s - from_s) * 1e6,
                     "args": {"where": span.where, "waited_ms": 1e3 * waited_s},
                 }
                 for label, from_s, to_s in parts
             ]
-        track += len(lanes)
+        track += len(free_from_s)
     return events
 
 

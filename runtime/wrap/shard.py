@@ -52,7 +52,8 @@ def shard_experts(
     become those of the mean of the ranks' losses, for experts as for everything else.
 
     A model built under `torch.device("meta")` is sharded without ever being whole: each rank then allocates its own part, which
-    holds nothing until `handle.load_safetensors` fills it. Buffers of transformers' models that no checkpoint holds are computed.
+    holds nothing until `handle.weights.load_safetensors` fills it. Buffers of transformers' models that no checkpoint holds are
+    computed.
 
     Args:
         model: changed in place. Any module with MoE blocks that an adapter knows: `MoELayer`, families of transformers.

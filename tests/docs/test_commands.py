@@ -235,7 +235,7 @@ def averages():
 
 
 mine, before = averages()
-handle.rehome([OwnerMap(1 - owners.expert_to_owner_LE, 2) for owners in handle.placement], optimizer)
+handle.migrate([OwnerMap(1 - owners.expert_to_owner_LE, 2) for owners in handle.owner_maps], optimizer)
 mine_now, after = averages()
 assert len(mine) == 8 and before.keys() == after.keys() and not mine.keys() & mine_now.keys()
 assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -255,7 +255,7 @@ state = {f"0.{name}": value.clone() for name, value in block.state_dict().items(
 model = nn.Sequential(block)
 handle = shard_experts(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 torch.testing.assert_close(model(x), torch.stack(expected))
-found = handle.family_state_dict()
+found = handle.weights.state_dict()
 assert found.keys() == (state.keys() if dist.get_rank() == 0 else set())
 assert all(torch.equal(value, state[name]) for name, value in found.items())
 

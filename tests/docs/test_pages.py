@@ -15,8 +15,10 @@ from torch import nn
 
 from docs.tools.pages import PAGES as PRINTED
 from docs.tools.pages import values_of
-from moesaic import DebugConfig, Handle, RouterConfig, RuntimeConfig
+from moesaic import DebugConfig, Handle, MigrationConfig, RouterConfig, RuntimeConfig
 from moesaic.launch.config import CountOrZero, Seed, _sections
+from moesaic.runtime.wrap.model_weights import ModelWeights
+from moesaic.runtime.wrap.telemetry import Telemetry
 from tests.helpers.pages import PAGES, ROOT, commands_in_text, prose, read, spans
 
 FOLDERS_OF_USERS = ("runtime", "launch", "collectives")
@@ -65,11 +67,14 @@ def test_names_exist(page: str) -> None:
     for section, key in re.findall(r"`([\w.]+)\.(\w+)(?:=[^`]*)?`", prose(page)):
         is_of_module = section == "model" and hasattr(nn.Module, key)
         assert section not in sections or is_of_module or key in sections[section], f"{page}: {section}.{key}"
-    for kind in (RuntimeConfig, DebugConfig, RouterConfig):
+    for kind in (RuntimeConfig, MigrationConfig, DebugConfig, RouterConfig):
         for key in re.findall(rf"{kind.__name__}\((\w+)=", read(page)):
             assert key in {field.name for field in fields(kind)}, f"{page}: {kind.__name__}({key})"
     for name in re.findall(r"\bhandle\.(\w+)", read(page)):
         assert hasattr(Handle, name), f"{page}: handle.{name}"
+    parts = {"weights": ModelWeights, "telemetry": Telemetry}
+    for part, name in re.findall(rf"\bhandle\.({'|'.join(parts)})\.(\w+)", read(page)):
+        assert hasattr(parts[part], name), f"{page}: handle.{part}.{name}"
 
 
 def test_refusals_of_torch_are_named() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from moesaic.launch.config import (
     load_config,
 )
 from moesaic.runtime import DebugConfig, RouterConfig, RuntimeConfig
-from moesaic.runtime.moved_options import MovedOptionWarning
-from tests.helpers.configs import MOVED_VALUES
+from moesaic.runtime.moved_options import MOVED, MovedOptionWarning
+from tests.helpers.configs import MOVED_VALUES, moved_config
 
 
 def message_of(path: Path | None, *assignments: str) -> str:
@@ -99,10 +100,10 @@ def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str
         ("overlap=true", ["unknown key 'overlap'", "did you mean 'runtime.debug.overlap'?"]),
         ("runtime.debug.slots=3", ["unknown key 'runtime.debug.slots'", "did you mean 'runtime.slots'?"]),
         (
-            "runtime.debug.rehome_efort=3",
-            ["unknown key 'runtime.debug.rehome_efort'", "did you mean 'runtime.debug.rehome_effort'?"],
+            "runtime.debug.migration_efort=3",
+            ["unknown key 'runtime.debug.migration_efort'", "did you mean 'runtime.debug.migration_effort'?"],
         ),
-        ("runtime.rehome_evry=3", ["unknown key 'runtime.rehome_evry'", "did you mean 'runtime.rehome_every'?"]),
+        ("runtime.migration.evry=3", ["unknown key 'runtime.migration.evry'", "did you mean 'runtime.migration.every'?"]),
         ("runtime.debug.zzz=3", ["unknown key 'runtime.debug.zzz'", "known: runtime.debug.split, runtime.debug.predictor"]),
         ("runtime.debug=3", ["'runtime.debug' in --set runtime.debug=3 is a section; set one of runtime.debug.split, "]),
         ("model=3", ["'model' in --set model=3 is a section; set one of model.dim, "]),
@@ -111,7 +112,7 @@ def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str
         ("router.aux_loss_coef=nan", ["router.aux_loss_coef is nan", "0 or more, and finite"]),
         ("router.z_loss_coef=inf", ["router.z_loss_coef is inf", "0 or more, and finite"]),
         ("router.weight_scale=nan", ["router.weight_scale is nan", "more than 0, and finite"]),
-        ("runtime.debug.rehome_effort=nan", ["runtime.debug.rehome_effort is nan", "more than 0, and finite"]),
+        ("runtime.debug.migration_effort=nan", ["runtime.debug.migration_effort is nan", "more than 0, and finite"]),
         ("runtime.debug.overlap_s=nan", ["runtime.debug.overlap_s is nan", "0 or more seconds, and finite"]),
         ("runtime.timeout_s=nan", ["runtime.timeout_s is nan", "at most 1000000 seconds"]),
         ("runtime.timeout_s=1e30", ["runtime.timeout_s is 1e+30", "at most 1000000 seconds"]),
@@ -187,17 +188,22 @@ def test_old_names_of_options_that_moved(tmp_path: Path, name: str, value: objec
     """In a file and on the command line: one warning that names the new one, and the same configuration."""
     path, line = tmp_path / "run.toml", f"{name} = {json.dumps(value)}"
     path.write_text(f"[runtime]\n{line}\n")
-    expected = Config(runtime=RuntimeConfig(debug=DebugConfig(**{name: value})))  # type: ignore[arg-type]
+    expected, key = Config(runtime=moved_config(name, value)), MOVED[f"runtime.{name}"]
     for arguments in ((path,), (None, [f"runtime.{line}"]), (path, [f"runtime.{line}"])):
-        with pytest.warns(MovedOptionWarning, match=rf"^runtime\.{name} is now runtime\.debug\.{name};") as seen:
+        with pytest.warns(MovedOptionWarning, match=rf"^runtime\.{name} is now {re.escape(key)};") as seen:
             assert load_config(*arguments) == expected
         assert [warning.filename for warning in seen] == [__file__]
-    new = f"runtime.debug.{line}"
+    new = f"{key} = {json.dumps(value)}"
     for source, message in ((None, message_of(None, f"runtime.{line}", new)), (path, message_of(path, new))):
         sources = f"{source or f'--set runtime.{line}'}, --set {new}"
-        assert message == (
-            f"runtime.{name} and runtime.debug.{name} are both given; give runtime.debug.{name} alone (from {sources})"
-        )
+        assert message == f"runtime.{name} and {key} are both given; give {key} alone (from {sources})"
+
+
+def test_two_old_names_of_one_option() -> None:
+    message = message_of(None, "runtime.rehome_effort=2", "runtime.debug.rehome_effort=3")
+    assert message.startswith(
+        "runtime.rehome_effort and runtime.debug.rehome_effort are both given; give runtime.debug.migration_"
+    )
 
 
 @pytest.mark.parametrize("world_size, micro_batches, fits", [(1, 1, True), (4, 2, True), (3, 1, False), (8, 2, False)])
@@ -280,5 +286,7 @@ def test_every_value_is_documented() -> None:
 def test_an_option_that_is_gone_is_left_out_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[runtime]\nslots = 3\nreuse_copies = true\n")
-    with pytest.warns(MovedOptionWarning, match=r"^runtime\.reuse_copies, runtime\.row_parts: no effect any more, leave it out"):
-        assert load_config(path, ["runtime.row_parts=2"]) == Config(runtime=RuntimeConfig(slots=3))
+    with pytest.warns(
+        MovedOptionWarning, match=r"^runtime\.reuse_copies, runtime\.debug\.row_parts: no effect any more, leave it out"
+    ):
+        assert load_config(path, ["runtime.debug.row_parts=2"]) == Config(runtime=RuntimeConfig(slots=3))

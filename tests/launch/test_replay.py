@@ -105,7 +105,7 @@ def test_a_drifting_run_stays_balanced_and_says_why_experts_move(tmp_path: Path)
     loads_SLRE = drifting(tmp_path / "t.npz", 13, 96)
     values = ["model.num_experts=8", f"train.replay={tmp_path}/t.npz", "train.steps=13", "train.eval_every=0"]
     values += ["train.micro_batches=2", "model.capacity_factor=1.2", "run.metrics=detailed"]
-    values += ["runtime.rehome_every=4", "runtime.debug.rehome_effort=0.05"]
+    values += ["runtime.migration.every=4", "runtime.debug.migration_effort=0.05"]
     first, _ = train_tiny(2, values, tmp_path)
     run = tmp_path / "runs" / "demo"
     assert np.array_equal(np.stack(list(Trace(run / "trace.npz").steps())), loads_SLRE)

@@ -40,9 +40,9 @@ def gradients(model: nn.Module, handle: Handle) -> dict[str, Tensor]:
             grads |= dict.fromkeys(dense.names, whole(dense.tensor.grad).clone())
     rows: dict[str, dict[int, Tensor]] = {}
     for block, layer in handle.layers.items():
-        for weight, name in layer.family.fused:
+        for weight, name in layer.naming.fused:
             rows[f"{block}.{name}"] = {
-                e: layer.family.to_family(weight, layer[e].parameter(weight).grad.clone()) for e in layer.runtime.owned_experts
+                e: layer.naming.to_original(weight, layer[e].parameter(weight).grad.clone()) for e in layer.runtime.owned_experts
             }
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, rows)
@@ -69,7 +69,7 @@ def train_on_ranks(rank: int, family: str) -> dict[str, Any]:
         optimizer.zero_grad()
         handle.step()
         copies += handle.metrics()["copies_per_layer"]
-    return found | {"losses": losses, "copies": copies, "state": handle.family_state_dict()}
+    return found | {"losses": losses, "copies": copies, "state": handle.weights.state_dict()}
 
 
 def train_on_one(family: str, world_size: int) -> dict[str, Any]:
@@ -118,8 +118,8 @@ def test_family_trains_as_it_does_unwrapped(family: str, world_size: int) -> Non
 def round_trip_on_ranks(rank: int, family: str, folder: str) -> dict[str, Any]:
     """Out and in again, through the state dict, our files and transformers' own, the last into a model built on meta."""
     model, handle = wrapped(family)
-    original = handle.family_state_dict()
-    handle.save_safetensors(f"{folder}/ours", max_file_bytes=20_000)
+    original = handle.weights.state_dict()
+    handle.weights.save_safetensors(f"{folder}/ours", max_file_bytes=20_000)
     output = forward(model, batch_ids(0)).logits.detach()
     states: list[Any] = [original]
     dist.broadcast_object_list(states, src=0)
@@ -127,9 +127,9 @@ def round_trip_on_ranks(rank: int, family: str, folder: str) -> dict[str, Any]:
     for source in (states[0], "ours", "theirs"):
         fresh, fresh_handle = wrapped(family, device="meta")
         unused = (
-            fresh_handle.load_family_state_dict(source)
+            fresh_handle.weights.load_state_dict(source)
             if isinstance(source, dict)
-            else fresh_handle.load_safetensors(f"{folder}/{source}")
+            else fresh_handle.weights.load_safetensors(f"{folder}/{source}")
         )
         assert unused == ()
         outputs.append(forward(fresh, batch_ids(0)).logits.detach())

@@ -80,7 +80,7 @@ def shard_from_meta(rank: int, folder: str) -> dict[str, Any]:
     # Weights are what counts: the integers that transports show each other take the same few pages whatever the model.
     sharding = sum(tensor.nbytes for tensor in allocations.created.values() if tensor.is_floating_point())
     with Allocations() as allocations:
-        handle.load_safetensors(f"{folder}/theirs")
+        handle.weights.load_safetensors(f"{folder}/theirs")
     loading = max(allocations.copied)
     model(input_ids=batch_ids(0))
     messages = []
@@ -89,10 +89,10 @@ def shard_from_meta(rank: int, folder: str) -> dict[str, Any]:
     for change in ({}, {gate: None}, {down: torch.zeros(4, 32, 24)}, {gate: torch.zeros(5, 32, dtype=torch.int8)}):
         changed = {name: t for name, t in (state | change).items() if t is not None} | {"model.extra": torch.zeros(1)}
         try:
-            messages.append(" ".join(handle.load_family_state_dict(changed)))
+            messages.append(" ".join(handle.weights.load_state_dict(changed)))
         except ValueError as error:
             messages.append(str(error))
-    for refused in (lambda: handle.load_safetensors(folder), lambda: handle.save_safetensors(f"{folder}/theirs")):
+    for refused in (lambda: handle.weights.load_safetensors(folder), lambda: handle.weights.save_safetensors(f"{folder}/theirs")):
         with pytest.raises(ValueError) as error:
             refused()
         messages.append(str(error.value))
@@ -131,22 +131,22 @@ def own_layers_through_the_same_doors(rank: int, folder: str) -> tuple[dict[str,
     for weight in ("gate_up", "down"):
         fused[f"1.experts.{weight}"] = torch.stack([state[f"1.experts.{e}.{weight}"] for e in range(3)])
     handle = shard_experts(plain, mesh=mesh)
-    found = handle.family_state_dict()
-    handle.save_safetensors(folder)
+    found = handle.weights.state_dict()
+    handle.weights.save_safetensors(folder)
     loaded = []
     for load, source in (
-        (handle.load_family_state_dict, state),
-        (handle.load_safetensors, folder),
-        (handle.load_family_state_dict, fused),
+        (handle.weights.load_state_dict, state),
+        (handle.weights.load_safetensors, folder),
+        (handle.weights.load_state_dict, fused),
     ):
         with torch.no_grad():
             for parameter in plain.parameters():
                 parameter.zero_()
         assert load(source) == ()
-        whole = handle.family_state_dict()
+        whole = handle.weights.state_dict()
         loaded.append(whole.keys() == found.keys() and all(torch.equal(whole[name], found[name]) for name in whole))
     with pytest.raises(ValueError, match=r"the state lacks '1\.experts\.\d\.gate_up'"):
-        handle.load_family_state_dict({name: t for name, t in state.items() if ".gate_up" not in name})
+        handle.weights.load_state_dict({name: t for name, t in state.items() if ".gate_up" not in name})
     assert rank != 0 or found.keys() == state.keys()
     return {name: found[name] - state[name] for name in found}, loaded
 

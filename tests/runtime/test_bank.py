@@ -1,14 +1,19 @@
 """Gradient rows: overwritten by the first backward that reaches them, added to by later ones, zero where none does."""
 
 import copy
+import gc
 from io import BytesIO
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moesaic import MoELayer, RouterConfig, RuntimeConfig
-from moesaic.placement import get_solver
+from moesaic.placement import OwnerMap, get_solver
+from moesaic.runtime.experts.bank import Bank
+from moesaic.runtime.experts.expert import ExpertShape
 from moesaic.runtime.group import single_rank_group
 from moesaic.runtime.stages import StageClock
 from moesaic.runtime.wrap.shard import share_experts
@@ -136,3 +141,20 @@ def test_an_optimizer_takes_a_state_that_lacks_a_setting() -> None:
     state["param_groups"] = [{"params": state["param_groups"][0]["params"]}]
     with pytest.raises(RuntimeError, match="saves the groups of one rank"):
         optimizer.load_state_dict(state)
+
+
+def test_a_bank_may_end_during_a_step_of_an_optimizer() -> None:
+    """Python may collect it at any time; torch goes through its hooks meanwhile."""
+    banks = [Bank(ExpertShape(4, 3), OwnerMap.contiguous(1, 2, 1), 0)]
+
+    def end(*_: Any) -> None:
+        banks.clear()
+        gc.collect()
+
+    hooks = [register_optimizer_step_pre_hook(end), register_optimizer_step_pre_hook(lambda *_: None)]
+    try:
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not banks

@@ -1,7 +1,8 @@
-"""RouterConfig, RuntimeConfig and DebugConfig: choices, and the old names of the options that moved to `debug`."""
+"""RouterConfig, RuntimeConfig, MigrationConfig and DebugConfig: choices, and the old names of options that have new ones."""
 
 import copy
 import pickle
+import re
 import typing
 import warnings
 from dataclasses import FrozenInstanceError, fields, replace
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from moesaic import DebugConfig, RouterConfig, RuntimeConfig
+from moesaic import DebugConfig, MigrationConfig, RouterConfig, RuntimeConfig
 from moesaic.collectives import SCHEDULES, TRANSPORTS
 from moesaic.runtime.moved_options import MOVED, MovedOptionWarning
-from tests.helpers.configs import MOVED_VALUES
+from tests.helpers.configs import MOVED_VALUES, moved_config
 
+DEFAULTS = {field.name: field.default for field in fields(DebugConfig)}
 EACH_MOVED = pytest.mark.parametrize("name,value", MOVED_VALUES.items(), ids=MOVED_VALUES)
 
 
@@ -52,19 +54,19 @@ def test_choices_are_what_there_is_to_choose() -> None:
 
 
 def test_what_moved() -> None:
-    """These ten, to `debug`; an old name is no field, no argument of a signature, and nothing that is compared or printed."""
-    assert tuple(MOVED_VALUES) == MOVED == tuple(field.name for field in fields(DebugConfig))
+    """These eleven, all but one to `debug`; an old name is no field, and nothing that is compared or printed."""
+    assert {f"runtime.{name}" for name in MOVED_VALUES} == MOVED.keys() - {"runtime.debug.rehome_effort"}
+    sections = (("debug", DebugConfig), ("migration", MigrationConfig))
+    new = {f"runtime.{section}.{field.name}" for section, kind in sections for field in fields(kind)}
+    assert new == set(MOVED.values())
     assert not {field.name for field in fields(RuntimeConfig)} & MOVED_VALUES.keys()
-    assert all(getattr(DebugConfig(), name) != value for name, value in MOVED_VALUES.items())
+    assert all(moved_config(name, value) != RuntimeConfig() for name, value in MOVED_VALUES.items())
 
 
 @EACH_MOVED
 def test_an_old_name_means_the_new_one(name: str, value: Any) -> None:
     """As an argument, in `replace` and as an attribute, each time with one warning that names the new one."""
-    expected, message = (
-        RuntimeConfig(slots=1, debug=DebugConfig(**{name: value})),
-        rf"runtime\.{name} is now runtime\.debug\.{name};",
-    )
+    expected, message = moved_config(name, value, slots=1), rf"^runtime\.{name} is now {re.escape(MOVED[f'runtime.{name}'])};"
     with pytest.warns(DeprecationWarning, match=message) as seen:
         made = RuntimeConfig(slots=1, **{name: value})
     assert [warning.filename for warning in seen] == [__file__]
@@ -82,9 +84,12 @@ def test_an_old_name_means_the_new_one(name: str, value: Any) -> None:
 def test_several_old_names_are_one_warning() -> None:
     with pytest.warns(MovedOptionWarning) as seen:
         made = RuntimeConfig(**MOVED_VALUES)
-    assert made == RuntimeConfig(debug=DebugConfig(**MOVED_VALUES))
+    configs = [moved_config(name, value) for name, value in MOVED_VALUES.items()]
+    migration = next(config.migration for config in configs if config.migration != MigrationConfig())
+    debug = {field: value for config in configs for field, value in vars(config.debug).items() if value != DEFAULTS[field]}
+    assert made == RuntimeConfig(migration=migration, debug=DebugConfig(**debug))
     (warning,) = seen
-    assert all(f"runtime.{name} is now runtime.debug.{name}" in str(warning.message) for name in MOVED)
+    assert all(f"runtime.{name} is now {MOVED[f'runtime.{name}']}" in str(warning.message) for name in MOVED_VALUES)
 
 
 def test_an_old_name_in_replace_keeps_the_other_debug_options() -> None:
@@ -95,9 +100,27 @@ def test_an_old_name_in_replace_keeps_the_other_debug_options() -> None:
 
 @EACH_MOVED
 def test_old_and_new_together_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^runtime\.{name} and runtime\.debug are both given; give DebugConfig\({name}=") as no:
-        RuntimeConfig(debug=DebugConfig(), **{name: value})
+    _, section, new = MOVED[f"runtime.{name}"].split(".")
+    config: Any = {"debug": DebugConfig(), "migration": MigrationConfig()}[section]
+    cure = rf"{type(config).__name__}\({new}=\.\.\.\) alone$"
+    with pytest.raises(ValueError, match=rf"^runtime\.{name} and runtime\.{section} are both given; give {cure}") as no:
+        RuntimeConfig(**{section: config, name: value})
     assert "\n" not in str(no.value)
+
+
+def test_an_old_name_inside_debug() -> None:
+    """As an argument, in `replace` and as an attribute; refused beside the new one."""
+    message, debug = r"^runtime\.debug\.rehome_effort is now runtime\.debug\.migration_effort;", DebugConfig(migration_effort=0.5)
+    with pytest.warns(MovedOptionWarning, match=message):
+        assert DebugConfig(rehome_effort=0.5) == debug  # type: ignore[call-arg]
+    with pytest.warns(MovedOptionWarning, match=message):
+        assert replace(DebugConfig(), rehome_effort=0.5) == debug  # type: ignore[call-arg]
+    with pytest.warns(MovedOptionWarning, match=message):
+        assert debug.rehome_effort == 0.5  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r"rehome_effort and runtime\.debug\.migration_effort are both given; give migration_effort"
+    ):
+        DebugConfig(rehome_effort=0.5, migration_effort=0.5)  # type: ignore[call-arg]
 
 
 def test_a_wrong_value_under_an_old_name_is_named_by_the_new_one() -> None:
@@ -113,9 +136,13 @@ def test_arguments_are_by_keyword_and_known(make: Any) -> None:
         make()
 
 
-def test_debug_is_a_debug_config() -> None:
+def test_sections_are_of_their_class() -> None:
     with pytest.raises(ValueError, match=r"^runtime\.debug is {'overlap': False}; give a DebugConfig$"):
         RuntimeConfig(debug={"overlap": False})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^runtime\.migration is 4; give a MigrationConfig$"):
+        RuntimeConfig(migration=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^runtime\.migration\.every is -1; it must be 0 \(never\) or a number of steps$"):
+        MigrationConfig(every=-1)
 
 
 def test_values_stay_values() -> None:
@@ -136,3 +163,5 @@ def test_options_that_are_gone_are_left_out_with_a_warning() -> None:
     with pytest.warns(MovedOptionWarning, match=r"^runtime\.reuse_copies: no effect any more, leave it out"):
         config = RuntimeConfig(slots=3, reuse_copies=True)  # type: ignore[call-arg]
     assert config == RuntimeConfig(slots=3)
+    with pytest.warns(MovedOptionWarning, match=r"^runtime\.debug\.row_parts: no effect any more, leave it out"):
+        assert DebugConfig(row_parts=1) == DebugConfig()  # type: ignore[call-arg]

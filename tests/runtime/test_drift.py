@@ -471,9 +471,9 @@ def right_runs(rank: int, shape: Sequence[int], shard_dense: bool) -> None:
     optimizer = adamw(handle)
     for round_ in range(4):
         train(trained, handle, optimizer, range(3 * round_, 3 * round_ + 3), num_batches=1 + round_ % 2)
-        owners = [type(o)(o.expert_to_owner_LE[:, ::-1].copy(), o.num_ranks) for o in handle.placement]
-        if all((new.num_rows_R == old.num_rows_R).all() for new, old in zip(owners, handle.placement, strict=True)):
-            handle.rehome(owners, optimizer)
+        owners = [type(o)(o.expert_to_owner_LE[:, ::-1].copy(), o.num_ranks) for o in handle.owner_maps]
+        if all((new.num_rows_R == old.num_rows_R).all() for new, old in zip(owners, handle.owner_maps, strict=True)):
+            handle.migrate(owners, optimizer)
         with torch.no_grad():
             model(global_batch(0)[0])
         handle.load_state_dict(handle.state_dict(optimizer), optimizer)
@@ -576,7 +576,7 @@ def parts_by_hand(rank: int, max_parts: int) -> list[str]:
             tensors[changed].to_local().view(torch.int32)[0] ^= 1
         with patch.object(drift, "_MAX_PARTS", max_parts):
             try:
-                DriftGuard(handle.group, every=1).after_step(1, tensors.items(), [], None, CPU)
+                DriftGuard(handle._group, every=1).after_step(1, tensors.items(), [], None, CPU)
                 messages.append("")
             except DriftError as error:
                 messages.append(str(error))

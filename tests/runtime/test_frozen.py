@@ -73,5 +73,5 @@ def test_torchs_clipping_is_refused_where_a_rank_has_no_gradients_of_experts(sha
     """Before any rank waits for that one; `handle.clip_grad_norm_` has the norm."""
     _, messages = run_ranks(2, clip_where_a_rank_has_none, shard_dense)
     (message,) = set(messages)
-    assert message.startswith("rank 0 owns no expert that learns, so the norm of all gradients cannot be made one number")
+    assert message.startswith("rank 0 owns no trainable expert, so the norm of all gradients cannot be made one number")
     assert "use handle.clip_grad_norm_" in message

@@ -61,7 +61,7 @@ def save_given(rank: int) -> list[float]:
     handle = shard_experts(Net(), mesh=init_device_mesh("cpu", (2,)))
     for parameter in handle.expert_parameters():
         parameter.data = torch.full_like(parameter, 7.0)
-    saved = handle.family_state_dict()
+    saved = handle.weights.state_dict()
     return [saved[f"moe.experts.{e}.down"].mean().item() for e in range(EXPERTS)] if rank == 0 else []
 
 
@@ -74,7 +74,7 @@ def load_given(rank: int) -> bool:
     handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)))
     for parameter in handle.expert_parameters():
         parameter.data = torch.full_like(parameter, 7.0)
-    handle.load_family_state_dict(state(1))
+    handle.weights.load_state_dict(state(1))
     model(torch.randn(5, DIM))
     return all(torch.equal(p, state(1)[f"moe.experts.{name}"]) for name, p in model.moe.experts.named_parameters())
 

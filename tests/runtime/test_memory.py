@@ -169,7 +169,7 @@ def trained_memory(slots: int, materialize: Any) -> dict[str, int]:
         for parameter in model.parameters():  # in place: gradients that move leave holes in the heap
             parameter.grad.zero_()
         handle.step()
-    return handle.memory(optimizer) | {"grown_bytes": resident_bytes("VmHWM") - before}
+    return handle.telemetry.memory(optimizer) | {"grown_bytes": resident_bytes("VmHWM") - before}
 
 
 def plain_and_rematerialized(rank: int) -> list[dict[str, int]]:

@@ -98,7 +98,7 @@ class Loop:
         for group in groups_of_fsdp2(self.net):
             assert group is not dist.group.WORLD
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT_S), group)
-        for transport in (self.handle.group.tokens, self.handle.group.experts):
+        for transport in (self.handle._group.tokens, self.handle._group.experts):
             transport.timeout_s = SHORT_S  # type: ignore[attr-defined]
 
     def batch(self) -> Tensor:
@@ -500,7 +500,7 @@ def count_gathers(rank: int, way: str) -> list[str]:
     net = Net()
     handle = shard_experts(net, mesh=init_device_mesh("cpu", (2,)), config=RuntimeConfig(timeout_s=TIMEOUT_S))
     places: list[str] = []
-    tokens = handle.group.tokens
+    tokens = handle._group.tokens
     gather = tokens.all_gather_ints
 
     def noted(values: Tensor, *, where: str = "") -> Tensor:

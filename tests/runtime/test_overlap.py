@@ -40,7 +40,7 @@ def batch(step: int) -> Any:
 
 
 def gathers(handle: Handle) -> int:
-    return int(handle.group.experts.traffic.messages_R("gather").sum())
+    return int(handle._group.experts.traffic.messages_R("gather").sum())
 
 
 def launch_order(rank: int, overlap: bool) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def profile_of_a_step(rank: int) -> list[dict[str, Any]]:
     model, handle = wrapped(transport="c10d")
     handle.step()
     events = {"gather": threading.Event(), "reduce": threading.Event()}
-    transport = handle.group.experts
+    transport = handle._group.experts
     exchange = transport.exchange
 
     def held_back(*args: Any, op: str, where: str) -> Pending:
@@ -121,7 +121,7 @@ def profile_of_a_step(rank: int) -> list[dict[str, Any]]:
     model.blocks[1].mix.register_full_backward_pre_hook(lambda *_: events["reduce"].set())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
-        with handle.profile(path):
+        with handle.telemetry.profile(path):
             cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
         handle.step()
         assert [p.name for p in Path(folder).iterdir()] == ["profile.json"]
@@ -176,7 +176,7 @@ def backward_order(rank: int, materialize: Any) -> dict[str, Any]:
     """What is in flight when the attention of the second block has its backward, and what is gathered and held, when."""
     model, handle = wrapped(materialize=materialize)
     first, second = (layer.runtime for layer in handle.layers.values())
-    traffic, reduces = handle.group.experts.traffic, second.context.model.reduces
+    traffic, reduces = handle._group.experts.traffic, second.context.model.reduces
     sent = {op: int(traffic.bytes_R(op).sum()) for op in ("gather", "regather")}
     seen: dict[str, Any] = {}
 
@@ -212,7 +212,7 @@ CHANGES: dict[str, Callable[[Bank], Any]] = {
     "sgd": lambda bank: torch.optim.SGD(bank.parameters(), lr=0.1).step(),
     "adamw fused": lambda bank: torch.optim.AdamW(bank.parameters(), lr=0.1, fused=True).step(),
     "in place": lambda bank: bank.experts[0].down.detach().mul_(0.5),
-    "re-homing elsewhere": lambda bank: bank.adopt(bank.owners, bank.rows),
+    "migration elsewhere": lambda bank: bank.adopt(bank.owners, bank.rows),
 }
 
 
@@ -274,7 +274,7 @@ def break_off(rank: int) -> float:
         model(batch(1)[0])
     hook.remove()
     with torch.no_grad():
-        for parameter in handle.banks[0].parameters():
+        for parameter in handle._banks[0].parameters():
             parameter.mul_(2.0)
         for block in expected_model.blocks:
             for parameter in block.moe.experts.parameters():

@@ -120,7 +120,7 @@ def memory_after_steps(rank: int, solver: str) -> dict[str, int]:
         model(ids).square().sum().backward()
         handle.step()
     assert dist.get_world_size() == 2
-    return handle.memory()
+    return handle.telemetry.memory()
 
 
 @pytest.mark.parametrize("solver", ["static", "random", "everywhere"])

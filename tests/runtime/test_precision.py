@@ -57,7 +57,7 @@ def load(bank: Bank) -> None:
     bank.load_rows({(0, 1): ExpertTensors(torch.full((6, 2), 0.3), torch.full((2, 3), 0.7))})
 
 
-def rehome(bank: Bank) -> None:
+def migrate_all(bank: Bank) -> None:
     def swap(group: RankGroup) -> None:
         migrate(bank, None, OwnerMap.contiguous(1, 4, 1), group.experts)
 
@@ -73,7 +73,7 @@ CHANGES = {
     "adamw foreach": optimizer_step(lambda p, lr: torch.optim.AdamW(p, lr=lr, foreach=True)),
     "adamw fused": optimizer_step(lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)),
     "loading": load,
-    "re-homing": rehome,
+    "migration": migrate_all,
 }
 
 

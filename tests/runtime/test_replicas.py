@@ -24,7 +24,7 @@ from tests.helpers.compare import assert_all_close, assert_bitwise
 from tests.helpers.model import NUM_EXPERTS, Model, cross_entropy, global_batch, make_model, rank_slice
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
-from tests.runtime.test_rehome import rehome_while_training, shuffled
+from tests.runtime.test_migration import migrate_while_training, shuffled
 from tests.runtime.test_shard import SOLVERS, backward_on_one, make_optimizer, train_on_one, whole
 
 MESH = (2, 2)
@@ -213,7 +213,7 @@ def train_on_mesh(rank: int, folder: str) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         handle.step()
-        handle.rehome([shuffled(owners, step) for owners in handle.placement], optimizer)
+        handle.migrate([shuffled(owners, step) for owners in handle.owner_maps], optimizer)
         mean = loss.detach().double()
         dist.all_reduce(mean)
         losses.append(mean.item() / 4)
@@ -223,11 +223,11 @@ def train_on_mesh(rank: int, folder: str) -> list[float]:
 
 def check_export(rank: int, handle: Handle, folder: str) -> None:
     """The whole state is on rank 0 alone; what one replica writes, all of a fresh model read."""
-    assert bool(handle.family_state_dict()) == (rank == 0)
-    handle.save_safetensors(folder)
+    assert bool(handle.weights.state_dict()) == (rank == 0)
+    handle.weights.save_safetensors(folder)
     _, fresh = wrapped()
-    assert fresh.load_safetensors(folder) == ()
-    fresh.rehome(handle.placement)
+    assert fresh.weights.load_safetensors(folder) == ()
+    fresh.migrate(handle.owner_maps)
     expected = handle.state_dict()
     assert all(tensor.device_mesh.ndim == 2 for tensor in expected.values() if isinstance(tensor, DTensor))
     assert_bitwise({k: whole(v) for k, v in fresh.state_dict().items()}, {k: whole(v) for k, v in expected.items()})
@@ -241,9 +241,9 @@ def test_a_curve_with_replicas_is_that_of_one_process(tmp_path: Any) -> None:
 
 def test_replicas_follow_one_decision() -> None:
     """Each group observes its own loads; owners must stay the same in all of them."""
-    reasons, losses, moved = zip(*run_ranks(4, rehome_while_training, 0.5, MESH), strict=True)
+    reasons, losses, moved = zip(*run_ranks(4, migrate_while_training, 0.5, MESH), strict=True)
     assert all(num_moved for _, num_moved in moved[0])
     assert all(m == moved[0] for m in moved)
-    assert all(reason.startswith("owners move: ") for reason in reasons[0])
+    assert all(reason.startswith("experts migrate: ") for reason in reasons[0])
     assert set(reasons[1] + reasons[2] + reasons[3]) == {"decided by rank 0"}
-    assert losses[0] == pytest.approx(run_ranks(2, rehome_while_training, 0.5)[0][1], rel=5e-4)
+    assert losses[0] == pytest.approx(run_ranks(2, migrate_while_training, 0.5)[0][1], rel=5e-4)

@@ -299,13 +299,13 @@ def count_bytes(rank: int) -> dict[str, Any]:
     model, handle = wrapped("everywhere")
     optimizer = make_optimizer(model, "sgd")
     for step in range(2):
-        handle.clock.enabled = True
+        handle.telemetry.clock.enabled = True
         ids, targets = (rank_slice(t, rank, world_size) for t in global_batch(step))
         cross_entropy(model(ids), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
         handle.step()
-    return {"metrics": handle.metrics(), "loads": handle.loads(), "seconds": dict(handle.clock.seconds)}
+    return {"metrics": handle.metrics(), "loads": handle.telemetry.loads(), "seconds": dict(handle.telemetry.clock.seconds)}
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

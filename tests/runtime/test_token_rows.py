@@ -66,7 +66,7 @@ def recorded_step(
         for block in model.blocks:
             block.compile(backend="eager")
     events: dict[str, list[str]] = {name: [] for name in handle.layers}
-    transport = handle.group.tokens
+    transport = handle._group.tokens
     exchange_rows = transport.exchange_rows
 
     def recording(*args: Any, op: str, where: str) -> Pending:
@@ -122,7 +122,7 @@ def break_off(rank: int, transport: str, when: str) -> tuple[dict[str, Tensor], 
         # FSDP2 keeps gradients of a backward that broke off, so it is left out.
         model, handle = wrapped(transport=transport, shard_dense=False)
         cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()  # the next forward has copies
-        shared, rows = model.blocks[0].moe.shared, handle.group.tokens.traffic
+        shared, rows = model.blocks[0].moe.shared, handle._group.tokens.traffic
 
         def fail(*_: Any) -> None:
             raise BrokenOffError

@@ -106,7 +106,7 @@ def sharded(way: Way, dense: str) -> tuple[nn.Module, nn.Module, Handle]:
 
 def move(handle: Handle, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Every expert to the other rank."""
-    handle.rehome([OwnerMap(1 - owners.expert_to_owner_LE, 2) for owners in handle.placement], optimizer)
+    handle.migrate([OwnerMap(1 - owners.expert_to_owner_LE, 2) for owners in handle.owner_maps], optimizer)
 
 
 def everything(model: nn.Module) -> dict[str, Tensor]:
@@ -463,7 +463,7 @@ def test_what_cannot_be_is_refused_in_a_line(dense: str) -> None:
 def names(rank: int) -> list[list[str]]:
     model, _, handle = sharded(Way(), "ddp")
     first = [name for name, _ in model.named_parameters()]
-    handle.rehome([OwnerMap(np.array([[1, 0, 0, 1], [1, 1, 0, 0]]), 2)])
+    handle.migrate([OwnerMap(np.array([[1, 0, 0, 1], [1, 1, 0, 0]]), 2)])
     return [first, [name for name, _ in model.named_parameters()]]
 
 

@@ -22,7 +22,7 @@ Run = Callable[..., list[Any]]
 def over(rank: int, transport: str, body: str, *args: Any) -> Any:
     """A body of test_shard.py on one rank, over a transport."""
     with patch.object(test_shard, "RuntimeConfig", partial(RuntimeConfig, transport=transport)):
-        return getattr(test_shard, body)(rank, *args) if body else test_shard.wrapped()[1].group.experts.name
+        return getattr(test_shard, body)(rank, *args) if body else test_shard.wrapped()[1]._group.experts.name
 
 
 @pytest.fixture(scope="module", params=["c10d", "shm", "mpi", "hierarchical"])

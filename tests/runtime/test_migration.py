@@ -1,4 +1,4 @@
-"""Re-homing: the moves, that no loss changes (invariant 8), that moves must pay (invariant 11), and what is refused."""
+"""Migration: the moves, that no loss changes (invariant 8), that moves must pay (invariant 11), and what is refused."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from moesaic import Handle, MoELayer, RuntimeConfig, shard_experts
+from moesaic import Handle, MigrationConfig, MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import LocalTransport
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver
 from moesaic.placement.online.propose import Question, propose, saved_s
@@ -91,7 +91,7 @@ def test_rounds_move_everything_and_stay_small(layers: int, experts: int, ranks:
 
 
 def test_a_rank_keeps_its_number_of_experts() -> None:
-    with pytest.raises(ValueError, match="rank 0 owns 2 experts and would own 3; re-homing keeps every rank's number"):
+    with pytest.raises(ValueError, match="rank 0 owns 2 experts and would own 3; migration keeps every rank's number"):
         rounds_of(OwnerMap(np.array([[0, 0, 1]]), 2), OwnerMap(np.array([[0, 0, 0]]), 2))
 
 
@@ -136,7 +136,7 @@ def test_rows_and_optimizer_state_arrive(world_size: int) -> None:
         assert found == {(layer, e): (10 * layer + e, 10 * layer + e) for layer in range(3) for e in range(7)}
 
 
-def train(rank: int, optimizer_name: str, solver: str, rehomes: bool, steps: int) -> list[float]:
+def train(rank: int, optimizer_name: str, solver: str, migrates: bool, steps: int) -> list[float]:
     world_size = dist.get_world_size()
     model = make_model(ffn_dim=FFN_DIM)
     config = RuntimeConfig(policy="static", slots=0 if solver == "none" else 5, timeout_s=60)
@@ -149,11 +149,11 @@ def train(rank: int, optimizer_name: str, solver: str, rehomes: bool, steps: int
         loss = cross_entropy(model(ids), targets) + handle.aux_loss()
         loss.backward()
         optimizer.step()
-        if rehomes and step % 2:
+        if migrates and step % 2:
             optimizer.zero_grad()  # with gradients and without
         handle.step()
-        if rehomes:
-            handle.rehome([shuffled(owners, step) for owners in handle.placement], optimizer)
+        if migrates:
+            handle.migrate([shuffled(owners, step) for owners in handle.owner_maps], optimizer)
         optimizer.zero_grad()
         losses.append(mean_over_ranks(loss.detach()))
     return losses
@@ -171,37 +171,37 @@ def test_a_curve_with_owners_that_move_every_step_is_the_curve_without(optimizer
 
     Without clipping, whose norm adds up rows in the order in which they lie.
     """
-    plain, moved = (run_ranks(2, train, optimizer, "none", rehomes, 30)[0] for rehomes in (False, True))
+    plain, moved = (run_ranks(2, train, optimizer, "none", migrates, 30)[0] for migrates in (False, True))
     assert moved == plain
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_curve_with_copies_that_change_agrees(world_size: int) -> None:
-    plain, moved = (run_ranks(world_size, train, "adamw", "random", rehomes, 30)[0] for rehomes in (False, True))
+    plain, moved = (run_ranks(world_size, train, "adamw", "random", migrates, 30)[0] for migrates in (False, True))
     torch.testing.assert_close(torch.tensor(moved), torch.tensor(plain), rtol=1e-5, atol=0)
 
 
-def rehome_two_banks(group: RankGroup) -> None:
+def migrate_two_banks(group: RankGroup) -> None:
     layers = {str(ffn_dim): MoELayer(4, ffn_dim, 4, 2) for ffn_dim in (6, 8)}
     config, clock = RuntimeConfig(policy="static", slots=0), StageClock()
     banks = share_experts(layers, group, config=config, solver=get_solver("static"), clock=clock)
     experts = {name: layer.experts for name, layer in layers.items()}
     handle = Handle(nn.ModuleList(layers.values()), experts, banks, group, config, clock)
-    before = handle.placement
+    before = handle.owner_maps
     other, unfit = OwnerMap(np.array([[1, 1, 0, 0]]), 2), OwnerMap(np.array([[0, 0, 0, 1]]), 2)
     with pytest.raises(ValueError, match="rank 0 owns 2 experts and would own 3"):
-        handle.rehome([other, unfit])
+        handle.migrate([other, unfit])
     with pytest.raises(ValueError, match="1 owner maps for 2 banks; give one for each"):
-        handle.rehome([other])
+        handle.migrate([other])
     with pytest.raises(ValueError, match="SGD does not hold the experts' gate_up"):
-        handle.rehome([other, other], torch.optim.SGD(banks[0].parameters()))
-    assert handle.placement == before
-    handle.rehome([other, other])
-    assert handle.placement == [other, other]
+        handle.migrate([other, other], torch.optim.SGD(banks[0].parameters()))
+    assert handle.owner_maps == before
+    handle.migrate([other, other])
+    assert handle.owner_maps == [other, other]
 
 
-def test_a_refused_re_homing_moves_no_bank() -> None:
-    run_threads(2, rehome_two_banks)
+def test_a_refused_migration_moves_no_bank() -> None:
+    run_threads(2, migrate_two_banks)
 
 
 class Odd(torch.optim.SGD):
@@ -253,12 +253,12 @@ class Proposer:
         pass
 
 
-def rehome_while_training(
+def migrate_while_training(
     rank: int, saved_s: float, mesh_shape: tuple[int, ...] = (2,), num_late: int = 0, num_steps: int = 14
 ) -> tuple[list[str], list[float], list[tuple[int, int]]]:
     """Train with proposals that save so many seconds a step; reasons, losses, and (step, experts moved) of every decision."""
     model = make_model(ffn_dim=FFN_DIM)
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=4, timeout_s=60)
+    config = RuntimeConfig(policy="static", slots=0, migration=MigrationConfig(every=4), timeout_s=60)
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     losses = []
@@ -275,21 +275,25 @@ def rehome_while_training(
             handle.step(optimizer)
             optimizer.zero_grad()
             losses.append(mean_over_ranks(loss.detach()))
-    return [d.reason for d in handle.rehomings()], losses, [(d.step, d.num_moved) for d in handle.rehomings()]
+    return (
+        [d.reason for d in handle.telemetry.migrations()],
+        losses,
+        [(d.step, d.num_moved) for d in handle.telemetry.migrations()],
+    )
 
 
 def test_a_move_that_pays_is_made_and_explained() -> None:
-    (reasons, losses, moved), (_, _, moved_elsewhere) = run_ranks(2, rehome_while_training, 0.5)
+    (reasons, losses, moved), (_, _, moved_elsewhere) = run_ranks(2, migrate_while_training, 0.5)
     assert [step for step, _ in moved] == [6, 10, 14]  # asked after steps 4, 8 and 12
-    assert all(reason.startswith("owners move: ") and "would save 2 s over 4 steps and take" in reason for reason in reasons)
-    assert all(reason.endswith("to move, by the load of the 2 steps since the solver was asked") for reason in reasons)
+    assert all(reason.startswith("experts migrate: ") and "would save 2 s over 4 steps and take" in reason for reason in reasons)
+    assert all(reason.endswith("to migrate, by the load of the 2 steps since the solver was asked") for reason in reasons)
     assert moved == moved_elsewhere
     assert all(num_moved for _, num_moved in moved)
     assert losses == run_ranks(2, train, "adamw", "none", False, 14)[0]
 
 
 def test_a_move_that_does_not_pay_is_refused_and_explained() -> None:
-    (reasons, losses, moved), _ = run_ranks(2, rehome_while_training, 1e-12)
+    (reasons, losses, moved), _ = run_ranks(2, migrate_while_training, 1e-12)
     assert all(reason.startswith("owners stay: ") and "would save 4e-12 s over 4 steps and take" in reason for reason in reasons)
     assert moved == [(6, 0), (10, 0), (14, 0)]
     assert losses == run_ranks(2, train, "adamw", "none", False, 14)[0]
@@ -297,13 +301,13 @@ def test_a_move_that_does_not_pay_is_refused_and_explained() -> None:
 
 def test_a_late_answer_is_taken_and_one_that_never_comes_is_given_up() -> None:
     """Looked for at every step from the sixth on, as a tenth of 4 is less than one, until ten intervals have passed."""
-    (reasons, losses, moved), (_, _, moved_elsewhere) = run_ranks(2, rehome_while_training, 0.5, (2,), 4)
+    (reasons, losses, moved), (_, _, moved_elsewhere) = run_ranks(2, migrate_while_training, 0.5, (2,), 4)
     assert [step for step, _ in moved] == [10]  # the next question is asked after step 12
-    assert reasons[0].endswith("to move, by the load of the 6 steps since the solver was asked")
+    assert reasons[0].endswith("to migrate, by the load of the 6 steps since the solver was asked")
     assert moved == moved_elsewhere
     assert moved[0][1]
     assert losses == run_ranks(2, train, "adamw", "none", False, 14)[0]
-    (reasons, _, moved), (_, _, moved_elsewhere) = run_ranks(2, rehome_while_training, 0.5, (2,), 99, 44)
+    (reasons, _, moved), (_, _, moved_elsewhere) = run_ranks(2, migrate_while_training, 0.5, (2,), 99, 44)
     assert moved == moved_elsewhere == [(44, 0)]
     assert reasons == ["owners stay: the solver had no answer 40 steps after it was asked, and 40 are allowed"]
 
@@ -311,22 +315,22 @@ def test_a_late_answer_is_taken_and_one_that_never_comes_is_given_up() -> None:
 def refusals_after_a_stall(group: RankGroup) -> int:
     """How often the same proposal is refused after the only move so far, which took 20 s."""
     layer = MoELayer(4, 6, 4, 2)
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=50)
+    config = RuntimeConfig(policy="static", slots=0, migration=MigrationConfig(every=50))
     (bank,) = share_experts({"moe": layer}, group, config=config, solver=get_solver("static"), clock=StageClock())
-    rehoming = migration_policy.Rehomer(bank, [layer.experts], group, config)
-    rehoming._loads, rehoming._num_steps = np.ones((1, 2, 4), np.int64), 1
+    migrator = migration_policy.Migrator(bank, [layer.experts], group, config)
+    migrator._loads, migrator._num_steps = np.ones((1, 2, 4), np.int64), 1
     proposal, row_bytes = OwnerMap(np.array([[1, 1, 0, 0]]), 2), 1000
-    assert rehoming._decide(1, proposal, row_bytes)[1].num_moved
-    rehoming._rate.measure(2 * row_bytes / 20)
-    return next(n for n in range(1000) if rehoming._decide(n, proposal, row_bytes)[1].num_moved)
+    assert migrator._decide(1, proposal, row_bytes)[1].num_moved
+    migrator._rate.measure(2 * row_bytes / 20)
+    return next(n for n in range(1000) if migrator._decide(n, proposal, row_bytes)[1].num_moved)
 
 
-def test_one_slow_move_does_not_end_re_homing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_slow_move_does_not_end_migration(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proposal that saves half a second is refused until the 20 s have faded: 1.1 ** 39 > 40."""
     monkeypatch.setattr(migration_policy, "_Solver", lambda: Proposer(0))
     monkeypatch.setattr(migration_policy, "saved_s", lambda problems, owners, policy: 0.01)
     assert run_threads(2, refusals_after_a_stall) == [39, 39]
-    rate = migration_policy.MoveRate(100.0)
+    rate = migration_policy.MigrationRate(100.0)
     for measured, expected in ((80.0, 80.0), (1.0, 80.0), (90.0, 90.0), (2.0, 90.0), (3.0, 90.0), (4.0, 4.0), (120.0, 120.0)):
         rate.measure(measured)
         assert rate.bytes_per_s == expected
@@ -343,7 +347,7 @@ def test_one_slow_move_does_not_end_re_homing(monkeypatch: pytest.MonkeyPatch) -
 
 def train_with_the_solver(rank: int) -> list[str]:
     """Seven steps with the real solver; rank 0 waits for it, which only a test may."""
-    config = runtime_config(slots=1, rehome_every=4, rehome_effort=0.05, timeout_s=60)
+    config = runtime_config(slots=1, migration=MigrationConfig(every=4), migration_effort=0.05, timeout_s=60)
     model = make_model(ffn_dim=FFN_DIM)
     handle = shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=config)
     optimizer = torch.optim.AdamW(handle.parameter_groups(), lr=0.01)
@@ -351,29 +355,29 @@ def train_with_the_solver(rank: int) -> list[str]:
         ids, targets = (rank_slice(t, rank, 2) for t in global_batch(step))
         (cross_entropy(model(ids), targets) + handle.aux_loss()).backward()
         optimizer.step()
-        (rehoming,) = handle._rehomers
-        if rehoming._solver is not None and rehoming._solver._thread is not None:
-            rehoming._solver._thread.join()
+        (migrator,) = handle._migrators
+        if migrator._solver is not None and migrator._solver._thread is not None:
+            migrator._solver._thread.join()
         handle.step(optimizer)
         optimizer.zero_grad()
-    return [f"{d.step} {d.reason}" for d in handle.rehomings()]
+    return [f"{d.step} {d.reason}" for d in handle.telemetry.migrations()]
 
 
 def test_what_the_real_solver_proposes_is_priced_and_decided() -> None:
     ((reason,), other) = run_ranks(2, train_with_the_solver)
-    numbers = r"\d experts would save \S+ s over 4 steps and take \S+ s to move, by the load of the 2 steps since"
+    numbers = r"\d experts would save \S+ s over 4 steps and take \S+ s to migrate, by the load of the 2 steps since"
     assert re.match(rf"6 owners (stay|move): {numbers}", reason), reason
     assert other == ["6 decided by rank 0"]
 
 
 def step_without_an_optimizer(rank: int) -> None:
-    config = RuntimeConfig(policy="static", slots=0, rehome_every=2, timeout_s=60)
+    config = RuntimeConfig(policy="static", slots=0, migration=MigrationConfig(every=2), timeout_s=60)
     handle = shard_experts(make_model(), mesh=init_device_mesh("cpu", (2,)), config=config)
-    with pytest.raises(ValueError, match=r"rehome_every is 2, but handle.step\(\) got no optimizer"):
+    with pytest.raises(ValueError, match=r"migration.every is 2, but handle.step\(\) got no optimizer"):
         handle.step()
 
 
-def test_re_homing_needs_the_optimizer() -> None:
+def test_migration_needs_the_optimizer() -> None:
     run_ranks(2, step_without_an_optimizer)
 
 
@@ -443,3 +447,4 @@ def test_a_proposal_saves_time_and_keeps_the_numbers() -> None:
     assert saved_s(question().problems, owners, "quota") > 0
     assert saved_s(question().problems, current, "quota") == 0
     assert propose(replace(question(), least_saved_s=1e9)) == current
+    assert propose(replace(question(), policy="auto")) == owners  # priced as by quota

@@ -1,7 +1,7 @@
-"""The families of Hugging Face transformers whose experts are known, as data: how each lays out and names its weights.
+"""The experts modules of Hugging Face transformers that are replaced, as data: the names and the layout of their weights.
 
-transformers 5 gives most families one experts module: `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F] for all experts of a
-block. Checkpoints on disk keep experts apart in most families.
+transformers 5 gives most models one experts module a block: `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F] for all its
+experts. Most checkpoints on disk keep experts apart.
 
 Shape letters: E experts, D model dim, F expert ffn dim.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..family import ExpertNames, Family
+from ..naming import ExpertNames, WeightNaming
 
 _FUSED = (("gate_up", "experts.gate_up_proj"), ("down", "experts.down_proj"))
 _PROJECTIONS = ExpertNames(
@@ -21,11 +21,11 @@ _PROJECTIONS = ExpertNames(
 )
 
 
-class GptOssFamily(Family):
+class GptOssNaming(WeightNaming):
     """GPT-OSS: weights are [E, in, out], and the columns of gate and up alternate."""
 
-    def to_family(self, weight: str, tensor: Tensor) -> Tensor:
-        """See `Family.to_family`."""
+    def to_original(self, weight: str, tensor: Tensor) -> Tensor:
+        """See `WeightNaming.to_original`."""
         if weight == "gate_up":
             gate, up = tensor.chunk(2, dim=-2)
             return torch.stack([gate, up], dim=-2).flatten(-3, -2).mT
@@ -34,8 +34,8 @@ class GptOssFamily(Family):
             return torch.stack([gate, up], dim=-1).flatten(-2)
         return tensor.mT if weight == "down" else tensor
 
-    def from_family(self, weight: str, tensor: Tensor) -> Tensor:
-        """See `Family.from_family`."""
+    def from_original(self, weight: str, tensor: Tensor) -> Tensor:
+        """See `WeightNaming.from_original`."""
         if weight == "gate_up":
             return torch.cat([tensor[..., ::2].mT, tensor[..., 1::2].mT], dim=-2)
         if weight == "gate_up_bias":
@@ -45,25 +45,25 @@ class GptOssFamily(Family):
 
 @dataclass(frozen=True)
 class KnownExperts:
-    """One family.
+    """One experts module.
 
     Attributes:
-        name: of the family, for messages.
-        family: the names and the layout of its weights.
+        name: of its models, for messages.
+        naming: the names and the layout of its weights.
         has_clamp: biases and the clamped activation of GPT-OSS, in the place of SiLU.
     """
 
     name: str
-    family: Family
+    naming: WeightNaming
     has_clamp: bool = False
 
 
-_APART = Family(fused=_FUSED, checkpoint_experts=_PROJECTIONS)
+_APART = WeightNaming(fused=_FUSED, checkpoint_experts=_PROJECTIONS)
 
 KNOWN_EXPERTS: dict[str, KnownExperts] = {
     "mixtral.MixtralExperts": KnownExperts(
         "Mixtral",
-        Family(
+        WeightNaming(
             fused=_FUSED,
             checkpoint_experts=ExpertNames(
                 gate="experts.{expert}.w1.weight", up="experts.{expert}.w3.weight", down="experts.{expert}.w2.weight"
@@ -79,7 +79,7 @@ KNOWN_EXPERTS: dict[str, KnownExperts] = {
     "deepseek_v3.DeepseekV3NaiveMoe": KnownExperts("DeepSeek-V3", _APART),
     "gpt_oss.GptOssExperts": KnownExperts(
         "GPT-OSS",
-        GptOssFamily(
+        GptOssNaming(
             fused=(
                 ("gate_up", "experts.gate_up_proj"),
                 ("down", "experts.down_proj"),

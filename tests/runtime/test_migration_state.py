@@ -19,7 +19,7 @@ from moesaic.runtime.group import RankGroup
 from moesaic.runtime.state import state_of
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.threads import run_threads
-from tests.runtime.test_rehome import shuffled
+from tests.runtime.test_migration import shuffled
 from tests.runtime.test_state import Averaging
 
 NUM_LAYERS, NUM_EXPERTS, NUM_STEPS = 2, 5, 6
@@ -191,7 +191,7 @@ def test_an_expert_takes_the_place_of_one_that_is_trained_alike(how: str, caplog
         assert found | found_elsewhere == {e: how if e in special else "usual" for e in range(6)}
         return owners, found
 
-    with caplog.at_level(logging.WARNING, "moesaic.rehome"):
+    with caplog.at_level(logging.WARNING, "moesaic.migration"):
         owners, _ = move(0)
         assert owners in ([0, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 1])
         (record,) = caplog.records

@@ -1,0 +1,64 @@
+"""How other models name and lay out the weights of a MoE layer: in their modules, and in their checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Names of one expert's matrices in a checkpoint, inside the block; `{expert}` stands for the expert's number."""
+
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class WeightNaming:
+    """The names and the layout of a layer's weights in the model that the layer comes from, which is called the original.
+
+    Args:
+        fused: (ours, theirs) for every weight of the experts: a bank's parameter, and the tensor [E, ...] inside the block.
+        state_experts: where the model itself keeps experts apart, the name of one's weight inside the block; `{expert}` and
+            `{weight}` stand for the expert's number and for ours. `fused` are names of older checkpoints then.
+        renames: (ours, theirs) for submodules of the layer and of the block.
+        checkpoint_experts: where checkpoints keep experts apart, an expert's names; None where they hold the fused tensors.
+        checkpoint_block: the block's own name in checkpoints, where that is another than in the model.
+    """
+
+    fused: tuple[tuple[str, str], ...]
+    state_experts: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    checkpoint_experts: ExpertNames | None = None
+    checkpoint_block: str | None = None
+
+    def name_of(self, inner: str) -> str:
+        """The original's name for a parameter or buffer of the layer, both without the layer's own name."""
+        for ours, theirs in self.renames:
+            if inner.startswith(ours + "."):
+                return theirs + inner.removeprefix(ours)
+        return inner
+
+    def block_in_checkpoint(self, block: str) -> str:
+        """A block's full name in checkpoints, from its full name in the model."""
+        if self.checkpoint_block is None:
+            return block
+        parent, dot, _ = block.rpartition(".")
+        return parent + dot + self.checkpoint_block
+
+    def to_original(self, weight: str, tensor: Tensor) -> Tensor:
+        """A bank's `weight` of one expert, or of several stacked, in the original's layout. May be a view."""
+        return tensor
+
+    def from_original(self, weight: str, tensor: Tensor) -> Tensor:
+        """The inverse of `to_original`."""
+        return tensor
+
+
+# moesaic's own layer; earlier checkpoints of it have one tensor for each weight of all experts.
+OWN_LAYER = WeightNaming(
+    fused=(("gate_up", "experts.gate_up"), ("down", "experts.down")), state_experts="experts.{expert}.{weight}"
+)

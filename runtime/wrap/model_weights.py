@@ -1,0 +1,66 @@
+"""The weights of a sharded model under the names that it has unwrapped: a state dict, and folders of safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.safetensors_files import SafetensorsFolder, write_folder
+from ..adapters.weights import checkpoint_tensors, load_weights, state_on_rank_zero
+from .sharded_model import ShardedModel
+
+
+class ModelWeights:
+    """The model's weights as the unwrapped model has them; those of transformers' models under transformers' own names."""
+
+    def __init__(self, sharded: ShardedModel):
+        self._sharded = sharded
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights as the unwrapped model's `state_dict()` has them, whole, in CPU memory of rank 0; empty elsewhere.
+
+        Collective.
+        """
+        sharded = self._sharded
+        sharded.reshard()
+        sharded.claim()
+        is_first = sharded.group.replicas.rank == 0
+        return state_on_rank_zero(sharded.model, sharded.layers, sharded.group.tokens) if is_first else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        """Copy this rank's part of the weights out of the unwrapped model's whole state dict, or of a checkpoint's tensors.
+
+        Returns names that the model has no place for; see `adapters.weights.load_weights`.
+        """
+        sharded = self._sharded
+        sharded.drop_prefetched()
+        sharded.reshard()
+        sharded.claim()
+        sharded.weights_changed()
+        return load_weights(state, sharded.model, sharded.layers)
+
+    def save_safetensors(self, folder: str | Path, *, max_file_bytes: int = 4 << 30) -> None:
+        """Write the weights as transformers' `save_pretrained` lays them out, with the model's config, if it has one.
+
+        Collective; every rank, of the first replica, writes the experts it owns into the same folder, which must hold no
+        safetensors yet.
+        """
+        sharded = self._sharded
+        group, replica = sharded.group, sharded.group.replicas.rank
+        sharded.reshard()
+        sharded.claim()
+        tensors = () if replica else checkpoint_tensors(sharded.model, sharded.layers, group.tokens)
+        write_folder(Path(folder), tensors, rank=replica * group.world_size + group.rank, max_file_bytes=max_file_bytes)
+        save_config = getattr(getattr(sharded.model, "config", None), "save_pretrained", None)
+        if group.is_first and save_config is not None:
+            save_config(folder)
+
+    def load_safetensors(self, folder: str | Path) -> tuple[str, ...]:
+        """Load weights from such a folder, transformers' own included; each rank reads its part only.
+
+        Returns names that the model has no place for.
+        """
+        return self.load_state_dict(SafetensorsFolder(Path(folder)))
