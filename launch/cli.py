@@ -32,11 +32,15 @@ class LazyCommand:
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "train": LazyCommand("moesaic.launch.train:command", "Train the demo language model."),
-        "place": LazyCommand("moesaic.launch.place:command", "Solve, compare, replay and show placements on recorded routing."),
-        "trace": LazyCommand("moesaic.launch.trace:command", "Look into, convert, generate and back-test routing traces."),
+        "place": LazyCommand(
+            "moesaic.launch.offline.place:command", "Solve, compare, replay and show placements on recorded routing."
+        ),
+        "trace": LazyCommand(
+            "moesaic.launch.offline.trace:command", "Look into, convert, generate and back-test routing traces."
+        ),
         "bench": LazyCommand("moesaic.benchmarks.cli:bench", "Measure this machine: ratios within one run."),
-        "report": LazyCommand("moesaic.launch.report:command", "Write a run or a trace as one HTML page."),
-        "doctor": LazyCommand("moesaic.launch.doctor:command", "Show what is installed and what works on this machine."),
+        "report": LazyCommand("moesaic.launch.offline.report:command", "Write a run or a trace as one HTML page."),
+        "doctor": LazyCommand("moesaic.launch.doctor.command:command", "Show what is installed and what works on this machine."),
     }
 )
 

@@ -25,13 +25,13 @@ from ..placement.files import digest_of
 from ..runtime import shard_experts
 from ..runtime.layer import moe_layers
 from ..runtime.moved_options import MovedOptionWarning
-from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
 from .config import Config, OptimConfig, load_config
-from .data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
-from .diagnosis import Peers, diagnosis
 from .entry import run_command, warnings_as_lines
-from .model import VOCAB_SIZE, build_model
-from .process import (
+from .run.checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
+from .run.data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
+from .run.diagnosis import Peers, diagnosis
+from .run.model import VOCAB_SIZE, build_model
+from .run.process import (
     Process,
     StopSignal,
     agreed,
@@ -43,10 +43,10 @@ from .process import (
     set_threads,
     stop_with_launcher,
 )
-from .records import Records, StepRecord, create_run_folder, show, trace_meta
-from .replay import Replay, open_replay
-from .tensorboard import require_tensorboard
-from .warm import warm_run
+from .run.records import Records, StepRecord, create_run_folder, show, trace_meta
+from .run.replay import Replay, open_replay
+from .run.tensorboard import require_tensorboard
+from .run.warm import warm_run
 
 
 def train(config: Config) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.launch.config import DataConfig
-from moesaic.launch.data import (
+from moesaic.launch.run.data import (
     BatchShape,
     TrainingData,
     Windows,

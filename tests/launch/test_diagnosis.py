@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from moesaic.collectives import CollectiveError
-from moesaic.launch.diagnosis import Peers, diagnosis
-from moesaic.launch.process import Process
+from moesaic.launch.run.diagnosis import Peers, diagnosis
+from moesaic.launch.run.process import Process
 
 ME = Process(rank=0, world_size=4, local_rank=0, local_world_size=3, launcher=None, device=torch.device("cpu"))
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -31,14 +31,14 @@ def test_every_other_rank_is_accounted_for() -> None:
     here = [BOOT_ID.read_text(encoding="ascii").strip(), os.stat("/proc/self/ns/pid").st_ino]
     with subprocess.Popen(["sleep", "60"]) as killed, subprocess.Popen(["sleep", "60"]) as stopped:
         pids = [[here, os.getpid()], [here, killed.pid], [here, stopped.pid], [["elsewhere", 1], 7]]
-        with mock.patch("moesaic.launch.diagnosis.gather", return_value=[json.dumps(pid) for pid in pids]):
+        with mock.patch("moesaic.launch.run.diagnosis.gather", return_value=[json.dumps(pid) for pid in pids]):
             peers = Peers(ME)
         store = dist.HashStore()
         store.set("moesaic/failed/3", "rank 3, step 5")
         killed.kill()
         stopped.send_signal(signal.SIGSTOP)
         wait_until_stopped(stopped.pid)
-        with mock.patch("moesaic.launch.diagnosis.default_store", return_value=store):
+        with mock.patch("moesaic.launch.run.diagnosis.default_store", return_value=store):
             report = peers.report("rank 0, step 6")
         stopped.kill()
     assert report == (

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from moesaic.launch.entry import RankError
 from moesaic.launch.launcher import LAUNCHERS, Place
-from moesaic.launch.meeting import meet, names
+from moesaic.launch.run.meeting import meet, names
 from tests.launch.ranks import metrics_of, set_options, start_ranks, tiny_values, wait_for
 
 Met = dist.Store | ValueError

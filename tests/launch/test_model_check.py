@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from moesaic import MoELayer, RouterConfig, Routing
-from moesaic.launch import model_check
-from moesaic.launch.children import Child, problem_of, run_children
 from moesaic.launch.cli import cli
+from moesaic.launch.doctor import model_check
+from moesaic.launch.doctor.children import Child, problem_of, run_children
+from moesaic.launch.doctor.model_check import Difference, Request, Row, check_model, check_rank, moved
+from moesaic.launch.doctor.observe import Choices
+from moesaic.launch.doctor.target import Inputs, find_target, make_inputs
 from moesaic.launch.entry import run_command
-from moesaic.launch.model_check import Difference, Request, Row, check_model, check_rank, moved
-from moesaic.launch.observe import Choices
-from moesaic.launch.process import Process
-from moesaic.launch.target import Inputs, find_target, make_inputs
+from moesaic.launch.run.process import Process
 from moesaic.placement import OwnerMap
 from moesaic.runtime.routing.router import TopKRouter
 from tests.helpers.ranks import run_ranks

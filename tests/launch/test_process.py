@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import moesaic.launch.process as module
+import moesaic.launch.run.process as module
 from moesaic.launch.config import LaunchConfig
 from moesaic.launch.entry import RunError
-from moesaic.launch.process import (
+from moesaic.launch.run.process import (
     Process,
     StopSignal,
     agreed,
@@ -106,7 +106,7 @@ def test_reused_memory_is_not_faulted_in_again() -> None:
 import resource, sys, torch
 from moesaic.launch.config import LaunchConfig
 from moesaic.launch.entry import RunError
-from moesaic.launch.process import find_process, reuse_memory
+from moesaic.launch.run.process import find_process, reuse_memory
 config = LaunchConfig(device="cpu", reuse_memory=sys.argv[1] == "on")
 done = reuse_memory(find_process(config, {}), config)
 def step():
@@ -251,7 +251,7 @@ def test_a_second_signal_ends_a_rank_that_is_stuck() -> None:
     script = """
 import datetime
 import torch.distributed as dist
-from moesaic.launch.process import StopSignal
+from moesaic.launch.run.process import StopSignal
 with StopSignal():
     print("ready", flush=True)
     dist.HashStore().wait(["never"], datetime.timedelta(seconds=100))

@@ -13,8 +13,10 @@ from click.testing import CliRunner
 
 from moesaic.collectives.lifetime import end_with_parent
 from moesaic.jit import compile_seconds
-from moesaic.launch import doctor, train, warm
+from moesaic.launch import train
+from moesaic.launch.doctor import command as doctor
 from moesaic.launch.entry import run_command
+from moesaic.launch.run import warm
 from tests.launch.ranks import LIMIT_S, _variables, metrics_of, set_options, tiny_values
 
 

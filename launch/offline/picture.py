@@ -6,8 +6,8 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 
-from ..placement.files import replace_text
-from ..placement.offline.simulate import Outcome
+from ...placement.files import replace_text
+from ...placement.offline.simulate import Outcome
 
 _BAR_WIDTH, _ROW_HEIGHT, _LABEL_WIDTH, _CELL_WIDTH = 420, 18, 240, 16
 _COLORS = {"predicted": "#c2571a", "exact": "#2b7a3d", "future": "#3465a4"}

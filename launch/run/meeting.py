@@ -16,9 +16,9 @@ from urllib.parse import urlparse
 
 import torch.distributed as dist
 
-from ..collectives.transports.mpi import MpiJob
-from .entry import RankError, RunError
-from .launcher import Place, first_host
+from ...collectives.transports.mpi import MpiJob
+from ..entry import RankError, RunError
+from ..launcher import Place, first_host
 
 _RUN, _CAME, _NUM_CAME, _RESULT = "moesaic/run", "moesaic/came", "moesaic/num_came", "moesaic/met"
 # Between two looks whether all have come: from the first to the second, doubling.

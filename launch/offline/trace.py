@@ -9,13 +9,13 @@ from typing import Any
 import click
 import numpy as np
 
-from ..placement.files import clear_errors, digest_of
-from ..placement.offline.backtest import backtest
-from ..placement.owners import OwnerMap
-from ..placement.traces.format import TraceMeta, TraceWriter
-from ..placement.traces.sources import LoadSource, pair_counts_of
-from ..placement.traces.synth import KINDS, SynthSpec, synthesize
-from .output import JSON_OPTION, progress, publish
+from ...placement.files import clear_errors, digest_of
+from ...placement.offline.backtest import backtest
+from ...placement.owners import OwnerMap
+from ...placement.traces.format import TraceMeta, TraceWriter
+from ...placement.traces.sources import LoadSource, pair_counts_of
+from ...placement.traces.synth import KINDS, SynthSpec, synthesize
+from ..output import JSON_OPTION, progress, publish
 from .trace_options import Count, TraceOptions, trace_options
 
 INFO_COLUMNS = ("layer", "assignments", "expert_max_over_mean", "expert_min_over_mean", "rank_max_over_mean", "shift")

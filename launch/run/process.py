@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..collectives.lifetime import end_with_parent
-from .config import LaunchConfig
-from .entry import RunError
-from .launcher import TORCHRUN, Place, find_place
+from ...collectives.lifetime import end_with_parent
+from ..config import LaunchConfig
+from ..entry import RunError
+from ..launcher import TORCHRUN, Place, find_place
 from .meeting import meet
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime import MoELayer
+from ...runtime import MoELayer
 
 FORMS = "give file.py:function, package.module:callable, or a Hugging Face folder with config.json"
 SEED = 0

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..placement import OwnerMap, Placement
-from ..runtime import Handle, RuntimeConfig, shard_experts
+from ...placement import OwnerMap, Placement
+from ...runtime import Handle, RuntimeConfig, shard_experts
+from ..config import LaunchConfig
+from ..entry import USAGE_STATUS
+from ..run.process import Process, find_process, process_group
 from .children import problem_of, run_children
-from .config import LaunchConfig
-from .entry import USAGE_STATUS
 from .observe import (
     Reference,
     followed_choices,
@@ -37,7 +38,6 @@ from .observe import (
     projection,
     watch_only,
 )
-from .process import Process, find_process, process_group
 from .target import Inputs, find_target, make_inputs, read_inputs
 
 COLUMNS = ("plan", "check", "compared", "worst", "difference", "tolerance", "result")
@@ -202,7 +202,9 @@ def _run_ranks(request: Request, folder: Path) -> list[Row]:
         }
         for rank in range(request.ranks)
     ]
-    children = run_children([[sys.executable, "-m", "moesaic.launch.model_check", str(folder)]] * request.ranks, environments)
+    children = run_children(
+        [[sys.executable, "-m", "moesaic.launch.doctor.model_check", str(folder)]] * request.ranks, environments
+    )
     problem = problem_of(children)
     if any(child.status == USAGE_STATUS for child in children):
         raise ValueError(problem)

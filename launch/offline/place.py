@@ -9,16 +9,16 @@ from typing import Any
 
 import click
 
-from ..placement.files import clear_errors, digest_of
-from ..placement.offline import simulate
-from ..placement.offline.plans import SavedPlan, read_plan, read_topology
-from ..placement.offline.solve import solve_plan
-from ..placement.online.predict import PREDICTORS
-from ..placement.solvers.registry import SOLVERS, get_solver
-from ..placement.topology import Topology
-from ..placement.traces.sources import LoadSource, resized
-from ..placement.values import LayerShape
-from .output import JSON_OPTION, progress, publish
+from ...placement.files import clear_errors, digest_of
+from ...placement.offline import simulate
+from ...placement.offline.plans import SavedPlan, read_plan, read_topology
+from ...placement.offline.solve import solve_plan
+from ...placement.online.predict import PREDICTORS
+from ...placement.solvers.registry import SOLVERS, get_solver
+from ...placement.topology import Topology
+from ...placement.traces.sources import LoadSource, resized
+from ...placement.values import LayerShape
+from ..output import JSON_OPTION, progress, publish
 from .picture import write_picture
 from .trace_options import Count, TraceOptions, trace_options
 

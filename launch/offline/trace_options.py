@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..placement.traces.sources import LoadSource, Sizes, open_source
+from ...placement.traces.sources import LoadSource, Sizes, open_source
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Count = click.IntRange(min=1)

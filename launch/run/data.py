@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import DataConfig
+from ..config import DataConfig
 
 # Folders of the standard library that some machines lack, or that hold generated or installed files.
 _STDLIB_SKIPPED = frozenset(

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..placement import ExpertLoad
-from ..runtime import Handle, MoELayer, Routing
-from ..runtime.adapters.weights import whole
-from ..runtime.layer import moe_layers
-from ..runtime.routing.router import ScoringRouter
-from ..runtime.sharded_experts import ShardedExperts
-from ..runtime.step.layer_pass import is_recomputing
+from ...placement import ExpertLoad
+from ...runtime import Handle, MoELayer, Routing
+from ...runtime.adapters.weights import whole
+from ...runtime.layer import moe_layers
+from ...runtime.routing.router import ScoringRouter
+from ...runtime.sharded_experts import ShardedExperts
+from ...runtime.step.layer_pass import is_recomputing
 from .target import Inputs
 
 

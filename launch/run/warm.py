@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..collectives import SCHEDULES, account, choose_schedule, make_schedule
-from ..jit import compile_seconds
-from ..kernels import bags_of, gather_rows, grouped_gemm, grouped_gemm_backward, sum_rows, swiglu, swiglu_backward
-from ..placement import (
+from ...collectives import SCHEDULES, account, choose_schedule, make_schedule
+from ...jit import compile_seconds
+from ...kernels import bags_of, gather_rows, grouped_gemm, grouped_gemm_backward, sum_rows, swiglu, swiglu_backward
+from ...placement import (
     SOLVERS,
     ExpertLoad,
     LayerShape,
@@ -26,7 +26,7 @@ from ..placement import (
     get_solver,
     split_exact,
 )
-from ..runtime import MoELayer, RuntimeConfig
+from ...runtime import MoELayer, RuntimeConfig
 
 
 def warm_run(config: RuntimeConfig, device: torch.device) -> None:
@@ -39,7 +39,7 @@ def warm_run(config: RuntimeConfig, device: torch.device) -> None:
 def warm_all() -> float:
     """Have every routine ready; return the seconds that compiling, and loading what was compiled already, took."""
     before_s = compile_seconds()
-    from ..collectives.transports import shm_control
+    from ...collectives.transports import shm_control
 
     assert shm_control.DONE == 0, "importing it compiles what it holds"
     warm_kernels([torch.float32, torch.float64, torch.bfloat16])

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..placement import Trace, TraceMeta
-from ..runtime import MoELayer
+from ...placement import Trace, TraceMeta
+from ...runtime import MoELayer
 
 
 def open_replay(path: str | Path, meta: TraceMeta, *, num_tokens: int, num_steps: int) -> Trace:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..collectives import Buffer, CollectiveError, Transport, make_transports
+from ...collectives import Buffer, CollectiveError, Transport, make_transports
 from .children import problem_of, run_children
 
 _LIMIT_S = 120.0
@@ -55,7 +55,7 @@ def _try(names: list[str], launchers: Sequence[list[str]]) -> dict[str, str]:
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         }
-        program = [sys.executable, "-m", "moesaic.launch.self_test", folder, ",".join(names)]
+        program = [sys.executable, "-m", "moesaic.launch.doctor.self_test", folder, ",".join(names)]
         children = run_children(
             [[*words, *program] for words in launchers],
             [env | {"RANK": str(rank)} for rank in range(len(launchers))],

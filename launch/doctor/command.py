@@ -11,13 +11,13 @@ import click
 import torch
 import torch.distributed as dist
 
-from .. import __version__
-from ..collectives import choose_transport
-from ..placement.files import clear_errors, replace_text
+from ... import __version__
+from ...collectives import choose_transport
+from ...placement.files import clear_errors, replace_text
+from ..output import JSON_OPTION, publish
+from ..run.warm import warm_all
 from .model_check import COLUMNS, Request, check_model
-from .output import JSON_OPTION, publish
 from .self_test import two_process_tests
-from .warm import warm_all
 
 PACKAGES = ("moesaic", "torch", "triton", "numpy", "numba", "pulp", "highspy", "mpi4py", "nvidia-nccl-cu12")
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..runtime import MoELayer, RouterConfig
-from .config import ModelConfig
+from ...runtime import MoELayer, RouterConfig
+from ..config import ModelConfig
 
 VOCAB_SIZE = 256
 

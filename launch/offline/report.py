@@ -14,11 +14,11 @@ from typing import Any
 import click
 import numpy as np
 
-from ..placement.files import clear_errors, replace_text
-from ..placement.offline.records import table
-from ..placement.owners import OwnerMap
-from ..placement.traces.sources import LoadSource, Sizes, open_source
-from .output import progress
+from ...placement.files import clear_errors, replace_text
+from ...placement.offline.records import table
+from ...placement.owners import OwnerMap
+from ...placement.traces.sources import LoadSource, Sizes, open_source
+from ..output import progress
 from .trace import INFO_COLUMNS, look_into
 from .trace_options import Count, TraceOptions, trace_options
 

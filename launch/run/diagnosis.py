@@ -16,8 +16,8 @@ from types import FrameType
 import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import CollectiveError
-from ..runtime._compat import default_store
+from ...collectives import CollectiveError
+from ...runtime._compat import default_store
 from .process import Process, gather
 
 # How long a rank that has failed waits for what the others have to say. Those that wait for it fail within their own limit.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from subprocess import DEVNULL
 from typing import IO
 
-from ..collectives.lifetime import start
+from ...collectives.lifetime import start
 
 # How long the others may go on after one has failed: their own errors name less than its does.
 _GRACE_S = 10.0

@@ -27,11 +27,11 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from ..collectives import SCHEDULES
-from ..placement import TraceMeta, TraceWriter
-from ..placement.files import replace_text
-from ..runtime.wrap.migration_policy import Decision
-from .config import Config, RunConfig
+from ...collectives import SCHEDULES
+from ...placement import TraceMeta, TraceWriter
+from ...placement.files import replace_text
+from ...runtime.wrap.migration_policy import Decision
+from ..config import Config, RunConfig
 from .process import Process
 from .tensorboard import TensorBoard
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter, ValidationError
 
-from ..placement.files import replace_text
-from ..runtime import Handle
-from .config import Config
+from ...placement.files import replace_text
+from ...runtime import Handle
+from ..config import Config
 from .data import Text
 from .process import Process, agreed
 
