@@ -20,22 +20,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..jit import compile_seconds, run_seconds
-from ..placement import SavedPlan, Trace, read_plan
-from ..placement.files import digest_of
 from ..runtime import shard_experts
 from ..runtime.layer import moe_layers
 from ..runtime.moved_options import MovedOptionWarning
 from .config import Config, OptimConfig, load_config
 from .entry import run_command, warnings_as_lines
-from .run.checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
-from .run.data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
+from .run.checkpoint import load_checkpoint, progress_of, save_checkpoint
+from .run.data import Batch, BatchShape, TrainingData, Windows, validation_batches
 from .run.diagnosis import Peers, diagnosis
+from .run.inputs import RunInputs, read_inputs
 from .run.model import VOCAB_SIZE, build_model
 from .run.process import (
     Process,
     StopSignal,
     agreed,
-    check_same,
     find_process,
     from_first,
     process_group,
@@ -43,9 +41,8 @@ from .run.process import (
     set_threads,
     stop_with_launcher,
 )
-from .run.records import Records, StepRecord, create_run_folder, show, trace_meta
-from .run.replay import Replay, open_replay
-from .run.tensorboard import require_tensorboard
+from .run.records import Records, StepRecord, create_run_folder, show
+from .run.replay import Replay
 from .run.warm import warm_run
 
 
@@ -60,21 +57,15 @@ def train(config: Config) -> int:
     set_threads(process, config.launch, os.environ)
     reuse_memory(process, config.launch)
     with process_group(process, config.launch, timeout_s=config.runtime.timeout_s) as mesh:
-        check_same(process, "the configuration", config.to_toml())
-        agreed(process, lambda: require_tensorboard() if config.run.tensorboard and process.is_first else None)
-        text = _shared_text(process, config)
-        resume = Path(config.checkpoint.resume).expanduser() if config.checkpoint.resume else None
-        progress = agreed(process, lambda: read_progress(resume, config, text)) if resume else None
-        plan = _saved_plan(process, config)
-        trace = _replayed_trace(process, config)
-        trainer = Trainer(config, process, mesh, text, progress, plan, trace)
-        if resume:
-            load_checkpoint(process, resume, trainer.handle, trainer.optimizer)
+        inputs = read_inputs(config, process)
+        trainer = Trainer(config, process, mesh, inputs)
+        if inputs.resume:
+            load_checkpoint(process, inputs.resume, trainer.handle, trainer.optimizer)
         warm_run(config.runtime, process.device)
         made = agreed(process, lambda: str(create_run_folder(config.run).absolute()) if process.is_first else "")
         folder = Path(from_first(process, made))
         if process.is_first:
-            show(_describe(config, process, text, trainer, folder))
+            show(_describe(config, process, trainer, folder))
         with agreed(process, lambda: Records(folder, config, process, first_step=trainer.step)) as records:
             signum = trainer.run(records)
         summary = records.summary()
@@ -84,45 +75,8 @@ def train(config: Config) -> int:
     return 128 + signum if signum else 0
 
 
-def _shared_text(process: Process, config: Config) -> Text:
-    """The text, joined by one rank per machine, found by the others; the same content on all machines."""
-    agreed(process, lambda: prepare_text(config.data) if process.local_rank == 0 else None)
-    text = agreed(process, lambda: prepare_text(config.data))
-    check_same(process, "the text (data.path)", text.digest)
-    return text
-
-
-def _saved_plan(process: Process, config: Config) -> SavedPlan | None:
-    """The plan of placement.file, the same on all machines and for this model and world size; None without one."""
-    if not config.placement.file:
-        return None
-    plan = agreed(process, lambda: read_plan(Path(config.placement.file).expanduser()))
-    try:
-        plan.check_model(trace_meta(config, process.world_size), "this run")
-    except ValueError as error:
-        raise ValueError(f"placement.file {config.placement.file}: {error}") from None
-    if config.runtime.slots != "auto" and plan.slots > config.runtime.slots:
-        raise ValueError(
-            f"placement.file {config.placement.file} uses {plan.slots} slots, runtime.slots is {config.runtime.slots}; "
-            f"set runtime.slots={plan.slots}"
-        )
-    check_same(process, "the plan (placement.file)", plan.to_json())
-    return plan
-
-
-def _replayed_trace(process: Process, config: Config) -> Trace | None:
-    """The trace of train.replay, the same on all machines and fit for this run; None without one."""
-    if not config.train.replay:
-        return None
-    num_tokens = config.train.batch_size * config.data.seq_len // process.world_size
-    meta = trace_meta(config, process.world_size)
-    trace = agreed(process, lambda: open_replay(config.train.replay, meta, num_tokens=num_tokens, num_steps=config.train.steps))
-    check_same(process, "the trace (train.replay)", digest_of(trace.path))
-    return trace
-
-
-def _describe(config: Config, process: Process, text: Text, trainer: "Trainer", folder: Path) -> str:
-    degree = config.launch.data_parallel_replicate_degree
+def _describe(config: Config, process: Process, trainer: "Trainer", folder: Path) -> str:
+    text, degree = trainer.text, config.launch.data_parallel_replicate_degree
     replicas = f" in {degree} replicas" if degree > 1 else ""
     return (
         f"moesaic: {process.world_size} rank(s){replicas} on {process.device.type}, {torch.get_num_threads()} thread(s) each; "
@@ -149,42 +103,29 @@ class StepTotals:
 class Trainer:
     """Model, optimizer and data of one rank, and the loop over them."""
 
-    def __init__(
-        self,
-        config: Config,
-        process: Process,
-        mesh: DeviceMesh,
-        text: Text,
-        progress: Progress | None,
-        plan: SavedPlan | None = None,
-        trace: Trace | None = None,
-    ) -> None:
+    def __init__(self, config: Config, process: Process, mesh: DeviceMesh, inputs: RunInputs) -> None:
         self.config = config
         self.process = process
         self.peers = Peers(process)
-        self.text = text
+        self.text = inputs.text
         model = build_model(config.model, config.router, seq_len=config.data.seq_len, seed=config.run.seed)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = model.to(process.device)
-        self.handle = shard_experts(
-            self.model, mesh=mesh, config=config.runtime, placements=None if plan is None else plan.layers
-        )
+        placements = inputs.plan.layers if inputs.plan else None
+        self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime, placements=placements)
         self.optimizer = build_optimizer(self.handle.parameter_groups(), config.optim)
 
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
-        self.step = progress.step if progress else 0
+        self.step = inputs.progress.step if inputs.progress else 0
         layers = list(moe_layers(self.model).values())
-        self._replay = None if trace is None else Replay(trace, layers, self.handle.group.rank, first_step=self.step)
+        self._replay = Replay(inputs.trace, layers, self.handle.group.rank, first_step=self.step) if inputs.trace else None
         self._num_decisions = 0  # about owners, that are recorded
         self._compile_s = 0.0  # that is recorded
-        self.data = TrainingData(
-            Windows(text.train(), config.data.seq_len),
-            shape,
-            seed=config.run.seed,
-            position=progress.position if progress else 0,
-        )
-        self.val_batches = validation_batches(Windows(text.validation(), config.data.seq_len), shape, config.train.eval_batches)
+        position = inputs.progress.position if inputs.progress else 0
+        train, validation = (Windows(part, config.data.seq_len) for part in (self.text.train(), self.text.validation()))
+        self.data = TrainingData(train, shape, seed=config.run.seed, position=position)
+        self.val_batches = validation_batches(validation, shape, config.train.eval_batches)
 
     def run(self, records: Records) -> int:
         """Train until the configured step or a stop signal; return the signal's number, or 0."""

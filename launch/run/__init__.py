@@ -1,11 +1,11 @@
 """The parts of a training run: its processes, data and model, and what it writes.
 
 data.py         Byte-level text: documents joined into one memory-mapped file, cut into windows, dealt to ranks.
-meeting.py      How ranks meet: a key-value store that all of them share, and in it a roll-call with a time limit of its own.
-model.py        The demo language model: a small decoder-only transformer over bytes whose feed-forward is a Mixture of Experts.
-tensorboard.py  Metrics for TensorBoard, where its package is installed.
 replay.py       A recorded routing trace forced through the routers of a model: their loads in training are the trace's, step by
                 step.
+tensorboard.py  Metrics for TensorBoard, where its package is installed.
+meeting.py      How ranks meet: a key-value store that all of them share, and in it a roll-call with a time limit of its own.
+model.py        The demo language model: a small decoder-only transformer over bytes whose feed-forward is a Mixture of Experts.
 warm.py         Compiling ahead: the routines of a run before its first step, or all of them, for `moesaic doctor --warm` and
                 `make`.
 process.py      One process of a run: who it is, where it computes, how it meets the others, how it is stopped.
@@ -14,4 +14,5 @@ checkpoint.py   Checkpoints by torch.distributed.checkpoint: experts under logic
 diagnosis.py    What a rank can say when communication fails: in which collective, after which stage, and what became of the
                 others.
 records.py      What a run leaves behind, and what it shows: its folder, metrics, routing trace, progress bar and summary.
+inputs.py       The inputs of a run, read before its first step: text, checkpoint progress, placement plan and replayed trace.
 """

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import FrameType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -130,24 +130,25 @@ def agreed(process: Process, action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def check_same(process: Process, what: str, text: str) -> None:
-    """Raise `ValueError`, the same on every rank, unless `text` is equal everywhere. All ranks must call it."""
-    texts = gather(process, text)
-    for rank, other in enumerate(texts):
-        if other != texts[0]:
-            lines = zip_longest(texts[0].splitlines(), other.splitlines(), fillvalue="nothing")
-            mine, theirs = next((a, b) for a, b in lines if a != b)
-            raise ValueError(f"{what} differs between ranks: {mine} on rank 0, {theirs} on rank {rank}")
+def check_same(process: Process, values: Mapping[str, str]) -> None:
+    """Raise `ValueError`, the same on every rank, unless each value, named by its key, is equal on all ranks. Collective."""
+    per_rank = gather(process, values)
+    for rank, theirs in enumerate(per_rank):
+        for what, first in per_rank[0].items():
+            if theirs[what] != first:
+                lines = zip_longest(first.splitlines(), theirs[what].splitlines(), fillvalue="nothing")
+                here, there = next((a, b) for a, b in lines if a != b)
+                raise ValueError(f"{what} differs between ranks: {here} on rank 0, {there} on rank {rank}")
 
 
-def from_first(process: Process, value: str) -> str:
-    """Rank 0's `value`, on every rank. All ranks must call it."""
+def from_first(process: Process, value: T) -> T:
+    """The value of rank 0, on every rank. Collective."""
     return gather(process, value)[0]
 
 
-def gather(process: Process, value: str) -> list[str]:
-    """Every rank's `value`, in rank order. All ranks must call it."""
-    values: list[str] = [""] * process.world_size
+def gather(process: Process, value: T) -> list[T]:
+    """The values of all ranks, in rank order. Collective."""
+    values: list[Any] = [None] * process.world_size
     dist.all_gather_object(values, value)
     return values
 

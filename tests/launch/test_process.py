@@ -152,7 +152,7 @@ def test_ranks_agree_on_what_only_one_can_see(error: type[Exception]) -> None:
 
 def _same(rank: int, texts: list[str]) -> str:
     try:
-        check_same(process_of(rank, 2), "the configuration", texts[rank])
+        check_same(process_of(rank, 2), {"the text": "a", "the configuration": texts[rank]})
     except ValueError as caught:
         return str(caught)
     return ""
