@@ -190,10 +190,10 @@ class LaunchConfig:
     """Groups of ranks that hold the whole model each and train side by side: experts and dense shards are shared inside a group,
     gradients averaged over the groups. A run's trace and balance are those of the first group."""
     init_method: str = "env://"
-    """How ranks meet: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
+    """The rendezvous of the ranks: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
     init_timeout_s: Seconds = 300.0
-    """Seconds that ranks may start apart: after these, those that came end with a line that names the others. Once all have come
-    runtime.timeout_s limits every wait."""
+    """Seconds that all ranks have to join the rendezvous; after these, those that joined end with a line that names the others.
+    runtime.timeout_s limits every wait thereafter."""
     num_threads: Threads = 0
     """CPU threads per rank; 0: OMP_NUM_THREADS where the user set it, else cores / ranks on this machine."""
     reuse_memory: bool = True

@@ -320,7 +320,7 @@ def main(folder: Path) -> None:
     request = Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
     launch = LaunchConfig(
         device=(folder / "device").read_text(encoding="utf-8"),  # type: ignore[arg-type]
-        init_method=f"file://{folder.resolve()}/meeting",
+        init_method=f"file://{folder.resolve()}/rendezvous",
     )
     process = find_process(launch, os.environ)
     with process_group(process, launch, timeout_s=request.timeout_s) as mesh:

@@ -4,11 +4,12 @@ data.py         Byte-level text: documents joined into one memory-mapped file, c
 replay.py       A recorded routing trace forced through the routers of a model: their loads in training are the trace's, step by
                 step.
 tensorboard.py  Metrics for TensorBoard, where its package is installed.
-meeting.py      How ranks meet: a key-value store that all of them share, and in it a roll-call with a time limit of its own.
 model.py        The demo language model: a small decoder-only transformer over bytes whose feed-forward is a Mixture of Experts.
+rendezvous.py   The rendezvous: a key-value store that all ranks share, complete once every rank has joined within a time limit.
 warm.py         Compiling ahead: the routines of a run before its first step, or all of them, for `moesaic doctor --warm` and
                 `make`.
-process.py      One process of a run: who it is, where it computes, how it meets the others, how it is stopped.
+process.py      One process of a run: its rank, its device, its process group, agreement with the other ranks, and signals that
+                stop it.
 checkpoint.py   Checkpoints by torch.distributed.checkpoint: experts under logical names, so any world size loads what any other
                 wrote.
 diagnosis.py    What a rank can say when communication fails: in which collective, after which stage, and what became of the

@@ -1,4 +1,4 @@
-"""One process of a run: who it is, where it computes, how it meets the others, how it is stopped.
+"""One process of a run: its rank, its device, its process group, agreement with the other ranks, and signals that stop it.
 
 A rank finds itself in the variables of torchrun, an MPI launcher or Slurm (launcher.py); without them it is alone, with a process
 group of size 1 that opens no port. Nothing here happens at import.
@@ -26,7 +26,7 @@ from ...collectives.lifetime import end_with_parent
 from ..config import LaunchConfig
 from ..entry import RunError
 from ..launcher import TORCHRUN, Place, find_place
-from .meeting import meet
+from .rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -86,8 +86,7 @@ def _choose_device(wanted: str, place: Place, env: Mapping[str, str]) -> torch.d
 def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -> Iterator[DeviceMesh]:
     """A process group over all ranks, as a mesh: (ranks), or with replicas (replicate, shard); left in order at the end.
 
-    Ranks have `launch.init_timeout_s` to come; `timeout_s` limits the group's collectives.
-
+    All ranks must join within `launch.init_timeout_s`; `timeout_s` limits the group's collectives.
     A `ValueError` of the body is one of all ranks, and becomes a `RunError`.
     After an unexpected exception the group is not destroyed: waiting for ranks that may be stuck would hide the error.
     """
@@ -95,7 +94,7 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     if on_cuda:
         torch.cuda.set_device(process.device)
     backend, timeout = "nccl" if on_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
-    store = meet(process, config.init_method, config.init_timeout_s, os.environ)
+    store = rendezvous(process, config.init_method, config.init_timeout_s, os.environ)
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
     try:

@@ -126,7 +126,7 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[Started]:
         "train.eval_every=0",
         f"runtime.timeout_s={TIMEOUT_S}",
         f"runtime.transport={case.transport}",
-        f"launch.init_method=file://{folder}/meeting",
+        f"launch.init_method=file://{folder}/rendezvous",
     ]
     processes: list[Started] = []
     for rank in range(case.world_size):

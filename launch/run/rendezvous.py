@@ -1,8 +1,8 @@
-"""How ranks meet: a key-value store that all of them share, and in it a roll-call with a time limit of its own.
+"""The rendezvous: a key-value store that all ranks share, complete once every rank has joined within a time limit.
 
-Ranks of a big job start minutes apart, while a wait between ranks that run is over in moments; so starting has a longer limit
-than a collective has. Every rank signs in, and the last lets all of them go on. A rank that has waited for too long tells the
-others, and all of them end; one prints the line that says who came and who did not.
+Ranks of a big job may start minutes apart, while a collective of running ranks ends within moments; so the start has a longer
+time limit than a collective. Every rank adds itself to the store, and the last one releases the others. A rank whose time limit
+expires writes the result for all: every rank then ends, and one prints which ranks joined and which did not.
 """
 
 import json
@@ -20,81 +20,81 @@ from ...collectives.transports.mpi import MpiJob
 from ..entry import RankError, RunError
 from ..launcher import Place, first_host
 
-_RUN, _CAME, _NUM_CAME, _RESULT = "moesaic/run", "moesaic/came", "moesaic/num_came", "moesaic/met"
-# Between two looks whether all have come: from the first to the second, doubling.
-_LOOK_S = (0.005, 0.2)
-# How long the store is kept, for the others to read what came of the roll-call.
-_LAST_WORDS_S = 1.0
+_RUN, _JOINED, _NUM_JOINED, _RESULT = "moesaic/run", "moesaic/joined", "moesaic/num_joined", "moesaic/result"
+# The interval between two polls of the result doubles from the first to the second.
+_POLL_S = (0.005, 0.2)
+# The store stays open this long after a failed rendezvous, so that the other ranks can read the result.
+_RESULT_KEPT_S = 1.0
 
 
-def meet(place: Place, init_method: str, limit_s: float, env: Mapping[str, str]) -> dist.Store:
-    """A key-value store that all ranks share, once all of them have come.
+def rendezvous(place: Place, init_method: str, limit_s: float, env: Mapping[str, str]) -> dist.Store:
+    """Return the store that all ranks share, once all of them have joined.
 
     Raises:
-        ValueError: some did not within `limit_s`, or nobody has said how the ranks meet.
+        ValueError: a rank did not join within `limit_s`, or neither `init_method` nor `env` says where the store is.
     """
     if place.world_size == 1:
         return dist.HashStore()
     try:
         store = _open_store(place, init_method, timedelta(seconds=limit_s), env)
-        problem = _call_roll(place, store, limit_s, _run_of(place, env))
+        problem = _join(place, store, limit_s, _run_id(place, env))
     except dist.DistError as error:
         raise RankError(
-            f"rank {place.rank} of {place.world_size} lost, or did not find within {limit_s:g} s, the store in which the ranks "
-            f"meet; rank 0 or the launcher serves it: see what they printed ({_first_line(error)})"
+            f"rank {place.rank} of {place.world_size} lost the rendezvous store, or did not reach it within {limit_s:g} s; "
+            f"rank 0 or the launcher serves it: see what they printed ({_first_line(error)})"
         ) from None
     if problem is not None:
-        speaker, line = problem
-        if place.rank in (0, speaker):
-            time.sleep(_LAST_WORDS_S)
-        if place.rank == speaker and init_method.startswith("file:"):
+        printing_rank, line = problem
+        if place.rank in (0, printing_rank):
+            time.sleep(_RESULT_KEPT_S)
+        if place.rank == printing_rank and init_method.startswith("file:"):
             Path(urlparse(init_method).path).unlink(missing_ok=True)
-        raise (RankError if place.rank == speaker else RunError)(line)
+        raise (RankError if place.rank == printing_rank else RunError)(line)
     return store
 
 
-def _run_of(place: Place, env: Mapping[str, str]) -> str:
-    """What tells this run from others that may come to the same place; equal on all of its ranks."""
+def _run_id(place: Place, env: Mapping[str, str]) -> str:
+    """An id equal on all ranks of this run, different for other runs that may open the same store."""
     is_step = place.launcher is not None and place.launcher.name == "srun"
     step = [env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")] if is_step else []
     return " ".join([str(place.world_size), *step])
 
 
-def _call_roll(place: Place, store: dist.Store, limit_s: float, run: str) -> tuple[int, str] | None:
-    """Sign in and wait for the others of this run: None if all came, else the rank that is to print, and the line."""
-    deadline_s, look_s = time.monotonic() + limit_s, _LOOK_S[0]
-    if store.compare_set(_RUN, "", run) != run.encode() or store.check([f"{_CAME}/{place.rank}"]):
+def _join(place: Place, store: dist.Store, limit_s: float, run_id: str) -> tuple[int, str] | None:
+    """Join and wait for the other ranks of this run: None if all joined, else the rank that is to print, and its line."""
+    deadline_s, poll_s = time.monotonic() + limit_s, _POLL_S[0]
+    if store.compare_set(_RUN, "", run_id) != run_id.encode() or store.check([f"{_JOINED}/{place.rank}"]):
         raise RankError(
-            f"rank {place.rank} of {place.world_size}: another run has come here before; give a new file in launch.init_method, "
-            "or another MASTER_PORT, or end the other run"
+            f"rank {place.rank} of {place.world_size}: another run has used this rendezvous; give a new file in "
+            "launch.init_method, or another MASTER_PORT, or end the other run"
         )
-    store.set(f"{_CAME}/{place.rank}", "")
-    if store.add(_NUM_CAME, 1) == place.world_size:
+    store.set(f"{_JOINED}/{place.rank}", "")
+    if store.add(_NUM_JOINED, 1) == place.world_size:
         store.compare_set(_RESULT, "", json.dumps(None))
     while not store.check([_RESULT]):
         if time.monotonic() > deadline_s:
-            came = [rank for rank in range(place.world_size) if store.check([f"{_CAME}/{rank}"])]
-            # The first to say anything is right for all: the last rank may come at this very moment.
-            store.compare_set(_RESULT, "", json.dumps((came[0], _absence(came, place.world_size, limit_s))))
-        time.sleep(look_s)
-        look_s = min(2 * look_s, _LOOK_S[1])
+            joined = [rank for rank in range(place.world_size) if store.check([f"{_JOINED}/{rank}"])]
+            # The first result written counts for all ranks: the last rank may join at this very moment.
+            store.compare_set(_RESULT, "", json.dumps((joined[0], _absence(joined, place.world_size, limit_s))))
+        time.sleep(poll_s)
+        poll_s = min(2 * poll_s, _POLL_S[1])
     problem = json.loads(store.get(_RESULT))
     if problem is None:
         return None
-    speaker, line = problem
-    return speaker, line
+    printing_rank, line = problem
+    return printing_rank, line
 
 
-def _absence(came: Sequence[int], world_size: int, limit_s: float) -> str:
-    absent = sorted(set(range(world_size)) - set(came))
+def _absence(joined: Sequence[int], world_size: int, limit_s: float) -> str:
+    absent = sorted(set(range(world_size)) - set(joined))
     return (
-        f"{len(absent)} of {world_size} ranks did not come within {limit_s:g} s: {names(absent)}; came: {names(came)}; see what "
-        "they printed, or give ranks that start further apart more time, --set launch.init_timeout_s=SECONDS"
+        f"{len(absent)} of {world_size} ranks did not join within {limit_s:g} s: {names(absent)}; joined: {names(joined)}; see "
+        "what they printed, or give ranks that start further apart more time, --set launch.init_timeout_s=SECONDS"
     )
 
 
 def names(ranks: Sequence[int]) -> str:
-    """Ascending ranks as a short text. Example: 0, 1, 2, 5 are "ranks 0-2, 5"."""
+    """Ascending ranks as a short text. Example: 0, 1, 2, 5 gives "ranks 0-2, 5"."""
     starts = [ranks[0], *(b for a, b in pairwise(ranks) if b != a + 1)]
     ends = [*(a for a, b in pairwise(ranks) if b != a + 1), ranks[-1]]
     parts = [f"{first}-{last}" if last > first else str(first) for first, last in zip(starts, ends, strict=True)]
@@ -129,27 +129,26 @@ def _open_store(place: Place, init_method: str, limit: timedelta, env: Mapping[s
 
 
 def _open_over_mpi(place: Place, limit: timedelta) -> dist.Store:
-    """An MPI job spreads the address of rank 0 itself."""
+    """The store of an MPI job, which broadcasts the address of rank 0 itself."""
     job = MpiJob()
     job.check_world_size(place.world_size)
-    # A machine on its own needs no name that others can find.
+    # Ranks of one machine need no name that other machines can resolve.
     host = "127.0.0.1" if place.local_world_size == place.world_size else socket.gethostname()
-    # The others learn the port, which is any free one, only below.
+    # Rank 0 takes any free port; the others receive it with the broadcast below.
     store = _served_by_first(place, host, 0, limit) if place.rank == 0 else None
     host, port = job.broadcast((host, store.port if store else 0), timeout_s=limit.total_seconds())
     return store or _served_by_first(place, host, port, limit)
 
 
 def _served_by_first(place: Place, host: str, port: int, limit: timedelta) -> dist.TCPStore:
-    """A store in rank 0's process. It waits for nobody: the roll-call does, and can tell who is missing."""
+    """A store in rank 0's process. It waits for no other rank: `_join` does, and can name the ranks that are missing."""
     try:
         return dist.TCPStore(host, port, place.world_size, is_master=place.rank == 0, timeout=limit, wait_for_workers=False)
     except dist.DistError as error:
         if place.rank != 0:
             raise
         raise RankError(
-            f"rank 0 cannot serve the store in which the ranks meet at {host}:{port}; choose another MASTER_PORT "
-            f"({_first_line(error)})"
+            f"rank 0 cannot serve the rendezvous store at {host}:{port}; choose another MASTER_PORT ({_first_line(error)})"
         ) from None
 
 
