@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .launcher import speaks_for_machine, speaks_for_run
+from .launcher import is_local_leader, is_rank_zero
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -43,13 +43,13 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
     except click.ClickException as error:
         if not _asks_for_help(error):
             _report(error.format_message(), name)
-        elif speaks_for_machine(os.environ):
+        elif is_local_leader(os.environ):
             error.show()
         return USAGE_STATUS
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED_STATUS
     except RunError as error:
-        _report(str(error), name, speaks_for_run)
+        _report(str(error), name, is_rank_zero)
         return USAGE_STATUS
     except RankError as error:
         _report(str(error), name, lambda env: True)
@@ -68,7 +68,7 @@ def warnings_as_lines(kind: type[Warning], name: str = "moesaic") -> Iterator[No
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if not issubclass(category, kind):
             show_others(message, category, *where, **more)
-        elif speaks_for_run(os.environ):
+        elif is_rank_zero(os.environ):
             print(f"{name}: {message}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():
@@ -82,8 +82,8 @@ def _asks_for_help(error: click.ClickException) -> bool:
     return type(error).__name__ == "NoArgsIsHelpError"
 
 
-def _report(message: str, name: str, speaks: Callable[[Mapping[str, str]], bool] = speaks_for_machine) -> None:
-    if speaks(os.environ):
+def _report(message: str, name: str, prints: Callable[[Mapping[str, str]], bool] = is_local_leader) -> None:
+    if prints(os.environ):
         line = " ".join(message.split())
         print(f"{name}: {line}", file=sys.stderr, flush=True)
     else:

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ...collectives.lifetime import end_with_parent
 from ..config import LaunchConfig
 from ..entry import RunError
-from ..launcher import TORCHRUN, Place, find_place
+from ..launcher import TORCHRUN, RankInfo, read_rank_info
 from .rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ _ECHO_S = 0.5
 
 
 @dataclass(frozen=True)
-class Process(Place):
-    """This process: its place in the run, and where it computes."""
+class Process(RankInfo):
+    """This process: its rank in the run, and its device."""
 
     device: torch.device
 
@@ -52,9 +52,9 @@ class Process(Place):
 
 def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
     """Read rank and world size from `env` and choose the device. Raises `ValueError` for variables or a device that cannot be."""
-    place = find_place(env)
-    device = _choose_device(config.device, place, env)
-    return Process(**vars(place), device=device)
+    info = read_rank_info(env)
+    device = _choose_device(config.device, info, env)
+    return Process(**vars(info), device=device)
 
 
 def stop_with_launcher(process: Process, env: Mapping[str, str]) -> None:
@@ -67,19 +67,19 @@ def stop_with_launcher(process: Process, env: Mapping[str, str]) -> None:
         end_with_parent(signum=signal.SIGTERM)
 
 
-def _choose_device(wanted: str, place: Place, env: Mapping[str, str]) -> torch.device:
+def _choose_device(wanted: str, info: RankInfo, env: Mapping[str, str]) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    num_devices, launcher = torch.cuda.device_count(), place.launcher
-    if place.local_world_size > num_devices:
+    num_devices, launcher = torch.cuda.device_count(), info.launcher
+    if info.local_world_size > num_devices:
         cure = "start at most one rank per device"
         if launcher is not None and launcher.local_rank not in env:
             cure = f"where they are on several, set {launcher.local_rank} and {launcher.local_world_size}; otherwise {cure}"
         raise ValueError(
-            f"{place.local_world_size} rank(s) on this machine, {num_devices} CUDA device(s) that torch sees: "
+            f"{info.local_world_size} rank(s) on this machine, {num_devices} CUDA device(s) that torch sees: "
             f"{cure}, or give --set launch.device=cpu"
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", info.local_rank)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One process: its place from the environment, threads, memory, agreement between ranks, and being told to stop."""
+"""One process: rank and sizes from the environment, threads, memory, agreement between ranks, and stop signals."""
 
 import os
 import platform
@@ -43,7 +43,7 @@ def process_of(rank: int, world_size: int) -> Process:
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
     ],
 )
-def test_place_from_the_environment(env: dict[str, str], expected: tuple[int, int, int, int]) -> None:
+def test_rank_from_the_environment(env: dict[str, str], expected: tuple[int, int, int, int]) -> None:
     process = find_process(CPU, env)
     assert (process.rank, process.world_size, process.local_rank, process.local_world_size) == expected
     assert process.is_first == (expected[0] == 0)

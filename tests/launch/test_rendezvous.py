@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from moesaic.launch.entry import RankError
-from moesaic.launch.launcher import LAUNCHERS, Place
+from moesaic.launch.launcher import LAUNCHERS, RankInfo
 from moesaic.launch.run.rendezvous import names, rendezvous
 from tests.launch.ranks import metrics_of, set_options, start_ranks, tiny_values, wait_for
 
@@ -25,7 +25,7 @@ def join_in_threads(starts_s: list[float | None], limit_s: float, init_method: s
     def join(rank: int, start_s: float) -> None:
         time.sleep(start_s)
         try:
-            found[rank] = rendezvous(Place(rank, len(starts_s), 0, 1, None), init_method, limit_s, env)
+            found[rank] = rendezvous(RankInfo(rank, len(starts_s), 0, 1, None), init_method, limit_s, env)
         except ValueError as error:
             found[rank] = error
 
@@ -97,7 +97,7 @@ def test_a_rank_of_another_run(rank: int, world_size: int, job: str, tmp_path: P
     srun = next(launcher for launcher in LAUNCHERS if launcher.name == "srun")
 
     def join(rank: int, world_size: int, job: str) -> dist.Store:
-        return rendezvous(Place(rank, world_size, 0, 1, srun), init_method, 30.0, {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0"})
+        return rendezvous(RankInfo(rank, world_size, 0, 1, srun), init_method, 30.0, {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0"})
 
     with ThreadPoolExecutor() as pool:
         first = pool.submit(join, 0, 2, "7")
