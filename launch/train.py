@@ -27,7 +27,7 @@ from .config import Config, OptimConfig, load_config
 from .entry import run_command, warnings_as_lines
 from .run.checkpoint import load_checkpoint, progress_of, save_checkpoint
 from .run.data import Batch, BatchShape, TrainingData, Windows, validation_batches
-from .run.diagnosis import Peers, diagnosis
+from .run.failure_report import Peers, failure_report
 from .run.inputs import RunInputs, read_inputs
 from .run.model import VOCAB_SIZE, build_model
 from .run.process import (
@@ -132,29 +132,29 @@ class Trainer:
         config = self.config
         profile_from = max(self.step, config.train.steps - config.run.profile_steps)
         with StopSignal() as stop, ExitStack() as profile:
-            with self._explained():
+            with self._reported():
                 records.add_validation(self.step, self.evaluate())
             while self.step < config.train.steps:
                 if self.step == profile_from:
                     records.folder.mkdir(parents=True, exist_ok=True)  # on machines that rank 0 is not on
                     profile.enter_context(self.handle.profile(records.folder / f"profile-rank-{self.process.rank}.json"))
-                with self._explained():
+                with self._reported():
                     signum = self._train_step(records, stop)
                 if signum:
                     return signum
         return 0
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Errors of the body become one that says where this rank was and, of communication, what became of the others."""
+    def _reported(self) -> Iterator[None]:
+        """Turn errors of the body into one with the failure report."""
         try:
             yield
         except DivergenceError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
-            # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
-            place = self.process.rank, self.step, self.handle.last_stage()
-            raise RuntimeError(diagnosis(error, *place, self.peers)) from error
+            # A ValueError is for what the user can correct; in a step it is a bug. Errors of torch name neither rank nor step.
+            where = self.process.rank, self.step, self.handle.last_stage()
+            raise RuntimeError(failure_report(error, *where, self.peers)) from error
 
     def _train_step(self, records: Records, stop: StopSignal) -> int:
         """One optimizer step with all that is due after it; returns the signal all ranks agreed to stop for, or 0."""

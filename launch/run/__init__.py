@@ -1,19 +1,20 @@
 """The parts of a training run: its processes, data and model, and what it writes.
 
-data.py         Byte-level text: documents joined into one memory-mapped file, cut into windows, dealt to ranks.
-replay.py       A recorded routing trace forced through the routers of a model: their loads in training are the trace's, step by
-                step.
-tensorboard.py  Metrics for TensorBoard, where its package is installed.
-model.py        The demo language model: a small decoder-only transformer over bytes whose feed-forward is a Mixture of Experts.
-rendezvous.py   The rendezvous: a key-value store that all ranks share, complete once every rank has joined within a time limit.
-warm.py         Compiling ahead: the routines of a run before its first step, or all of them, for `moesaic doctor --warm` and
-                `make`.
-process.py      One process of a run: its rank, its device, its process group, agreement with the other ranks, and signals that
-                stop it.
-checkpoint.py   Checkpoints by torch.distributed.checkpoint: experts under logical names, so any world size loads what any other
-                wrote.
-diagnosis.py    What a rank can say when communication fails: in which collective, after which stage, and what became of the
-                others.
-records.py      What a run leaves behind, and what it shows: its folder, metrics, routing trace, progress bar and summary.
-inputs.py       The inputs of a run, read before its first step: text, checkpoint progress, placement plan and replayed trace.
+data.py            Byte-level text: documents joined into one memory-mapped file, cut into windows, dealt to ranks.
+replay.py          A recorded routing trace forced through the routers of a model: their loads in training are the trace's, step
+                   by step.
+tensorboard.py     Metrics for TensorBoard, where its package is installed.
+model.py           The demo language model: a small decoder-only transformer over bytes whose feed-forward is a Mixture of
+                   Experts.
+rendezvous.py      The rendezvous: a key-value store that all ranks share, complete once every rank has joined within a time
+                   limit.
+warm.py            Compiling ahead: the routines of a run before its first step, or all of them, for `moesaic doctor --warm` and
+                   `make`.
+process.py         One process of a run: its rank, its device, its process group, agreement with the other ranks, and signals that
+                   stop it.
+checkpoint.py      Checkpoints by torch.distributed.checkpoint: experts under logical names, so any world size loads what any
+                   other wrote.
+failure_report.py  Failure report: which collective failed, after which stage, and the status of every other rank.
+records.py         What a run leaves behind, and what it shows: its folder, metrics, routing trace, progress bar and summary.
+inputs.py          The inputs of a run, read before its first step: text, checkpoint progress, placement plan and replayed trace.
 """

@@ -66,7 +66,7 @@ class Outcome:
         return ("failed too (", "runs (process", "is gone (its process")
 
     def check(self) -> None:
-        """Assert that every rank that could stop did, with a diagnosis, and that nothing is left."""
+        """Assert that every rank that could stop did, with a failure report, and that nothing is left."""
         for rank, (status, stderr) in enumerate(zip(self.statuses, self.stderrs, strict=True)):
             if rank in self.victims:
                 continue
