@@ -1,6 +1,6 @@
 """Benchmarks: cases, a correctness gate first, rows of numbers as ratios within one run.
 
-rows.py              What every benchmark prints: rows of flat objects, as a table or as JSON, with the machine and the commit.
+records.py           What every benchmark prints: records of flat objects, as a table or as JSON, with the machine and the commit.
 network.py           A small cluster on one machine: nodes are network namespaces, joined by links of a given rate.
 token_rows.py        The op `token_rows` of `moesaic bench collectives`: tokens to the ranks that compute them and back, by each
                      route.

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from . import collectives, kernels, overlap, placement, scaling, step
-from .rows import JSON_OPTION, publish
+from .records import JSON_OPTION, publish
 
 
 @click.group()
@@ -40,7 +40,7 @@ def step_command(json_path: str | None, **case: int | float | str) -> None:
 def collectives_command(json_path: str | None, ranks: str, sizes: str, nodes: int, link_mbit: float, **given: Any) -> None:
     """Collectives by transport and schedule, against Gloo, MPI's own, a memory copy and the lower bound."""
     names = {key: tuple(value.split(",")) for key, value in given.items() if isinstance(value, str)}
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for num_ranks in ranks.split(","):
         case = collectives.CollectivesCase(
             ranks=_count("--ranks", num_ranks, minimum=2),
@@ -51,10 +51,10 @@ def collectives_command(json_path: str | None, ranks: str, sizes: str, nodes: in
             **names,
         )
         measured, unavailable = collectives.run(case)
-        rows += measured
+        records += measured
         for transport in unavailable:
             click.echo(f"without {transport.name} at {case.ranks} ranks: {transport.reason}", err=True)
-    publish("collectives", rows, collectives.COLUMNS, json_path)
+    publish("collectives", records, collectives.COLUMNS, json_path)
 
 
 def _count(option: str, text: str, *, minimum: int) -> int:

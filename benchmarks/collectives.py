@@ -121,7 +121,7 @@ class Unavailable:
 
 
 def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], list[Unavailable]]:
-    """Measure a case: rows, and the transports that this machine does not have."""
+    """Measure a case: records, and the transports that this machine does not have."""
     unavailable = []
     for name in case.transports:
         reason = why_not(name, case)
@@ -135,7 +135,7 @@ def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], list[Unavailable]]
         (folder / "case.json").write_text(present.to_json(), encoding="utf-8")
         _run_ranks(present, folder)
         measured = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(case.ranks)]
-    return _rows(present, measured), unavailable
+    return _records(present, measured), unavailable
 
 
 def why_not(transport: str, case: CollectivesCase) -> str:
@@ -187,8 +187,8 @@ def _run_ranks(case: CollectivesCase, folder: Path) -> None:
     run_on_nodes(program, case.ranks, case.nodes, case.link_bits_per_s, env)
 
 
-def _rows(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> list[dict[str, Any]]:
-    rows = []
+def _records(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> list[dict[str, Any]]:
+    records = []
     for key in measured[0]:
         op, size = key.rsplit(" ", 1)
         # A collective is over when its last rank is done.
@@ -197,7 +197,7 @@ def _rows(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Se
         for name, times in seconds.items():
             transport, _, schedule = name.partition("/")
             rates = case.received_bytes(op, int(size)) / times / 1e9
-            rows.append(
+            records.append(
                 {
                     "op": op,
                     "transport": transport,
@@ -219,7 +219,7 @@ def _rows(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Se
                     "ratio_to_bound": _ratio(bound_s, times),
                 }
             )
-    return rows
+    return records
 
 
 def _bound_s(case: CollectivesCase, op: str, size: int, copy_s: np.ndarray) -> np.ndarray:

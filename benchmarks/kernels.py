@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .kernel_cases import Call, Case, ffn_case, layer_case, product_cases, shapes
 from .kernel_row_cases import router_cases, row_cases, with_cold_operands
-from .rows import median_interval, publish
+from .records import median_interval, publish
 
 COLUMNS = (
     "op",
@@ -44,8 +44,8 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the result; the keys are the schema."""
+class Record:
+    """The result of one case; the field names are the keys of the schema."""
 
     op: str
     shape: str
@@ -67,7 +67,7 @@ class Row:
     ratio_to_grouped_mm_high: float | None
 
 
-def measure(case: Case, device: str, rounds: int) -> Row:
+def measure(case: Case, device: str, rounds: int) -> Record:
     """Gate on correctness, then time ours, the ceiling and torch's ways round by round."""
     error = case.check()
     if not error <= case.tolerance:
@@ -89,7 +89,7 @@ def measure(case: Case, device: str, rounds: int) -> Row:
     def rate(time_s: float) -> float:
         return time_s * 1e6 if case.unit == "us" else case.work / time_s / 1e9
 
-    return Row(
+    return Record(
         op=case.op,
         shape=case.shape,
         dtype=case.dtype,
@@ -192,37 +192,36 @@ def all_cases(device: str, dtype: torch.dtype, only: str = "") -> Iterator[Case]
 
 
 def run(device: str, dtype: torch.dtype, rounds: int, only: str = "") -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and failures of a device's cases, of those whose `op at shape` contains `only`; a failure costs only its own row."""
-    rows, failures = [], []
+    """Records and failures of the cases whose `op at shape` contains `only`; a failure costs only its own record."""
+    records, failures = [], []
     for case in all_cases(device, dtype, only):
         name = f"{case.op} at {case.shape}"
         if only not in name:
             continue
         try:
-            rows.append(asdict(measure(case, device, rounds)))
+            records.append(asdict(measure(case, device, rounds)))
         # Whatever a kernel or its compiler raises: an hour on a rented GPU brings home what did run.
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
-    return rows, failures
+    return records, failures
 
 
-def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many rows are held to a target and which of them miss it; how many are slower than torch's grouped_mm, and which.
+def verdict(records: Sequence[Mapping[str, Any]]) -> str:
+    """Which records miss their target, and which are slower than torch's grouped_mm, with the counts.
 
-    A row is slower where all of the interval lies below 1.
+    A record is slower where the whole interval lies below 1.
     """
-    held = [row for row in rows if row["target"] is not None]
-    missed = [row for row in held if row["ratio_to_ceiling"] < row["target"]]
-    named = "".join(f"; {row['op']} at {row['shape']} {row['ratio_to_ceiling']:.3f} < {row['target']}" for row in missed)
-    beside = [row for row in rows if row["ratio_to_grouped_mm"] is not None]
-    slower = [row for row in beside if row["ratio_to_grouped_mm_high"] < 1]
+    held = [record for record in records if record["target"] is not None]
+    missed = [record for record in held if record["ratio_to_ceiling"] < record["target"]]
+    named = "".join(f"; {r['op']} at {r['shape']} {r['ratio_to_ceiling']:.3f} < {r['target']}" for r in missed)
+    compared = [record for record in records if record["ratio_to_grouped_mm"] is not None]
+    slower = [record for record in compared if record["ratio_to_grouped_mm_high"] < 1]
     behind = "".join(
-        f"; {row['op']} at {row['shape']} {row['ratio_to_grouped_mm_low']:.3f} to {row['ratio_to_grouped_mm_high']:.3f}"
-        for row in slower
+        f"; {r['op']} at {r['shape']} {r['ratio_to_grouped_mm_low']:.3f} to {r['ratio_to_grouped_mm_high']:.3f}" for r in slower
     )
     return (
-        f"{len(held) - len(missed)} of {len(held)} rows with a target reach it{named}\n"
-        f"{len(beside) - len(slower)} of {len(beside)} rows with torch's grouped_mm beside them are not slower{behind}"
+        f"{len(held) - len(missed)} of {len(held)} records with a target reach it{named}\n"
+        f"{len(compared) - len(slower)} of {len(compared)} records with a ratio to torch's grouped_mm are not slower{behind}"
     )
 
 
@@ -235,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each case (default 15)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose 'op at shape' contains this text")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU (default 1)")
-    parser.add_argument("--json", dest="json_path", metavar="FILE", help="write the rows as JSON; - for standard output")
+    parser.add_argument("--json", dest="json_path", metavar="FILE", help="write the records as JSON; - for standard output")
     parser.add_argument("--sweep", action="store_true", help="time every tile of the grouped products instead (GPU)")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -254,10 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    rows, failures = run(options.device, dtype, options.rounds, options.only)
-    publish("kernels", rows, COLUMNS, options.json_path)
+    records, failures = run(options.device, dtype, options.rounds, options.only)
+    publish("kernels", records, COLUMNS, options.json_path)
     if options.json_path != "-":
-        print(verdict(rows))
+        print(verdict(records))
     print(*(f"failed: {failure}" for failure in failures), sep="\n", end="\n" if failures else "", file=sys.stderr)
     return 1 if failures else 0
 

@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..placement import OwnerMap, Placement
 from ..runtime import DebugConfig, Handle, MoELayer, RuntimeConfig, shard_experts
 from .network import RANK_ENVIRONMENT, run_on_nodes
-from .rows import JSON_OPTION, publish
+from .records import JSON_OPTION, publish
 
 MODES: dict[str, DebugConfig] = {
     "overlap": DebugConfig(),
@@ -188,7 +188,7 @@ def _rank(folder: Path) -> None:
 
 
 def run(case: OverlapCase, folder: Path) -> list[dict[str, Any]]:
-    """Measure a case, one row a mode; profiles of one step of each mode and rank are left in `folder`."""
+    """Measure a case, one record per mode; profiles of one step of each mode and rank are left in `folder`."""
     (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
     program = [sys.executable, "-m", "moesaic.benchmarks.overlap", "--as-rank", str(folder)]
     run_on_nodes(program, case.ranks, case.nodes, case.link_mbit * 1e6, RANK_ENVIRONMENT)

@@ -46,14 +46,14 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _time_layers(solver: str, problems: Sequence[Problem], rounds: int) -> list[dict[str, Any]]:
-    """Time one planner and the exact split of its placements; two rows."""
+    """Time one planner and the exact split of its placements; two records."""
     solve = get_solver(solver)
     placements = [solve(problem).placement for problem in problems]
     splits = [split_exact(p.load, placed, p.topology) for p, placed in zip(problems, placements, strict=True)]
-    # The gate: every row has a place, and plans repeat.
+    # Checks before timing: the split keeps every assignment, and the planner repeats its plan.
     for problem, placed, split in zip(problems, placements, splits, strict=True):
         if (split.rows_RE.sum(axis=0) != problem.load.totals_E).any() or solve(problem).placement != placed:
-            raise RuntimeError(f"{solver} lost rows or did not repeat its plan")
+            raise RuntimeError(f"{solver} lost assignments or did not repeat its plan")
     plan_s, split_s = [], []
     for _ in range(rounds):
         for problem, placed in zip(problems, placements, strict=True):
@@ -70,12 +70,12 @@ def _time_layers(solver: str, problems: Sequence[Problem], rounds: int) -> list[
 
 
 def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Solve one layer within each time limit; a row each."""
-    rows = []
+    """Solve one layer within each time limit; a record each."""
+    records = []
     for limit_s in limits_s:
         solution = solve_milp(problem, time_limit_s=limit_s)
         split = split_exact(problem.load, solution.placement, problem.topology)
-        rows.append(
+        records.append(
             {
                 "what": "milp",
                 "solver": "milp",
@@ -87,7 +87,7 @@ def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, An
                 "seconds": solution.seconds,
             }
         )
-    return rows
+    return records
 
 
 def _joint_gap(problems: Sequence[Problem]) -> dict[str, Any]:
@@ -124,24 +124,24 @@ def run(
     trace: TraceCase | None = None,
 ) -> list[dict[str, Any]]:
     """Measure what is asked for; without a trace the exact solver runs on the first of each size."""
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for num_experts in experts:
         if top_k > num_experts:
             raise ValueError(f"--top-k is {top_k} with {num_experts} experts; it must be from 1 to {num_experts}")
     for num_experts, num_ranks, skew in itertools.product(experts, ranks, skews) if "plan" in whats else ():
         problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
         for solver in solvers:
-            rows += [{**row, "skew": skew} for row in _time_layers(solver, problems, rounds)]
+            records += [{**record, "skew": skew} for record in _time_layers(solver, problems, rounds)]
     for num_experts, num_ranks, skew in itertools.product(experts, ranks, skews) if "joint" in whats else ():
         problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
-        rows.append({**_joint_gap(problems), "skew": skew})
+        records.append({**_joint_gap(problems), "skew": skew})
     if "milp" in whats and limits_s:
         if trace is None:
-            rows += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)
+            records += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)
         else:
-            rows += placement_trace.milp_gaps(trace, ranks[0], slots, limits_s)
+            records += placement_trace.milp_gaps(trace, ranks[0], slots, limits_s)
     if "moetuner" in whats:
         if trace is None:
             raise ValueError("--what moetuner follows recorded tokens from layer to layer; give a --trace")
-        rows += placement_trace.hops(trace, ranks[0], limit_s=max(limits_s))
-    return rows
+        records += placement_trace.hops(trace, ranks[0], limit_s=max(limits_s))
+    return records

@@ -104,19 +104,19 @@ class TraceCase:
 
 
 def milp_gaps(trace: TraceCase, ranks: int, slots: int, limits_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Solve layers exactly within each time limit; a row each."""
+    """Solve layers exactly within each time limit; a record each."""
     recording, topology = Recording.read(trace.path), Topology.preset("h100", ranks)
     layers = trace.layers or tuple(range(recording.num_layers))
     if max(layers) >= recording.num_layers:
         raise ValueError(f"--layer {max(layers)} is not among the {recording.num_layers} layers of {trace.path}; count from 0")
-    rows = []
+    records = []
     for layer in layers:
         problem = recording.problem(layer, topology, slots, overlap_s=trace.overlap_s)
         quota_s = get_solver("quota")(problem).cost.total_s
         for limit_s in limits_s:
             answer = solve_milp(problem, move_owners=trace.move_owners, time_limit_s=limit_s)
             split = answer.split or split_exact(problem.load, answer.placement, topology)
-            rows.append(
+            records.append(
                 {
                     "what": "milp",
                     "solver": "milp",
@@ -133,7 +133,7 @@ def milp_gaps(trace: TraceCase, ranks: int, slots: int, limits_s: Sequence[float
                     "seconds": answer.seconds,
                 }
             )
-    return rows
+    return records
 
 
 def _owner_maps(train: Recording, topology: Topology, limit_s: float) -> dict[str, OwnerMap]:
@@ -158,14 +158,14 @@ def hops(trace: TraceCase, ranks: int, *, limit_s: float) -> list[dict[str, Any]
         raise ValueError(f"--ranks {ranks} do not fill --nodes {nodes}; give a multiple")
     train, test = Recording.read(trace.path).halves()
     topology = Topology.preset("h100", num_nodes=nodes, ranks_per_node=ranks // nodes)
-    pairs_LEE, rows = test.pair_counts(), []
+    pairs_LEE, records = test.pair_counts(), []
     for solver, owners in _owner_maps(train, topology, limit_s).items():
         shares = count_hops(owners, pairs_LEE, topology)
         busiest = []
         for layer, owner_E in enumerate(owners.expert_to_owner_LE):
-            rows_R = np.bincount(owner_E, weights=test.load(layer, ranks).totals_E, minlength=ranks)
-            busiest.append(rows_R.max() / rows_R.mean())
-        rows.append(
+            assignments_R = np.bincount(owner_E, weights=test.load(layer, ranks).totals_E, minlength=ranks)
+            busiest.append(assignments_R.max() / assignments_R.mean())
+        records.append(
             {
                 "what": "moetuner",
                 "solver": solver,
@@ -177,4 +177,4 @@ def hops(trace: TraceCase, ranks: int, *, limit_s: float) -> list[dict[str, Any]
                 "max_over_mean": float(np.mean(busiest)),
             }
         )
-    return rows
+    return records

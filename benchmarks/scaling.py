@@ -35,9 +35,9 @@ import torch.distributed as dist
 from ..placement import Topology
 from . import cpu_share
 from .network import RANK_ENVIRONMENT, run_on_nodes
-from .rows import JSON_OPTION, publish
+from .records import JSON_OPTION, publish
 from .scaling_model import simulate
-from .step import StepCase, layer_options, measure, rows_of
+from .step import StepCase, layer_options, measure, records_of
 
 COLUMNS = (
     "mode",
@@ -82,13 +82,13 @@ class ScalingCase:
 
 
 def run(case: ScalingCase) -> list[dict[str, Any]] | None:
-    """Measure a case, one row a node count and policy; None on ranks of a real job other than the first.
+    """Measure a case, one record a node count and policy; None on ranks of a real job other than the first.
 
     Raises:
         ValueError: the job is smaller than the case, or this machine cannot emulate nodes.
     """
     if case.mode == "simulated":
-        return _rows(
+        return _records(
             case, [simulate(case.on(nodes), _topology(case, nodes), 4 if case.machine == "cpu" else 2) for nodes in case.nodes]
         )
     if case.mode == "real":
@@ -97,24 +97,24 @@ def run(case: ScalingCase) -> list[dict[str, Any]] | None:
         everybody = _emulated(case)
     if everybody is None:
         return None
-    return _rows(case, [rows_of(case.on(nodes), measured) for nodes, measured in zip(case.nodes, everybody, strict=True)])
+    return _records(case, [records_of(case.on(nodes), measured) for nodes, measured in zip(case.nodes, everybody, strict=True)])
 
 
-def _rows(case: ScalingCase, tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    (ideal,) = (row for row in tables[0] if row["policy"] == "ideal")
+def _records(case: ScalingCase, tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    (ideal,) = (record for record in tables[0] if record["policy"] == "ideal")
     per_rank = ideal["tokens_per_s"] / ideal["ranks"]
     return [
         {
-            **row,
+            **record,
             "mode": case.mode,
             "nodes": nodes,
             "ranks_per_node": case.ranks_per_node,
             "link_mbit": case.link_mbit if case.mode == "emulated" else None,
             "machine": case.machine if case.mode == "simulated" else None,
-            "efficiency": row["tokens_per_s"] / row["ranks"] / per_rank,
+            "efficiency": record["tokens_per_s"] / record["ranks"] / per_rank,
         }
         for nodes, table in zip(case.nodes, tables, strict=True)
-        for row in table
+        for record in table
     ]
 
 
@@ -265,9 +265,9 @@ def command(
         machine=machine,
         layer=StepCase(ranks=1, **layer),
     )
-    rows = run(case)
-    if rows is not None:
-        publish("scaling", rows, COLUMNS, json_path)
+    records = run(case)
+    if records is not None:
+        publish("scaling", records, COLUMNS, json_path)
 
 
 if __name__ == "__main__":

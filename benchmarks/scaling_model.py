@@ -34,7 +34,7 @@ from .step import NUM_ROUTINGS, StepCase, zipf_ids
 
 
 def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list[dict[str, Any]]:
-    """Predict a case on `topology`: rows like those of `moesaic bench step`, as far as the cost model knows.
+    """Predict a case on `topology`: records with the keys of `moesaic bench step` that the cost model covers.
 
     Seconds are those of cost.py: expert matrix products, token rows and copies of `bytes_per_element`, gradients in fp32; nothing
     hides under other work.

@@ -36,7 +36,7 @@ from ..runtime import DebugConfig, Handle, MoELayer, Router, RouterConfig, Routi
 from ..runtime.routing.router import TopKRouter, balanced_ids
 from ..runtime.step.metrics import EXPOSED
 from .network import RANK_ENVIRONMENT
-from .rows import median_interval
+from .records import median_interval
 
 POLICIES: dict[str, RuntimeConfig] = {
     "static": RuntimeConfig(policy="static", slots=0, shard_dense=False),
@@ -139,7 +139,7 @@ def zipf_ids(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> T
 
 
 def run(case: StepCase) -> list[dict[str, Any]]:
-    """Measure a case; one row a policy."""
+    """Measure a case; one record per policy."""
     os.environ |= RANK_ENVIRONMENT
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def run(case: StepCase) -> list[dict[str, Any]]:
             process.join()
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"the ranks of the benchmark ended with {[process.exitcode for process in processes]}")
-        return rows_of(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
+        return records_of(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
 
 
 def _rank(rank: int, case: StepCase, folder: str, parent_pid: int) -> None:
@@ -212,7 +212,7 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
     """Measure a case on this rank of the default process group, on the CPU if no `device` is given. Collective.
 
     `topology` is what the planner is told of the machine; see `shard_experts`. What every rank returns, in rank order, is what
-    `rows_of` takes.
+    `records_of` takes.
     """
     device = device or torch.device("cpu")
     policies = {name: _Policy(name, rank, case, topology, device) for name in POLICIES}
@@ -282,22 +282,22 @@ def _floor(case: StepCase, device: torch.device) -> Callable[[], None]:
     return products
 
 
-def rows_of(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a policy, of what `measure` returned on every rank.
+def records_of(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record per policy, of what `measure` returned on every rank.
 
     exposed_comm_share is the part of a step in which the mean rank only waited: for copies, their gradients, token rows, or
     a rank that had more to do.
     """
     seconds = {name: np.max([m["seconds"][name] for m in everybody], axis=0) for name in POLICIES}
     floor = np.max([m["floor"] for m in everybody], axis=0)
-    rows = []
+    records = []
     for name in POLICIES:
         tokens_per_s = case.ranks * case.tokens / seconds[name]
         stage_s = {k: float(np.mean([m["stage_s"][name].get(k, 0.0) for m in everybody])) for k in everybody[0]["stage_s"][name]}
         metrics = [step for m in everybody for step in m["metrics"][name]]
         ratios = {"static": seconds["static"] / seconds[name], "ideal": seconds["ideal"] / seconds[name]}
         intervals = {other: median_interval(ratio.tolist()) for other, ratio in ratios.items()}
-        rows.append(
+        records.append(
             {
                 "policy": name,
                 "ranks": case.ranks,
@@ -330,7 +330,7 @@ def rows_of(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, A
                 "floor_s": float(np.median(floor)),
             }
         )
-    return rows
+    return records
 
 
 def _exposed_share(everybody: list[dict[str, Any]], name: str) -> float:

@@ -1,7 +1,7 @@
 """Process start-up, the training entry point, and the `moesaic` command line.
 
 config.py    The whole configuration of a training run: nested frozen dataclasses, read from TOML and `--set section.key=value`.
-output.py    What the offline commands print: rows of flat objects, as a table or as JSON with where they come from.
+output.py    What the offline commands print: records of flat objects, as a table or as JSON with where they come from.
 launcher.py  Rank, world size, local rank and local world size of a process, from the environment variables of its launcher.
 offline/     The commands on recorded routing, which need no ranks: `moesaic place`, `moesaic trace` and `moesaic report`.
 entry.py     What every command shares at its outermost edge: wrong use becomes one line and exit status 2, never a traceback.

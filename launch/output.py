@@ -1,4 +1,4 @@
-"""What the offline commands print: rows of flat objects, as a table or as JSON with where they come from."""
+"""What the offline commands print: records of flat objects, as a table or as JSON with where they come from."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ JSON_OPTION = click.option(
     "--json",
     "json_path",
     metavar="FILE",
-    help="Also write the rows as JSON; - for standard output alone.",
+    help="Also write the records as JSON; - for standard output alone.",
     callback=lambda context, option, path: writable(path),
 )
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
+def publish(name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
     """See `placement.offline.records.publish`; with the system and the version."""
     machine = {"system": platform.platform(), "python": platform.python_version()}
     commit = f"moesaic {version('moesaic')}"
-    printed.publish(f"moesaic.{name}/1", rows, columns, json_path, machine=machine, commit=commit)
+    printed.publish(f"moesaic.{name}/1", records, columns, json_path, machine=machine, commit=commit)
 
 
 @contextmanager

@@ -145,10 +145,10 @@ def command(
 
 
 def _report_model(request: Request, json_path: str | None) -> int:
-    rows = check_model(request)
-    publish("doctor", [asdict(row) for row in rows], COLUMNS, json_path)
-    failed = sum(row.result == "fail" for row in rows)
+    comparisons = check_model(request)
+    publish("doctor", [asdict(each) for each in comparisons], COLUMNS, json_path)
+    failed = sum(each.result == "fail" for each in comparisons)
     if json_path != "-":
-        verdict = f"{failed} of {len(rows)} checks failed" if failed else f"all {len(rows)} checks passed"
+        verdict = f"{failed} of {len(comparisons)} checks failed" if failed else f"all {len(comparisons)} checks passed"
         click.echo(f"{verdict}: {request.target} on {request.ranks} ranks")
     return 1 if failed else 0

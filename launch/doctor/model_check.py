@@ -65,8 +65,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison."""
+class Comparison:
+    """One quantity on several ranks against the reference."""
 
     model: str
     ranks: int
@@ -113,15 +113,15 @@ class Difference:
             self.worst, self.value = name, value
 
 
-def check_model(request: Request) -> list[Row]:
+def check_model(request: Request) -> list[Comparison]:
     """Run the whole check. Raises ValueError for a target, inputs or a size that cannot be checked."""
     device = LaunchConfig(device=_device(request))  # type: ignore[arg-type]
     process = find_process(device, {})
     with tempfile.TemporaryDirectory() as folder:
-        rows = _make_reference(request, process, device, Path(folder))
+        comparisons = _make_reference(request, process, device, Path(folder))
         (Path(folder) / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
         (Path(folder) / "device").write_text(device.device, encoding="utf-8")
-        return rows + _run_ranks(request, Path(folder))
+        return comparisons + _run_ranks(request, Path(folder))
 
 
 def _device(request: Request) -> str:
@@ -131,7 +131,7 @@ def _device(request: Request) -> str:
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= request.ranks else "cpu"
 
 
-def _make_reference(request: Request, process: Process, launch: LaunchConfig, folder: Path) -> list[Row]:
+def _make_reference(request: Request, process: Process, launch: LaunchConfig, folder: Path) -> list[Comparison]:
     """Observe the model on one rank and leave it, with its weights and inputs, in `folder`; compare it with itself unwrapped."""
     target = find_target(request.target)
     _check_memory(request, target.count_parameters())
@@ -164,7 +164,7 @@ def _make_reference(request: Request, process: Process, launch: LaunchConfig, fo
         _compare_outputs(outputs, actual, expected, f" of part {index}")
     norm.add("global norm", torch.tensor(wrapped.norm), torch.tensor(built.norm))
     found = {"outputs": outputs, "global norm": norm}
-    return [_row(request, "on one rank, as built", 1, name, each) for name, each in found.items()]
+    return [_comparison(request, "on one rank, as built", 1, name, each) for name, each in found.items()]
 
 
 def _check_memory(request: Request, num_parameters: int | None) -> None:
@@ -189,7 +189,7 @@ def _available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _run_ranks(request: Request, folder: Path) -> list[Row]:
+def _run_ranks(request: Request, folder: Path) -> list[Comparison]:
     """Start the ranks, wait, and read what rank 0 reports."""
     environments = [
         os.environ
@@ -209,11 +209,11 @@ def _run_ranks(request: Request, folder: Path) -> list[Row]:
     if any(child.status == USAGE_STATUS for child in children):
         raise ValueError(problem)
     if problem:
-        return [Row(request.target, request.ranks, "", "run", 0, problem, None, request.tolerance, "fail")]
-    return [Row(**row) for row in json.loads((folder / "report.json").read_text(encoding="utf-8"))]
+        return [Comparison(request.target, request.ranks, "", "run", 0, problem, None, request.tolerance, "fail")]
+    return [Comparison(**values) for values in json.loads((folder / "report.json").read_text(encoding="utf-8"))]
 
 
-def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Path) -> list[Row]:
+def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Path) -> list[Comparison]:
     """What one rank finds, merged with what all others found. Collective."""
     target = find_target(request.target)
     model, _ = target.build()
@@ -225,15 +225,15 @@ def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Pat
     config = RuntimeConfig(policy="static", slots=_SLOTS, check_replicas_every=0, timeout_s=request.timeout_s)
     handle = shard_experts(model, mesh=mesh, config=config)
     watch_only(model, handle.layers)
-    rows: list[Row] = []
+    comparisons: list[Comparison] = []
     for plan in (_WITHOUT_COPIES, _WITH_COPIES, _MOVED):
         if plan == _MOVED:
             handle.rehome([moved(owners) for owners in handle.placement])
         if plan != _WITHOUT_COPIES:
             hold_copies(handle, reference.loads)
         found = _compare_step(handle, inputs, reference)
-        rows += [_row(request, plan, request.ranks, name, each) for name, each in _merged(found).items()]
-    return rows
+        comparisons += [_comparison(request, plan, request.ranks, name, each) for name, each in _merged(found).items()]
+    return comparisons
 
 
 def moved(owners: OwnerMap) -> OwnerMap:
@@ -308,11 +308,11 @@ def _merged(found: Mapping[str, Difference]) -> dict[str, Difference]:
     return merged
 
 
-def _row(request: Request, plan: str, ranks: int, check: str, found: Difference) -> Row:
+def _comparison(request: Request, plan: str, ranks: int, check: str, found: Difference) -> Comparison:
     tolerance = 0.0 if check == "counts" else request.tolerance
     result = "pass" if found.value <= tolerance else "fail"
     worst, difference = found.worst if found.value else "", found.value if math.isfinite(found.value) else None
-    return Row(request.target, ranks, plan, check, found.compared, worst, difference, tolerance, result)
+    return Comparison(request.target, ranks, plan, check, found.compared, worst, difference, tolerance, result)
 
 
 def main(folder: Path) -> None:
@@ -324,9 +324,9 @@ def main(folder: Path) -> None:
     )
     process = find_process(launch, os.environ)
     with process_group(process, launch, timeout_s=request.timeout_s) as mesh:
-        rows = check_rank(process, mesh, request, folder)
+        comparisons = check_rank(process, mesh, request, folder)
         if process.is_first:
-            (folder / "report.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+            (folder / "report.json").write_text(json.dumps([asdict(each) for each in comparisons]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,17 +87,17 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
     return setting if given["overlap_s"] is not None else replace(setting, overlap_s=simulate.attention_s(source, setting))
 
 
-def _rows(
+def _records(
     path: str, source: LoadSource, setting: simulate.SimulatorSetting, outcomes: Sequence[simulate.Outcome]
 ) -> list[dict[str, Any]]:
-    """Flat rows of outcomes."""
-    rows = []
+    """Flat records of outcomes."""
+    records = []
     for outcome in outcomes:
-        row = asdict(outcome)
-        del row["max_over_mean_of_layer"]
+        record = asdict(outcome)
+        del record["max_over_mean_of_layer"]
         about = {"trace": Path(path).name, "ranks": source.meta.num_ranks, "nodes": setting.topology.num_nodes}
-        rows.append({**about, **row, "overlap_s": setting.overlap_s})
-    return rows
+        records.append({**about, **record, "overlap_s": setting.overlap_s})
+    return records
 
 
 @click.group("place")
@@ -142,7 +142,7 @@ def compare_command(
     names = solvers or COMPARED
     for name in names:
         get_solver(name)
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     panels: dict[str, list[simulate.Outcome]] = {}
     for path in paths:
         for text in topologies or (None,):
@@ -154,14 +154,14 @@ def compare_command(
                 outcomes = simulate.compare(
                     source, setting, names, slots=slots, information=knows, num_steps=steps, on_step=advance
                 )
-            rows += _rows(path, source, setting, outcomes)
+            records += _records(path, source, setting, outcomes)
             panels[f"{Path(path).name}, {topology.num_nodes} x {topology.ranks_per_node} ranks"] = outcomes
-    if not rows:
+    if not records:
         raise ValueError("a trace of one step has nothing to predict from; ask for --knows exact or future")
     if picture_path is not None:
         with clear_errors():
             write_picture(picture_path, panels)
-    publish("place.compare", rows, ("trace", *COLUMNS) if len(paths) > 1 else COLUMNS, json_path)
+    publish("place.compare", records, ("trace", *COLUMNS) if len(paths) > 1 else COLUMNS, json_path)
 
 
 @command.command("solve")
@@ -214,7 +214,7 @@ def replay_command(path: str, plan_path: str, json_path: str | None, **given: An
         knows = "future" if digest_of(path) == plan.trace_digest else "predicted"
     with progress(source.num_steps, "step") as advance:
         outcomes = simulate.replay(source, setting, plan, information=knows, on_step=advance)
-    publish("place.replay", _rows(path, source, setting, outcomes), COLUMNS, json_path)
+    publish("place.replay", _records(path, source, setting, outcomes), COLUMNS, json_path)
 
 
 @command.command("show")
@@ -230,11 +230,11 @@ def show_command(path: str, json_path: str | None) -> None:
             f"model: {meta.num_layers} layers, {meta.num_experts} experts, top-{meta.top_k}, dim {meta.dim}, ffn {meta.ffn_dim}; "
             f"machine: {topology.num_nodes} x {topology.ranks_per_node} ranks; trace {plan.trace_digest or 'unknown'}"
         )
-    rows = []
+    records = []
     for layer, placement in enumerate(plan.layers):
         copies_R = placement.copies_RE.sum(axis=1)
         owned_R = placement.replicas_RE.sum(axis=1) - copies_R
-        rows.append(
+        records.append(
             {
                 "layer": layer,
                 "copies": placement.num_copies,
@@ -245,7 +245,7 @@ def show_command(path: str, json_path: str | None) -> None:
                 "owners": placement.expert_to_owner_E.tolist(),
             }
         )
-    publish("place.show", rows, PLAN_COLUMNS, json_path)
+    publish("place.show", records, PLAN_COLUMNS, json_path)
 
 
 def _headline(plan: SavedPlan) -> str:

@@ -93,14 +93,14 @@ def run_page(folder: Path) -> str:
 
     Raises `ValueError` if the folder is not one of a run, or a line of it is damaged.
     """
-    rows = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder / "metrics.jsonl")
     body = []
     if (folder / "summary.json").exists():
         summary = _read_json((folder / "summary.json").read_text(encoding="utf-8"), f"{folder / 'summary.json'}")
         lines = [{"what": key, "value": value} for key, value in summary.items() if not isinstance(value, dict)]
         body.append(_section("Summary", _pre(table(lines, ("what", "value")))))
-    body += [_section(chart.title, drawn) for chart in _CHARTS if (drawn := _curves(chart, rows))]
-    decisions = [decision for row in rows for decision in row.get("rehomings", ())]
+    body += [_section(chart.title, drawn) for chart in _CHARTS if (drawn := _curves(chart, records))]
+    decisions = [decision for record in records for decision in record.get("rehomings", ())]
     if decisions:
         body.append(
             _section("Proposals to move experts", _pre(table(decisions, ("step", "num_moved", "saved_s", "move_s", "reason"))))
@@ -123,10 +123,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    rows = [_read_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
-    if not any("loss" in row for row in rows):
+    records = [_read_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    if not any("loss" in record for record in records):
         raise ValueError(f"{path} has no training step yet; let the run go on")
-    return rows
+    return records
 
 
 def _read_json(text: str, where: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _read_json(text: str, where: str) -> dict[str, Any]:
 
 
 def _trace_sections(source: LoadSource) -> str:
-    looks = [{**row, "layer": str(row["layer"])} for row in look_into(source)]
+    looks = [{**record, "layer": str(record["layer"])} for record in look_into(source)]
     imbalance_LS, shares_LES = _trace_maps(source)
     worst = int(imbalance_LS.mean(axis=1).argmax())
     span = (1, source.num_steps)
@@ -175,16 +175,16 @@ def _trace_maps(source: LoadSource) -> tuple[np.ndarray, np.ndarray]:
             steps_S[column] += 1
             for layer, (totals_E, owner_E) in enumerate(zip(totals_LE, owners_LE, strict=True)):
                 total = max(int(totals_E.sum()), 1)
-                rows_R = np.bincount(owner_E, weights=totals_E, minlength=meta.num_ranks)
-                imbalance_LS[layer, column] += rows_R.max() * meta.num_ranks / total
+                assignments_R = np.bincount(owner_E, weights=totals_E, minlength=meta.num_ranks)
+                imbalance_LS[layer, column] += assignments_R.max() * meta.num_ranks / total
                 shares_LES[layer, :, column] += totals_E * meta.num_experts / total
             advance()
     return imbalance_LS / steps_S, shares_LES / steps_S
 
 
-def _curves(chart: Chart, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The chart as SVG; empty if no row has any of its keys."""
-    curves = {name: [(row["step"], row[key]) for row in rows if key in row] for name, key in chart.keys.items()}
+def _curves(chart: Chart, records: Sequence[Mapping[str, Any]]) -> str:
+    """The chart as SVG; empty if no record has any of its keys."""
+    curves = {name: [(r["step"], r[key]) for r in records if key in r] for name, key in chart.keys.items()}
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return ""
@@ -203,7 +203,7 @@ def _curves(chart: Chart, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _heat_map(values_YS: np.ndarray, what: str, span: tuple[int, int], unit: str) -> str:
-    """Rows [Y] over columns of steps [S] as SVG."""
+    """Lines [Y] over columns of steps [S] as SVG."""
     figure, axes = _figure(1.5 + 0.12 * min(len(values_YS), 64))
     extent = (span[0] - 0.5, span[1] + 0.5, len(values_YS) - 0.5, -0.5)
     image = axes.imshow(values_YS, aspect="auto", interpolation="nearest", extent=extent, cmap="viridis")

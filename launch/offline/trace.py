@@ -45,18 +45,18 @@ class _LayerLook:
         """Take in one step."""
         totals_E = load_RE.sum(axis=0)
         total = max(int(totals_E.sum()), 1)
-        rows_R = np.bincount(self.owner_E, weights=totals_E, minlength=self.num_ranks)
+        assignments_R = np.bincount(self.owner_E, weights=totals_E, minlength=self.num_ranks)
         share_E = totals_E / total
         self.steps += 1
         self.assignments += int(totals_E.sum())
         self.expert_max += float(share_E.max()) * share_E.size
         self.expert_min += float(share_E.min()) * share_E.size
-        self.rank_max += float(rows_R.max()) / total * self.num_ranks
+        self.rank_max += float(assignments_R.max()) / total * self.num_ranks
         if self.before_E is not None:
             self.shift += 0.5 * float(np.abs(share_E - self.before_E).sum())
         self.before_E = share_E
 
-    def row(self, layer: int | str) -> dict[str, Any]:
+    def record(self, layer: int | str) -> dict[str, Any]:
         """What was seen, means over steps."""
         return {
             "layer": layer,
@@ -85,11 +85,11 @@ def look_into(source: LoadSource) -> list[dict[str, Any]]:
             advance()
     numbers = meta.layers or range(meta.num_layers)
     expected = None if source.tokens_SR is None else int(source.tokens_SR.sum()) * meta.top_k
-    rows = []
+    records = []
     for layer, (look, number) in enumerate(zip(looks, numbers, strict=True)):
         dropped = 0 if expected is None else expected - look.assignments
-        rows.append({**look.row(layer), "recorded_layer": number, "dropped": dropped})
-    return rows
+        records.append({**look.record(layer), "recorded_layer": number, "dropped": dropped})
+    return records
 
 
 @command.command("info")
@@ -100,12 +100,12 @@ def look_into(source: LoadSource) -> list[dict[str, Any]]:
 def info_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
     """Check a whole trace and describe it, layer by layer."""
     source = TraceOptions.take(options).open(path, ranks, json_path)
-    rows = look_into(source)
+    records = look_into(source)
     meta = source.meta
     with clear_errors():
         digest = digest_of(path)
     if json_path != "-":
-        dropped = sum(row["dropped"] for row in rows)
+        dropped = sum(record["dropped"] for record in records)
         click.echo(
             f"{path}: {source.num_steps} steps, {meta.num_layers} layers, {meta.num_experts} experts, top-{meta.top_k}, "
             f"{meta.num_ranks} ranks; dim {meta.dim or 'unknown'}, ffn_dim {meta.ffn_dim or 'unknown'}; "
@@ -113,7 +113,7 @@ def info_command(path: str, ranks: int | None, json_path: str | None, **options:
             + (f"; dropped assignments: {dropped:,}" if dropped else "")
         )
     about = {"trace": path, "steps": source.num_steps, "ranks": meta.num_ranks, "experts": meta.num_experts, "digest": digest}
-    publish("trace.info", [{**about, **row} for row in rows], INFO_COLUMNS, json_path)
+    publish("trace.info", [{**about, **record} for record in records], INFO_COLUMNS, json_path)
 
 
 @command.command("convert")
@@ -204,4 +204,4 @@ def backtest_command(path: str, ranks: int | None, json_path: str | None, **opti
         found = backtest(source, on_step=advance)
     if not found:
         raise ValueError(f"{path} has one step; a back-test needs at least two")
-    publish("trace.backtest", [{"trace": path, **asdict(row)} for row in found], BACKTEST_COLUMNS, json_path)
+    publish("trace.backtest", [{"trace": path, **asdict(record)} for record in found], BACKTEST_COLUMNS, json_path)

@@ -54,7 +54,7 @@ class TraceOptions:
     def open(self, path: str, num_ranks: int | None, json_path: str | None = None) -> LoadSource:
         """Open a trace or a foreign recording at this many ranks, and print a line for what was not plain about it.
 
-        json_path: of a command that writes rows; where they take standard output, the lines go to standard error.
+        json_path: where the command writes its records; if that is standard output, the lines go to standard error.
         """
         source = open_source(
             path,

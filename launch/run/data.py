@@ -201,9 +201,9 @@ class Windows:
     def read(self, window_ids_B: np.ndarray) -> Batch:
         """The batch of these windows."""
         L = self.seq_len
-        rows = np.stack([self.text_bytes[i * L : i * L + L + 1] for i in window_ids_B.tolist()])
-        bytes_BL = torch.from_numpy(rows.astype(np.int64))
-        return Batch(bytes_BL[:, :-1], bytes_BL[:, 1:])
+        bytes_BL = np.stack([self.text_bytes[i * L : i * L + L + 1] for i in window_ids_B.tolist()])
+        ids_BL = torch.from_numpy(bytes_BL.astype(np.int64))
+        return Batch(ids_BL[:, :-1], ids_BL[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -216,14 +216,14 @@ class BatchShape:
     world_size: int
 
     @property
-    def rows_per_rank(self) -> int:
+    def windows_per_rank(self) -> int:
         """Windows of one micro-batch on one rank."""
         return self.batch_size // (self.micro_batches * self.world_size)
 
-    def rows(self, micro_batch: int) -> range:
-        """This rank's rows of the global batch in one micro-batch."""
-        first = (micro_batch * self.world_size + self.rank) * self.rows_per_rank
-        return range(first, first + self.rows_per_rank)
+    def indices(self, micro_batch: int) -> range:
+        """This rank's window indices in the global batch, for one micro-batch."""
+        first = (micro_batch * self.world_size + self.rank) * self.windows_per_rank
+        return range(first, first + self.windows_per_rank)
 
 
 class TrainingData:
@@ -243,13 +243,13 @@ class TrainingData:
     def next_step(self) -> Iterator[Batch]:
         """This rank's micro-batches of the next global batch; the position moves on when the last one is taken."""
         for micro_batch in range(self.shape.micro_batches):
-            yield self.windows.read(self.window_ids(self.shape.rows(micro_batch)))
+            yield self.windows.read(self.window_ids(self.shape.indices(micro_batch)))
         self.position += self.shape.batch_size
 
-    def window_ids(self, rows: range) -> np.ndarray:
-        """Windows at these rows of the global batch that starts at the current position."""
+    def window_ids(self, indices: range) -> np.ndarray:
+        """Numbers of the windows at these indices of the global batch that starts at the current position."""
         size = self.windows.num_windows
-        return np.array([self._order_of((self.position + row) // size)[(self.position + row) % size] for row in rows])
+        return np.array([self._order_of(at // size)[at % size] for at in (self.position + index for index in indices)])
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -262,7 +262,7 @@ def validation_batches(windows: Windows, shape: BatchShape, num_batches: int) ->
 
     A short validation text repeats windows rather than giving ranks unequal work.
     """
-    global_rows = shape.rows_per_rank * shape.world_size
-    spread = np.linspace(0, windows.num_windows, num_batches * global_rows, endpoint=False).astype(np.int64)
-    per_rank = spread.reshape(num_batches, shape.world_size, shape.rows_per_rank)
+    num_windows = shape.windows_per_rank * shape.world_size
+    spread = np.linspace(0, windows.num_windows, num_batches * num_windows, endpoint=False).astype(np.int64)
+    per_rank = spread.reshape(num_batches, shape.world_size, shape.windows_per_rank)
     return [windows.read(per_rank[batch, shape.rank]) for batch in range(num_batches)]

@@ -164,12 +164,12 @@ class _Totals:
         """Steps taken in."""
         return len(self._tokens_per_s)
 
-    def add(self, row: Mapping[str, float]) -> None:
+    def add(self, values: Mapping[str, float]) -> None:
         """Take in one step."""
         for key in self._sums:
-            self._sums[key] += row[key]
-        self._tokens_per_s.append(row["tokens_per_s"])
-        self._last = row
+            self._sums[key] += values[key]
+        self._tokens_per_s.append(values["tokens_per_s"])
+        self._last = values
 
     def add_validation(self, val_loss: float) -> None:
         """Take in an evaluation."""
@@ -254,11 +254,11 @@ class Records:
         """Take in one step: a metrics line, a trace entry, the bar; decisions about owners are said besides."""
         if self._metrics is None or self._trace is None or self._bar is None:
             return
-        row = asdict(record) | dict(metrics)
+        values = asdict(record) | dict(metrics)
         if val_loss is not None:
-            row["val_loss"] = val_loss
+            values["val_loss"] = val_loss
             self._totals.add_validation(val_loss)
-        line: dict[str, Any] = row | ({"rehomings": [asdict(decision) for decision in decisions]} if decisions else {})
+        line: dict[str, Any] = values | ({"rehomings": [asdict(decision) for decision in decisions]} if decisions else {})
         if self._is_detailed:
             line["layers"] = [{"layer": name, **summary} for name, summary in layers.items()]
         print(json.dumps(line), file=self._metrics)
@@ -266,10 +266,10 @@ class Records:
             self._tensorboard.add(record.step, line)
         for decision in decisions:
             self.say(f"step {record.step}: {decision.reason}")
-        self._totals.add(row)
+        self._totals.add(values)
         if self._trace_every and record.step % self._trace_every == 0:
             self._trace.append(loads_LRE)
-        self._bar.set_postfix(self._postfix(row), refresh=False)
+        self._bar.set_postfix(self._postfix(values), refresh=False)
         with _to_readers():
             self._bar.update()
 
@@ -286,13 +286,13 @@ class Records:
                 self._bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def _postfix(self, row: Mapping[str, float]) -> dict[str, str]:
+    def _postfix(self, values: Mapping[str, float]) -> dict[str, str]:
         return {
-            "loss": f"{row['loss']:.3f}",
+            "loss": f"{values['loss']:.3f}",
             "val": f"{self._totals.last_val_loss:.3f}",
-            "tok/s": f"{row['tokens_per_s']:,.0f}",
-            "load": f"{row['max_over_mean']:.2f} (static {row['max_over_mean_static']:.2f})",
-            "copies": f"{row['copies_per_layer']:.1f}",
+            "tok/s": f"{values['tokens_per_s']:,.0f}",
+            "load": f"{values['max_over_mean']:.2f} (static {values['max_over_mean_static']:.2f})",
+            "copies": f"{values['copies_per_layer']:.1f}",
         }
 
     def summary(self) -> Summary | None:

@@ -55,8 +55,8 @@ def test_the_verdict_names_what_misses_its_target() -> None:
         )
     ]
     targets, beside = verdict(rows).split("\n")
-    assert targets == "1 of 2 rows with a target reach it; a at demo 0.900 < 0.92"
-    assert beside == "1 of 2 rows with torch's grouped_mm beside them are not slower; b at demo 0.980 to 0.990"
+    assert targets == "1 of 2 records with a target reach it; a at demo 0.900 < 0.92"
+    assert beside == "1 of 2 records with a ratio to torch's grouped_mm are not slower; b at demo 0.980 to 0.990"
 
 
 def test_operands_are_taken_in_turn() -> None:

@@ -1,4 +1,4 @@
-"""What every benchmark prints: rows of flat objects, as a table or as JSON, with the machine and the commit."""
+"""What every benchmark prints: records of flat objects, as a table or as JSON, with the machine and the commit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JSON_OPTION = click.option(
     "--json",
     "json_path",
     metavar="FILE",
-    help="Write the rows as JSON; - for standard output.",
+    help="Write the records as JSON; - for standard output.",
     callback=lambda context, option, path: writable(path),
 )
 
@@ -58,10 +58,10 @@ def commit_of_source() -> str:
     return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
+def publish(name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
     """See `placement.offline.records.publish`; with the machine and the commit."""
     schema = f"moesaic.bench.{name}/1"
-    printed.publish(schema, rows, columns, json_path, machine=describe_machine(), commit=commit_of_source())
+    printed.publish(schema, records, columns, json_path, machine=describe_machine(), commit=commit_of_source())
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
