@@ -69,7 +69,7 @@ class Recording:
         return Recording(self.ids_TLK[is_chosen_T], self.task_T[is_chosen_T], self.num_experts)
 
     def load(self, layer: int, num_ranks: int) -> ExpertLoad:
-        """Count a layer's assignments, tokens dealt to ranks in consecutive blocks."""
+        """Count a layer's assignments, with the tokens distributed over the ranks in consecutive blocks."""
         blocks = np.array_split(self.ids_TLK[:, layer], num_ranks)
         return ExpertLoad(np.stack([np.bincount(block.ravel(), minlength=self.num_experts) for block in blocks]))
 

@@ -119,14 +119,14 @@ def info_command(path: str, ranks: int | None, json_path: str | None, **options:
 @command.command("convert")
 @click.argument("path", metavar="IN")
 @click.argument("out", metavar="OUT")
-@click.option("--ranks", type=Count, metavar="R", help="Deal the tokens to R ranks; by default those of the trace.")
+@click.option("--ranks", type=Count, metavar="R", help="Distribute the tokens over R ranks; by default those of the trace.")
 @trace_options
 def convert_command(path: str, out: str, ranks: int | None, **options: Any) -> None:
     """Turn a recording into a trace over any number of ranks.
 
     IN is a trace, or a recording of another system, .npz, .npy or .pt: the experts of single tokens (topk_ids, routed_experts,
-    routing_map), counts (logical_count, counts, weight) or shares. Counts are kept exactly. Tokens are dealt to ranks in
-    consecutive blocks of a step; what they reveal of layer-to-layer routing is kept as pair_counts.
+    routing_map), counts (logical_count, counts, weight) or shares. Counts are kept exactly. Tokens are distributed
+    over the ranks in consecutive blocks of a step; their layer-to-layer routing is kept as pair_counts.
     """
     source = TraceOptions.take(options).open(path, ranks)
     _write(out, source.meta, source.steps(), source.num_steps, pair_counts_of(source), source.tokens_SR)

@@ -1,6 +1,6 @@
 """The parts of a training run: its processes, data and model, and what it writes.
 
-data.py            Byte-level text: documents joined into one memory-mapped file, cut into windows, dealt to ranks.
+data.py            Byte-level text: documents joined into one memory-mapped file, cut into windows, distributed over the ranks.
 replay.py          A recorded routing trace forced through the routers of a model: their loads in training are the trace's, step
                    by step.
 tensorboard.py     Metrics for TensorBoard, where its package is installed.

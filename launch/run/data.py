@@ -1,4 +1,4 @@
-"""Byte-level text: documents joined into one memory-mapped file, cut into windows, dealt to ranks.
+"""Byte-level text: documents joined into one memory-mapped file, cut into windows, distributed over the ranks.
 
 ```
 documents -> joined text -> train | validation -> windows of seq_len + 1 bytes -> permutation -> global batch -> rank's rows
