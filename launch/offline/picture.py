@@ -39,7 +39,7 @@ def _svg(width: float, height: float, parts: Sequence[str]) -> str:
 
 
 def _bars(outcomes: Sequence[Outcome]) -> str:
-    """One bar a lane: the mean over cells, a thin line to the 95th percentile, a tick at the bound."""
+    """One bar per outcome: the mean over cells, a thin line to the 95th percentile, a tick at the bound."""
     longest = max(max(outcome.max_over_mean_p95, outcome.bound) for outcome in outcomes)
     unit = _BAR_WIDTH / max(longest, 1.0)
     parts = []
@@ -60,7 +60,7 @@ def _bars(outcomes: Sequence[Outcome]) -> str:
 
 
 def _heat_map(outcomes: Sequence[Outcome]) -> str:
-    """Lanes by layers: white is balance, dark red the worst cell of the panel."""
+    """Outcomes by layers: white is perfect balance, dark red the worst cell of the panel."""
     worst = max(max(outcome.max_over_mean_of_layer) for outcome in outcomes)
     num_layers = len(outcomes[0].max_over_mean_of_layer)
     parts = [_text(_LABEL_WIDTH, 12, f"by layer, 0 to {num_layers - 1}: white 1.000, dark {worst:.3f}")]

@@ -30,7 +30,7 @@ COLUMNS = (
 )
 PLAN_COLUMNS = ("layer", "copies", "copied_experts", "most_copies", "owned_min", "owned_max")
 
-_LAB_OPTIONS = (
+_SIMULATOR_OPTIONS = (
     click.option("--preset", default="h100", show_default=True, help="Rates of the machine: cpu, a100, h100, b200."),
     click.option("--overlap-s", type=float, help="Seconds that hide a gather; by default the projections of attention."),
     click.option("--gathers", type=click.Choice(["1", "2"]), default="1", help="2: copies are gathered again in backward."),
@@ -46,9 +46,9 @@ _LAB_OPTIONS = (
 )
 
 
-def lab_options(command: Any) -> Any:
-    """Give a command the options that `_setting` takes."""
-    for option in reversed(_LAB_OPTIONS):
+def simulator_options(command: Any) -> Any:
+    """Add the options that `_setting` reads to a command."""
+    for option in reversed(_SIMULATOR_OPTIONS):
         command = option(command)
     return trace_options(command)
 
@@ -120,7 +120,7 @@ def command() -> None:
 @click.option("--predictor", type=click.Choice(sorted(PREDICTORS)), default="best", show_default=True)
 @click.option("--steps", type=Count, metavar="N", help="Play the first N steps only.")
 @click.option("--picture", "picture_path", metavar="FILE.html", help="Draw bars and a heat map by layer, as one HTML file.")
-@lab_options
+@simulator_options
 @JSON_OPTION
 def compare_command(
     paths: tuple[str, ...],
@@ -173,7 +173,7 @@ def compare_command(
     "--current", "current_path", metavar="PLAN", help="Start from the owners of this plan; by default contiguous blocks."
 )
 @click.option("-o", "--out", required=True, metavar="FILE", help="Where the plan goes.")
-@lab_options
+@simulator_options
 def solve_command(path: str, text: str | None, slots: int, solver: str, current_path: str | None, out: str, **given: Any) -> None:
     """Solve one placement for a whole trace, and save it as a plan that `moesaic train --set placement.file=` plays."""
     options = TraceOptions.take(given)
@@ -200,7 +200,7 @@ def solve_command(path: str, text: str | None, slots: int, solver: str, current_
 @command.command("replay")
 @click.argument("path", metavar="TRACE")
 @click.option("--plan", "plan_path", required=True, metavar="PLAN", help="A plan that `place solve` wrote.")
-@lab_options
+@simulator_options
 @JSON_OPTION
 def replay_command(path: str, plan_path: str, json_path: str | None, **given: Any) -> None:
     """Play a saved plan over a trace, on the plan's machine; `knows` is future where it was solved on this very trace."""
