@@ -1,4 +1,4 @@
-"""What the offline commands print: records of flat objects, as a table or as JSON with where they come from."""
+"""Output of commands: flat records as a table or as JSON, and a progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JSON_OPTION = click.option(
 
 
 def publish(name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
-    """See `placement.offline.records.publish`; with the system and the version."""
+    """Print and write records by `placement.offline.records.publish`, with the system and the version."""
     machine = {"system": platform.platform(), "python": platform.python_version()}
     commit = f"moesaic {version('moesaic')}"
     printed.publish(f"moesaic.{name}/1", records, columns, json_path, machine=machine, commit=commit)
@@ -32,7 +32,7 @@ def publish(name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 @contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal's standard error; yields what to call after each of `total` units."""
+    """A progress bar on standard error, if that is a terminal; yields the function to call after each of `total` units."""
     with tqdm(total=total, unit=unit, disable=None, leave=False, dynamic_ncols=True) as bar:
 
         def advance() -> None:

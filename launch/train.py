@@ -1,6 +1,6 @@
-"""Train the demo language model: `python -m moesaic.launch.train`, `torchrun ... -m moesaic.launch.train`, `moesaic train`.
+"""Train the demo language model: the program of `moesaic train` and of `python -m moesaic.launch.train`.
 
-`train(config)` reads from top to bottom: who am I, the text, the run folder, the model, then the loop.
+`train(config)` reads from top to bottom: process, inputs, model, run folder, then the loop.
 """
 
 import math
@@ -47,9 +47,9 @@ from .run.warm import warm_run
 
 
 def train(config: Config) -> int:
-    """Run the configuration on this rank, with all others; return the exit status (0, or 128 + the signal that stopped it).
+    """Train on this rank, together with all others; return the exit status: 0, or 128 + the signal that stopped the run.
 
-    Raises `ValueError`, the same on every rank, for what the user can put right.
+    Raises `ValueError`, the same on every rank, for errors that the user can correct.
     """
     process = find_process(config.launch, os.environ)
     stop_with_launcher(process, os.environ)
@@ -92,7 +92,7 @@ class DivergenceError(ValueError):
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all ranks agree on at the end of a step."""
+    """Means and sums over all ranks at the end of a step."""
 
     loss: float
     aux_loss: float
@@ -120,8 +120,8 @@ class Trainer:
         self.step = inputs.progress.step if inputs.progress else 0
         layers = list(moe_layers(self.model).values())
         self._replay = Replay(inputs.trace, layers, self.handle.group.rank, first_step=self.step) if inputs.trace else None
-        self._num_decisions = 0  # about owners, that are recorded
-        self._compile_s = 0.0  # that is recorded
+        self._num_decisions = 0  # of migration, recorded so far
+        self._compile_s = 0.0  # recorded so far
         position = inputs.progress.position if inputs.progress else 0
         train, validation = (Windows(part, config.data.seq_len) for part in (self.text.train(), self.text.validation()))
         self.data = TrainingData(train, shape, seed=config.run.seed, position=position)
@@ -136,7 +136,7 @@ class Trainer:
                 records.add_validation(self.step, self.evaluate())
             while self.step < config.train.steps:
                 if self.step == profile_from:
-                    records.folder.mkdir(parents=True, exist_ok=True)  # on machines that rank 0 is not on
+                    records.folder.mkdir(parents=True, exist_ok=True)  # also on machines without rank 0
                     profile.enter_context(self.handle.profile(records.folder / f"profile-rank-{self.process.rank}.json"))
                 with self._reported():
                     signum = self._train_step(records, stop)
@@ -157,7 +157,7 @@ class Trainer:
             raise RuntimeError(failure_report(error, *where, self.peers)) from error
 
     def _train_step(self, records: Records, stop: StopSignal) -> int:
-        """One optimizer step with all that is due after it; returns the signal all ranks agreed to stop for, or 0."""
+        """One optimizer step, and the records, evaluation and checkpoint due after it; return the signal to stop for, or 0."""
         config = self.config
         start_s = run_seconds()
 
@@ -175,7 +175,7 @@ class Trainer:
         self.handle.step(self.optimizer)
         self.step += 1
 
-        # Phase 3: agree on what happened, and whether to stop
+        # Phase 3: totals over all ranks, and whether to stop
         metrics = self.handle.metrics()
         totals = self._agree(losses, metrics, stop.signum)
         seconds = run_seconds() - start_s
@@ -205,7 +205,7 @@ class Trainer:
         return totals.signum
 
     def _forward_backward(self) -> Tensor:
-        """Gradients of one global batch; returns this rank's mean cross-entropy and router loss, fp32 [2]."""
+        """Gradients of one global batch; return this rank's mean cross-entropy and router loss, fp32 [2]."""
         num_micro_batches = self.config.train.micro_batches
         losses = torch.zeros(2, device=self.process.device)
         for index, batch in enumerate(self.data.next_step()):
@@ -229,7 +229,7 @@ class Trainer:
         return lr
 
     def _agree(self, losses: Tensor, metrics: Mapping[str, float], signum: int) -> StepTotals:
-        """The step's one extra collective: mean losses, total bytes, and whether any rank was told to stop."""
+        """The step's one extra collective: mean losses, total bytes, and whether any rank received a stop signal."""
         bytes_sent = sum(value for key, value in metrics.items() if key.startswith("bytes_"))
         stops = [float(signum == number) for number in StopSignal.signals]
         local = torch.tensor([*losses.tolist(), bytes_sent, *stops], dtype=torch.float64, device=self.process.device)
@@ -251,7 +251,7 @@ class Trainer:
         return val_loss
 
     def _check_finite(self, what: str, value: float, step_was: str) -> None:
-        """Raise `DivergenceError` unless a value that is the same on all ranks is finite: no step makes it so again."""
+        """Raise `DivergenceError` unless a value, the same on all ranks, is finite: no later step would make it finite."""
         if not math.isfinite(value):
             raise DivergenceError(
                 f"{what} is {value} after {self.step} steps: the run diverged, and this state is {step_was}; "
@@ -262,16 +262,16 @@ class Trainer:
         """Write a checkpoint into the run folder. Collective."""
         progress = progress_of(self.config, self.text, step=self.step, position=self.data.position)
         folder = save_checkpoint(self.process, records.folder / "checkpoints", self.handle, self.optimizer, progress)
-        records.say(f"checkpoint {folder}")
+        records.print_line(f"checkpoint {folder}")
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something that happens after each `every` steps (0: never) happens after `step`."""
+    """Whether `step` is a multiple of `every`; 0 means never."""
     return every > 0 and step % every == 0
 
 
 def build_optimizer(parameter_groups: Iterable[Mapping[str, Sequence[nn.Parameter]]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `Handle.parameter_groups`, each cut in two: matrices decay, vectors do not."""
+    """AdamW over the groups of `Handle.parameter_groups`, each split in two: matrices decay, vectors do not."""
     groups = []
     for group in parameter_groups:
         for weight_decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
@@ -282,7 +282,7 @@ def build_optimizer(parameter_groups: Iterable[Mapping[str, Sequence[nn.Paramete
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Rate of the step after `step` steps: linear warm-up to `lr`, then a half cosine to `min_lr_share` of it at the last."""
+    """Learning rate after `step` steps: linear warm-up to `lr`, then a half cosine down to `min_lr_share` of it."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
@@ -294,7 +294,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 @click.option("--config", "path", type=click.Path(dir_okay=False), help="Configuration file (TOML).")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one value, as in --set train.steps=50.")
 def command(path: str | None, assignments: tuple[str, ...]) -> int:
-    """Train the demo language model, alone or under torchrun; the defaults are the demo."""
+    """Train the demo language model, in one process or under torchrun; the defaults are the demo."""
     try:
         with warnings_as_lines(MovedOptionWarning):
             config = load_config(path, assignments)

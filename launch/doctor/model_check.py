@@ -1,7 +1,7 @@
-"""A user's model on several ranks against the same model on one, for `moesaic doctor --model`. Also the program of one rank.
+"""Check of a user's model on several ranks against one rank, for `moesaic doctor --model`. Also the program of each rank.
 
-One process, that of the command, runs the model as it was built and then sharded over one rank: the reference. Then as many
-processes as there are ranks run it without copies, with copies, and with experts that have moved to other owners besides.
+The command's own process runs the model as built, then sharded over one rank: the reference. Then one process per rank runs it
+without copies, with copies, and with copies after a migration of experts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -26,30 +24,31 @@ from ...placement import OwnerMap, Placement
 from ...runtime import Handle, RuntimeConfig, shard_experts
 from ..config import LaunchConfig
 from ..entry import USAGE_STATUS
-from ..run.process import Process, find_process, process_group
+from ..run.process import Process, find_process, gather, process_group
 from .children import problem_of, run_children
 from .observe import (
     Reference,
+    disable_dropout,
     followed_choices,
     gradients_of,
     observe_on_one,
     observe_unwrapped,
     outputs_of,
     projection,
-    watch_only,
 )
 from .target import Inputs, find_target, make_inputs, read_inputs
 
 COLUMNS = ("plan", "check", "compared", "worst", "difference", "tolerance", "result")
 _WITHOUT_COPIES, _WITH_COPIES, _MOVED = "owners alone", "with copies", "moved, with copies"
-# A tensor whose largest value is below this share of the largest of all is compared with that share: it may be rounding alone.
+# A gradient's difference is relative to its largest value, but at least to this share of the largest gradient: smaller values may
+# be rounding alone.
 _FLOOR = 1e-3
 _SLOTS = 2
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for."""
+    """The options of a check."""
 
     target: str
     ranks: int = 2
@@ -73,11 +72,11 @@ class Comparison:
     plan: str
     check: str
     compared: int
-    """Tensors, counts or choices."""
+    """The number of tensors, counts or choices compared."""
     worst: str
-    """Where the difference is largest."""
+    """The tensor or layer with the largest difference."""
     difference: float | None
-    """Of values: the largest, as a share of the largest value of the same tensor. Of counts: the largest. None: infinite."""
+    """The largest difference; of values, relative to the largest value of the same tensor. None: infinite."""
     tolerance: float
     result: str
     """pass or fail."""
@@ -85,14 +84,14 @@ class Comparison:
 
 @dataclass
 class Difference:
-    """The worst over tensors."""
+    """The largest difference over several tensors."""
 
     compared: int = 0
     worst: str = ""
     value: float = 0.0
 
     def add(self, name: str, actual: Tensor | None, expected: Tensor | None, *, floor: float = 0.0) -> None:
-        """Take in one tensor; one that is missing counts as zeros."""
+        """Compare one more tensor; a missing one counts as zeros."""
         self.compared += 1
         present = expected if actual is None else actual
         if present is None:
@@ -107,14 +106,14 @@ class Difference:
             self.note(name, error / scale if scale else error)
 
     def note(self, name: str, value: float) -> None:
-        """Take in a difference. One that is no number is the worst of all."""
+        """Record a difference; NaN counts as infinite."""
         value = math.inf if math.isnan(value) else value
         if not self.worst or value > self.value:
             self.worst, self.value = name, value
 
 
 def check_model(request: Request) -> list[Comparison]:
-    """Run the whole check. Raises ValueError for a target, inputs or a size that cannot be checked."""
+    """Run the whole check. Raises ValueError if target, inputs or size cannot be checked."""
     device = LaunchConfig(device=_device(request))  # type: ignore[arg-type]
     process = find_process(device, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -125,14 +124,14 @@ def check_model(request: Request) -> list[Comparison]:
 
 
 def _device(request: Request) -> str:
-    """cuda where every rank can have a device of its own."""
+    """cuda if there is a device for every rank."""
     if request.device != "auto":
         return request.device
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= request.ranks else "cpu"
 
 
 def _make_reference(request: Request, process: Process, launch: LaunchConfig, folder: Path) -> list[Comparison]:
-    """Observe the model on one rank and leave it, with its weights and inputs, in `folder`; compare it with itself unwrapped."""
+    """Observe the sharded model on one rank and compare it with the model as built; write the reference into `folder`."""
     target = find_target(request.target)
     _check_memory(request, target.count_parameters())
     model, inputs = target.build()
@@ -155,7 +154,7 @@ def _make_reference(request: Request, process: Process, launch: LaunchConfig, fo
                 f"{type(error).__name__}: {what}; return (model, inputs) from the callable, or give --input FILE"
             ) from error
         handle = shard_experts(model, mesh=mesh, config=config)
-        watch_only(model, handle.layers)
+        disable_dropout(model, handle.layers)
         wrapped = observe_on_one(handle, inputs, request.ranks, with_aux_loss=False)
         reference = observe_on_one(handle, inputs, request.ranks, with_aux_loss=True)
     torch.save(asdict(reference), folder / "reference.pt")
@@ -168,7 +167,7 @@ def _make_reference(request: Request, process: Process, launch: LaunchConfig, fo
 
 
 def _check_memory(request: Request, num_parameters: int | None) -> None:
-    """Refuse a model that cannot be whole in every rank's memory, as it is while it is built, beside the reference's."""
+    """Raise ValueError unless the reference and, on every rank, the whole model that is built first fit into memory."""
     if num_parameters is None:
         return
     needed, available = 4 * (request.ranks + 3) * num_parameters, _available_bytes()
@@ -180,7 +179,7 @@ def _check_memory(request: Request, num_parameters: int | None) -> None:
 
 
 def _available_bytes() -> int:
-    """Memory that new processes can have: Linux counts what it would drop from its caches."""
+    """Memory available to new processes; on Linux including what its caches would release."""
     path = Path("/proc/meminfo")
     if path.exists():
         for line in path.read_text(encoding="ascii").splitlines():
@@ -190,7 +189,7 @@ def _available_bytes() -> int:
 
 
 def _run_ranks(request: Request, folder: Path) -> list[Comparison]:
-    """Start the ranks, wait, and read what rank 0 reports."""
+    """Start the ranks, wait for them, and read the report of rank 0."""
     environments = [
         os.environ
         | {
@@ -214,30 +213,30 @@ def _run_ranks(request: Request, folder: Path) -> list[Comparison]:
 
 
 def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Path) -> list[Comparison]:
-    """What one rank finds, merged with what all others found. Collective."""
+    """The comparisons of all ranks, merged. Collective."""
     target = find_target(request.target)
     model, _ = target.build()
     model.load_state_dict(torch.load(folder / "weights.pt", mmap=True))
     model = model.to(process.device)
     inputs = Inputs(**torch.load(folder / "inputs.pt")).part(process.rank, process.world_size).to(process.device)
     reference = Reference(**torch.load(folder / "reference.pt", mmap=True))
-    # Nothing is trained; a model's buffers may follow each rank's own tokens.
+    # The ranks are not compared for drift: a model's buffers may depend on each rank's own tokens.
     config = RuntimeConfig(policy="static", slots=_SLOTS, check_replicas_every=0, timeout_s=request.timeout_s)
     handle = shard_experts(model, mesh=mesh, config=config)
-    watch_only(model, handle.layers)
+    disable_dropout(model, handle.layers)
     comparisons: list[Comparison] = []
     for plan in (_WITHOUT_COPIES, _WITH_COPIES, _MOVED):
         if plan == _MOVED:
             handle.rehome([moved(owners) for owners in handle.placement])
         if plan != _WITHOUT_COPIES:
             hold_copies(handle, reference.loads)
-        found = _compare_step(handle, inputs, reference)
-        comparisons += [_comparison(request, plan, request.ranks, name, each) for name, each in _merged(found).items()]
+        found = _compare_step(process, handle, inputs, reference)
+        comparisons += [_comparison(request, plan, request.ranks, name, each) for name, each in _merged(process, found).items()]
     return comparisons
 
 
 def moved(owners: OwnerMap) -> OwnerMap:
-    """Every expert at the owner of its neighbour: most move, and every rank keeps its number of them."""
+    """Every expert at its neighbour's owner: most experts move, and every rank owns as many as before."""
     owners_LE = owners.expert_to_owner_LE
     return OwnerMap(
         np.roll(owners_LE.ravel(), owners.num_experts // owners.num_ranks or 1).reshape(owners_LE.shape), owners.num_ranks
@@ -245,7 +244,7 @@ def moved(owners: OwnerMap) -> OwnerMap:
 
 
 def hold_copies(handle: Handle, loads: Mapping[str, Tensor]) -> None:
-    """From now on every layer has copies of its busiest experts, on every rank others, as many as there are slots."""
+    """Give every layer copies of its busiest experts from now on, different ones on each rank, one per slot."""
     for name, layer in handle.layers.items():
         runtime = layer.runtime
         owner_E = runtime.bank.owners.expert_to_owner_LE[runtime.layer]
@@ -258,10 +257,9 @@ def hold_copies(handle: Handle, loads: Mapping[str, Tensor]) -> None:
         runtime.planner.hold(Placement(owner_E, replicas_RE))
 
 
-def _compare_step(handle: Handle, inputs: Inputs, reference: Reference) -> dict[str, Difference]:
+def _compare_step(process: Process, handle: Handle, inputs: Inputs, reference: Reference) -> dict[str, Difference]:
     """One forward and backward on this rank, compared with its part of the reference."""
-    rank, world_size = handle.group.rank, handle.group.world_size
-    names = ("outputs", "gradients", "global norm", "aux loss", "counts", "choices")
+    rank, names = process.rank, ("outputs", "gradients", "global norm", "aux loss", "counts", "choices")
     found = {name: Difference() for name in names}
     with followed_choices(handle, {name: parts[rank] for name, parts in reference.choices.items()}) as choices:
         outputs = outputs_of(handle.model, inputs)
@@ -271,12 +269,12 @@ def _compare_step(handle: Handle, inputs: Inputs, reference: Reference) -> dict[
     floor = _FLOOR * max((float(grad.abs().max()) for grad in reference.gradients.values() if grad.numel()), default=0.0)
     for name, grad in gradients_of(handle):
         found["gradients"].add(name, grad, reference.gradients.get(name), floor=floor)
-    found["gradients"].compared = len(reference.gradients)  # a rank sees the experts that it owns, all ranks together see all
+    # Each rank compares the gradients of the experts that it owns; together the ranks compare all.
+    found["gradients"].compared = len(reference.gradients)
     norm = handle.clip_grad_norm_(math.inf)
     found["global norm"].add("global norm", norm, torch.tensor(reference.norm))
-    everybody: list[Any] = [None] * world_size
-    dist.all_gather_object(everybody, float(aux_loss.detach()))
-    found["aux loss"].add("aux loss", torch.tensor(sum(everybody) / world_size), torch.tensor(reference.aux_loss))
+    mean_aux_loss = sum(gather(process, float(aux_loss.detach()))) / process.world_size
+    found["aux loss"].add("aux loss", torch.tensor(mean_aux_loss), torch.tensor(reference.aux_loss))
     for name, layer in handle.layers.items():
         load_RE = layer.runtime.counters.load_RE
         expected_RE = reference.loads.get(name)
@@ -295,13 +293,11 @@ def _compare_outputs(found: Difference, actual: Mapping[str, Tensor], expected: 
         found.add(name + where, actual.get(name), expected.get(name))
 
 
-def _merged(found: Mapping[str, Difference]) -> dict[str, Difference]:
-    """The worst over ranks. Collective."""
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, dict(found))
-    merged = {}
+def _merged(process: Process, found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """The largest differences over all ranks. Collective."""
+    per_rank, merged = gather(process, found), {}
     for name in found:
-        parts = [each[name] for each in everybody]
+        parts = [each[name] for each in per_rank]
         worst = max(parts, key=lambda part: part.value)
         total = sum(part.compared for part in parts) if name in ("outputs", "choices") else max(p.compared for p in parts)
         merged[name] = Difference(total, worst.worst, worst.value)
@@ -316,7 +312,7 @@ def _comparison(request: Request, plan: str, ranks: int, check: str, found: Diff
 
 
 def main(folder: Path) -> None:
-    """One rank; rank 0 writes the report."""
+    """Check as one rank; rank 0 writes the report."""
     request = Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
     launch = LaunchConfig(
         device=(folder / "device").read_text(encoding="utf-8"),  # type: ignore[arg-type]

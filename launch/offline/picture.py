@@ -17,7 +17,7 @@ _STYLE = (
 
 
 def write_picture(path: str | os.PathLike[str], panels: Mapping[str, Sequence[Outcome]]) -> None:
-    """Write the page, atomically; `panels` are the outcomes of each trace and machine by title."""
+    """Write the page atomically; `panels` maps a title, of one trace and machine, to its outcomes."""
     body = "".join(f"<h2>{html.escape(title)}</h2>{_bars(outcomes)}{_heat_map(outcomes)}" for title, outcomes in panels.items())
     replace_text(
         path,

@@ -22,7 +22,7 @@ from ..output import JSON_OPTION, progress, publish
 from .picture import write_picture
 from .trace_options import Count, TraceOptions, trace_options
 
-# Those that answer at once; the exact ones take seconds a layer and play where they are named.
+# The fast solvers; the exact ones take seconds per layer and run only if named.
 COMPARED = ("static", "lpt", "smartmoe", "eplb", "flexmoe", "laer", "hecate", "quota", "balance")
 COLUMNS = (
     *("solver", "ranks", "nodes", "slots", "knows", "split", "max_over_mean", "max_over_mean_p95", "max_over_mean_max"),
@@ -32,16 +32,20 @@ PLAN_COLUMNS = ("layer", "copies", "copied_experts", "most_copies", "owned_min",
 
 _SIMULATOR_OPTIONS = (
     click.option("--preset", default="h100", show_default=True, help="Rates of the machine: cpu, a100, h100, b200."),
-    click.option("--overlap-s", type=float, help="Seconds that hide a gather; by default the projections of attention."),
+    click.option("--overlap-s", type=float, help="Seconds that hide a gather; by default those of attention's projections."),
     click.option("--gathers", type=click.Choice(["1", "2"]), default="1", help="2: copies are gathered again in backward."),
     click.option("--recompute", is_flag=True, help="Expert forward is recomputed in backward."),
     click.option(
-        "--scale", type=click.IntRange(1, 1 << 20), default=1, show_default=True, help="Tokens that each one stands for."
+        "--scale",
+        type=click.IntRange(1, 1 << 20),
+        default=1,
+        show_default=True,
+        help="Tokens per recorded token.",
     ),
     click.option(
-        "--bytes", "element_bytes", type=click.IntRange(1, 8), default=2, show_default=True, help="Of a travelling weight."
+        "--bytes", "element_bytes", type=click.IntRange(1, 8), default=2, show_default=True, help="Bytes per weight in transit."
     ),
-    click.option("--time-limit", "time_limit_s", type=float, help="Seconds of a milp or moetuner, per layer; by default 10."),
+    click.option("--time-limit", "time_limit_s", type=float, help="Seconds per layer for milp and moetuner; by default 10."),
     click.option("--rehome-every", type=Count, default=1, show_default=True, help="Steps between changes of owners."),
 )
 
@@ -61,7 +65,7 @@ def _topology(text: str | None, preset: str, recorded_ranks: int | None = None) 
 
 
 def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], predictor: str = "best") -> simulate.SimulatorSetting:
-    """What the options and the trace say together."""
+    """The simulator's setting, from the options and the trace."""
     meta = source.meta
     if not meta.dim or not meta.ffn_dim:
         raise ValueError("the trace does not say the sizes of an expert, which price a placement; give --dim and --ffn-dim")
@@ -76,7 +80,7 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
     setting = simulate.SimulatorSetting(
         topology=topology,
         shape=shape,
-        predictor=predictor,  # type: ignore[arg-type]  # checked by click, and again there
+        predictor=predictor,  # type: ignore[arg-type]  # checked by click and by the setting
         gathers=int(given["gathers"]),
         backward_multiplier=4 if given["recompute"] else 3,
         rehome_every=given["rehome_every"],
@@ -90,7 +94,7 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
 def _records(
     path: str, source: LoadSource, setting: simulate.SimulatorSetting, outcomes: Sequence[simulate.Outcome]
 ) -> list[dict[str, Any]]:
-    """Flat records of outcomes."""
+    """One flat record per outcome."""
     records = []
     for outcome in outcomes:
         record = asdict(outcome)
@@ -118,7 +122,7 @@ def command() -> None:
     help="Repeatable; by default all.",
 )
 @click.option("--predictor", type=click.Choice(sorted(PREDICTORS)), default="best", show_default=True)
-@click.option("--steps", type=Count, metavar="N", help="Play the first N steps only.")
+@click.option("--steps", type=Count, metavar="N", help="Simulate the first N steps only.")
 @click.option("--picture", "picture_path", metavar="FILE.html", help="Draw bars and a heat map by layer, as one HTML file.")
 @simulator_options
 @JSON_OPTION
@@ -134,9 +138,9 @@ def compare_command(
     json_path: str | None,
     **given: Any,
 ) -> None:
-    """Play every solver over whole traces as training would, beside perfect foresight, hindsight and the lower bound.
+    """Simulate every solver over whole traces as in training, beside perfect foresight, hindsight and the lower bound.
 
-    knows: `predicted` places from the past, `exact` from the very load it is judged by, `future` once from the whole trace.
+    knows: `predicted` places from past loads, `exact` from the load of the step itself, `future` once from the whole trace.
     """
     options = TraceOptions.take(given)
     names = solvers or COMPARED
@@ -157,7 +161,7 @@ def compare_command(
             records += _records(path, source, setting, outcomes)
             panels[f"{Path(path).name}, {topology.num_nodes} x {topology.ranks_per_node} ranks"] = outcomes
     if not records:
-        raise ValueError("a trace of one step has nothing to predict from; ask for --knows exact or future")
+        raise ValueError("a trace of one step has nothing to predict from; give --knows exact or future")
     if picture_path is not None:
         with clear_errors():
             write_picture(picture_path, panels)
@@ -172,10 +176,10 @@ def compare_command(
 @click.option(
     "--current", "current_path", metavar="PLAN", help="Start from the owners of this plan; by default contiguous blocks."
 )
-@click.option("-o", "--out", required=True, metavar="FILE", help="Where the plan goes.")
+@click.option("-o", "--out", required=True, metavar="FILE", help="The plan to write.")
 @simulator_options
 def solve_command(path: str, text: str | None, slots: int, solver: str, current_path: str | None, out: str, **given: Any) -> None:
-    """Solve one placement for a whole trace, and save it as a plan that `moesaic train --set placement.file=` plays."""
+    """Solve one placement for a whole trace, and save it as a plan for `moesaic train --set placement.file=`."""
     options = TraceOptions.take(given)
     get_solver(solver)
     if given["time_limit_s"] is not None and not simulate.takes_time_limit(solver):
@@ -203,7 +207,7 @@ def solve_command(path: str, text: str | None, slots: int, solver: str, current_
 @simulator_options
 @JSON_OPTION
 def replay_command(path: str, plan_path: str, json_path: str | None, **given: Any) -> None:
-    """Play a saved plan over a trace, on the plan's machine; `knows` is future where it was solved on this very trace."""
+    """Simulate a saved plan over a trace, on the plan's machine; `knows` is future if the plan was solved on this trace."""
     options = TraceOptions.take(given)
     plan = read_plan(plan_path)
     source = options.open(path, plan.meta.num_ranks, json_path)
@@ -221,7 +225,7 @@ def replay_command(path: str, plan_path: str, json_path: str | None, **given: An
 @click.argument("path", metavar="PLAN")
 @JSON_OPTION
 def show_command(path: str, json_path: str | None) -> None:
-    """Print a saved plan: what it was made for, and what every layer holds."""
+    """Print a saved plan: its model and machine, and the copies and owners of every layer."""
     plan = read_plan(path)
     if json_path != "-":
         meta, topology = plan.meta, plan.topology

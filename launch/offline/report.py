@@ -19,17 +19,17 @@ from ...placement.offline.records import table
 from ...placement.owners import OwnerMap
 from ...placement.traces.sources import LoadSource, Sizes, open_source
 from ..output import progress
-from .trace import INFO_COLUMNS, look_into
+from .trace import INFO_COLUMNS, inspect_trace
 from .trace_options import Count, TraceOptions, trace_options
 
 _STYLE = "body{font:14px sans-serif;margin:2em;color:#222}svg{display:block;max-width:100%;height:auto}pre{font-size:12px}"
-# A heat map has at most so many columns: longer traces are averaged over neighbouring steps.
+# The most columns of a heat map; longer traces are averaged over neighbouring steps.
 _MAX_COLUMNS = 240
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over steps; `keys` of metrics.jsonl by what the legend calls them. Keys that a run does not have are left out."""
+    """Curves over steps: keys of metrics.jsonl by their name in the legend. Keys that a run lacks are left out."""
 
     title: str
     unit: str
@@ -50,9 +50,9 @@ _CHARTS = (
     Chart("Copies per layer", "", {"all": "copies_per_layer", "added by calibration": "copies_calibrated"}),
     Chart("Error of the load forecast", "share of assignments", {"error": "prediction_error"}),
     Chart(
-        "Only waiting, rank 0",
+        "Waiting, rank 0",
         "s per step",
-        {"for copies": "exposed_gather_s", "for gradients": "exposed_reduce_s", "for token rows": "exposed_tokens_s"},
+        {"for copies": "exposed_gather_s", "for gradients": "exposed_reduce_s", "for routed tokens": "exposed_tokens_s"},
     ),
     Chart("Planning, rank 0", "s per step", {"all": "plan_s", "solver": "solve_s"}),
     Chart(
@@ -62,8 +62,8 @@ _CHARTS = (
             "copies": "bytes_gather",
             "copies again for backward": "bytes_regather",
             "gradients of copies": "bytes_reduce",
-            "token rows out": "bytes_dispatch",
-            "token rows back": "bytes_combine",
+            "tokens dispatched": "bytes_dispatch",
+            "tokens combined": "bytes_combine",
         },
     ),
 )
@@ -71,8 +71,8 @@ _CHARTS = (
 
 @click.command("report")
 @click.argument("path", metavar="RUN_OR_TRACE")
-@click.option("-o", "--out", required=True, metavar="FILE.html", help="The page; replaced only when it is complete.")
-@click.option("--ranks", type=Count, metavar="R", help="Show a trace on R ranks instead of its own.")
+@click.option("-o", "--out", required=True, metavar="FILE.html", help="The page, written atomically.")
+@click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
 @trace_options
 def command(path: str, out: str, ranks: int | None, **options: Any) -> None:
     """Write a run's folder, or a routing trace, as one HTML page of curves, heat maps and tables."""
@@ -89,9 +89,9 @@ def command(path: str, out: str, ranks: int | None, **options: Any) -> None:
 
 
 def run_page(folder: Path) -> str:
-    """The page of a run's folder: its summary if it ended well, curves of metrics.jsonl, moves of experts, and its trace.
+    """The page of a run: summary if the run completed, curves of metrics.jsonl, migration decisions, and the trace.
 
-    Raises `ValueError` if the folder is not one of a run, or a line of it is damaged.
+    Raises `ValueError` if the folder is not a run's, or a line is damaged.
     """
     records = read_metrics(folder / "metrics.jsonl")
     body = []
@@ -117,7 +117,7 @@ def trace_page(name: str, source: LoadSource) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, in order; the last one may be cut off, as a run that was killed leaves it."""
+    """The records of metrics.jsonl, in order, without a last line that is incomplete, as after a killed run."""
     if not path.exists():
         raise ValueError(f"{path.parent} is no run: it has no {path.name}")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -140,13 +140,13 @@ def _read_json(text: str, where: str) -> dict[str, Any]:
 
 
 def _trace_sections(source: LoadSource) -> str:
-    looks = [{**record, "layer": str(record["layer"])} for record in look_into(source)]
+    stats = [{**record, "layer": str(record["layer"])} for record in inspect_trace(source)]
     imbalance_LS, shares_LES = _trace_maps(source)
     worst = int(imbalance_LS.mean(axis=1).argmax())
     span = (1, source.num_steps)
     return "".join(
         (
-            _section("Routing by layer", _pre(table(looks, INFO_COLUMNS))),
+            _section("Routing by layer", _pre(table(stats, INFO_COLUMNS))),
             _section(
                 "Busiest rank over the mean rank under static expert parallelism",
                 _heat_map(imbalance_LS, "layer", span, "max/mean"),
@@ -160,7 +160,7 @@ def _trace_sections(source: LoadSource) -> str:
 
 
 def _trace_maps(source: LoadSource) -> tuple[np.ndarray, np.ndarray]:
-    """Max/mean of ranks [L, S] and share times E of experts [L, E, S], in blocks of steps that are averaged."""
+    """Max/mean of ranks [L, S] and share times E of experts [L, E, S], averaged over blocks of steps."""
     meta = source.meta
     owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
     per_column = -(-source.num_steps // _MAX_COLUMNS)
@@ -224,7 +224,7 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     text = io.StringIO()
-    # Without a date and with names that are not random, the same run gives the same page; letters stay letters.
+    # Without a date and random names the page depends on the run alone; text stays text.
     with matplotlib.rc_context({"svg.hashsalt": "moesaic", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     drawn = text.getvalue()

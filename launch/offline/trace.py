@@ -1,4 +1,4 @@
-"""`moesaic trace`: look into, convert, generate and back-test routing traces."""
+"""`moesaic trace`: inspect, convert, generate and back-test routing traces."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BACKTEST_COLUMNS = ("predictor", "age", "mean", "worst", "num_cells")
 
 @click.group("trace")
 def command() -> None:
-    """Look into, convert, generate and back-test routing traces."""
+    """Inspect, convert, generate and back-test routing traces."""
 
 
 @dataclass
-class _LayerLook:
+class _LayerStats:
     """Sums over the steps of one layer."""
 
     owner_E: np.ndarray
@@ -42,7 +42,7 @@ class _LayerLook:
     before_E: np.ndarray | None = None
 
     def add(self, load_RE: np.ndarray) -> None:
-        """Take in one step."""
+        """Add one step."""
         totals_E = load_RE.sum(axis=0)
         total = max(int(totals_E.sum()), 1)
         assignments_R = np.bincount(self.owner_E, weights=totals_E, minlength=self.num_ranks)
@@ -57,7 +57,7 @@ class _LayerLook:
         self.before_E = share_E
 
     def record(self, layer: int | str) -> dict[str, Any]:
-        """What was seen, means over steps."""
+        """The means over steps."""
         return {
             "layer": layer,
             "assignments": self.assignments / self.steps,
@@ -68,39 +68,39 @@ class _LayerLook:
         }
 
 
-def look_into(source: LoadSource) -> list[dict[str, Any]]:
-    """Read a whole source, which checks every step, and describe each layer: means over steps.
+def inspect_trace(source: LoadSource) -> list[dict[str, Any]]:
+    """Read and check every step of a source; return a record of means over steps for each layer.
 
-    expert_max_over_mean, expert_min_over_mean: of the experts' loads. rank_max_over_mean: with contiguous blocks of experts on
-    the source's ranks. shift: total variation distance between the expert shares of neighbouring steps. recorded_layer: the
-    layer's number in the recording. dropped: assignments that its tokens lack, over all steps.
+    expert_max_over_mean, expert_min_over_mean: of the experts' loads. rank_max_over_mean: of the ranks' loads, with contiguous
+    blocks of experts. shift: total variation distance between the expert shares of neighbouring steps. recorded_layer: the
+    layer's number in the recording. dropped: assignments missing for its tokens, over all steps.
     """
     meta = source.meta
     owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
-    looks = [_LayerLook(owner_E, meta.num_ranks) for owner_E in owners_LE]
+    stats = [_LayerStats(owner_E, meta.num_ranks) for owner_E in owners_LE]
     with progress(source.num_steps, "step") as advance:
         for loads_LRE in source.steps():
-            for look, load_RE in zip(looks, loads_LRE, strict=True):
-                look.add(load_RE)
+            for layer_stats, load_RE in zip(stats, loads_LRE, strict=True):
+                layer_stats.add(load_RE)
             advance()
     numbers = meta.layers or range(meta.num_layers)
     expected = None if source.tokens_SR is None else int(source.tokens_SR.sum()) * meta.top_k
     records = []
-    for layer, (look, number) in enumerate(zip(looks, numbers, strict=True)):
-        dropped = 0 if expected is None else expected - look.assignments
-        records.append({**look.record(layer), "recorded_layer": number, "dropped": dropped})
+    for layer, (layer_stats, number) in enumerate(zip(stats, numbers, strict=True)):
+        dropped = 0 if expected is None else expected - layer_stats.assignments
+        records.append({**layer_stats.record(layer), "recorded_layer": number, "dropped": dropped})
     return records
 
 
 @command.command("info")
 @click.argument("path", metavar="TRACE")
-@click.option("--ranks", type=Count, metavar="R", help="Play it on R ranks instead of its own.")
+@click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
 @trace_options
 @JSON_OPTION
 def info_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
-    """Check a whole trace and describe it, layer by layer."""
+    """Check a whole trace and summarize it by layer."""
     source = TraceOptions.take(options).open(path, ranks, json_path)
-    records = look_into(source)
+    records = inspect_trace(source)
     meta = source.meta
     with clear_errors():
         digest = digest_of(path)
@@ -179,7 +179,7 @@ def _write(
     pairs_LEE: np.ndarray | None = None,
     tokens_SR: np.ndarray | None = None,
 ) -> None:
-    """Write a trace as a stream; after an error, or Ctrl-C, OUT is what it was before."""
+    """Write a trace step by step; after an error, or Ctrl-C, OUT is unchanged."""
     with clear_errors(), progress(num_steps, "step") as advance:
         writer = TraceWriter(out, meta, pair_counts_LEE=pairs_LEE)
         try:
@@ -194,11 +194,11 @@ def _write(
 
 @command.command("backtest")
 @click.argument("path", metavar="TRACE")
-@click.option("--ranks", type=Count, metavar="R", help="Play it on R ranks instead of its own.")
+@click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
 @trace_options
 @JSON_OPTION
 def backtest_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
-    """Judge every load predictor by age on a trace: total variation distance between expert shares."""
+    """Evaluate every load predictor by age on a trace: total variation distance between expert shares."""
     source = TraceOptions.take(options).open(path, ranks, json_path)
     with progress(source.num_steps, "step") as advance:
         found = backtest(source, on_step=advance)

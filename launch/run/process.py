@@ -1,7 +1,7 @@
 """One process of a run: its rank, its device, its process group, agreement with the other ranks, and signals that stop it.
 
-A rank finds itself in the variables of torchrun, an MPI launcher or Slurm (launcher.py); without them it is alone, with a process
-group of size 1 that opens no port. Nothing here happens at import.
+Rank and world size come from the variables of torchrun, an MPI launcher or Slurm (launcher.py); without them the process group
+has one rank and opens no port.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-# A launcher may pass one Ctrl-C on twice (terminal and parent); a second signal within this time is the first one's echo.
+# Terminal and launcher may both deliver one Ctrl-C: a second signal within this time counts as the same one.
 _ECHO_S = 0.5
 
 
@@ -46,21 +46,21 @@ class Process(RankInfo):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only rank that prints and writes."""
         return self.rank == 0
 
 
 def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
-    """Read rank and world size from `env` and choose the device. Raises `ValueError` for variables or a device that cannot be."""
+    """Read rank and world size from `env` and choose the device. Raises `ValueError` if either is wrong."""
     info = read_rank_info(env)
     device = _choose_device(config.device, info, env)
     return Process(**vars(info), device=device)
 
 
 def stop_with_launcher(process: Process, env: Mapping[str, str]) -> None:
-    """Have this rank told to stop (SIGTERM) when its launcher ends, even by SIGKILL: nobody else is left to tell it.
+    """Let the kernel send this rank SIGTERM when its launcher ends, even by SIGKILL.
 
-    RANK and WORLD_SIZE alone may come from a shell, which its background processes outlive.
+    Where RANK and WORLD_SIZE come from a shell instead, its background processes may outlive it.
     """
     by_hand = process.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in env
     if process.launcher is not None and not by_hand:
@@ -84,11 +84,11 @@ def _choose_device(wanted: str, info: RankInfo, env: Mapping[str, str]) -> torch
 
 @contextmanager
 def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -> Iterator[DeviceMesh]:
-    """A process group over all ranks, as a mesh: (ranks), or with replicas (replicate, shard); left in order at the end.
+    """A process group over all ranks, as a mesh: (ranks), or with replicas (replicate, shard); destroyed at the end.
 
     All ranks must join within `launch.init_timeout_s`; `timeout_s` limits the group's collectives.
-    A `ValueError` of the body is one of all ranks, and becomes a `RunError`.
-    After an unexpected exception the group is not destroyed: waiting for ranks that may be stuck would hide the error.
+    A `ValueError` of the body is raised on all ranks, and becomes a `RunError`. After any other exception the group is not
+    destroyed: waiting for ranks that may be stuck would hide the error.
     """
     on_cuda = process.device.type == "cuda"
     if on_cuda:
@@ -105,16 +105,16 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     except ValueError as error:
         dist.destroy_process_group()
         raise RunError(*error.args) from error
-    # The rank that serves the key-value store must not leave while others still use it.
+    # The rank that serves the key-value store must not end while others still use it.
     dist.barrier()
     dist.destroy_process_group()
 
 
 def agreed(process: Process, action: Callable[[], T]) -> T:
-    """Run `action` on this rank; return its result if it worked on every rank, else raise the same `ValueError` on all.
+    """Run `action` on this rank; return its result if it succeeded on every rank, else raise the same `ValueError` on all.
 
-    For wrong input that only some ranks can see, such as a text that is missing on one machine. All ranks must call it;
-    `action` must not communicate.
+    For errors that may occur on some ranks only, such as a text that is missing on one machine. Collective; `action` must not
+    communicate.
     """
     result, problem = None, ""
     try:
@@ -168,7 +168,7 @@ def set_threads(process: Process, config: LaunchConfig, env: Mapping[str, str]) 
 
 
 def reuse_memory(process: Process, config: LaunchConfig) -> bool:
-    """Let glibc's malloc keep freed blocks of up to 1 GiB for the next step; returns whether that was done.
+    """Let glibc's malloc keep freed blocks of up to 1 GiB for the next step; return whether that was done.
 
     By default each block above 32 MiB is a mapping of its own: the kernel zeroes its pages at every allocation, which
     doubles to triples the time of an elementwise operation on such a tensor. Below 32 MiB malloc adapts by itself.
@@ -182,10 +182,9 @@ def reuse_memory(process: Process, config: LaunchConfig) -> bool:
 class StopSignal:
     """A signal as a request to stop at the next step boundary, while the `with` block runs.
 
-    Ctrl-C, a launcher's SIGTERM, a terminal that is lost (SIGHUP, unless it is ignored, as nohup asks), and the warning that
-    Slurm gives before a job's end (SIGUSR1). `signum` is the first signal received, or 0. A second one ends the process at
-    once, even where the main thread waits inside a collective: Python hands each signal's number to a pipe at once, and a
-    thread of ours reads it.
+    The signals are Ctrl-C, a launcher's SIGTERM, SIGHUP of a lost terminal (unless ignored, as under nohup), and SIGUSR1, Slurm's
+    warning before a job ends. `signum` is the first signal received, or 0. A second one ends the process at once, even where the
+    main thread waits inside a collective: Python writes every signal's number to a pipe, and a thread here reads it.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -224,4 +223,4 @@ class StopSignal:
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
-    """The handler must exist for the wake-up pipe to be written; the watching thread does the work."""
+    """Do nothing: Python writes the wake-up pipe only for signals with a handler, and the watching thread does the rest."""

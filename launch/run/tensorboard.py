@@ -21,7 +21,7 @@ class TensorBoard:
         self._writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
 
     def add(self, step: int, record: Mapping[str, Any]) -> None:
-        """Every number of a metrics line: the step's under its key, a layer's under layer/key, sorted by key."""
+        """Write every number of a metrics record: a step's as step/KEY, a layer's as KEY/LAYER, and the reasons of decisions."""
         for key, value in record.items():
             if isinstance(value, int | float) and key != "step":
                 self._writer.add_scalar(f"step/{key}", value, step)

@@ -161,7 +161,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with Records(tmp_path, tiny_config(tmp_path), process_of(1), first_step=0) as records:
         records.add_validation(0, 5.5)
         records.add(record_of(1), METRICS, np.ones((2, 2, 3), dtype=np.int64), val_loss=None)
-        records.say("nothing")
+        records.print_line("nothing")
     assert records.summary() is None
     assert list(tmp_path.iterdir()) == []
 
