@@ -1,8 +1,8 @@
 """Every kernel against torch and against this machine's own ceilings, measured interleaved in one run.
 
-Before a case is timed, our result is compared with torch's. Ratios are the ceiling's time, or torch's best time, over our
-time: 1 is level, more is better. They are medians over rounds, with a 95 % interval (low, high) beside them. The cases are
-in kernel_cases.py and kernel_row_cases.py.
+Before a case is timed, its result is compared with torch's. Ratios are the ceiling's time, or torch's best time, over the
+kernel's time: 1 is equal, more is better. They are medians over rounds, with a 95 % interval (low, high). The cases are in
+kernel_cases.py and kernel_row_cases.py.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Record:
     ratio_to_ceiling_low: float
     ratio_to_ceiling_high: float
     target: float | None
-    ratio_to_torch: float | None  # the best of torch's ways
+    ratio_to_torch: float | None  # to the fastest of torch's calls
     torch_is: str | None
     ratio_to_grouped_mm: float | None
     ratio_to_grouped_mm_low: float | None
@@ -68,7 +68,7 @@ class Record:
 
 
 def measure(case: Case, device: str, rounds: int) -> Record:
-    """Gate on correctness, then time ours, the ceiling and torch's ways round by round."""
+    """Check the result, then time the kernel, the ceiling and torch's calls round by round."""
     error = case.check()
     if not error <= case.tolerance:
         raise ValueError(f"differs from torch by {error:.2e}, allowed is {case.tolerance:.0e}")
@@ -112,18 +112,18 @@ def measure(case: Case, device: str, rounds: int) -> Record:
 
 
 def _ratio(theirs_s: Sequence[float], ours_s: Sequence[float]) -> tuple[float, float, float]:
-    """Their time over ours: the median over rounds, and its 95 % interval."""
+    """The ratio of times: its median over rounds, and the 95 % interval of that."""
     ratios = [theirs / ours for theirs, ours in zip(theirs_s, ours_s, strict=True)]
     return statistics.median(ratios), *median_interval(ratios)
 
 
 def time_interleaved(calls: dict[str, Call], device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; on a GPU by events, after two rounds that compile and warm up."""
+    """Seconds of each call in each round, after two rounds of warm-up; on a GPU by events."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     spacer = torch.empty(1 << 30 if device == "cuda" else 0, dtype=torch.uint8, device=device)
     order = list(calls.items())
     for number in range(rounds + 2):
-        # Each round has an order of its own, so that no call always finds the caches as a certain one left them.
+        # Each round has its own order, so that no call always runs after the same other call.
         for name, call in random.Random(number).sample(order, len(order)):
             time_s = _time_cuda(call, spacer) if device == "cuda" else _time_cpu(call)
             if number >= 2:
@@ -139,7 +139,7 @@ def _time_cpu(call: Call) -> float:
 
 def _time_cuda(call: Call, spacer: Tensor) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # About a millisecond of writing, under which the host queues the call: host time doesn't show, and the L2 cache is cold.
+    # About a millisecond of writes, during which the host queues the call: this hides host time and clears the L2 cache.
     for _ in range(3):
         spacer.zero_()
     start.record()
@@ -150,7 +150,7 @@ def _time_cuda(call: Call, spacer: Tensor) -> float:
 
 
 def sweep_tiles(device: str) -> list[dict[str, Any]]:
-    """Each tile that may be chosen, by TMA where the GPU has it and through pointers, in each product and shape."""
+    """Time every selectable tile, through pointers and by TMA where the GPU has it, for each product and shape."""
     from ..kernels.grouped_gemm_tiles import HALF_TILES, takes_tma
     from ..kernels.grouped_gemm_triton import grouped_gemm_dgrad_triton, grouped_gemm_triton, grouped_gemm_wgrad_triton
 
@@ -177,7 +177,7 @@ def sweep_tiles(device: str) -> list[dict[str, Any]]:
 def all_cases(device: str, dtype: torch.dtype, only: str = "") -> Iterator[Case]:
     """Every case of a device, one after the other, so that a case's tensors are freed before the next.
 
-    Shapes that can't be those of a case whose `op at shape` contains `only` are left out.
+    Skips shapes for which no `op at shape` can contain `only`.
     """
     _, _, start_of_name = only.partition(" at ")
     for shape in shapes(device):
@@ -200,7 +200,7 @@ def run(device: str, dtype: torch.dtype, rounds: int, only: str = "") -> tuple[l
             continue
         try:
             records.append(asdict(measure(case, device, rounds)))
-        # Whatever a kernel or its compiler raises: an hour on a rented GPU brings home what did run.
+        # Whatever a kernel or its compiler raises must not lose the results of the other cases.
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
     return records, failures

@@ -1,7 +1,7 @@
-"""Planner and split time by experts and ranks, the gap of the exact solver against time, and of all layers' owners together.
+"""Time of planner and split by experts and ranks, gap of the exact solver by time, and gap of all layers' owners together.
 
-Every problem is one layer whose expert popularity follows a Zipf law in random order, 4,096 tokens a rank on H100 nodes of 8,
-copies hidden under other work. Planner and split are timed after a warm-up, on one core, each over several layers.
+Every problem is one layer whose expert popularity follows a Zipf law in random order, with 4,096 tokens per rank, on H100 nodes
+of 8 ranks; copies are hidden under other work. Planner and split are timed after a warm-up, on one core, over several layers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _time_layers(solver: str, problems: Sequence[Problem], rounds: int) -> list[
 
 
 def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Solve one layer within each time limit; a record each."""
+    """Solve one layer within each time limit; one record per limit."""
     records = []
     for limit_s in limits_s:
         solution = solve_milp(problem, time_limit_s=limit_s)
@@ -123,7 +123,7 @@ def run(
     rounds: int,
     trace: TraceCase | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure what is asked for; without a trace the exact solver runs on the first of each size."""
+    """Measure the given `whats`; without a trace the exact solver runs on the first of each size."""
     records: list[dict[str, Any]] = []
     for num_experts in experts:
         if top_k > num_experts:

@@ -1,4 +1,4 @@
-"""One MoE layer's training step on a machine that is not there: placed from the load before, priced on the load that came."""
+"""One MoE layer's training step on a simulated machine: placed by the previous load, priced on the current one."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from .step import NUM_ROUTINGS, StepCase, zipf_ids
 def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list[dict[str, Any]]:
     """Predict a case on `topology`: records with the keys of `moesaic bench step` that the cost model covers.
 
-    Seconds are those of cost.py: expert matrix products, token rows and copies of `bytes_per_element`, gradients in fp32; nothing
-    hides under other work.
+    Seconds are those of cost.py: expert matrix products, routed tokens and copies of `bytes_per_element`, gradients in fp32;
+    nothing overlaps.
     """
     T, E, K = case.tokens, case.experts, case.top_k
     drawn = [_load([zipf_ids(T, E, K, case.skew, seed) for seed in _seeds(case, i)], E) for i in range(NUM_ROUTINGS)]
@@ -47,11 +47,11 @@ def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list
 
     def simulate_run(loads: Sequence[ExpertLoad], solver: Solver, slots: int, split_rule: Callable[..., Split]) -> list[_Step]:
         simulated = []
-        for before, load in pairwise(loads):
-            asked, came = (Problem(load, owners_E, topology=topology, shape=shape, slots=slots) for load in (before, load))
-            placement = solver(asked).placement
-            split = split_rule(load, placement, topology)
-            simulated.append((cost(came, placement, split), split, placement))
+        for previous, current in pairwise(loads):
+            past, present = (Problem(load, owners_E, topology=topology, shape=shape, slots=slots) for load in (previous, current))
+            placement = solver(past).placement
+            split = split_rule(current, placement, topology)
+            simulated.append((cost(present, placement, split), split, placement))
         return simulated
 
     static = get_solver("static")
@@ -82,7 +82,7 @@ _Step = tuple[Cost, Split, Placement]
 
 
 def _seeds(case: StepCase, index: int) -> list[int]:
-    """Of the routings that the ranks of `moesaic bench step` draw."""
+    """The seeds of the ranks' routings in `moesaic bench step`."""
     return [1000 * rank + index for rank in range(case.ranks)]
 
 

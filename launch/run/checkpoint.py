@@ -70,11 +70,11 @@ def read_progress(folder: Path, config: Config, text: Text) -> Progress:
         if getattr(progress, key) != getattr(wanted, key):
             raise ValueError(
                 f"the checkpoint has another value of {name}: {getattr(progress, key)}, this run {getattr(wanted, key)}; "
-                f"a run goes on with the data it was on"
+                "a resumed run needs the same data"
             )
     if progress.step >= config.train.steps:
         raise ValueError(
-            f"the checkpoint is at step {progress.step} of train.steps {config.train.steps}: raise train.steps to go on"
+            f"the checkpoint is at step {progress.step} of train.steps {config.train.steps}: raise train.steps to resume"
         )
     return progress
 
