@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
 
 _ROOT = Path("/sys/fs/cgroup")
 # Bounds for the quota and the period: runs of at least a millisecond, in periods as short as that allows.
@@ -60,7 +59,7 @@ class CpuShares:
     def __enter__(self) -> CpuShares:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

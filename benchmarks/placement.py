@@ -41,6 +41,11 @@ def make_problem(experts: int, ranks: int, top_k: int, slots: int, skew: float, 
     )
 
 
+def _about(what: str, solver: str, problem: Problem) -> dict[str, Any]:
+    sizes = {"experts": problem.num_experts, "ranks": problem.num_ranks, "slots": problem.slots}
+    return {"what": what, "solver": solver, **sizes}
+
+
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"ms_per_layer": 1e3 * float(np.median(seconds)), "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds)}
 
@@ -63,10 +68,9 @@ def _time_layers(solver: str, problems: Sequence[Problem], rounds: int) -> list[
             start = time.perf_counter()
             split_exact(problem.load, placed, problem.topology)
             split_s.append(time.perf_counter() - start)
-    first = problems[0]
-    about = {"solver": solver, "experts": first.num_experts, "ranks": first.num_ranks, "slots": first.slots}
-    balance = {"max_over_mean": float(np.mean([split.max_over_mean for split in splits]))}
-    return [{"what": "plan", **about, **_spread(plan_s), **balance}, {"what": "split", **about, **_spread(split_s), **balance}]
+    balance = float(np.mean([split.max_over_mean for split in splits]))
+    timed = (("plan", plan_s), ("split", split_s))
+    return [{**_about(what, solver, problems[0]), **_spread(seconds), "max_over_mean": balance} for what, seconds in timed]
 
 
 def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, Any]]:
@@ -77,11 +81,7 @@ def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, An
         split = split_exact(problem.load, solution.placement, problem.topology)
         records.append(
             {
-                "what": "milp",
-                "solver": "milp",
-                "experts": problem.num_experts,
-                "ranks": problem.num_ranks,
-                "slots": problem.slots,
+                **_about("milp", "milp", problem),
                 "max_over_mean": split.max_over_mean,
                 "gap": solution.gap,
                 "seconds": solution.seconds,
@@ -92,14 +92,10 @@ def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, An
 
 def _joint_gap(problems: Sequence[Problem]) -> dict[str, Any]:
     """Place all layers together."""
-    first, answer = problems[0], solve_joint(problems)
+    answer = solve_joint(problems)
     splits = [split_exact(p.load, found.placement, p.topology) for p, found in zip(problems, answer.layers, strict=True)]
     return {
-        "what": "joint",
-        "solver": "joint",
-        "experts": first.num_experts,
-        "ranks": first.num_ranks,
-        "slots": first.slots,
+        **_about("joint", "joint", problems[0]),
         "layers": len(problems),
         "max_over_mean": float(np.mean([split.max_over_mean for split in splits])),
         "copies": sum(found.placement.num_copies for found in answer.layers) / len(problems),

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -300,16 +300,7 @@ def records_of(case: StepCase, per_rank: list[dict[str, Any]]) -> list[dict[str,
         records.append(
             {
                 "policy": name,
-                "ranks": case.ranks,
-                "experts": case.experts,
-                "hidden": case.hidden,
-                "ffn": case.ffn,
-                "tokens": case.tokens,
-                "top_k": case.top_k,
-                "skew": case.skew,
-                "slots": case.slots,
-                "rounds": case.rounds,
-                "optimizer": case.optimizer,
+                **asdict(case),
                 "tokens_per_s": float(np.median(tokens_per_s)),
                 "tokens_per_s_min": float(tokens_per_s.min()),
                 "tokens_per_s_max": float(tokens_per_s.max()),

@@ -62,8 +62,8 @@ def train(config: Config) -> int:
         if inputs.resume:
             load_checkpoint(process, inputs.resume, trainer.handle, trainer.optimizer)
         warm_run(config.runtime, process.device)
-        made = agreed(process, lambda: str(create_run_folder(config.run).absolute()) if process.is_first else "")
-        folder = Path(from_first(process, made))
+        made = agreed(process, lambda: create_run_folder(config.run).absolute() if process.is_first else Path())
+        folder = from_first(process, made)
         if process.is_first:
             show(_describe(config, process, trainer, folder))
         with agreed(process, lambda: Records(folder, config, process, first_step=trainer.step)) as records:

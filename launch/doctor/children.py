@@ -1,4 +1,4 @@
-"""Child processes of a command: started and ended together, each with its exit status and the last line of its errors."""
+"""Child processes of a command: started and ended together, with exit status and last error line of each."""
 
 from __future__ import annotations
 

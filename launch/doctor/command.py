@@ -1,4 +1,4 @@
-"""`moesaic doctor`: what is installed, what hardware is here, which transports work, and which one a run would take."""
+"""`moesaic doctor`: installed packages, devices, transports that work, and the one that a run would use."""
 
 import json
 import os

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,12 +114,11 @@ class Difference:
 
 def check_model(request: Request) -> list[Comparison]:
     """Run the whole check. Raises ValueError if target, inputs or size cannot be checked."""
-    device = LaunchConfig(device=_device(request))  # type: ignore[arg-type]
-    process = find_process(device, {})
+    request = replace(request, device=_device(request))
+    launch = LaunchConfig(device=request.device)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        comparisons = _make_reference(request, process, device, Path(folder))
+        comparisons = _make_reference(request, find_process(launch, {}), launch, Path(folder))
         (Path(folder) / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
-        (Path(folder) / "device").write_text(device.device, encoding="utf-8")
         return comparisons + _run_ranks(request, Path(folder))
 
 
@@ -314,10 +313,8 @@ def _comparison(request: Request, plan: str, ranks: int, check: str, found: Diff
 def main(folder: Path) -> None:
     """Check as one rank; rank 0 writes the report."""
     request = Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
-    launch = LaunchConfig(
-        device=(folder / "device").read_text(encoding="utf-8"),  # type: ignore[arg-type]
-        init_method=f"file://{folder.resolve()}/rendezvous",
-    )
+    init_method = f"file://{folder.resolve()}/rendezvous"
+    launch = LaunchConfig(device=request.device, init_method=init_method)  # type: ignore[arg-type]
     process = find_process(launch, os.environ)
     with process_group(process, launch, timeout_s=request.timeout_s) as mesh:
         comparisons = check_rank(process, mesh, request, folder)

@@ -1,4 +1,4 @@
-"""Observation of a model, on one rank as the reference, and on several: outputs, gradients, global norm, router losses, counts.
+"""Observation of a model on one rank or several: outputs, gradients, global norm, router losses, counts.
 
 The loss is a fixed random projection of the outputs plus the router losses. One rank takes the parts of the batch one after the
 other, one part per rank of the comparison, and runs backward through their mean; each of R ranks takes its own part.

@@ -57,11 +57,15 @@ def simulator_options(command: Any) -> Any:
     return trace_options(command)
 
 
-def _topology(text: str | None, preset: str, recorded_ranks: int | None = None) -> Topology | None:
-    """Read NODESxRANKS or a JSON file; without it as many ranks as were recorded, on the preset's nodes."""
+def _open(
+    options: TraceOptions, path: str, text: str | None, preset: str, json_path: str | None = None
+) -> tuple[LoadSource, Topology]:
+    """Open a trace on the topology of `text`, NODESxRANKS or a JSON file; by default on its own ranks and the preset's nodes."""
     if text is None:
-        return Topology.preset(preset, recorded_ranks) if recorded_ranks is not None else None
-    return read_topology(text) if text.endswith(".json") else Topology.parse(text, preset)
+        source = options.open(path, None, json_path)
+        return source, Topology.preset(preset, source.meta.num_ranks)
+    topology = read_topology(text) if text.endswith(".json") else Topology.parse(text, preset)
+    return options.open(path, topology.num_ranks, json_path), topology
 
 
 def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], predictor: str = "best") -> simulate.SimulatorSetting:
@@ -150,9 +154,7 @@ def compare_command(
     panels: dict[str, list[simulate.Outcome]] = {}
     for path in paths:
         for text in topologies or (None,):
-            topology = _topology(text, given["preset"])
-            source = options.open(path, None if topology is None else topology.num_ranks, json_path)
-            topology = topology or Topology.preset(given["preset"], source.meta.num_ranks)
+            source, topology = _open(options, path, text, given["preset"], json_path)
             setting = _setting(source, topology, given, predictor)
             with progress(min(source.num_steps, steps or source.num_steps), "step") as advance:
                 outcomes = simulate.compare(
@@ -185,9 +187,7 @@ def solve_command(path: str, text: str | None, slots: int, solver: str, current_
     if given["time_limit_s"] is not None and not simulate.takes_time_limit(solver):
         limited = " or ".join(name for name in SOLVERS if simulate.takes_time_limit(name))
         raise ValueError(f"--time-limit {given['time_limit_s']:g}: {solver} ends by itself; leave it out, or use {limited}")
-    topology = _topology(text, given["preset"])
-    source = options.open(path, None if topology is None else topology.num_ranks)
-    topology = topology or Topology.preset(given["preset"], source.meta.num_ranks)
+    source, topology = _open(options, path, text, given["preset"])
     setting = _setting(source, topology, given)
     current = None
     if current_path is not None:

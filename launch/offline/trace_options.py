@@ -32,7 +32,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
-    """Options for reading a trace."""
+    """Options for reading a trace, by the argument names of `open_source`."""
 
     tokens_per_step: int | None
     shuffle_seed: int | None
@@ -54,17 +54,7 @@ class TraceOptions:
 
         json_path: where the command writes its records; if that is standard output, the lines go to standard error.
         """
-        source = open_source(
-            path,
-            num_ranks,
-            tokens_per_step=self.tokens_per_step,
-            array=self.array,
-            shuffle_seed=self.shuffle_seed,
-            axes=self.axes,
-            none_ids=self.none_ids,
-            as_shares=self.as_shares,
-            sizes=self.sizes,
-        )
+        source = open_source(path, num_ranks, **vars(self))
         for note in source.notes:
             click.echo(f"{path}: {note}", err=json_path == "-")
         return source

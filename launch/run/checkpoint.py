@@ -1,4 +1,4 @@
-"""Checkpoints by torch.distributed.checkpoint: experts under logical names, so any world size loads what any other wrote.
+"""Checkpoints by torch.distributed.checkpoint, with experts under logical names: any world size loads them.
 
 A checkpoint is written into `step-N.partial` and renamed to `step-N` once every rank's files are on disk: a folder without the
 suffix is complete, even after a power cut. Beside the tensors, progress.json holds the progress of the run and the configuration

@@ -1,4 +1,4 @@
-"""The inputs of a run, read before its first step: text, checkpoint progress, placement plan and replayed trace."""
+"""The inputs of a run: text, progress of a checkpoint, placement plan and replayed trace, the same on every rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .tensorboard import require_tensorboard
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The inputs that one configuration names, the same on every rank; None for what it does not name."""
+    """The inputs that the configuration names, the same on every rank; None for those that it does not name."""
 
     text: Text
     resume: Path | None

@@ -1,4 +1,4 @@
-"""The demo language model: a small decoder-only transformer over bytes whose feed-forward is a Mixture of Experts.
+"""The demo language model: a small decoder-only transformer over bytes with Mixture-of-Experts layers.
 
 - RMSNorm before attention and experts, rotary position embedding, causal SDPA attention, SwiGLU experts behind a top-k router
 - queries and keys are normalised before the rotation, which keeps a small model stable at a high learning rate

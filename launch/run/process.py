@@ -1,4 +1,4 @@
-"""One process of a run: its rank, its device, its process group, agreement with the other ranks, and signals that stop it.
+"""One process of a run: rank, device, process group, agreement between ranks, and stop signals.
 
 Rank and world size come from the variables of torchrun, an MPI launcher or Slurm (launcher.py); without them the process group
 has one rank and opens no port.

@@ -1,4 +1,4 @@
-"""The rendezvous: a key-value store that all ranks share, complete once every rank has joined within a time limit.
+"""The rendezvous: a key-value store that all ranks share, ready once every rank has joined within a time limit.
 
 Ranks of a big job may start minutes apart, while a collective of running ranks ends within moments; so the start has a longer
 time limit than a collective. Every rank adds itself to the store, and the last one releases the others. A rank whose time limit

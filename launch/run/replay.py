@@ -1,4 +1,4 @@
-"""Replay of a routing trace in training: the routers of a model choose experts so that their loads are the trace's, step by step.
+"""Replay of a routing trace in training: the routers reproduce the loads of the trace, step by step.
 
 Shape letters: S steps, L layers, R ranks, E experts, T tokens of a rank in one step, K top-k.
 """

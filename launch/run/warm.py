@@ -1,4 +1,4 @@
-"""Compilation ahead of use: the routines of a run before its first step, or all routines, for `moesaic doctor --warm` and `make`.
+"""Compilation ahead of use: the routines of one run before its first step, or all (`moesaic doctor --warm`).
 
 Each routine is called on a small example, which compiles and caches it, or loads it from the cache. Compiled code depends on the
 types of the arguments, not on sizes. Any other routine is compiled at its first call.
