@@ -34,7 +34,7 @@ from ..collectives import SCHEDULES, TRANSPORTS
 from ..collectives.lifetime import start
 from ..placement import Topology
 from .network import RANK_ENVIRONMENT, run_on_nodes, wait_for
-from .token_rows import crossing_bytes
+from .routed_tokens import crossing_bytes
 
 OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
 TOKEN_OP = "token_rows"

@@ -31,7 +31,7 @@ from ..collectives import (
 from ..collectives.transports.mpi import MpiJob, MpiTransport
 from ..placement import Placement
 from .collectives import COPY, COPY_IN_STEP, MPI_OWN, TOKEN_OP, CollectivesCase
-from .token_rows import ROUTES, token_rows
+from .routed_tokens import ROUTES, exchange
 
 # The least duration of a timed repetition: ranks leave a barrier up to a millisecond apart, which must not matter.
 _PIECE_S = 0.02
@@ -91,7 +91,7 @@ def _variants(
             continue
         if op == TOKEN_OP:
             rows = buffers.outgoing[0], buffers.incoming[0]
-            variants |= {f"{name}/{route}": token_rows(transport, route, *rows, case.topology()) for route in ROUTES}
+            variants |= {f"{name}/{route}": exchange(transport, route, *rows, case.topology()) for route in ROUTES}
             continue
         placement = Placement.everywhere(np.zeros(1, np.int64), case.ranks)
         for schedule_name in case.schedules:

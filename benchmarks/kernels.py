@@ -2,7 +2,7 @@
 
 Before a case is timed, its result is compared with torch's. Ratios are the ceiling's time, or torch's best time, over the
 kernel's time: 1 is equal, more is better. They are medians over rounds, with a 95 % interval (low, high). The cases are in
-kernel_cases.py and kernel_row_cases.py.
+kernel_cases.py and kernel_memory_cases.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .kernel_cases import Call, Case, ffn_case, layer_case, product_cases, shapes
-from .kernel_row_cases import router_cases, row_cases, with_cold_operands
+from .kernel_memory_cases import memory_cases, router_cases, with_cold_operands
 from .records import median_interval, publish
 
 COLUMNS = (
@@ -187,7 +187,7 @@ def all_cases(device: str, dtype: torch.dtype, only: str = "") -> Iterator[Case]
         yield ffn_case(shape, dtype, device)
         yield layer_case(shape, dtype, device)
         if shape.name.endswith("balanced"):
-            yield from with_cold_operands(partial(row_cases, shape, dtype, device), shape, device)
+            yield from with_cold_operands(partial(memory_cases, shape, dtype, device), shape, device)
     yield from router_cases(device)
 
 

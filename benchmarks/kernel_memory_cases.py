@@ -86,7 +86,7 @@ def in_turn(cases: Sequence[Case]) -> Case:
     )
 
 
-def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
+def memory_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
     """The memory-bound ops: gather, sum, gather and sum, SwiGLU and its backward."""
     N, D, F, K = shape.num_rows, shape.D, shape.F, shape.top_k
     T, item = N // K, torch.empty((), dtype=dtype).element_size()

@@ -25,7 +25,7 @@ ROUTES = ("direct", "by_node")
 _MOST_COLUMNS = 1024
 
 
-def token_rows(transport: Transport, route: str, x: Tensor, y: Tensor, topology: Topology) -> Callable[[], None]:
+def exchange(transport: Transport, route: str, x: Tensor, y: Tensor, topology: Topology) -> Callable[[], None]:
     """A function that sends the tokens of `x` to all ranks and writes their sum, R times `x`, to `y`; flat fp32 tensors."""
     num_ranks = transport.world_size
     x_TD = x.view(-1, gcd(x.numel(), _MOST_COLUMNS))
