@@ -152,7 +152,7 @@ def why_not(transport: str, case: CollectivesCase) -> str:
 
 
 def _check_memory(case: CollectivesCase) -> None:
-    """Raise ValueError unless the buffers fit: per rank one to send to each peer, one to receive, and two for the copy."""
+    """Raise ValueError unless the buffers fit: per rank and peer one to send, one to receive, and two for the memory copy."""
     largest = max(case.sizes)
     needed = 4 * case.ranks**2 * largest
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. `work` is in FLOP or bytes, per `unit`; with unit us the time itself is the result."""
+    """One op at one shape. `work` is FLOP or bytes, as `unit` says; with unit us the time itself is the result."""
 
     op: str
     shape: str

@@ -112,7 +112,7 @@ class PlacementConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """[data]: the text and its division."""
+    """[data]: the text for training and validation."""
 
     path: str = ""
     """A text file, or a folder whose text files are joined; empty: the source of Python's standard library."""

@@ -120,8 +120,8 @@ class Trainer:
         self.step = inputs.progress.step if inputs.progress else 0
         layers = list(moe_layers(self.model).values())
         self._replay = Replay(inputs.trace, layers, self.handle.group.rank, first_step=self.step) if inputs.trace else None
-        self._num_decisions = 0  # of migration, recorded so far
-        self._compile_s = 0.0  # recorded so far
+        self._num_decisions = 0  # migration decisions recorded so far
+        self._compile_s = 0.0  # seconds of compilation recorded so far
         position = inputs.progress.position if inputs.progress else 0
         train, validation = (Windows(part, config.data.seq_len) for part in (self.text.train(), self.text.validation()))
         self.data = TrainingData(train, shape, seed=config.run.seed, position=position)
@@ -146,7 +146,7 @@ class Trainer:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Turn errors of the body into one with the failure report."""
+        """Raise errors of the body again, with a failure report."""
         try:
             yield
         except DivergenceError:

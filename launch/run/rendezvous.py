@@ -61,7 +61,7 @@ def _run_id(info: RankInfo, env: Mapping[str, str]) -> str:
 
 
 def _join(info: RankInfo, store: dist.Store, limit_s: float, run_id: str) -> tuple[int, str] | None:
-    """Join and wait for the other ranks of this run: None if all joined, else the rank that is to print, and its line."""
+    """Join, and wait for the other ranks of this run. Return None if all joined, else the rank that prints, and the line."""
     deadline_s, poll_s = time.monotonic() + limit_s, _POLL_S[0]
     if store.compare_set(_RUN, "", run_id) != run_id.encode() or store.check([f"{_JOINED}/{info.rank}"]):
         raise RankError(

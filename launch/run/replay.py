@@ -84,7 +84,7 @@ class Replay:
     Args:
         trace: see `open_replay`.
         layers: the MoE layers, as many as the trace has, in order.
-        rank: whose loads.
+        rank: the rank whose loads are replayed.
         first_step: steps of the trace to skip, in a resumed run.
     """
 

@@ -30,7 +30,7 @@ from ...runtime import MoELayer, RuntimeConfig
 
 
 def warm_run(config: RuntimeConfig, device: torch.device) -> None:
-    """Compile the routines of a training run on this rank. The transport has compiled its own when it was built."""
+    """Compile the routines of a training run on this rank. The transport compiled its own when it was built."""
     if device.type == "cpu":
         warm_kernels([torch.bfloat16 if config.compute_dtype == "bf16" else torch.float32])
     warm_planning([get_solver(config.policy)])
