@@ -90,8 +90,8 @@ def _variants(
             variants[f"{name}/direct"] = _all_to_all(transport, buffers)
             continue
         if op == TOKEN_OP:
-            rows = buffers.outgoing[0], buffers.incoming[0]
-            variants |= {f"{name}/{route}": exchange(transport, route, *rows, case.topology()) for route in ROUTES}
+            x, y = buffers.outgoing[0], buffers.incoming[0]
+            variants |= {f"{name}/{route}": exchange(transport, route, x, y, case.topology()) for route in ROUTES}
             continue
         placement = Placement.everywhere(np.zeros(1, np.int64), case.ranks)
         for schedule_name in case.schedules:

@@ -263,9 +263,9 @@ def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 def _floor(case: StepCase, device: torch.device) -> Callable[[], None]:
     """The six matrix products of a SwiGLU expert step, for all routed tokens of a balanced rank at once, into ready buffers."""
-    rows, D, F = case.tokens * case.top_k, case.hidden, case.ffn
+    N, D, F = case.tokens * case.top_k, case.hidden, case.ffn
     random = partial(torch.randn, device=device)
-    x, h, gate_up = random(rows, D), random(rows, F), random(rows, 2 * F)
+    x, h, gate_up = random(N, D), random(N, F), random(N, 2 * F)
     w_gate_up, w_down = random(2 * F, D), random(D, F)
     dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
 
