@@ -1,4 +1,4 @@
-"""`moesaic bench`: one command a benchmark."""
+"""`moesaic bench`: one command per benchmark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from . import collectives, kernels, overlap, placement, scaling, step
-from .rows import JSON_OPTION, publish
+from .records import JSON_OPTION, publish
 
 
 @click.group()
@@ -21,7 +21,7 @@ def bench() -> None:
 @click.option("--optimizer", type=click.Choice(list(step.OPTIMIZERS)), default="sgd", show_default=True)
 @JSON_OPTION
 def step_command(json_path: str | None, **case: int | float | str) -> None:
-    """One MoE layer, forward, backward and optimizer, by placement policy; the hot experts all live on rank 0."""
+    """One MoE layer, forward, backward and optimizer, by placement policy; rank 0 owns all hot experts."""
     publish("step", step.run(step.StepCase(**case)), step.COLUMNS, json_path)  # type: ignore[arg-type]
 
 
@@ -35,12 +35,12 @@ def step_command(json_path: str | None, **case: int | float | str) -> None:
 @click.option("--schedules", default="direct,relay", show_default=True, help="Schedules of the sparse collectives.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Network namespaces with links.")
 @click.option("--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of a node's link.")
-@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed pieces of each way.")
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed repetitions of each variant.")
 @JSON_OPTION
 def collectives_command(json_path: str | None, ranks: str, sizes: str, nodes: int, link_mbit: float, **given: Any) -> None:
     """Collectives by transport and schedule, against Gloo, MPI's own, a memory copy and the lower bound."""
     names = {key: tuple(value.split(",")) for key, value in given.items() if isinstance(value, str)}
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for num_ranks in ranks.split(","):
         case = collectives.CollectivesCase(
             ranks=_count("--ranks", num_ranks, minimum=2),
@@ -51,10 +51,10 @@ def collectives_command(json_path: str | None, ranks: str, sizes: str, nodes: in
             **names,
         )
         measured, unavailable = collectives.run(case)
-        rows += measured
+        records += measured
         for transport in unavailable:
             click.echo(f"without {transport.name} at {case.ranks} ranks: {transport.reason}", err=True)
-    publish("collectives", rows, collectives.COLUMNS, json_path)
+    publish("collectives", records, collectives.COLUMNS, json_path)
 
 
 def _count(option: str, text: str, *, minimum: int) -> int:
@@ -88,7 +88,7 @@ def kernels_command(arguments: tuple[str, ...]) -> int:
     multiple=True,
     default=("plan", "milp"),
     show_default=True,
-    help="plan: time of planner and split; milp: gap of the exact solver; joint: of all layers together; "
+    help="plan: time of planner and split; milp: gap of the exact solver; joint: its gap over all layers together; "
     "moetuner: hops of owners from a trace. Repeatable.",
 )
 @click.option("--experts", type=click.IntRange(1, 4096), multiple=True, default=(64, 256), show_default=True, help="Repeatable.")
@@ -113,7 +113,7 @@ def kernels_command(arguments: tuple[str, ...]) -> int:
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help="Layers timed or placed together, each another draw.",
+    help="Layers timed or placed together, each with its own draw of loads.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--trace", "path", metavar="FILE.npz", help="Recorded topk_ids for milp and moetuner, at the first --ranks.")
@@ -125,7 +125,7 @@ def kernels_command(arguments: tuple[str, ...]) -> int:
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="Microseconds that hide a gather of the trace.",
+    help="Microseconds of other work that hide a gather.",
 )
 @click.option("--move-owners", is_flag=True, help="The exact solver may change the trace's owners too.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of a trace's ranks, for hops.")

@@ -3,16 +3,15 @@
     all_to_all     every rank sends `bytes` to every other rank
     sparse_gather  rank 0 owns one expert of `bytes`, every other rank gets a copy
     sparse_reduce  its transpose: contributions of `bytes` from every other rank are summed at rank 0
-    token_rows     `bytes` of token rows of every rank to all ranks and back, directly and node by node; when asked for
+    token_rows     every rank sends `bytes` of tokens to all ranks and back, directly and node by node; only on request
 
-Everything of one size is measured round by round in one run, each round starting with another. Beside the transports run a
-plain memory copy, made by as many processes at once, of the bytes that a rank receives, and MPI's own collective (Alltoallv,
-Bcast, Reduce). Copies and collectives repeat between buffers that nobody rewrites: sources and targets of both are as warm as
-the caches allow, and the copies, which never wait for each other, are the more favoured: with more ranks than cores those that
-run have the caches to themselves. So beside the all-to-all over shared memory runs a copy in step: after each copy the ranks
-exchange one number over that transport, which is about the least that an exchange of the same bytes can cost. The bound is the
-busiest receiver's bytes at the rate of the free copy; with `nodes`, whose links have a rate (network.py), the busiest link's
-bytes at that rate.
+All variants of one size are timed round by round in one run, each round starting with another variant. Two baselines run beside
+the transports: MPI's own collective (Alltoallv, Bcast, Reduce), and a plain memory copy of the bytes that a rank receives, by all
+processes at once. Copies and collectives repeat between the same buffers, so both find them in the caches where these are
+large enough. The copies never wait for each other, which favours them: with more ranks than cores, those that run have the caches
+to themselves. So beside the all-to-all over shared memory runs a copy in step: after each copy the ranks exchange one number over
+that transport, which is about the least that an exchange of the same bytes can cost. The bound is the busiest receiver's bytes at
+the rate of the free copy; between nodes, whose links have a rate (network.py), the busiest link's bytes at that rate.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from ..collectives import SCHEDULES, TRANSPORTS
 from ..collectives.lifetime import start
 from ..placement import Topology
 from .network import RANK_ENVIRONMENT, run_on_nodes, wait_for
-from .token_rows import crossing_bytes
+from .routed_tokens import crossing_bytes
 
 OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
 TOKEN_OP = "token_rows"
-# What is measured beside the transports, under the key `transport`.
+# The baselines, under the key `transport`.
 COPY, COPY_IN_STEP, MPI_OWN = "memory copy", "memory copy in step", "mpi4py"
 COLUMNS = (
     "op",
@@ -60,7 +59,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class CollectivesCase:
-    """What is measured in one run."""
+    """The variants and sizes of one run."""
 
     ops: tuple[str, ...]
     ranks: int
@@ -94,34 +93,34 @@ class CollectivesCase:
         return cls(**values)
 
     def received_bytes(self, op: str, size: int) -> int:
-        """What the busiest rank must receive, whatever the schedule: sums can be made on the way."""
+        """The bytes that the busiest rank must receive under any schedule; sums may be formed on the way."""
         if op == TOKEN_OP:
             return 2 * size * (self.ranks - 1)
         return size * (self.ranks - 1) if op == "all_to_all" else size
 
     def link_bytes(self, op: str, size: int) -> int:
-        """What must cross the busiest link between nodes, in its busier direction."""
+        """The bytes that must cross the busiest link between nodes, in its busier direction."""
         inside = self.ranks // self.nodes
         if op == TOKEN_OP:
             return crossing_bytes(self.topology(), size)
         return size * inside * (self.ranks - inside) if op == "all_to_all" else size
 
     def topology(self) -> Topology:
-        """The machine as a planner would be told of it."""
+        """The machine as described to a planner."""
         topology = Topology.preset("cpu", num_nodes=self.nodes, ranks_per_node=self.ranks // self.nodes)
         return topology if self.nodes == 1 else replace(topology, node_bytes_per_s=self.link_bits_per_s / 8)
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A transport that is left out, and why."""
+    """A transport that is left out, and the reason."""
 
     name: str
     reason: str
 
 
 def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], list[Unavailable]]:
-    """Measure a case: rows, and the transports that this machine does not have."""
+    """Measure a case; return the records, and the transports that this machine lacks."""
     unavailable = []
     for name in case.transports:
         reason = why_not(name, case)
@@ -135,11 +134,11 @@ def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], list[Unavailable]]
         (folder / "case.json").write_text(present.to_json(), encoding="utf-8")
         _run_ranks(present, folder)
         measured = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(case.ranks)]
-    return _rows(present, measured), unavailable
+    return _records(present, measured), unavailable
 
 
 def why_not(transport: str, case: CollectivesCase) -> str:
-    """Why a transport cannot take part in a run; empty if it can."""
+    """The reason why a transport cannot be measured; empty if it can."""
     if transport == "shm" and case.nodes > 1:
         return "the ranks are on several nodes"
     if transport in ("shm", "hierarchical") and sys.platform != "linux":
@@ -153,7 +152,7 @@ def why_not(transport: str, case: CollectivesCase) -> str:
 
 
 def _check_memory(case: CollectivesCase) -> None:
-    """Refuse what would not fit: a row per peer to send from, to receive into, and the same twice for the memory copy."""
+    """Raise ValueError unless the buffers fit: per rank and peer one to send, one to receive, and two for the memory copy."""
     largest = max(case.sizes)
     needed = 4 * case.ranks**2 * largest
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -181,23 +180,23 @@ def _run_ranks(case: CollectivesCase, folder: Path) -> None:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "PRTE_MCA_hwloc_default_binding_policy": "none",
         }
-        # mpirun gives ranks a terminal each, on which libraries may reset colors; standard output is for what was measured.
+        # mpirun gives every rank a terminal, on which libraries may print control codes; standard output is for records only.
         wait_for([start([mpirun, "-n", str(case.ranks), *program], env=env, stdout=DEVNULL)])
         return
     run_on_nodes(program, case.ranks, case.nodes, case.link_bits_per_s, env)
 
 
-def _rows(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> list[dict[str, Any]]:
-    rows = []
+def _records(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> list[dict[str, Any]]:
+    records = []
     for key in measured[0]:
         op, size = key.rsplit(" ", 1)
-        # A collective is over when its last rank is done.
+        # A collective ends with its last rank.
         seconds = {name: np.max([m[key][name] for m in measured], axis=0) for name in measured[0][key]}
         bound_s = _bound_s(case, op, int(size), seconds[COPY])
         for name, times in seconds.items():
             transport, _, schedule = name.partition("/")
             rates = case.received_bytes(op, int(size)) / times / 1e9
-            rows.append(
+            records.append(
                 {
                     "op": op,
                     "transport": transport,
@@ -219,7 +218,7 @@ def _rows(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Se
                     "ratio_to_bound": _ratio(bound_s, times),
                 }
             )
-    return rows
+    return records
 
 
 def _bound_s(case: CollectivesCase, op: str, size: int, copy_s: np.ndarray) -> np.ndarray:
@@ -229,5 +228,5 @@ def _bound_s(case: CollectivesCase, op: str, size: int, copy_s: np.ndarray) -> n
 
 
 def _ratio(other_s: np.ndarray | None, times: np.ndarray) -> float | None:
-    """How many times faster than the other, as the median of the rounds."""
+    """Speed relative to `other_s`, the median over rounds."""
     return None if other_s is None else float(np.median(other_s / times))

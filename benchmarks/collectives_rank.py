@@ -1,4 +1,4 @@
-"""One rank of `moesaic bench collectives`: builds every way to the same collective, checks it, times all of them in turn."""
+"""One rank of `moesaic bench collectives`: builds every variant of a collective, checks each, and times them in turn."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from ..collectives import (
 from ..collectives.transports.mpi import MpiJob, MpiTransport
 from ..placement import Placement
 from .collectives import COPY, COPY_IN_STEP, MPI_OWN, TOKEN_OP, CollectivesCase
-from .token_rows import ROUTES, token_rows
+from .routed_tokens import ROUTES, exchange
 
-# What a timed piece lasts at least: ranks leave a barrier up to a millisecond apart, which must not count.
+# The least duration of a timed repetition: ranks leave a barrier up to a millisecond apart, which must not matter.
 _PIECE_S = 0.02
 _MOST_REPEATS = 1024
 _TIMEOUT_S = 300.0
@@ -41,20 +41,20 @@ _TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, eq=False)
 class Buffers:
-    """The memory of one rank for one size, a row for every rank: what goes to it, what comes from it; fp32 [R, size / 4] each."""
+    """The buffers of one rank for one size, one line per peer to send to or to receive from; fp32 [R, size / 4] each."""
 
     outgoing: Tensor
     incoming: Tensor
 
     @classmethod
     def allocate(cls, transport: Transport, size: int) -> Buffers:
-        """From the memory that the transport sends from most cheaply; ordinary tensors to all others."""
+        """Buffers in the memory from which the transport sends most cheaply; for other transports they are ordinary tensors."""
         shape, like = (transport.world_size, size // 4), torch.empty(0)
         return cls(transport.empty(shape, like).fill_(1.0), transport.empty(shape, like).fill_(1.0))
 
 
 def main(folder: Path) -> None:
-    """Measure the case in `folder`, and write this rank's seconds there."""
+    """Measure the case in `folder`, and write the seconds of this rank there."""
     case = CollectivesCase.from_json((folder / "case.json").read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
@@ -67,50 +67,52 @@ def main(folder: Path) -> None:
     for size in case.sizes:
         buffers = Buffers.allocate(transports.get("shm") or next(iter(transports.values())), size)
         for op in case.ops:
-            ways = _ways(op, case, transports, buffers)
-            measured[f"{op} {size}"] = _measure(ways, case.rounds)
+            variants = _variants(op, case, transports, buffers)
+            measured[f"{op} {size}"] = _measure(variants, case.rounds)
     (folder / f"rank-{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _ways(op: str, case: CollectivesCase, transports: dict[str, Transport], buffers: Buffers) -> dict[str, Callable[[], None]]:
-    """Every way to one collective, by name: transport/schedule, the memory copies, MPI's own."""
+def _variants(
+    op: str, case: CollectivesCase, transports: dict[str, Transport], buffers: Buffers
+) -> dict[str, Callable[[], None]]:
+    """Every variant of one collective by name: transport/schedule, the memory copies, MPI's own."""
     rank = dist.get_rank()
-    ways = {COPY: _copy(case.received_bytes(op, buffers.incoming[0].nbytes))}
+    variants = {COPY: _copy(case.received_bytes(op, buffers.incoming[0].nbytes))}
     mpi = transports.get("mpi")
     if isinstance(mpi, MpiTransport) and op != TOKEN_OP:
-        ways[MPI_OWN] = _mpi_own(op, mpi.job, buffers)
+        variants[MPI_OWN] = _mpi_own(op, mpi.job, buffers)
     if op == "all_to_all" and "shm" in transports:
-        ways[COPY_IN_STEP] = _in_step(ways[COPY], transports["shm"])
+        variants[COPY_IN_STEP] = _in_step(variants[COPY], transports["shm"])
     for name, transport in transports.items():
         if op == "all_to_all":
-            ways[f"{name}/direct"] = _all_to_all(transport, buffers)
+            variants[f"{name}/direct"] = _all_to_all(transport, buffers)
             continue
         if op == TOKEN_OP:
-            rows = buffers.outgoing[0], buffers.incoming[0]
-            ways |= {f"{name}/{route}": token_rows(transport, route, *rows, case.topology()) for route in ROUTES}
+            x, y = buffers.outgoing[0], buffers.incoming[0]
+            variants |= {f"{name}/{route}": exchange(transport, route, x, y, case.topology()) for route in ROUTES}
             continue
         placement = Placement.everywhere(np.zeros(1, np.int64), case.ranks)
         for schedule_name in case.schedules:
             schedule = make_schedule(schedule_name, placement, case.topology(), buffers.incoming[0].nbytes)
             make = _gather if op == "sparse_gather" else _reduce
-            ways[f"{name}/{schedule_name}"] = make(transport, schedule, buffers)
-    for name, way in ways.items():
+            variants[f"{name}/{schedule_name}"] = make(transport, schedule, buffers)
+    for name, variant in variants.items():
         if name not in (COPY, COPY_IN_STEP):
-            _check(f"{op} by {name} on rank {rank}", op, way, buffers)
-    return ways
+            _check(f"{op} by {name} on rank {rank}", op, variant, buffers)
+    return variants
 
 
-def _check(what: str, op: str, way: Callable[[], None], buffers: Buffers) -> None:
-    """The gate: run once between poisoned buffers, and compare with the collective's meaning."""
+def _check(what: str, op: str, variant: Callable[[], None], buffers: Buffers) -> None:
+    """Run once between poisoned buffers, and assert the values that the collective must give."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for peer, (outgoing, incoming) in enumerate(zip(buffers.outgoing, buffers.incoming, strict=True)):
         outgoing.fill_(10.0 * rank + peer)
         incoming.fill_(torch.nan)
     if op == "sparse_reduce":
         buffers.incoming[0].fill_(0.5)
-    way()
+    variant()
     if op == "all_to_all":
         expected = {peer: 10.0 * peer + rank for peer in range(world_size) if peer != rank}
     elif op == TOKEN_OP:
@@ -140,7 +142,7 @@ def _reduce(transport: Transport, gather: Schedule, buffers: Buffers) -> Callabl
     schedule = gather.transpose().limit_receives(2)
     contributions = {} if rank == 0 else {0: (buffers.outgoing[0],)}
     totals = {0: (buffers.incoming[0],)} if rank == 0 else {}
-    # Two other messages' memory: an expert's reduce stages in its own slots too.
+    # Staging uses the buffers of two other messages, as a reduce of experts uses their own slots.
     staging = [(buffers.outgoing[1],), (buffers.incoming[1],)]
     return lambda: sparse_reduce_scatter(schedule, transport, contributions, totals, staging, op="reduce").wait()
 
@@ -156,7 +158,7 @@ def _copy(num_bytes: int) -> Callable[[], None]:
 
 
 def _in_step(copy: Callable[[], None], transport: Transport) -> Callable[[], None]:
-    """The copy, and then an exchange of one number with everybody."""
+    """The copy, then an exchange of one number with every rank."""
     exchange = _all_to_all(transport, Buffers.allocate(transport, 4))
 
     def copy_in_step() -> None:
@@ -174,7 +176,7 @@ def _mpi_own(op: str, job: MpiJob, buffers: Buffers) -> Callable[[], None]:
         item = incoming[0] if rank else outgoing[0]
         return lambda: communicator.Bcast(item)
     if op == "sparse_reduce":
-        # The owner's own part is its total, which MPI replaces by the sum.
+        # The owner contributes its total, which MPI replaces by the sum.
         parts = (outgoing[0], None) if rank else (job.mpi.IN_PLACE, incoming[0])
         return lambda: communicator.Reduce(*parts)
     world_size, count = buffers.incoming.shape
@@ -183,31 +185,31 @@ def _mpi_own(op: str, job: MpiJob, buffers: Buffers) -> Callable[[], None]:
     return lambda: communicator.Alltoallv(*message)
 
 
-def _measure(ways: dict[str, Callable[[], None]], num_rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in every round, between barriers; each round begins with another way."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    repeats = {name: _repeats(way) for name, way in ways.items()}
-    names = list(ways)
+def _measure(variants: dict[str, Callable[[], None]], num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in every round, between barriers; each round begins with another variant."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    repeats = {name: _repeats(variant) for name, variant in variants.items()}
+    names = list(variants)
     for round_index in range(num_rounds):
         first = round_index % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_piece_s(ways[name], repeats[name]) / repeats[name])
+            seconds[name].append(_piece_s(variants[name], repeats[name]) / repeats[name])
     return seconds
 
 
-def _piece_s(way: Callable[[], None], repeats: int) -> float:
+def _piece_s(variant: Callable[[], None], repeats: int) -> float:
     dist.barrier()
     start_s = time.perf_counter()
     for _ in range(repeats):
-        way()
+        variant()
     return time.perf_counter() - start_s
 
 
-def _repeats(way: Callable[[], None]) -> int:
-    """How often a way is repeated in a timed piece, the same on all ranks; this also warms it up."""
+def _repeats(variant: Callable[[], None]) -> int:
+    """Repeats of a variant in a timed piece, the same on all ranks; finding the number also warms up the variant."""
     repeats = 1
     while repeats < _MOST_REPEATS:
-        shortest_s = torch.tensor(_piece_s(way, repeats), dtype=torch.float64)
+        shortest_s = torch.tensor(_piece_s(variant, repeats), dtype=torch.float64)
         dist.all_reduce(shortest_s, op=dist.ReduceOp.MIN)
         if shortest_s.item() >= _PIECE_S:
             break

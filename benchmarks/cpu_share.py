@@ -1,31 +1,30 @@
-"""Processes that each get a stated share of a core, whoever else runs: slower machines, emulated on one.
+"""Processes that each get a fixed share of a core, whatever else runs: slower machines, emulated on one.
 
-A control group limits what its processes may use of the CPU (cpu.max of cgroup version 2, cpu.cfs_quota_us of version 1). As long
-as all shares together fit the machine, a rank with twice the work takes twice the time, however few cores there are. Linux
-only; needs the right to make control groups.
+A control group limits the CPU time of its processes (cpu.max of cgroup version 2, cpu.cfs_quota_us of version 1). As long as all
+shares together fit the machine, a rank with twice the work takes twice the time, however few cores there are. Linux only;
+requires the right to make control groups.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
 
 _ROOT = Path("/sys/fs/cgroup")
-# What the kernel accounts in: no shorter runs than a millisecond, and no longer waits than they need.
+# Bounds for the quota and the period: runs of at least a millisecond, in periods as short as that allows.
 _SHORTEST_RUN_US = 1000
 _SHORTEST_PERIOD_US = 5000
 
 
 class CpuShares:
-    """One control group a rank, each with the same share of a core; a context manager that removes them.
+    """One control group per rank, each with the same share of a core; a context manager that removes them.
 
     Args:
-        num_ranks: how many.
-        cores: share of a core that each may use, above 0; 0.25 is a core a quarter as fast.
+        num_ranks: number of groups.
+        cores: share of a core for each, above 0; 0.25 emulates a core a quarter as fast.
 
     Raises:
-        OSError: this machine does not allow it.
+        OSError: this machine does not allow control groups.
     """
 
     def __init__(self, num_ranks: int, cores: float):
@@ -60,17 +59,17 @@ class CpuShares:
     def __enter__(self) -> CpuShares:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
 def enter(folder: Path) -> None:
-    """Put the calling process, with all its threads, under the limit of a control group, for good."""
+    """Move the calling process, with all its threads, into a control group, permanently."""
     (folder / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _base() -> tuple[Path, bool]:
-    """Where groups with a limit on the CPU can be made, and whether that is cgroup version 2."""
+    """The folder in which control groups with a CPU limit can be made, and whether that is cgroup version 2."""
     if (_ROOT / "cpu" / "cpu.cfs_quota_us").exists() or (_ROOT / "cpu" / "cgroup.procs").exists():
         return _ROOT / "cpu", False
     control = _ROOT / "cgroup.subtree_control"

@@ -1,9 +1,9 @@
 #!/bin/sh
 # All GPU checks of the kernels in one call of less than ten minutes: every Triton kernel compiled and compared with its torch
-# twin, rows past 2**31 elements, the whole layer without a host synchronisation, the rows of `moesaic bench kernels` with their
-# targets, and the tile sweep of the grouped products. A part that fails, or runs into its time limit, costs the others nothing.
+# twin, tensors past 2**31 elements, the whole layer without a host synchronisation, the records of `moesaic bench kernels` with
+# their targets, and the tile sweep of the grouped products. The other parts still run if one fails or exceeds its time limit.
 # Usage, from the repository root on a machine with a GPU and torch:  sh benchmarks/gpu_kernels.sh [OUTPUT_FOLDER] [PYTHON]
-# Leaves kernels_gpu.json, kernel_tiles_gpu.json (rows, machine, versions, commit) and a log of each part. Exit status 1: a part
+# Leaves kernels_gpu.json, kernel_tiles_gpu.json (records, machine, versions, commit) and a log of each part. Exit status 1: a part
 # failed. A target that is missed is not a failure: the last lines of kernels_gpu.log name it.
 set -u
 output=${1:-benchmarks/results}
@@ -15,7 +15,7 @@ trap 'rm -rf "$path"' EXIT
 ln -s "$PWD" "$path/moesaic"
 export PYTHONPATH="$path:$PWD" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 
-# part NAME SECONDS COMMAND...: run it into NAME.log, show the end of that.
+# part NAME SECONDS COMMAND...: run the command with its output in NAME.log, and show the end of that.
 part() {
     name=$1 limit=$2 start=$(date +%s) status=0
     shift 2
@@ -25,7 +25,7 @@ part() {
     [ "$status" -eq 0 ] || echo "$name" >>"$path/failed"
 }
 
-# tests NAME SELECTION: a share of the kernel tests. Most of their time the compiler works, on one core each.
+# tests NAME SELECTION: a share of the kernel tests. Most of their time is compilation, on one core each.
 tests() {
     part "tests_$1" 240 "$python" -m pytest -p no:cacheprovider --import-mode=importlib -q tests/kernels/triton_cases.py -k "$2"
 }

@@ -1,8 +1,8 @@
-"""What `moesaic bench kernels` measures, and its products: each at each shape, torch's ways to the same, and the dense product.
+"""The cases of `moesaic bench kernels`, and those of matrix products: every op at every shape, beside torch's own operations.
 
-The ceiling is one dense product of all rows.
+The ceiling of a grouped product is one dense product over all routed tokens.
 
-Shape letters: N routed rows, D model dim, F expert ffn dim, G groups, T tokens, K top-k.
+Shape letters: N routed tokens, D model dim, F expert ffn dim, G groups, T tokens, K top-k.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """The experts of one rank and the rows they get."""
+    """The experts of one rank and the routed tokens of each."""
 
     name: str
     D: int
@@ -50,13 +50,13 @@ class Shape:
 
     @property
     def num_rows(self) -> int:
-        """Rows over all groups."""
+        """Routed tokens over all groups."""
         return sum(self.group_sizes)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. `work` is in FLOP or bytes; `unit` says which, per second, or that the time itself counts."""
+    """One op at one shape. `work` is FLOP or bytes, as `unit` says; with unit us the time itself is the result."""
 
     op: str
     shape: str
@@ -68,18 +68,18 @@ class Case:
     torch: dict[str, Call]
     check: Callable[[], float]  # largest relative difference from torch's result
     tolerance: float
-    target: float | None = None  # what issue or design ask of ratio_to_ceiling; None asks nothing
+    target: float | None = None  # least ratio_to_ceiling; None for no target
 
 
 def zipf_sizes(num_rows: int, num_groups: int, exponent: float) -> tuple[int, ...]:
-    """`num_rows` cut by a Zipf law; exponent 0 is an even cut."""
+    """`num_rows` divided by a Zipf law; exponent 0 divides evenly."""
     shares = [1.0 / (group + 1) ** exponent for group in range(num_groups)]
     bounds = [round(num_rows * sum(shares[: group + 1]) / sum(shares)) for group in range(num_groups)]
     return tuple(stop - start for start, stop in pairwise([0, *bounds]))
 
 
 def shapes(device: str) -> list[Shape]:
-    """Per-rank shapes: three public models on a GPU; the demo's and the step benchmark's on a CPU."""
+    """Shapes per rank: of three public models on a GPU; of the demo and the step benchmark on a CPU."""
     if device == "cuda":
         models = [
             ("mixtral-8x7b", 4096, 14336, 2, 8192, 8, 2),
@@ -102,7 +102,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 class Products:
-    """The three products of gate_up, each for one group or all rows as torch does it, and for all groups as we do."""
+    """The three products of gate_up: by torch, for one group or all tokens at once, and by moesaic's kernels, for all groups."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         N, self.sizes, wide = shape.num_rows, list(shape.group_sizes), 2 * shape.F
@@ -119,7 +119,7 @@ class Products:
         self.has_grouped_mm = device == "cpu" or dtype == torch.bfloat16
 
     def mm(self, kinds: Sequence[str], groups: Sequence[tuple[int, slice]]) -> None:
-        """Torch's products, one call after the other."""
+        """Torch's products, one call per group and kind."""
         for group, rows in groups:
             x, dy, weight = self.x[rows], self.dy[rows], self.bank[group]
             for kind in kinds:
@@ -131,7 +131,7 @@ class Products:
                     torch.mm(dy.t(), x, out=self.torch_grads[group])
 
     def torch_ways(self, kinds: Sequence[str]) -> dict[str, Call]:
-        """A loop of mm, and grouped_mm where it serves the dtype."""
+        """A loop of mm, and grouped_mm where it supports the dtype."""
         ways: dict[str, Call] = {"mm loop": partial(self.mm, kinds, self.groups)}
         if self.has_grouped_mm:
             operands = {"forward": (self.x, self.bank.transpose(1, 2)), "dgrad": (self.dy, self.bank)}
@@ -140,9 +140,9 @@ class Products:
         return ways
 
     def ours(self, kinds: Sequence[str]) -> Call:
-        """Like torch's ways, `wgrad` writes new gradients, as a step's first micro-batch does; the others' is `wgrad adding`.
+        """moesaic's kernels. Like torch, `wgrad` writes new gradients, as in the first micro-batch; `wgrad adding` accumulates.
 
-        Who needs both gradients, as autograd does, asks for them in one call.
+        Both gradients together, as autograd needs them, are one call.
         """
         wgrad, fresh = partial(grouped_gemm_wgrad, self.dy, self.x, self.sizes, self.grads), [True] * len(self.sizes)
         backward = partial(grouped_gemm_backward, self.dy, self.x, self.bank, self.sizes, self.grads)
@@ -159,7 +159,7 @@ class Products:
         return lambda: [call() for call in chosen]
 
     def check(self, kinds: Sequence[str]) -> float:
-        """The largest difference from torch's products, group by group."""
+        """The largest difference from torch's products over all groups."""
         for result in (self.y, self.dx):
             result.fill_(torch.nan)
         self.grads.fill_(0.0 if "wgrad adding" in kinds else torch.nan)
@@ -204,7 +204,7 @@ def product_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Cas
 
 
 def ffn_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
-    """The whole expert FFN, forward and backward, against its six products with nothing between them."""
+    """The whole expert FFN, forward and backward; the ceiling is its six matrix products alone."""
     N, D, F, G, sizes = shape.num_rows, shape.D, shape.F, len(shape.group_sizes), list(shape.group_sizes)
     x, dy = (torch.randn(N, D, device=device).to(dtype) for _ in range(2))
     row_weights = torch.rand(N, device=device)
@@ -256,7 +256,7 @@ def ffn_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def layer_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
-    """One rank's MoE layer from logits to input gradients, against the six products of its experts and nothing else."""
+    """One rank's MoE layer from logits to input gradients; the ceiling is the six matrix products of its experts alone."""
     experts = ffn_case(shape, dtype, device)
     N, D, F, K, sizes = shape.num_rows, shape.D, shape.F, shape.top_k, list(shape.group_sizes)
     T, G = N // K, len(sizes)
@@ -286,5 +286,5 @@ def layer_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` of `torch.float32`."""
+    """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")

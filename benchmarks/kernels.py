@@ -1,8 +1,8 @@
 """Every kernel against torch and against this machine's own ceilings, measured interleaved in one run.
 
-Before a case is timed, our result is compared with torch's. Ratios are the ceiling's time, or torch's best time, over our
-time: 1 is level, more is better. They are medians over rounds, with a 95 % interval (low, high) beside them. The cases are
-in kernel_cases.py and kernel_row_cases.py.
+Before a case is timed, its result is compared with torch's. Ratios are the ceiling's time, or torch's best time, over the
+kernel's time: 1 is equal, more is better. They are medians over rounds, with a 95 % interval (low, high). The cases are in
+kernel_cases.py and kernel_memory_cases.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .kernel_cases import Call, Case, ffn_case, layer_case, product_cases, shapes
-from .kernel_row_cases import router_cases, row_cases, with_cold_operands
-from .rows import median_interval, publish
+from .kernel_memory_cases import memory_cases, router_cases, with_cold_operands
+from .records import median_interval, publish
 
 COLUMNS = (
     "op",
@@ -44,8 +44,8 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the result; the keys are the schema."""
+class Record:
+    """The result of one case; the field names are the keys of the schema."""
 
     op: str
     shape: str
@@ -60,15 +60,15 @@ class Row:
     ratio_to_ceiling_low: float
     ratio_to_ceiling_high: float
     target: float | None
-    ratio_to_torch: float | None  # the best of torch's ways
+    ratio_to_torch: float | None  # to the fastest of torch's calls
     torch_is: str | None
     ratio_to_grouped_mm: float | None
     ratio_to_grouped_mm_low: float | None
     ratio_to_grouped_mm_high: float | None
 
 
-def measure(case: Case, device: str, rounds: int) -> Row:
-    """Gate on correctness, then time ours, the ceiling and torch's ways round by round."""
+def measure(case: Case, device: str, rounds: int) -> Record:
+    """Check the result, then time the kernel, the ceiling and torch's calls round by round."""
     error = case.check()
     if not error <= case.tolerance:
         raise ValueError(f"differs from torch by {error:.2e}, allowed is {case.tolerance:.0e}")
@@ -89,7 +89,7 @@ def measure(case: Case, device: str, rounds: int) -> Row:
     def rate(time_s: float) -> float:
         return time_s * 1e6 if case.unit == "us" else case.work / time_s / 1e9
 
-    return Row(
+    return Record(
         op=case.op,
         shape=case.shape,
         dtype=case.dtype,
@@ -112,18 +112,18 @@ def measure(case: Case, device: str, rounds: int) -> Row:
 
 
 def _ratio(theirs_s: Sequence[float], ours_s: Sequence[float]) -> tuple[float, float, float]:
-    """Their time over ours: the median over rounds, and its 95 % interval."""
+    """The ratio of times: its median over rounds, and the 95 % interval of that."""
     ratios = [theirs / ours for theirs, ours in zip(theirs_s, ours_s, strict=True)]
     return statistics.median(ratios), *median_interval(ratios)
 
 
 def time_interleaved(calls: dict[str, Call], device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; on a GPU by events, after two rounds that compile and warm up."""
+    """Seconds of each call in each round, after two rounds of warm-up; on a GPU by events."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     spacer = torch.empty(1 << 30 if device == "cuda" else 0, dtype=torch.uint8, device=device)
     order = list(calls.items())
     for number in range(rounds + 2):
-        # Each round has an order of its own, so that no call always finds the caches as a certain one left them.
+        # Each round has its own order, so that no call always runs after the same other call.
         for name, call in random.Random(number).sample(order, len(order)):
             time_s = _time_cuda(call, spacer) if device == "cuda" else _time_cpu(call)
             if number >= 2:
@@ -139,7 +139,7 @@ def _time_cpu(call: Call) -> float:
 
 def _time_cuda(call: Call, spacer: Tensor) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # About a millisecond of writing, under which the host queues the call: host time doesn't show, and the L2 cache is cold.
+    # About a millisecond of writes, during which the host queues the call: this hides host time and clears the L2 cache.
     for _ in range(3):
         spacer.zero_()
     start.record()
@@ -150,7 +150,7 @@ def _time_cuda(call: Call, spacer: Tensor) -> float:
 
 
 def sweep_tiles(device: str) -> list[dict[str, Any]]:
-    """Each tile that may be chosen, by TMA where the GPU has it and through pointers, in each product and shape."""
+    """Time every selectable tile, through pointers and by TMA where the GPU has it, for each product and shape."""
     from ..kernels.grouped_gemm_tiles import HALF_TILES, takes_tma
     from ..kernels.grouped_gemm_triton import grouped_gemm_dgrad_triton, grouped_gemm_triton, grouped_gemm_wgrad_triton
 
@@ -177,7 +177,7 @@ def sweep_tiles(device: str) -> list[dict[str, Any]]:
 def all_cases(device: str, dtype: torch.dtype, only: str = "") -> Iterator[Case]:
     """Every case of a device, one after the other, so that a case's tensors are freed before the next.
 
-    Shapes that can't be those of a case whose `op at shape` contains `only` are left out.
+    Skips shapes for which no `op at shape` can contain `only`.
     """
     _, _, start_of_name = only.partition(" at ")
     for shape in shapes(device):
@@ -187,42 +187,41 @@ def all_cases(device: str, dtype: torch.dtype, only: str = "") -> Iterator[Case]
         yield ffn_case(shape, dtype, device)
         yield layer_case(shape, dtype, device)
         if shape.name.endswith("balanced"):
-            yield from with_cold_operands(partial(row_cases, shape, dtype, device), shape, device)
+            yield from with_cold_operands(partial(memory_cases, shape, dtype, device), shape, device)
     yield from router_cases(device)
 
 
 def run(device: str, dtype: torch.dtype, rounds: int, only: str = "") -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and failures of a device's cases, of those whose `op at shape` contains `only`; a failure costs only its own row."""
-    rows, failures = [], []
+    """Records and failures of the cases whose `op at shape` contains `only`; a failure costs only its own record."""
+    records, failures = [], []
     for case in all_cases(device, dtype, only):
         name = f"{case.op} at {case.shape}"
         if only not in name:
             continue
         try:
-            rows.append(asdict(measure(case, device, rounds)))
-        # Whatever a kernel or its compiler raises: an hour on a rented GPU brings home what did run.
+            records.append(asdict(measure(case, device, rounds)))
+        # Whatever a kernel or its compiler raises must not lose the results of the other cases.
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
-    return rows, failures
+    return records, failures
 
 
-def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many rows are held to a target and which of them miss it; how many are slower than torch's grouped_mm, and which.
+def verdict(records: Sequence[Mapping[str, Any]]) -> str:
+    """Which records miss their target, and which are slower than torch's grouped_mm, with the counts.
 
-    A row is slower where all of the interval lies below 1.
+    A record is slower where the whole interval lies below 1.
     """
-    held = [row for row in rows if row["target"] is not None]
-    missed = [row for row in held if row["ratio_to_ceiling"] < row["target"]]
-    named = "".join(f"; {row['op']} at {row['shape']} {row['ratio_to_ceiling']:.3f} < {row['target']}" for row in missed)
-    beside = [row for row in rows if row["ratio_to_grouped_mm"] is not None]
-    slower = [row for row in beside if row["ratio_to_grouped_mm_high"] < 1]
+    held = [record for record in records if record["target"] is not None]
+    missed = [record for record in held if record["ratio_to_ceiling"] < record["target"]]
+    named = "".join(f"; {r['op']} at {r['shape']} {r['ratio_to_ceiling']:.3f} < {r['target']}" for r in missed)
+    compared = [record for record in records if record["ratio_to_grouped_mm"] is not None]
+    slower = [record for record in compared if record["ratio_to_grouped_mm_high"] < 1]
     behind = "".join(
-        f"; {row['op']} at {row['shape']} {row['ratio_to_grouped_mm_low']:.3f} to {row['ratio_to_grouped_mm_high']:.3f}"
-        for row in slower
+        f"; {r['op']} at {r['shape']} {r['ratio_to_grouped_mm_low']:.3f} to {r['ratio_to_grouped_mm_high']:.3f}" for r in slower
     )
     return (
-        f"{len(held) - len(missed)} of {len(held)} rows with a target reach it{named}\n"
-        f"{len(beside) - len(slower)} of {len(beside)} rows with torch's grouped_mm beside them are not slower{behind}"
+        f"{len(held) - len(missed)} of {len(held)} records with a target reach it{named}\n"
+        f"{len(compared) - len(slower)} of {len(compared)} records with a ratio to torch's grouped_mm are not slower{behind}"
     )
 
 
@@ -235,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each case (default 15)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose 'op at shape' contains this text")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU (default 1)")
-    parser.add_argument("--json", dest="json_path", metavar="FILE", help="write the rows as JSON; - for standard output")
+    parser.add_argument("--json", dest="json_path", metavar="FILE", help="write the records as JSON; - for standard output")
     parser.add_argument("--sweep", action="store_true", help="time every tile of the grouped products instead (GPU)")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -254,10 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    rows, failures = run(options.device, dtype, options.rounds, options.only)
-    publish("kernels", rows, COLUMNS, options.json_path)
+    records, failures = run(options.device, dtype, options.rounds, options.only)
+    publish("kernels", records, COLUMNS, options.json_path)
     if options.json_path != "-":
-        print(verdict(rows))
+        print(verdict(records))
     print(*(f"failed: {failure}" for failure in failures), sep="\n", end="\n" if failures else "", file=sys.stderr)
     return 1 if failures else 0
 

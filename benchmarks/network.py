@@ -3,8 +3,8 @@
     node 0 [eth0] -- tbf --> bridge <-- tbf -- [eth0] node 1 ...
 
 Each node is a network namespace with one veth pair to a bridge in a namespace of its own. Token bucket filters (tc-tbf)
-limit what leaves a node and what enters it. Processes of one node reach each other over its own stack, unlimited. Linux
-only; needs iproute2, util-linux, and root or unprivileged user namespaces. Namespaces end with the process that made them.
+limit the rate out of and into each node. Processes of one node communicate over its own stack, unlimited. Linux only;
+requires iproute2, util-linux, and root or unprivileged user namespaces. Namespaces end with the process that made them.
 """
 
 from __future__ import annotations
@@ -17,29 +17,28 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 from ..collectives.lifetime import start
 
 INTERFACE = "eth0"
-# One thread a rank; freed activations stay with the process: page faults would cost more than what is compared.
+# One thread per rank; freed activations stay with the process, since page faults would cost more than the differences measured.
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 # Frames of 9000 bytes: headers take under 1 % of the rate, and the filters handle few packets.
 _MTU = 9000
-# What a link may send at once after a pause. It must exceed a frame, and stay small beside any message that is timed.
+# Bytes that a link may send at once after a pause: more than a frame, and few beside any timed message.
 _BURST_BYTES = 32 * 1024
-# Room for all that TCP keeps in flight: the links lose nothing, as fabrics with flow control do.
+# Room for all bytes that TCP keeps in flight: like fabrics with flow control, the links lose nothing.
 _QUEUE_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node, as a value that can be handed to a new process."""
+    """One node, as a value that can be passed to a new process."""
 
     index: int
     holder_pid: int
     is_rootless: bool
-    """Whether its namespaces belong to a user namespace that has to be entered first."""
+    """Whether its namespaces belong to a user namespace that must be entered first."""
 
     @property
     def address(self) -> str:
@@ -48,13 +47,13 @@ class Node:
 
     @property
     def prefix(self) -> list[str]:
-        """What to put before a command line to run it on this node."""
+        """The start of a command line that runs the rest on this node."""
         user = ["--user", "--preserve-credentials"] if self.is_rootless else []
         return ["nsenter", "--target", str(self.holder_pid), *user, "--net"]
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables by which Gloo, NCCL and Open MPI find the node's link."""
+        """Variables that make Gloo, NCCL and Open MPI use the node's link."""
         return {
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "NCCL_SOCKET_IFNAME": INTERFACE,
@@ -62,7 +61,7 @@ class Node:
         }
 
     def enter(self) -> None:
-        """Move the calling process here, and set `environment`. It must have one thread only, as a fresh process does."""
+        """Move the calling process, which must have one thread only, to this node, and set `environment`."""
         libc = ctypes.CDLL(None, use_errno=True)
         for kind in ("user", "net") if self.is_rootless else ("net",):
             with open(f"/proc/{self.holder_pid}/ns/{kind}", "rb") as namespace:
@@ -79,7 +78,7 @@ class Network:
         bits_per_s: rate of every node's link, each direction.
 
     Raises:
-        OSError: this machine cannot do it; the message names the command that failed and what it said.
+        OSError: this machine does not support it; the message holds the failed command and its error.
     """
 
     def __init__(self, num_nodes: int, *, bits_per_s: float):
@@ -110,7 +109,7 @@ class Network:
             for node in self.nodes:
                 lines = ["link set lo up", f"addr add {node.address}/24 dev {INTERFACE}", f"link set {INTERFACE} up"]
                 _run([*node.prefix, "ip", "-batch", "-"], "\n".join(lines))
-                # A loss-based sender fills a link that loses nothing; a pacing one (bbr) takes seconds to find the rate.
+                # reno, which reacts to loss, fills a link without loss; bbr, which paces, takes seconds to find the rate.
                 _run([*node.prefix, "sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"])
             # Phase 3: rates
             limits = f"tbf rate {round(bits_per_s)}bit burst {_BURST_BYTES}b limit {_QUEUE_BYTES}b"
@@ -122,7 +121,7 @@ class Network:
             raise
 
     def cut(self, node: int) -> None:
-        """Take a node's link down: what is under way is lost, and nobody is told."""
+        """Take a node's link down: packets in flight are lost, and no process is notified."""
         self._in_bridge(["ip", "link", "set", f"port{node}", "down"])
 
     def restore(self, node: int) -> None:
@@ -130,7 +129,7 @@ class Network:
         self._in_bridge(["ip", "link", "set", f"port{node}", "up"])
 
     def sent_bytes(self, node: int) -> int:
-        """Bytes, headers included, that have left a node over its link so far."""
+        """Bytes, headers included, that a node has sent over its link so far."""
         links = json.loads(_run([*self.nodes[node].prefix, "ip", "-json", "-stats", "link", "show", INTERFACE]))
         return int(links[0]["stats64"]["tx"]["bytes"])
 
@@ -146,13 +145,13 @@ class Network:
     def __enter__(self) -> Network:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _hold(self, command: Sequence[str]) -> int:
-        """Start a process that keeps a new namespace as long as its standard input, our pipe, is open; return its id.
+        """Start a process that holds a new namespace while its standard input, a pipe from here, is open; return its id.
 
-        However this process ends, the kernel closes the pipe, `cat` ends, and the namespace with its links is gone.
+        However this process ends, the kernel closes the pipe, `cat` ends, and the namespace and its links go with it.
         """
         try:
             holder = subprocess.Popen(
@@ -162,7 +161,7 @@ class Network:
             raise OSError(f"{command[0]} is not installed") from error
         assert holder.stdin is not None and holder.stdout is not None and holder.stderr is not None
         self._holders.append(holder)
-        # Standard output repeats the line as soon as the namespace stands.
+        # `cat` repeats the line once the namespace exists.
         try:
             holder.stdin.write("ready\n")
             holder.stdin.flush()
@@ -181,12 +180,12 @@ class Network:
 def run_on_nodes(
     command: Sequence[str], num_ranks: int, num_nodes: int, bits_per_s: float, environment: Mapping[str, str]
 ) -> None:
-    """Run a command once for every rank, with RANK and WORLD_SIZE set; ranks fill the nodes in order. One node has no network.
+    """Run a command once per rank, with RANK and WORLD_SIZE set; ranks fill the nodes in order. A single node has no network.
 
-    The first rank that fails ends the others; so does the end of this process.
+    The first failed rank ends the others; so does the end of this process.
 
     Raises:
-        ValueError: this machine cannot make the nodes.
+        ValueError: this machine does not support such nodes.
         RuntimeError: a rank failed.
     """
     with ExitStack() as stack:
@@ -206,7 +205,7 @@ def run_on_nodes(
 
 
 def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for all to end; the first that fails ends the others."""
+    """Wait for all processes; the first that fails ends the others."""
     try:
         for process in processes:
             if process.wait():
@@ -218,7 +217,7 @@ def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def why_not() -> str:
-    """What is missing for a `Network` on this machine, in one line; empty if nothing is."""
+    """The reason why this machine cannot make a `Network`, in one line; empty if it can."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
     try:

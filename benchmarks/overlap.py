@@ -2,10 +2,10 @@
 
     moesaic bench overlap --nodes 2 --link-mbit 200 --profile FOLDER
 
-A small transformer of attention and MoE layers trains twice side by side, on the same weights and tokens: as usual, and with
-`DebugConfig.overlap` off, which waits for whatever is launched right after its launch. Every rank holds copies of another
-node's experts, so the bytes are the same in every step. The two take turns, step by step; what counts is the wait of the rank
-that waited longest. Copies and their gradients hide under attention, routed tokens under shared experts (`--shared-ffn`).
+A small transformer of attention and MoE layers trains in two modes, on the same weights and tokens: as usual, and with
+`DebugConfig.overlap` off, which waits for every collective right after its launch. Every rank holds copies of another node's
+experts, so the bytes are the same in every step. The modes alternate step by step; the result is the wait of the rank that waited
+longest. Copies and their gradients travel under attention, routed tokens under shared experts (`--shared-ffn`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..placement import OwnerMap, Placement
 from ..runtime import DebugConfig, Handle, MoELayer, RuntimeConfig, shard_experts
 from .network import RANK_ENVIRONMENT, run_on_nodes
-from .rows import JSON_OPTION, publish
+from .records import JSON_OPTION, publish
 
 MODES: dict[str, DebugConfig] = {
     "overlap": DebugConfig(),
@@ -55,7 +55,7 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapCase:
-    """What is measured. Every rank has one sequence of `tokens`, and copies of `slots` experts of the next rank in each layer."""
+    """One benchmark. Every rank has one sequence of `tokens`, and copies of `slots` experts of another rank per layer."""
 
     nodes: int
     ranks_per_node: int
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """A SwiGLU expert of every token, [T, D] to [T, D]."""
+    """A SwiGLU expert for every token."""
 
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
@@ -124,7 +124,7 @@ class Block(nn.Module):
 
 
 class _Run:
-    """One of the ways, on this rank."""
+    """One mode on this rank."""
 
     def __init__(self, case: OverlapCase, debug: DebugConfig):
         torch.manual_seed(0)
@@ -150,7 +150,7 @@ class _Run:
 
 
 def _copies_of_next(owners_E: np.ndarray, case: OverlapCase) -> Placement:
-    """Every rank holds the first experts of a rank of the next node, or of the next rank: all links carry the same."""
+    """Every rank holds the first experts of a rank of the next node, or of the next rank: all links carry equal bytes."""
     replicas_RE = Placement.owners_only(owners_E, case.ranks).replicas_RE.copy()
     ranks_away = case.ranks_per_node if case.nodes > 1 else 1
     for rank in range(case.ranks):
@@ -176,7 +176,7 @@ def _rank(folder: Path) -> None:
                 metrics = run.handle.metrics()
                 measured[mode].append({"step_s": seconds} | {key: metrics[key] for key in metrics if key.startswith("exposed_")})
     first, *others = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs.values())
-    assert all(torch.equal(first, other) for other in others), "the runs have come apart"
+    assert all(torch.equal(first, other) for other in others), "the modes have trained different weights"
     for mode, run in runs.items():
         with run.handle.telemetry.profile(folder / f"{mode.replace(',', '').replace(' ', '-')}-rank-{rank}.json"):
             run.step(x_TD)
@@ -186,7 +186,7 @@ def _rank(folder: Path) -> None:
 
 
 def run(case: OverlapCase, folder: Path) -> list[dict[str, Any]]:
-    """Measure a case, one row a mode; profiles of one step of each mode and rank are left in `folder`."""
+    """Measure a case, one record per mode; a profile of one step per mode and rank stays in `folder`."""
     (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
     program = [sys.executable, "-m", "moesaic.benchmarks.overlap", "--as-rank", str(folder)]
     run_on_nodes(program, case.ranks, case.nodes, case.link_mbit * 1e6, RANK_ENVIRONMENT)
@@ -209,7 +209,7 @@ def run(case: OverlapCase, folder: Path) -> list[dict[str, Any]]:
 
 
 def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Median step of the rank that waited longest, with the range of what could be hidden."""
+    """The median over steps of the longest wait of any rank, with the range of some keys."""
     for step in (step for steps in per_rank for step in steps):
         step["exposed_s"] = step["exposed_gather_s"] + step["exposed_reduce_s"]
         step["exposed_with_tokens_s"] = step["exposed_s"] + step["exposed_tokens_s"]
@@ -231,14 +231,14 @@ def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
 @click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--experts", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Of one sequence, one a rank.")
-@click.option("--slots", type=click.IntRange(min=1), default=2, show_default=True, help="Copies that a rank holds of each layer.")
+@click.option("--tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens per rank, one sequence.")
+@click.option("--slots", type=click.IntRange(min=1), default=2, show_default=True, help="Copies that a rank holds per layer.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed steps of each mode.")
 @click.option("--profile", "folder", metavar="FOLDER", help="Keep a profile of one step of each mode and rank.")
 @JSON_OPTION
 @click.option("--as-rank", "rank_folder", hidden=True)
 def command(folder: str | None, json_path: str | None, rank_folder: str | None, **given: Any) -> None:
-    """Seconds that ranks wait for copies, gradients and token rows, with overlap and without."""
+    """Seconds that ranks wait for copies, gradients and routed tokens, with overlap and without."""
     if rank_folder is not None:
         _rank(Path(rank_folder))
         return

@@ -1,7 +1,7 @@
-"""Planner and split time by experts and ranks, the gap of the exact solver against time, and of all layers' owners together.
+"""Time of planner and split by experts and ranks, gap of the exact solver by time, and gap of all layers' owners together.
 
-Every problem is one layer whose expert popularity follows a Zipf law in random order, 4,096 tokens a rank on H100 nodes of 8,
-copies hidden under other work. Planner and split are timed after a warm-up, on one core, each over several layers.
+Every problem is one layer whose expert popularity follows a Zipf law in random order, with 4,096 tokens per rank, on H100 nodes
+of 8 ranks; copies are hidden under other work. Planner and split are timed after a warm-up, on one core, over several layers.
 """
 
 from __future__ import annotations
@@ -41,19 +41,24 @@ def make_problem(experts: int, ranks: int, top_k: int, slots: int, skew: float, 
     )
 
 
+def _about(what: str, solver: str, problem: Problem) -> dict[str, Any]:
+    sizes = {"experts": problem.num_experts, "ranks": problem.num_ranks, "slots": problem.slots}
+    return {"what": what, "solver": solver, **sizes}
+
+
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"ms_per_layer": 1e3 * float(np.median(seconds)), "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds)}
 
 
 def _time_layers(solver: str, problems: Sequence[Problem], rounds: int) -> list[dict[str, Any]]:
-    """Time one planner and the exact split of its placements; two rows."""
+    """Time one planner and the exact split of its placements; two records."""
     solve = get_solver(solver)
     placements = [solve(problem).placement for problem in problems]
     splits = [split_exact(p.load, placed, p.topology) for p, placed in zip(problems, placements, strict=True)]
-    # The gate: every row has a place, and plans repeat.
+    # Checks before timing: the split keeps every assignment, and the planner repeats its plan.
     for problem, placed, split in zip(problems, placements, splits, strict=True):
         if (split.rows_RE.sum(axis=0) != problem.load.totals_E).any() or solve(problem).placement != placed:
-            raise RuntimeError(f"{solver} lost rows or did not repeat its plan")
+            raise RuntimeError(f"{solver} lost assignments or did not repeat its plan")
     plan_s, split_s = [], []
     for _ in range(rounds):
         for problem, placed in zip(problems, placements, strict=True):
@@ -63,43 +68,34 @@ def _time_layers(solver: str, problems: Sequence[Problem], rounds: int) -> list[
             start = time.perf_counter()
             split_exact(problem.load, placed, problem.topology)
             split_s.append(time.perf_counter() - start)
-    first = problems[0]
-    about = {"solver": solver, "experts": first.num_experts, "ranks": first.num_ranks, "slots": first.slots}
-    balance = {"max_over_mean": float(np.mean([split.max_over_mean for split in splits]))}
-    return [{"what": "plan", **about, **_spread(plan_s), **balance}, {"what": "split", **about, **_spread(split_s), **balance}]
+    balance = float(np.mean([split.max_over_mean for split in splits]))
+    timed = (("plan", plan_s), ("split", split_s))
+    return [{**_about(what, solver, problems[0]), **_spread(seconds), "max_over_mean": balance} for what, seconds in timed]
 
 
 def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Solve one layer within each time limit; a row each."""
-    rows = []
+    """Solve one layer within each time limit; one record per limit."""
+    records = []
     for limit_s in limits_s:
         solution = solve_milp(problem, time_limit_s=limit_s)
         split = split_exact(problem.load, solution.placement, problem.topology)
-        rows.append(
+        records.append(
             {
-                "what": "milp",
-                "solver": "milp",
-                "experts": problem.num_experts,
-                "ranks": problem.num_ranks,
-                "slots": problem.slots,
+                **_about("milp", "milp", problem),
                 "max_over_mean": split.max_over_mean,
                 "gap": solution.gap,
                 "seconds": solution.seconds,
             }
         )
-    return rows
+    return records
 
 
 def _joint_gap(problems: Sequence[Problem]) -> dict[str, Any]:
     """Place all layers together."""
-    first, answer = problems[0], solve_joint(problems)
+    answer = solve_joint(problems)
     splits = [split_exact(p.load, found.placement, p.topology) for p, found in zip(problems, answer.layers, strict=True)]
     return {
-        "what": "joint",
-        "solver": "joint",
-        "experts": first.num_experts,
-        "ranks": first.num_ranks,
-        "slots": first.slots,
+        **_about("joint", "joint", problems[0]),
         "layers": len(problems),
         "max_over_mean": float(np.mean([split.max_over_mean for split in splits])),
         "copies": sum(found.placement.num_copies for found in answer.layers) / len(problems),
@@ -123,25 +119,25 @@ def run(
     rounds: int,
     trace: TraceCase | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure what is asked for; without a trace the exact solver runs on the first of each size."""
-    rows: list[dict[str, Any]] = []
+    """Measure the given `whats`; without a trace the exact solver runs on the first of each size."""
+    records: list[dict[str, Any]] = []
     for num_experts in experts:
         if top_k > num_experts:
             raise ValueError(f"--top-k is {top_k} with {num_experts} experts; it must be from 1 to {num_experts}")
     for num_experts, num_ranks, skew in itertools.product(experts, ranks, skews) if "plan" in whats else ():
         problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
         for solver in solvers:
-            rows += [{**row, "skew": skew} for row in _time_layers(solver, problems, rounds)]
+            records += [{**record, "skew": skew} for record in _time_layers(solver, problems, rounds)]
     for num_experts, num_ranks, skew in itertools.product(experts, ranks, skews) if "joint" in whats else ():
         problems = [make_problem(num_experts, num_ranks, top_k, slots, skew, seed) for seed in range(layers)]
-        rows.append({**_joint_gap(problems), "skew": skew})
+        records.append({**_joint_gap(problems), "skew": skew})
     if "milp" in whats and limits_s:
         if trace is None:
-            rows += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)
+            records += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)
         else:
-            rows += placement_trace.milp_gaps(trace, ranks[0], slots, limits_s)
+            records += placement_trace.milp_gaps(trace, ranks[0], slots, limits_s)
     if "moetuner" in whats:
         if trace is None:
             raise ValueError("--what moetuner follows recorded tokens from layer to layer; give a --trace")
-        rows += placement_trace.hops(trace, ranks[0], limit_s=max(limits_s))
-    return rows
+        records += placement_trace.hops(trace, ranks[0], limit_s=max(limits_s))
+    return records

@@ -1,7 +1,8 @@
-"""Placement on recorded tokens: the exact solver's gap layer by layer, and what layer-to-layer hops cost other owners.
+"""Placement on recorded tokens: gap of the exact solver by layer, and hops between layers under several owner maps.
 
-A recording is an `.npz` with `topk_ids`, integers [T, L, K], the experts of single tokens; `task` [T] tells kinds of text
-apart. Machines are H100 nodes of up to 8 ranks, an expert has the sizes of DeepSeek-V2-Lite's.
+A recording is an `.npz` with `topk_ids`, integers [T, L, K], the experts of every token; `task` [T] is the kind of text.
+Machines are H100 nodes of up to 8 ranks; experts have the sizes of DeepSeek-V2-Lite.
+
 Shape letters: T tokens, L layers, K top-k, E experts, R ranks.
 """
 
@@ -34,7 +35,7 @@ _DIM, _FFN_DIM = 2048, 1408
 
 @dataclass(frozen=True)
 class Recording:
-    """Experts of single tokens, int64 [T, L, K], and the kind of text of each token [T]."""
+    """Experts of every token, int64 [T, L, K], and its kind of text [T]."""
 
     ids_TLK: np.ndarray
     task_T: np.ndarray
@@ -42,16 +43,16 @@ class Recording:
 
     @classmethod
     def read(cls, path: str) -> Recording:
-        """Read a file, or raise ValueError with one clear line."""
+        """Read a file. Raises ValueError if it is no recording."""
         reader = NpzReader(path, "trace")
         if "topk_ids" not in reader.members:
-            raise ValueError(f"{path} holds no topk_ids, the experts of single tokens; record with them")
+            raise ValueError(f"{path} holds no topk_ids, the experts of every token; record with them")
         ids_TLK = reader.array("topk_ids", _MOST_BYTES).astype(np.int64)
         if ids_TLK.ndim != 3 or not ids_TLK.size or ids_TLK.min() < 0:
             raise ValueError(f"{path}: topk_ids must be [T, L, K] of 0 and more, got {ids_TLK.shape}")
         task_T = reader.array("task", _MOST_BYTES) if "task" in reader.members else np.arange(len(ids_TLK))
         if task_T.shape != ids_TLK.shape[:1]:
-            raise ValueError(f"{path}: task must name one kind a token, got {task_T.shape} for {len(ids_TLK)} tokens")
+            raise ValueError(f"{path}: task must name one kind per token, got {task_T.shape} for {len(ids_TLK)} tokens")
         return cls(ids_TLK, task_T, int(ids_TLK.max()) + 1)
 
     @property
@@ -60,7 +61,7 @@ class Recording:
         return int(self.ids_TLK.shape[1])
 
     def halves(self) -> tuple[Recording, Recording]:
-        """Return the first half of the tasks, by number, and the others; without tasks the halves of the tokens."""
+        """The first half of the tasks by number, and the rest; without tasks the two halves of the tokens."""
         tasks = np.unique(self.task_T)
         is_first_T = np.isin(self.task_T, tasks[: (tasks.size + 1) // 2])
         return self._only(is_first_T), self._only(~is_first_T)
@@ -69,12 +70,12 @@ class Recording:
         return Recording(self.ids_TLK[is_chosen_T], self.task_T[is_chosen_T], self.num_experts)
 
     def load(self, layer: int, num_ranks: int) -> ExpertLoad:
-        """Count a layer's assignments, tokens dealt to ranks in consecutive blocks."""
+        """Count a layer's assignments, with the tokens distributed over the ranks in consecutive blocks."""
         blocks = np.array_split(self.ids_TLK[:, layer], num_ranks)
         return ExpertLoad(np.stack([np.bincount(block.ravel(), minlength=self.num_experts) for block in blocks]))
 
     def pair_counts(self) -> np.ndarray:
-        """Count the tokens that follow expert i of a layer by expert j of the next, int64 [L - 1, E, E]."""
+        """Count the tokens with expert i in a layer and expert j in the next, int64 [L - 1, E, E]."""
         pairs = []
         for layer in range(self.num_layers - 1):
             cells = self.ids_TLK[:, layer, :, None] * self.num_experts + self.ids_TLK[:, layer + 1, None, :]
@@ -82,7 +83,7 @@ class Recording:
         return np.array(pairs, dtype=np.int64).reshape(-1, self.num_experts, self.num_experts)
 
     def problem(self, layer: int, topology: Topology, slots: int, *, overlap_s: float = 0.0) -> Problem:
-        """Ask for one layer's placement from contiguous owners."""
+        """The placement problem of one layer, from contiguous owners."""
         shape = LayerShape(self.num_experts, self.ids_TLK.shape[2], _DIM, _FFN_DIM, bytes_per_element=2)
         owner_E = OwnerMap.contiguous(1, self.num_experts, topology.num_ranks).expert_to_owner_LE[0]
         return Problem(self.load(layer, topology.num_ranks), owner_E, topology, shape, slots, overlap_s=overlap_s)
@@ -90,10 +91,10 @@ class Recording:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceCase:
-    """Which recording, and how it is asked about.
+    """A recording, and the options of its benchmarks.
 
-    layers: those to solve exactly, all if empty. overlap_s: what hides a gather. move_owners: whether owners may change. nodes:
-    that the ranks of a hop count fill.
+    layers: those to solve exactly, all if empty. overlap_s: seconds of other work that hide a gather. move_owners: whether owners
+    may change. nodes: number of nodes when hops are counted.
     """
 
     path: str
@@ -104,19 +105,19 @@ class TraceCase:
 
 
 def milp_gaps(trace: TraceCase, ranks: int, slots: int, limits_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Solve layers exactly within each time limit; a row each."""
+    """Solve layers exactly within each time limit; one record per layer and limit."""
     recording, topology = Recording.read(trace.path), Topology.preset("h100", ranks)
     layers = trace.layers or tuple(range(recording.num_layers))
     if max(layers) >= recording.num_layers:
         raise ValueError(f"--layer {max(layers)} is not among the {recording.num_layers} layers of {trace.path}; count from 0")
-    rows = []
+    records = []
     for layer in layers:
         problem = recording.problem(layer, topology, slots, overlap_s=trace.overlap_s)
         quota_s = get_solver("quota")(problem).cost.total_s
         for limit_s in limits_s:
             answer = solve_milp(problem, move_owners=trace.move_owners, time_limit_s=limit_s)
             split = answer.split or split_exact(problem.load, answer.placement, topology)
-            rows.append(
+            records.append(
                 {
                     "what": "milp",
                     "solver": "milp",
@@ -133,11 +134,11 @@ def milp_gaps(trace: TraceCase, ranks: int, slots: int, limits_s: Sequence[float
                     "seconds": answer.seconds,
                 }
             )
-    return rows
+    return records
 
 
 def _owner_maps(train: Recording, topology: Topology, limit_s: float) -> dict[str, OwnerMap]:
-    """Place all layers in every way that changes owners, from one recording."""
+    """Owner maps of all layers from one recording, by solver."""
     num_layers, num_ranks = train.num_layers, topology.num_ranks
     problems = [train.problem(layer, topology, 0) for layer in range(num_layers)]
     totals_LE = np.stack([problem.load.totals_E for problem in problems])
@@ -152,20 +153,20 @@ def _owner_maps(train: Recording, topology: Topology, limit_s: float) -> dict[st
 
 
 def hops(trace: TraceCase, ranks: int, *, limit_s: float) -> list[dict[str, Any]]:
-    """Place from half of the tasks, count hops and balance on the other half; `ranks` in all, on the trace's nodes."""
+    """Place by one half of the tasks, and count hops and balance on the other; `ranks` in total, on the trace's nodes."""
     nodes = trace.nodes
     if ranks % nodes:
         raise ValueError(f"--ranks {ranks} do not fill --nodes {nodes}; give a multiple")
     train, test = Recording.read(trace.path).halves()
     topology = Topology.preset("h100", num_nodes=nodes, ranks_per_node=ranks // nodes)
-    pairs_LEE, rows = test.pair_counts(), []
+    pairs_LEE, records = test.pair_counts(), []
     for solver, owners in _owner_maps(train, topology, limit_s).items():
         shares = count_hops(owners, pairs_LEE, topology)
         busiest = []
         for layer, owner_E in enumerate(owners.expert_to_owner_LE):
-            rows_R = np.bincount(owner_E, weights=test.load(layer, ranks).totals_E, minlength=ranks)
-            busiest.append(rows_R.max() / rows_R.mean())
-        rows.append(
+            assignments_R = np.bincount(owner_E, weights=test.load(layer, ranks).totals_E, minlength=ranks)
+            busiest.append(assignments_R.max() / assignments_R.mean())
+        records.append(
             {
                 "what": "moetuner",
                 "solver": solver,
@@ -177,4 +178,4 @@ def hops(trace: TraceCase, ranks: int, *, limit_s: float) -> list[dict[str, Any]
                 "max_over_mean": float(np.mean(busiest)),
             }
         )
-    return rows
+    return records

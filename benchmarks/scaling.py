@@ -4,15 +4,15 @@
     moesaic bench scaling --nodes 1,2,4 --link-mbit 200                                         emulated
     moesaic bench scaling --mode simulated --machine h100 --ranks-per-node 8 --nodes 1,2,4,8    simulated
 
-The layer, its routing and its policies are those of `moesaic bench step`; every rank brings the same number of tokens.
+The layer, its routing and its policies are those of `moesaic bench step`; every rank has the same number of tokens.
 
-real        Under torchrun: the first nodes of the job, as many as each count says, while the others wait.
-emulated    Nodes are network namespaces joined by links of `link_mbit`; every rank may use the same share of a core, so that
-            ranks do not borrow each other's time. Everything else is real: processes, transports, weights, bytes.
-simulated   No process at all: placements from the load before, priced on the load that came by the cost model (placement/cost.py)
-            for a machine of `Topology.preset`.
+real        Under torchrun: each count of nodes on the first nodes of the job, while the others wait.
+emulated    Nodes are network namespaces joined by links of `link_mbit`; every rank is limited to the same share of a core, so
+            that no rank uses the time of another. Everything else is real: processes, transports, weights, bytes.
+simulated   No processes: placements from the load of the previous step, priced on the load of the step itself by the cost model
+            (placement/cost.py) for a machine of `Topology.preset`.
 
-efficiency is the throughput of a rank over that of a rank under the forced-balanced ideal on the fewest nodes of the table.
+efficiency is the throughput per rank, relative to the balanced ideal on the fewest nodes of the table.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import torch.distributed as dist
 from ..placement import Topology
 from . import cpu_share
 from .network import RANK_ENVIRONMENT, run_on_nodes
-from .rows import JSON_OPTION, publish
+from .records import JSON_OPTION, publish
 from .scaling_model import simulate
-from .step import StepCase, layer_options, measure, rows_of
+from .step import StepCase, layer_options, measure, records_of
 
 COLUMNS = (
     "mode",
@@ -55,14 +55,14 @@ COLUMNS = (
     "exposed_comm_share",
 )
 MODES = ("auto", "real", "emulated", "simulated")
-# Of the machine's cores, what emulated ranks may use together: the rest is for the links and the system.
+# The share of the machine's cores for all emulated ranks; the rest is for the links and the system.
 _USED_CORES = 0.8
 _TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingCase:
-    """What is measured: `layer`, whose `ranks` each count sets, on each count of nodes, ascending."""
+    """The layer to measure, on each count of nodes, ascending; `layer.ranks` is set per count."""
 
     mode: str
     nodes: tuple[int, ...]
@@ -72,7 +72,7 @@ class ScalingCase:
     layer: StepCase
 
     def on(self, nodes: int) -> StepCase:
-        """The layer on so many nodes."""
+        """The layer on this many nodes."""
         return replace(self.layer, ranks=nodes * self.ranks_per_node)
 
     @property
@@ -82,44 +82,44 @@ class ScalingCase:
 
 
 def run(case: ScalingCase) -> list[dict[str, Any]] | None:
-    """Measure a case, one row a node count and policy; None on ranks of a real job other than the first.
+    """Measure a case, one record per node count and policy; None on all ranks of a real job but the first.
 
     Raises:
         ValueError: the job is smaller than the case, or this machine cannot emulate nodes.
     """
     if case.mode == "simulated":
-        return _rows(
+        return _records(
             case, [simulate(case.on(nodes), _topology(case, nodes), 4 if case.machine == "cpu" else 2) for nodes in case.nodes]
         )
     if case.mode == "real":
-        everybody = _real(case)
+        by_count = _real(case)
     else:
-        everybody = _emulated(case)
-    if everybody is None:
+        by_count = _emulated(case)
+    if by_count is None:
         return None
-    return _rows(case, [rows_of(case.on(nodes), measured) for nodes, measured in zip(case.nodes, everybody, strict=True)])
+    return _records(case, [records_of(case.on(nodes), measured) for nodes, measured in zip(case.nodes, by_count, strict=True)])
 
 
-def _rows(case: ScalingCase, tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    (ideal,) = (row for row in tables[0] if row["policy"] == "ideal")
+def _records(case: ScalingCase, tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    (ideal,) = (record for record in tables[0] if record["policy"] == "ideal")
     per_rank = ideal["tokens_per_s"] / ideal["ranks"]
     return [
         {
-            **row,
+            **record,
             "mode": case.mode,
             "nodes": nodes,
             "ranks_per_node": case.ranks_per_node,
             "link_mbit": case.link_mbit if case.mode == "emulated" else None,
             "machine": case.machine if case.mode == "simulated" else None,
-            "efficiency": row["tokens_per_s"] / row["ranks"] / per_rank,
+            "efficiency": record["tokens_per_s"] / record["ranks"] / per_rank,
         }
         for nodes, table in zip(case.nodes, tables, strict=True)
-        for row in table
+        for record in table
     ]
 
 
 def _topology(case: ScalingCase, nodes: int) -> Topology:
-    """What the planner is told of the machine, where it is not a real one."""
+    """The topology of an emulated or simulated machine, for the planner."""
     if case.mode == "simulated":
         return Topology.preset(case.machine, num_nodes=nodes, ranks_per_node=case.ranks_per_node)
     cpu = Topology.preset("cpu", num_nodes=nodes, ranks_per_node=case.ranks_per_node)
@@ -150,7 +150,7 @@ def _real(case: ScalingCase) -> list[list[dict[str, Any]]] | None:
 def _in_turn(
     case: ScalingCase, store: dist.Store, rank: int, world_size: int, device: torch.device
 ) -> list[list[dict[str, Any]]] | None:
-    """Every node count in turn, on its first ranks; what all of them measured, on rank 0."""
+    """Measure every node count in turn, on the first ranks; return the measurements of all ranks on rank 0."""
     store.set_timeout(_TIMEOUT)
     measured = []
     for nodes in case.nodes:
@@ -159,15 +159,15 @@ def _in_turn(
             with _process_group(f"{nodes} nodes", store, rank, ranks, device):
                 topology = _topology(case, nodes) if case.mode == "emulated" else None
                 own = measure(rank, case.on(nodes), topology=topology, device=device)
-                everybody: list[Any] = [None] * ranks
-                dist.all_gather_object(everybody, own)
-                measured.append(everybody)
-        _meet(f"after {nodes} nodes", store, world_size)
+                per_rank: list[Any] = [None] * ranks
+                dist.all_gather_object(per_rank, own)
+                measured.append(per_rank)
+        _barrier(f"after {nodes} nodes", store, world_size)
     return measured if rank == 0 else None
 
 
 def _process_group(name: str, store: dist.Store, rank: int, world_size: int, device: torch.device) -> ExitStack:
-    """The default process group of the ranks below `world_size`, until the stack is left."""
+    """The default process group of the ranks below `world_size`, destroyed when the stack exits."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(name, store),
@@ -180,10 +180,10 @@ def _process_group(name: str, store: dist.Store, rank: int, world_size: int, dev
     return stack
 
 
-def _meet(name: str, store: dist.Store, world_size: int) -> None:
-    """Wait for everybody, in a process group or not."""
-    if store.add(f"{name}: here", 1) == world_size:
-        store.set(name, "all here")
+def _barrier(name: str, store: dist.Store, world_size: int) -> None:
+    """Wait for all ranks, also those outside the process group."""
+    if store.add(f"{name}: count", 1) == world_size:
+        store.set(name, "all")
     store.wait([name])
 
 
@@ -209,7 +209,7 @@ def _emulated_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     store = dist.FileStore(str(folder / "store"), -1)
-    # What is compiled at first use is, before this rank is slowed down.
+    # Compile what is compiled at first use before this rank is slowed down.
     with _process_group("rehearsal", store, rank, case.world_size, torch.device("cpu")):
         measure(rank, replace(case.on(case.nodes[-1]), hidden=16, ffn=16, tokens=64, rounds=1))
     cpu_share.enter(Path(groups[rank]))
@@ -230,13 +230,11 @@ def _counts(text: str) -> tuple[int, ...]:
     "--mode", type=click.Choice(MODES), default="auto", show_default=True, help="auto: real under torchrun, else emulated."
 )
 @click.option("--nodes", default="1,2,4", show_default=True, help="Numbers of nodes, separated by commas.")
-@click.option(
-    "--ranks-per-node", type=click.IntRange(min=1), help="By default what torchrun started on a node; 1 where it did not."
-)
+@click.option("--ranks-per-node", type=click.IntRange(min=1), help="By default the ranks that torchrun started per node, else 1.")
 @click.option(
     "--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of an emulated node's link."
 )
-@click.option("--machine", default="h100", show_default=True, help="What is simulated: cpu, a100, h100 or b200.")
+@click.option("--machine", default="h100", show_default=True, help="The machine to simulate: cpu, a100, h100 or b200.")
 @layer_options(hidden=256, ffn=512, tokens=1024, rounds=9)
 @JSON_OPTION
 @click.option("--as-rank", "rank_folder", hidden=True)
@@ -265,9 +263,9 @@ def command(
         machine=machine,
         layer=StepCase(ranks=1, **layer),
     )
-    rows = run(case)
-    if rows is not None:
-        publish("scaling", rows, COLUMNS, json_path)
+    records = run(case)
+    if records is not None:
+        publish("scaling", records, COLUMNS, json_path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One MoE layer's training step on a machine that is not there: placed from the load before, priced on the load that came."""
+"""One MoE layer's training step on a simulated machine: placed by the previous load, priced on the current one."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from .step import NUM_ROUTINGS, StepCase, zipf_ids
 
 
 def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list[dict[str, Any]]:
-    """Predict a case on `topology`: rows like those of `moesaic bench step`, as far as the cost model knows.
+    """Predict a case on `topology`: records with the keys of `moesaic bench step` that the cost model covers.
 
-    Seconds are those of cost.py: expert matrix products, token rows and copies of `bytes_per_element`, gradients in fp32; nothing
-    hides under other work.
+    Seconds are those of cost.py: expert matrix products, routed tokens and copies of `bytes_per_element`, gradients in fp32;
+    nothing overlaps.
     """
     T, E, K = case.tokens, case.experts, case.top_k
     drawn = [_load([zipf_ids(T, E, K, case.skew, seed) for seed in _seeds(case, i)], E) for i in range(NUM_ROUTINGS)]
@@ -45,23 +45,23 @@ def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list
     owners_E = OwnerMap.contiguous(1, E, case.ranks).expert_to_owner_LE[0]
     shape = LayerShape(num_experts=E, top_k=K, dim=case.hidden, ffn_dim=case.ffn, bytes_per_element=bytes_per_element)
 
-    def play(loads: Sequence[ExpertLoad], solver: Solver, slots: int, split_rule: Callable[..., Split]) -> list[_Step]:
-        played = []
-        for before, load in pairwise(loads):
-            asked, came = (Problem(load, owners_E, topology=topology, shape=shape, slots=slots) for load in (before, load))
-            placement = solver(asked).placement
-            split = split_rule(load, placement, topology)
-            played.append((cost(came, placement, split), split, placement))
-        return played
+    def simulate_run(loads: Sequence[ExpertLoad], solver: Solver, slots: int, split_rule: Callable[..., Split]) -> list[_Step]:
+        simulated = []
+        for previous, current in pairwise(loads):
+            past, present = (Problem(load, owners_E, topology=topology, shape=shape, slots=slots) for load in (previous, current))
+            placement = solver(past).placement
+            split = split_rule(current, placement, topology)
+            simulated.append((cost(present, placement, split), split, placement))
+        return simulated
 
     static = get_solver("static")
-    lanes = {
-        "static": play(drawn, static, 0, split_exact),
-        "hecate": play(drawn, partial(hecate, degree=case.slots), case.slots, split_local_even),
-        "quota": play(drawn, get_solver("quota"), case.slots, split_exact),
-        "ideal": play(balanced, static, 0, split_exact),
+    runs = {
+        "static": simulate_run(drawn, static, 0, split_exact),
+        "hecate": simulate_run(drawn, partial(hecate, degree=case.slots), case.slots, split_local_even),
+        "quota": simulate_run(drawn, get_solver("quota"), case.slots, split_exact),
+        "ideal": simulate_run(balanced, static, 0, split_exact),
     }
-    seconds = {name: float(np.median([step.total_s for step, _, _ in played])) for name, played in lanes.items()}
+    seconds = {name: float(np.median([step.total_s for step, _, _ in steps])) for name, steps in runs.items()}
     return [
         {
             "policy": name,
@@ -70,11 +70,11 @@ def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list
             "tokens_per_s": case.ranks * T / seconds[name],
             "ratio_to_static": seconds["static"] / seconds[name],
             "ratio_to_ideal": seconds["ideal"] / seconds[name],
-            "max_over_mean": float(np.mean([max_over_mean(split.rows_RE.sum(axis=1)) for _, split, _ in played])),
-            "copies": float(np.mean([placement.num_copies for _, _, placement in played])),
-            "exposed_comm_share": float(np.mean([1 - step.compute_s / step.total_s for step, _, _ in played])),
+            "max_over_mean": float(np.mean([max_over_mean(split.rows_RE.sum(axis=1)) for _, split, _ in steps])),
+            "copies": float(np.mean([placement.num_copies for _, _, placement in steps])),
+            "exposed_comm_share": float(np.mean([1 - step.compute_s / step.total_s for step, _, _ in steps])),
         }
-        for name, played in lanes.items()
+        for name, steps in runs.items()
     ]
 
 
@@ -82,7 +82,7 @@ _Step = tuple[Cost, Split, Placement]
 
 
 def _seeds(case: StepCase, index: int) -> list[int]:
-    """Of the routings that the ranks of `moesaic bench step` draw."""
+    """The seeds of the ranks' routings in `moesaic bench step`."""
     return [1000 * rank + index for rank in range(case.ranks)]
 
 

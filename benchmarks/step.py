@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from ..runtime import DebugConfig, Handle, MoELayer, Router, RouterConfig, Routi
 from ..runtime.routing.router import TopKRouter, balanced_ids
 from ..runtime.step.metrics import EXPOSED
 from .network import RANK_ENVIRONMENT
-from .rows import median_interval
+from .records import median_interval
 
 POLICIES: dict[str, RuntimeConfig] = {
     "static": RuntimeConfig(policy="static", slots=0, shard_dense=False),
@@ -63,14 +63,14 @@ COLUMNS = (
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 Command = TypeVar("Command", bound=Callable[..., Any])
-# Different routings that the rounds go through, so that a policy must predict and cannot just remember.
+# Rounds cycle through this many routings, so that a policy must predict and cannot just repeat the last load.
 NUM_ROUTINGS = 4
 WARM_UP_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCase:
-    """What is measured. `tokens` are per rank."""
+    """The layer and its load. `tokens` are per rank."""
 
     ranks: int
     experts: int
@@ -89,7 +89,7 @@ class StepCase:
 
 
 class GivenRouter(Router):
-    """A softmax router that does all its work and then takes the experts it is told."""
+    """A softmax router that computes its scores and then returns given experts."""
 
     def __init__(self, router: TopKRouter, routings: list[Tensor]):
         super().__init__()
@@ -98,7 +98,7 @@ class GivenRouter(Router):
         self.round = 0
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor | None = None) -> Routing:
-        """Route as told in the current round."""
+        """The routing of the current round."""
         scored = self.router(x_TD)
         ids_TK = self.routings[self.round % len(self.routings)]
         assert scored.logits_TE is not None
@@ -128,7 +128,7 @@ def layer_options(hidden: int, ffn: int, tokens: int, rounds: int) -> Callable[[
 
 
 def zipf_ids(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> Tensor:
-    """K different experts a token, drawn without replacement with odds (e + 1) ** -skew: int64 [T, K].
+    """K different experts per token, drawn without replacement with odds (e + 1) ** -skew: int64 [T, K].
 
     Gumbel top-k (Kool et al., arXiv 1903.06059): the K largest of log-odds plus Gumbel noise are such a draw.
     """
@@ -139,7 +139,7 @@ def zipf_ids(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> T
 
 
 def run(case: StepCase) -> list[dict[str, Any]]:
-    """Measure a case; one row a policy."""
+    """Measure a case; one record per policy."""
     os.environ |= RANK_ENVIRONMENT
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def run(case: StepCase) -> list[dict[str, Any]]:
             process.join()
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"the ranks of the benchmark ended with {[process.exitcode for process in processes]}")
-        return rows_of(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
+        return records_of(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
 
 
 def _rank(rank: int, case: StepCase, folder: str, parent_pid: int) -> None:
@@ -164,11 +164,11 @@ def _rank(rank: int, case: StepCase, folder: str, parent_pid: int) -> None:
         timeout=timedelta(seconds=300),
     )
     measured = measure(rank, case)
-    everybody: list[Any] = [None] * case.ranks
-    dist.all_gather_object(everybody, measured)
+    per_rank: list[Any] = [None] * case.ranks
+    dist.all_gather_object(per_rank, measured)
     if rank == 0:
-        # A file, not a pipe: a parent that waits for the ranks to end does not read, and a full pipe would never let them.
-        (Path(folder) / "measured.json").write_text(json.dumps(everybody), encoding="utf-8")
+        # A file, not a pipe: the parent waits for the ranks to end and does not read, so a full pipe would block them forever.
+        (Path(folder) / "measured.json").write_text(json.dumps(per_rank), encoding="utf-8")
     dist.destroy_process_group()
 
 
@@ -177,7 +177,7 @@ class _Policy:
 
     def __init__(self, name: str, rank: int, case: StepCase, topology: Topology | None, device: torch.device):
         torch.manual_seed(0)
-        config = replace(POLICIES[name], check_replicas_every=0)  # nothing averages the routers, which do not choose
+        config = replace(POLICIES[name], check_replicas_every=0)  # the routers, which do not choose, are not averaged
         if config.slots:
             config = replace(config, slots=case.slots)
         seeds = [1000 * rank + i for i in range(NUM_ROUTINGS)]
@@ -211,8 +211,8 @@ class _Policy:
 def measure(rank: int, case: StepCase, *, topology: Topology | None = None, device: torch.device | None = None) -> dict[str, Any]:
     """Measure a case on this rank of the default process group, on the CPU if no `device` is given. Collective.
 
-    `topology` is what the planner is told of the machine; see `shard_experts`. What every rank returns, in rank order, is what
-    `rows_of` takes.
+    `topology` describes the machine to the planner; see `shard_experts`. The results of all ranks, in rank order, are the input
+    of `records_of`.
     """
     device = device or torch.device("cpu")
     policies = {name: _Policy(name, rank, case, topology, device) for name in POLICIES}
@@ -225,7 +225,7 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
     for round_index in range(WARM_UP_ROUNDS + case.rounds):
         is_timed = round_index >= WARM_UP_ROUNDS
         outputs: dict[str, Tensor] = {}
-        # Each round starts with another policy, so that none is always measured after the same neighbour.
+        # Each round starts with another policy, so that no policy always runs after the same other one.
         for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
             policy = policies[name]
             if round_index == WARM_UP_ROUNDS:
@@ -236,7 +236,7 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
                 policy.seconds.append(seconds)
                 policy.metrics.append(policy.handle.metrics())
         if not is_timed:
-            # The gate: with copies or without, the layers went through the same steps and say the same.
+            # With copies or without, the layers have trained the same steps and must give the same outputs.
             for name in ("hecate", "quota"):
                 torch.testing.assert_close(outputs[name], outputs["static"], rtol=1e-4, atol=1e-4)
         else:
@@ -253,7 +253,7 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds until the last rank is done, from a common start."""
+    """Seconds from a common start until the last rank is done, and the result of `work`."""
     dist.barrier()
     start = time.perf_counter()
     result = work()
@@ -264,10 +264,10 @@ def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def _floor(case: StepCase, device: torch.device) -> Callable[[], None]:
-    """The six matrix products of a SwiGLU expert step, for all rows of a balanced rank at once, into ready buffers."""
-    rows, D, F = case.tokens * case.top_k, case.hidden, case.ffn
+    """The six matrix products of a SwiGLU expert step, for all routed tokens of a balanced rank at once, into ready buffers."""
+    N, D, F = case.tokens * case.top_k, case.hidden, case.ffn
     random = partial(torch.randn, device=device)
-    x, h, gate_up = random(rows, D), random(rows, F), random(rows, 2 * F)
+    x, h, gate_up = random(N, D), random(N, F), random(N, 2 * F)
     w_gate_up, w_down = random(2 * F, D), random(D, F)
     dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
 
@@ -284,34 +284,25 @@ def _floor(case: StepCase, device: torch.device) -> Callable[[], None]:
     return products
 
 
-def rows_of(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a policy, of what `measure` returned on every rank.
+def records_of(case: StepCase, per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record per policy, from the results of `measure` on every rank.
 
-    exposed_comm_share is the part of a step in which the mean rank only waited: for copies, their gradients, token rows, or
-    a rank that had more to do.
+    exposed_comm_share is the share of a step that ranks wait on average: for copies, their gradients, routed tokens, or slower
+    ranks.
     """
-    seconds = {name: np.max([m["seconds"][name] for m in everybody], axis=0) for name in POLICIES}
-    floor = np.max([m["floor"] for m in everybody], axis=0)
-    rows = []
+    seconds = {name: np.max([m["seconds"][name] for m in per_rank], axis=0) for name in POLICIES}
+    floor = np.max([m["floor"] for m in per_rank], axis=0)
+    records = []
     for name in POLICIES:
         tokens_per_s = case.ranks * case.tokens / seconds[name]
-        stage_s = {k: float(np.mean([m["stage_s"][name].get(k, 0.0) for m in everybody])) for k in everybody[0]["stage_s"][name]}
-        metrics = [step for m in everybody for step in m["metrics"][name]]
+        stage_s = {k: float(np.mean([m["stage_s"][name].get(k, 0.0) for m in per_rank])) for k in per_rank[0]["stage_s"][name]}
+        metrics = [step for m in per_rank for step in m["metrics"][name]]
         ratios = {"static": seconds["static"] / seconds[name], "ideal": seconds["ideal"] / seconds[name]}
         intervals = {other: median_interval(ratio.tolist()) for other, ratio in ratios.items()}
-        rows.append(
+        records.append(
             {
                 "policy": name,
-                "ranks": case.ranks,
-                "experts": case.experts,
-                "hidden": case.hidden,
-                "ffn": case.ffn,
-                "tokens": case.tokens,
-                "top_k": case.top_k,
-                "skew": case.skew,
-                "slots": case.slots,
-                "rounds": case.rounds,
-                "optimizer": case.optimizer,
+                **asdict(case),
                 "tokens_per_s": float(np.median(tokens_per_s)),
                 "tokens_per_s_min": float(tokens_per_s.min()),
                 "tokens_per_s_max": float(tokens_per_s.max()),
@@ -326,19 +317,19 @@ def rows_of(case: StepCase, everybody: list[dict[str, Any]]) -> list[dict[str, A
                 "max_over_mean": float(np.mean([step["max_over_mean"] for step in metrics])),
                 "copies": float(np.mean([step["copies_per_layer"] for step in metrics])),
                 "bytes_cross_rank": sum(v for s in metrics for k, v in s.items() if k.startswith("bytes_")) / case.rounds,
-                "exposed_comm_share": _exposed_share(everybody, name),
-                "peak_rss_bytes": max(m["peak_rss_bytes"] for m in everybody),
+                "exposed_comm_share": _exposed_share(per_rank, name),
+                "peak_rss_bytes": max(m["peak_rss_bytes"] for m in per_rank),
                 "stage_s": stage_s,
                 "floor_s": float(np.median(floor)),
             }
         )
-    return rows
+    return records
 
 
-def _exposed_share(everybody: list[dict[str, Any]], name: str) -> float:
+def _exposed_share(per_rank: list[dict[str, Any]], name: str) -> float:
     waits = [
         sum(step[f"exposed_{what}_s"] for what in EXPOSED) / seconds
-        for measured in everybody
+        for measured in per_rank
         for step, seconds in zip(measured["metrics"][name], measured["seconds"][name], strict=True)
     ]
     return float(np.mean(waits))

@@ -15,7 +15,7 @@ from .entry import run_command
 
 @dataclass(frozen=True)
 class LazyCommand:
-    """Where a command lives, and its line in the overview."""
+    """The import path of a command, and its line in the overview."""
 
     target: str
     """module:attribute of a click command."""
@@ -32,17 +32,19 @@ class LazyCommand:
 COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
     {
         "train": LazyCommand("moesaic.launch.train:command", "Train the demo language model."),
-        "place": LazyCommand("moesaic.launch.place:command", "Solve, compare, replay and show placements on recorded routing."),
-        "trace": LazyCommand("moesaic.launch.trace:command", "Look into, convert, generate and back-test routing traces."),
+        "place": LazyCommand(
+            "moesaic.launch.offline.place:command", "Solve, compare, replay and show placements on recorded routing."
+        ),
+        "trace": LazyCommand("moesaic.launch.offline.trace:command", "Inspect, convert, generate and back-test routing traces."),
         "bench": LazyCommand("moesaic.benchmarks.cli:bench", "Measure this machine: ratios within one run."),
-        "report": LazyCommand("moesaic.launch.report:command", "Write a run or a trace as one HTML page."),
-        "doctor": LazyCommand("moesaic.launch.doctor:command", "Show what is installed and what works on this machine."),
+        "report": LazyCommand("moesaic.launch.offline.report:command", "Write a run or a trace as one HTML page."),
+        "doctor": LazyCommand("moesaic.launch.doctor.command:command", "Show what is installed and what works on this machine."),
     }
 )
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by name and imports one only to run it."""
+    """A group that imports a command only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, in the table's order."""
@@ -53,14 +55,14 @@ class LazyGroup(click.Group):
         return COMMANDS[cmd_name].load() if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that `args` begins with; a wrong name gets the nearest right one."""
+        """Find the command that `args` begins with; the error for a wrong name proposes the nearest one."""
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         if args[0] not in COMMANDS and near:
             ctx.fail(f"unknown command '{args[0]}'; did you mean '{near[0]}'?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The overview, written from the table alone."""
+        """The overview, from the table alone."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 

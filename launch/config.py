@@ -1,7 +1,7 @@
 """The whole configuration of a training run: nested frozen dataclasses, read from TOML and `--set section.key=value`.
 
-Every field carries its meaning and unit; the defaults are the demo. A wrong key, type or bound is a `ValueError` of one
-line that names the key, where it was given, and the cure.
+The docstring of every field states its meaning and unit; the defaults are the demo's. A wrong key, type or bound is a
+`ValueError` of one line with the key, its source and the cure.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from ..runtime.routing.capacity import Capacity
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-# More threads than any machine has cores are refused before they exhaust it.
+# More threads than any machine has cores would exhaust it.
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
@@ -39,7 +39,7 @@ OpenShare = Annotated[float, Field(gt=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """[run]: the name of the run, where its files go, and its seed."""
+    """[run]: the name of the run, its files, and its seed."""
 
     name: str = "demo"
     """Name of the run's folder inside `folder`; if it exists, the next free of name-2, name-3, ... is taken."""
@@ -48,13 +48,13 @@ class RunConfig:
     seed: Seed = 1
     """Seed of the model's initial weights and of the order of the training text."""
     metrics: Literal["brief", "detailed"] = "brief"
-    """What a line of metrics.jsonl holds: numbers of the step, or those of every MoE layer besides."""
+    """brief: metrics.jsonl has the numbers of each step; detailed: also those of every MoE layer."""
     tensorboard: bool = False
-    """Write the same numbers for TensorBoard, into the run folder's tensorboard/ (needs moesaic[report])."""
+    """Also write the metrics for TensorBoard, into the run folder's tensorboard/ (needs moesaic[report])."""
     trace_every: CountOrZero = 1
-    """trace.npz gets the routing loads of each so many steps (0: none); 4 B per layer, rank and expert, packed at the end."""
+    """Steps between routing loads in trace.npz; 0: none. Each takes 4 B per layer, rank and expert, compressed at the end."""
     profile_steps: CountOrZero = 0
-    """Of so many steps, the run's last, every rank writes profile-rank-N.json into the run's folder, for ui.perfetto.dev."""
+    """The last steps of the run that every rank profiles, into profile-rank-N.json in the run's folder, for ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
         if PurePosixPath(self.name).name != self.name or self.name.startswith(".") or "\0" in self.name or not self.name:
@@ -81,9 +81,9 @@ class ModelConfig:
     top_k: Count = 2
     """Experts K that each token is routed to."""
     capacity_factor: float = math.inf
-    """An expert takes at most so many times the mean load from each rank's micro-batch, the rest is dropped; inf: nothing is."""
+    """An expert takes at most this many times the mean load from each rank's micro-batch; the rest is dropped. inf: no drops."""
     drop_policy: Literal["probs", "position"] = "probs"
-    """Assignments that are dropped: those with the smallest gate weights, or those of the last tokens."""
+    """Which assignments are dropped: those with the smallest gate weights, or those of the last tokens."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
     activation_checkpoint: bool = False
@@ -107,23 +107,23 @@ class PlacementConfig:
     """[placement]: a placement solved offline."""
 
     file: str = ""
-    """A plan of `moesaic place solve`: its owners and copies are kept through the run; empty: runtime.policy places copies."""
+    """A plan of `moesaic place solve`, whose owners and copies hold for the whole run; empty: runtime.policy places copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """[data]: the text and how it is cut."""
+    """[data]: the text for training and validation."""
 
     path: str = ""
     """A text file, or a folder whose text files are joined; empty: the source of Python's standard library."""
     pattern: str = "*"
-    """Which files of a folder are taken, as a glob on the file name."""
+    """The files of a folder to take, as a glob on the file name."""
     cache_folder: str = ""
-    """Where the joined text is kept, memory-mapped; empty: $XDG_CACHE_HOME/moesaic, else ~/.cache/moesaic."""
+    """The folder of the joined text, which is memory-mapped; empty: $XDG_CACHE_HOME/moesaic, else ~/.cache/moesaic."""
     seq_len: Count = 256
-    """Bytes that the model sees at once."""
+    """Sequence length in bytes."""
     val_fraction: OpenShare = 0.05
-    """Share of the text kept for validation, cut at a document's edge where there are several."""
+    """Share of the text for validation, cut between documents where there are several."""
 
     def __post_init__(self) -> None:
         if not PurePosixPath(self.pattern).parts:
@@ -163,7 +163,7 @@ class TrainConfig:
     micro_batches: Count = 1
     """Gradient accumulation: the batch is cut into this many forward and backward passes."""
     replay: str = ""
-    """A routing trace whose loads are forced on the routers in training, step by step; empty: the routers choose."""
+    """A routing trace whose loads the routers reproduce in training, step by step; empty: the routers choose."""
     eval_every: CountOrZero = 100
     """Steps between evaluations on the validation text; 0: only before the first step and after the last."""
     eval_batches: Count = 4
@@ -175,9 +175,9 @@ class CheckpointConfig:
     """[checkpoint]: saving and resuming; any world size can load any checkpoint."""
 
     every: CountOrZero = 0
-    """Steps between checkpoints; 0: none. With checkpoints on, a run that is told to stop saves one more."""
+    """Steps between checkpoints; 0: none. With checkpoints on, a run that is stopped by a signal saves one more."""
     resume: str = ""
-    """A checkpoint folder (runs/NAME/checkpoints/step-N) to go on from; empty: start afresh."""
+    """A checkpoint folder (runs/NAME/checkpoints/step-N) to resume from; empty: start from the beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +187,13 @@ class LaunchConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch sees one, else cpu."""
     data_parallel_replicate_degree: Count = 1
-    """Groups of ranks that hold the whole model each and train side by side: experts and dense shards are shared inside a group,
-    gradients averaged over the groups. A run's trace and balance are those of the first group."""
+    """Number of replicas, groups of ranks that each hold the whole model: parameters are sharded inside a group, gradients
+    averaged over the groups. A run's trace and balance are those of the first group."""
     init_method: str = "env://"
-    """How ranks meet: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
+    """The rendezvous of the ranks: env:// (torchrun's variables) or file:///PATH, a new file on a disk that all ranks share."""
     init_timeout_s: Seconds = 300.0
-    """Seconds that ranks may start apart: after these, those that came end with a line that names the others. Once all have come
-    runtime.timeout_s limits every wait."""
+    """Seconds that all ranks have to join the rendezvous; after these, those that joined end with a line that names the others.
+    runtime.timeout_s limits every wait thereafter."""
     num_threads: Threads = 0
     """CPU threads per rank; 0: OMP_NUM_THREADS where the user set it, else cores / ranks on this machine."""
     reuse_memory: bool = True
@@ -217,7 +217,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    # A weak balancing loss: it keeps experts alive, levelling the ranks is the runtime's work.
+    # A weak balancing loss keeps every expert in use; the runtime balances the ranks.
     router: RouterConfig = field(default_factory=lambda: RouterConfig(aux_loss_coef=0.001))
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -262,17 +262,17 @@ class Config:
 
 @dataclass(frozen=True)
 class _Given:
-    """One value that the user gave, and where."""
+    """One value of the user, and its source."""
 
     value: Any
     source: str
 
 
 def load_config(path: str | Path | None = None, assignments: Sequence[str] = ()) -> Config:
-    """Defaults, then the TOML file at `path`, then each `section.key=value` of `assignments`, in this order.
+    """The defaults, overridden by the TOML file at `path`, then by each `section.key=value` of `assignments`.
 
-    A value is read as TOML (`0.1`, `true`, `"text"`), else taken as text. Raises `ValueError` with one line that names
-    the key, its source and the cure; `OSError` if the file cannot be read.
+    A value is read as TOML (`0.1`, `true`, `"text"`), else as text. Raises `ValueError` with the key, its source and the cure
+    on one line; `OSError` if the file cannot be read.
     """
     given: dict[str, _Given] = {}
     if path is not None:
@@ -304,7 +304,7 @@ def _read_file(path: Path) -> dict[str, _Given]:
 
 
 def _entries(key: str, value: Any, source: str) -> dict[str, _Given]:
-    """By key, the values of a section and of the sections in it; or one value."""
+    """The values of a section and its subsections by key, or one value."""
     if key not in _sections() or not isinstance(value, dict):
         return {key: _Given(value, source)}
     inner = (_entries(f"{key}.{name}", entry, source) for name, entry in value.items())
@@ -323,7 +323,7 @@ def _read_assignment(assignment: str) -> dict[str, _Given]:
 
 
 def _renamed(given: Mapping[str, _Given]) -> dict[str, _Given]:
-    """The same under today's names, without options that are gone, with one warning for all old ones."""
+    """The same values under the current names, without those of options that are gone, with one warning for all old names."""
     gone = [key for key in GONE if key in given]
     if gone:
         warn_of_gone(gone, stacklevel=3)
@@ -345,7 +345,7 @@ def _check_key(key: str, source: str) -> None:
         raise ValueError(f"'{key}' in {source} is a section; set one of {', '.join(f'{key}.{n}' for n in known[key])}")
     if name in known.get(section, ()):
         return
-    # The nearest name in the section or beside it, the right name in another one, or a typing error anywhere, in this order.
+    # In this order: the nearest name in this section or its siblings, this name in another section, the nearest full key.
     top = section.partition(".")[0]
     beside = {n: other for other, names in known.items() if other.partition(".")[0] == top for n in names}
     near = [f"{beside[match]}.{match}" for match in difflib.get_close_matches(name, beside, n=1)]
@@ -358,7 +358,7 @@ def _check_key(key: str, source: str) -> None:
 
 
 def _replace_values(section: str, default: Any, given: Mapping[str, _Given]) -> Any:
-    """The default of a section with the values that were given for it and for the sections in it."""
+    """A section's defaults with the values given for it and its subsections."""
     hints, checked = typing.get_type_hints(type(default), include_extras=True), {}
     for name, hint in hints.items():
         key = f"{section}.{name}"
@@ -375,7 +375,7 @@ def _replace_values(section: str, default: Any, given: Mapping[str, _Given]) -> 
 
 def _check_value(key: str, hint: Any, entry: _Given) -> Any:
     is_choice = typing.get_origin(hint) is Literal
-    # Pydantic takes true for a choice of 1; no choice is a truth value, so the text of one is refused.
+    # Pydantic accepts true for a choice of 1; as text it is refused, since no choice is a truth value.
     value = str(entry.value) if is_choice and isinstance(entry.value, bool) else entry.value
     try:
         return TypeAdapter(hint).validate_python(value, strict=True)
@@ -389,7 +389,7 @@ def _check_value(key: str, hint: Any, entry: _Given) -> Any:
 
 
 def _sections() -> Mapping[str, type]:
-    """Section name to its dataclass, in file order; those inside a section, such as runtime.debug, come after it."""
+    """Section name to its dataclass, in file order; subsections such as runtime.debug follow their section."""
     return types.MappingProxyType(dict(_sections_of(Config, "")))
 
 
@@ -402,7 +402,7 @@ def _sections_of(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest of `known`; if none is near, all of them."""
+    """A hint with the nearest of `known`, or with all if none is near."""
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(known)}"

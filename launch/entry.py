@@ -1,40 +1,40 @@
-"""What every command shares at its outermost edge: wrong use becomes one line and exit status 2, never a traceback."""
+"""The outermost layer of every command: wrong use becomes one line and exit status 2, never a traceback."""
 
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from .launcher import speaks_for_machine, speaks_for_run
+from .launcher import is_local_leader, is_rank_zero
 
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
 
-# How long a rank stays that leaves the line to another: torchrun ends all of its ranks, that one too, as soon as one has ended.
+# A rank that does not print waits this long before it ends: torchrun ends all ranks, the printing one too, once one has ended.
 _SILENT_S = 2.0
 
 
 class RunError(ValueError):
-    """Wrong input that every rank of the run has raised: rank 0 prints it for all."""
+    """Wrong input that every rank of the run raises; rank 0 prints it."""
 
 
 class RankError(ValueError):
-    """A line that the rank which raises it prints itself: the others cannot, or raise it as a `RunError`."""
+    """An error printed by the rank that raises it: the other ranks do not have it, or raise it as a `RunError`."""
 
 
 def run_command(command: click.Command, args: Sequence[str] | None = None, name: str = "moesaic") -> int:
     """Run a click command and return the process's exit status.
 
-    The command returns its status (None is 0). A `ValueError` or a wrong use of the command line gives 2 and one line, which
-    the first rank of each machine prints, as others may not see what is wrong on theirs; anything else is ours to fix and
+    The command returns its status; None counts as 0. A `ValueError` or wrong use of the command line gives status 2 and one line,
+    printed by the first rank of each machine, since the error may exist on one machine only. Any other exception is a bug and
     keeps its traceback (status 1).
     """
-    # The names that torch 2.13 deprecates are the only ones torch 2.11 has; a user can do nothing about them.
+    # torch 2.13 deprecates the only names that torch 2.11 has; a user cannot do anything about them.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     try:
         status = command.main(args=args, prog_name=name, standalone_mode=False)
@@ -42,33 +42,26 @@ def run_command(command: click.Command, args: Sequence[str] | None = None, name:
         return stop.exit_code
     except click.ClickException as error:
         if not _asks_for_help(error):
-            _report(error.format_message(), name)
-        elif speaks_for_machine(os.environ):
+            return _report(error, error.format_message(), name)
+        if is_local_leader(os.environ):
             error.show()
         return USAGE_STATUS
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED_STATUS
-    except RunError as error:
-        _report(str(error), name, speaks_for_run)
-        return USAGE_STATUS
-    except RankError as error:
-        _report(str(error), name, lambda env: True)
-        return USAGE_STATUS
     except ValueError as error:
-        _report(str(error), name)
-        return USAGE_STATUS
+        return _report(error, str(error), name)
     return status if isinstance(status, int) else 0
 
 
 @contextmanager
 def warnings_as_lines(kind: type[Warning], name: str = "moesaic") -> Iterator[None]:
-    """Have rank 0 alone print a warning of this kind in the body, as one line on standard error, whatever the filters."""
+    """Print warnings of this kind in the body as lines on standard error, on rank 0 only, whatever the filters."""
     show_others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if not issubclass(category, kind):
             show_others(message, category, *where, **more)
-        elif speaks_for_run(os.environ):
+        elif is_rank_zero(os.environ):
             print(f"{name}: {message}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():
@@ -78,13 +71,18 @@ def warnings_as_lines(kind: type[Warning], name: str = "moesaic") -> Iterator[No
 
 
 def _asks_for_help(error: click.ClickException) -> bool:
-    """Whether a group was called without a command, which click (from 8.2 on) answers with the group's help."""
+    """Whether a group was called without a command; click 8.2 and later then raise an error that shows the group's help."""
     return type(error).__name__ == "NoArgsIsHelpError"
 
 
-def _report(message: str, name: str, speaks: Callable[[Mapping[str, str]], bool] = speaks_for_machine) -> None:
-    if speaks(os.environ):
-        line = " ".join(message.split())
-        print(f"{name}: {line}", file=sys.stderr, flush=True)
+def _report(error: Exception, message: str, name: str) -> int:
+    """Print the message in one line, on the rank that prints this kind of error; return the exit status."""
+    if isinstance(error, RunError):
+        prints = is_rank_zero(os.environ)
+    else:
+        prints = isinstance(error, RankError) or is_local_leader(os.environ)
+    if prints:
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     else:
         time.sleep(_SILENT_S)
+    return USAGE_STATUS

@@ -1,6 +1,6 @@
-"""What a launcher tells a process: its rank, how many there are, and which of them are on its machine.
+"""Rank, world size, local rank and local world size of a process, from the environment variables of its launcher.
 
-The variables of torchrun come first, then those of MPI launchers, then Slurm's; without any the process is alone.
+The variables of torchrun come first, then those of MPI launchers, then Slurm's; without any the world size is 1.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ class Launcher:
     local_rank: str
     local_world_size: str
     is_mpi: bool = False
-    """Whether the processes that it starts form one MPI job."""
+    """Whether its processes form one MPI job."""
     only_with: str = ""
-    """A variable without which the others do not count."""
+    """A variable that must be set too for the others to count."""
 
 
 TORCHRUN = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -36,29 +36,29 @@ LAUNCHERS = (
         is_mpi=True,
     ),
     HYDRA,
-    # A batch script has Slurm's rank too, but only srun starts one process per rank, in a numbered step.
+    # Slurm sets the rank in a batch script too, but only srun starts one process per rank, in a numbered step.
     Launcher("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE", only_with="SLURM_STEP_ID"),
 )
 
 
 @dataclass(frozen=True)
-class Place:
-    """One process among those of a run."""
+class RankInfo:
+    """The rank of one process, and the size of the run."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    """Ranks of the run on this machine."""
+    """Ranks of this run on this machine."""
     launcher: Launcher | None
-    """Who started the ranks; None for a process that is alone."""
+    """What started the ranks; None for a single process."""
 
 
-def find_place(env: Mapping[str, str]) -> Place:
-    """Read the place from `env`. Raises `ValueError` for variables that do not fit together."""
+def read_rank_info(env: Mapping[str, str]) -> RankInfo:
+    """Read rank and sizes from `env`. Raises `ValueError` for variables that contradict each other."""
     launcher = launcher_of(env)
     if launcher is None:
-        return Place(0, 1, 0, 1, None)
+        return RankInfo(0, 1, 0, 1, None)
     rank, world_size = _integer(env, launcher.rank, 0), _integer(env, launcher.world_size, 1)
     if not 0 <= rank < world_size:
         raise ValueError(
@@ -71,7 +71,7 @@ def find_place(env: Mapping[str, str]) -> Place:
             f"{launcher.local_rank} {local_rank} of {launcher.local_world_size} {local_world_size} does not fit "
             f"{launcher.world_size} {world_size}"
         )
-    return Place(rank, world_size, local_rank, local_world_size, launcher)
+    return RankInfo(rank, world_size, local_rank, local_world_size, launcher)
 
 
 def launcher_of(env: Mapping[str, str]) -> Launcher | None:
@@ -86,30 +86,30 @@ def launcher_of(env: Mapping[str, str]) -> Launcher | None:
 
 
 def _is_by_srun(env: Mapping[str, str]) -> bool:
-    """Whether PMI's variables are srun's own (`--mpi=pmi2`), which says no local rank in them. Hydra, where it starts its own
-    processes by a step, counts others than the step does."""
+    """Whether srun itself set PMI's variables (`--mpi=pmi2`), which then lack the local rank: they equal Slurm's own. Where Hydra
+    starts its processes inside a step, the two differ."""
     pairs = (("PMI_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_NTASKS"))
     return "SLURM_STEP_ID" in env and all(env.get(pmi) == env.get(slurm) for pmi, slurm in pairs)
 
 
-def speaks_for_machine(env: Mapping[str, str]) -> bool:
-    """Whether this process is the first on its machine, as far as `env` says; one that cannot tell speaks."""
+def is_local_leader(env: Mapping[str, str]) -> bool:
+    """Whether this process is the first of its machine; True where `env` does not say or contradicts itself."""
     try:
-        launcher = find_place(env).launcher
+        launcher = read_rank_info(env).launcher
     except ValueError:
         return True
     return launcher is None or (env.get(launcher.local_rank) or "0") == "0"
 
 
-def speaks_for_run(env: Mapping[str, str]) -> bool:
-    """Whether this process is rank 0. Raises `ValueError` where `env` does not say who it is."""
-    return find_place(env).rank == 0
+def is_rank_zero(env: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0. Raises `ValueError` for variables that contradict each other."""
+    return read_rank_info(env).rank == 0
 
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list.
 
-    Example: `gpu[03-05,9]-ib,login` begins with gpu03-ib.
+    Example: `gpu[03-05,9]-ib,login` gives gpu03-ib.
     """
     prefix, bracket, rest = nodelist.partition("[")
     if not bracket or "," in prefix:

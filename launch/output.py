@@ -1,4 +1,4 @@
-"""What the offline commands print: rows of flat objects, as a table or as JSON with where they come from."""
+"""Output of commands: flat records as a table or as JSON, and a progress bar."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ JSON_OPTION = click.option(
     "--json",
     "json_path",
     metavar="FILE",
-    help="Also write the rows as JSON; - for standard output alone.",
+    help="Also write the records as JSON; - for standard output alone.",
     callback=lambda context, option, path: writable(path),
 )
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
-    """See `placement.offline.records.publish`; with the system and the version."""
+def publish(name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
+    """Print and write records by `placement.offline.records.publish`, with the system and the version."""
     machine = {"system": platform.platform(), "python": platform.python_version()}
     commit = f"moesaic {version('moesaic')}"
-    printed.publish(f"moesaic.{name}/1", rows, columns, json_path, machine=machine, commit=commit)
+    printed.publish(f"moesaic.{name}/1", records, columns, json_path, machine=machine, commit=commit)
 
 
 @contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal's standard error; yields what to call after each of `total` units."""
+    """A progress bar on standard error, if that is a terminal; yields the function to call after each of `total` units."""
     with tqdm(total=total, unit=unit, disable=None, leave=False, dynamic_ncols=True) as bar:
 
         def advance() -> None:

@@ -1,6 +1,6 @@
-"""Train the demo language model: `python -m moesaic.launch.train`, `torchrun ... -m moesaic.launch.train`, `moesaic train`.
+"""Train the demo language model: the program of `moesaic train` and of `python -m moesaic.launch.train`.
 
-`train(config)` reads from top to bottom: who am I, the text, the run folder, the model, then the loop.
+`train(config)` reads from top to bottom: process, inputs, model, run folder, then the loop.
 """
 
 import math
@@ -20,22 +20,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..jit import compile_seconds, run_seconds
-from ..placement import SavedPlan, Trace, read_plan
-from ..placement.files import digest_of
 from ..runtime import shard_experts
 from ..runtime.layer import moe_layers
 from ..runtime.moved_options import MovedOptionWarning
-from .checkpoint import Progress, load_checkpoint, progress_of, read_progress, save_checkpoint
 from .config import Config, OptimConfig, load_config
-from .data import Batch, BatchShape, Text, TrainingData, Windows, prepare_text, validation_batches
-from .diagnosis import Peers, diagnosis
 from .entry import run_command, warnings_as_lines
-from .model import VOCAB_SIZE, build_model
-from .process import (
+from .run.checkpoint import load_checkpoint, progress_of, save_checkpoint
+from .run.data import Batch, BatchShape, TrainingData, Windows, validation_batches
+from .run.failure_report import Peers, failure_report
+from .run.inputs import RunInputs, read_inputs
+from .run.model import VOCAB_SIZE, build_model
+from .run.process import (
     Process,
     StopSignal,
     agreed,
-    check_same,
     find_process,
     from_first,
     process_group,
@@ -43,16 +41,15 @@ from .process import (
     set_threads,
     stop_with_launcher,
 )
-from .records import Records, StepRecord, create_run_folder, show, trace_meta
-from .replay import Replay, open_replay
-from .tensorboard import require_tensorboard
-from .warm import warm_run
+from .run.records import Records, StepRecord, create_run_folder, show
+from .run.replay import Replay
+from .run.warm import warm_run
 
 
 def train(config: Config) -> int:
-    """Run the configuration on this rank, with all others; return the exit status (0, or 128 + the signal that stopped it).
+    """Train on this rank, together with all others; return the exit status: 0, or 128 + the signal that stopped the run.
 
-    Raises `ValueError`, the same on every rank, for what the user can put right.
+    Raises `ValueError`, the same on every rank, for errors that the user can correct.
     """
     process = find_process(config.launch, os.environ)
     stop_with_launcher(process, os.environ)
@@ -60,21 +57,15 @@ def train(config: Config) -> int:
     set_threads(process, config.launch, os.environ)
     reuse_memory(process, config.launch)
     with process_group(process, config.launch, timeout_s=config.runtime.timeout_s) as mesh:
-        check_same(process, "the configuration", config.to_toml())
-        agreed(process, lambda: require_tensorboard() if config.run.tensorboard and process.is_first else None)
-        text = _shared_text(process, config)
-        resume = Path(config.checkpoint.resume).expanduser() if config.checkpoint.resume else None
-        progress = agreed(process, lambda: read_progress(resume, config, text)) if resume else None
-        plan = _saved_plan(process, config)
-        trace = _replayed_trace(process, config)
-        trainer = Trainer(config, process, mesh, text, progress, plan, trace)
-        if resume:
-            load_checkpoint(process, resume, trainer.handle, trainer.optimizer)
+        inputs = read_inputs(config, process)
+        trainer = Trainer(config, process, mesh, inputs)
+        if inputs.resume:
+            load_checkpoint(process, inputs.resume, trainer.handle, trainer.optimizer)
         warm_run(config.runtime, process.device)
-        made = agreed(process, lambda: str(create_run_folder(config.run).absolute()) if process.is_first else "")
-        folder = Path(from_first(process, made))
+        made = agreed(process, lambda: create_run_folder(config.run).absolute() if process.is_first else Path())
+        folder = from_first(process, made)
         if process.is_first:
-            show(_describe(config, process, text, trainer, folder))
+            show(_describe(config, process, trainer, folder))
         with agreed(process, lambda: Records(folder, config, process, first_step=trainer.step)) as records:
             signum = trainer.run(records)
         summary = records.summary()
@@ -84,45 +75,8 @@ def train(config: Config) -> int:
     return 128 + signum if signum else 0
 
 
-def _shared_text(process: Process, config: Config) -> Text:
-    """The text, joined by one rank per machine, found by the others; the same content on all machines."""
-    agreed(process, lambda: prepare_text(config.data) if process.local_rank == 0 else None)
-    text = agreed(process, lambda: prepare_text(config.data))
-    check_same(process, "the text (data.path)", text.digest)
-    return text
-
-
-def _saved_plan(process: Process, config: Config) -> SavedPlan | None:
-    """The plan of placement.file, the same on all machines and for this model and world size; None without one."""
-    if not config.placement.file:
-        return None
-    plan = agreed(process, lambda: read_plan(Path(config.placement.file).expanduser()))
-    try:
-        plan.check_model(trace_meta(config, process.world_size), "this run")
-    except ValueError as error:
-        raise ValueError(f"placement.file {config.placement.file}: {error}") from None
-    if config.runtime.slots != "auto" and plan.slots > config.runtime.slots:
-        raise ValueError(
-            f"placement.file {config.placement.file} uses {plan.slots} slots, runtime.slots is {config.runtime.slots}; "
-            f"set runtime.slots={plan.slots}"
-        )
-    check_same(process, "the plan (placement.file)", plan.to_json())
-    return plan
-
-
-def _replayed_trace(process: Process, config: Config) -> Trace | None:
-    """The trace of train.replay, the same on all machines and fit for this run; None without one."""
-    if not config.train.replay:
-        return None
-    num_tokens = config.train.batch_size * config.data.seq_len // process.world_size
-    meta = trace_meta(config, process.world_size)
-    trace = agreed(process, lambda: open_replay(config.train.replay, meta, num_tokens=num_tokens, num_steps=config.train.steps))
-    check_same(process, "the trace (train.replay)", digest_of(trace.path))
-    return trace
-
-
-def _describe(config: Config, process: Process, text: Text, trainer: "Trainer", folder: Path) -> str:
-    degree = config.launch.data_parallel_replicate_degree
+def _describe(config: Config, process: Process, trainer: "Trainer", folder: Path) -> str:
+    text, degree = trainer.text, config.launch.data_parallel_replicate_degree
     replicas = f" in {degree} replicas" if degree > 1 else ""
     return (
         f"moesaic: {process.world_size} rank(s){replicas} on {process.device.type}, {torch.get_num_threads()} thread(s) each; "
@@ -138,7 +92,7 @@ class DivergenceError(ValueError):
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all ranks agree on at the end of a step."""
+    """Means and sums over all ranks at the end of a step."""
 
     loss: float
     aux_loss: float
@@ -149,77 +103,64 @@ class StepTotals:
 class Trainer:
     """Model, optimizer and data of one rank, and the loop over them."""
 
-    def __init__(
-        self,
-        config: Config,
-        process: Process,
-        mesh: DeviceMesh,
-        text: Text,
-        progress: Progress | None,
-        plan: SavedPlan | None = None,
-        trace: Trace | None = None,
-    ) -> None:
+    def __init__(self, config: Config, process: Process, mesh: DeviceMesh, inputs: RunInputs) -> None:
         self.config = config
         self.process = process
         self.peers = Peers(process)
-        self.text = text
+        self.text = inputs.text
         model = build_model(config.model, config.router, seq_len=config.data.seq_len, seed=config.run.seed)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = model.to(process.device)
-        self.handle = shard_experts(
-            self.model, mesh=mesh, config=config.runtime, placements=None if plan is None else plan.layers
-        )
+        placements = inputs.plan.layers if inputs.plan else None
+        self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime, placements=placements)
         self.optimizer = build_optimizer(self.handle.parameter_groups(), config.optim)
 
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
-        self.step = progress.step if progress else 0
+        self.step = inputs.progress.step if inputs.progress else 0
         layers = list(moe_layers(self.model).values())
         rank = process.rank % config.ranks_per_replica(process.world_size)
-        self._replay = None if trace is None else Replay(trace, layers, rank, first_step=self.step)
-        self._num_decisions = 0  # about owners, that are recorded
-        self._compile_s = 0.0  # that is recorded
-        self.data = TrainingData(
-            Windows(text.train(), config.data.seq_len),
-            shape,
-            seed=config.run.seed,
-            position=progress.position if progress else 0,
-        )
-        self.val_batches = validation_batches(Windows(text.validation(), config.data.seq_len), shape, config.train.eval_batches)
+        self._replay = Replay(inputs.trace, layers, rank, first_step=self.step) if inputs.trace else None
+        self._num_decisions = 0  # migration decisions recorded so far
+        self._compile_s = 0.0  # seconds of compilation recorded so far
+        position = inputs.progress.position if inputs.progress else 0
+        train, validation = (Windows(part, config.data.seq_len) for part in (self.text.train(), self.text.validation()))
+        self.data = TrainingData(train, shape, seed=config.run.seed, position=position)
+        self.val_batches = validation_batches(validation, shape, config.train.eval_batches)
 
     def run(self, records: Records) -> int:
         """Train until the configured step or a stop signal; return the signal's number, or 0."""
         config = self.config
         profile_from = max(self.step, config.train.steps - config.run.profile_steps)
         with StopSignal() as stop, ExitStack() as profile:
-            with self._explained():
+            with self._reported():
                 records.add_validation(self.step, self.evaluate())
             while self.step < config.train.steps:
                 if self.step == profile_from:
-                    records.folder.mkdir(parents=True, exist_ok=True)  # on machines that rank 0 is not on
+                    records.folder.mkdir(parents=True, exist_ok=True)  # also on machines without rank 0
                     profile.enter_context(
                         self.handle.telemetry.profile(records.folder / f"profile-rank-{self.process.rank}.json")
                     )
-                with self._explained():
+                with self._reported():
                     signum = self._train_step(records, stop)
                 if signum:
                     return signum
         return 0
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Errors of the body become one that says where this rank was and, of communication, what became of the others."""
+    def _reported(self) -> Iterator[None]:
+        """Raise errors of the body again, with a failure report."""
         try:
             yield
         except DivergenceError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
-            # A ValueError says that the user can put it right; here it is ours. Errors of torch name no rank or step.
-            place = self.process.rank, self.step, self.handle.telemetry.last_stage()
-            raise RuntimeError(diagnosis(error, *place, self.peers)) from error
+            # A ValueError is for what the user can correct; in a step it is a bug. Errors of torch name neither rank nor step.
+            where = self.process.rank, self.step, self.handle.telemetry.last_stage()
+            raise RuntimeError(failure_report(error, *where, self.peers)) from error
 
     def _train_step(self, records: Records, stop: StopSignal) -> int:
-        """One optimizer step with all that is due after it; returns the signal all ranks agreed to stop for, or 0."""
+        """One optimizer step, and the records, evaluation and checkpoint due after it; return the signal to stop for, or 0."""
         config = self.config
         start_s = run_seconds()
 
@@ -237,7 +178,7 @@ class Trainer:
         self.handle.step(self.optimizer)
         self.step += 1
 
-        # Phase 3: agree on what happened, and whether to stop
+        # Phase 3: totals over all ranks, and whether to stop
         metrics = self.handle.metrics()
         totals = self._agree(losses, metrics, stop.signum)
         seconds = run_seconds() - start_s
@@ -272,7 +213,7 @@ class Trainer:
         return totals.signum
 
     def _forward_backward(self) -> Tensor:
-        """Gradients of one global batch; returns this rank's mean cross-entropy and router loss, fp32 [2]."""
+        """Gradients of one global batch; return this rank's mean cross-entropy and router loss, fp32 [2]."""
         num_micro_batches = self.config.train.micro_batches
         losses = torch.zeros(2, device=self.process.device)
         for index, batch in enumerate(self.data.next_step()):
@@ -296,7 +237,7 @@ class Trainer:
         return lr
 
     def _agree(self, losses: Tensor, metrics: Mapping[str, float], signum: int) -> StepTotals:
-        """The step's one extra collective: mean losses, total bytes, and whether any rank was told to stop."""
+        """The step's one extra collective: mean losses, total bytes, and whether any rank received a stop signal."""
         bytes_sent = sum(value for key, value in metrics.items() if key.startswith("bytes_"))
         stops = [float(signum == number) for number in StopSignal.signals]
         local = torch.tensor([*losses.tolist(), bytes_sent, *stops], dtype=torch.float64, device=self.process.device)
@@ -318,7 +259,7 @@ class Trainer:
         return val_loss
 
     def _check_finite(self, what: str, value: float, step_was: str) -> None:
-        """Raise `DivergenceError` unless a value that is the same on all ranks is finite: no step makes it so again."""
+        """Raise `DivergenceError` unless a value, the same on all ranks, is finite: no later step would make it finite."""
         if not math.isfinite(value):
             raise DivergenceError(
                 f"{what} is {value} after {self.step} steps: the run diverged, and this state is {step_was}; "
@@ -329,16 +270,16 @@ class Trainer:
         """Write a checkpoint into the run folder. Collective."""
         progress = progress_of(self.config, self.text, step=self.step, position=self.data.position)
         folder = save_checkpoint(self.process, records.folder / "checkpoints", self.handle, self.optimizer, progress)
-        records.say(f"checkpoint {folder}")
+        records.print_line(f"checkpoint {folder}")
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something that happens after each `every` steps (0: never) happens after `step`."""
+    """Whether `step` is a multiple of `every`; 0 means never."""
     return every > 0 and step % every == 0
 
 
 def build_optimizer(parameter_groups: Iterable[Mapping[str, Sequence[nn.Parameter]]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `Handle.parameter_groups`, each cut in two: matrices decay, vectors do not."""
+    """AdamW over the groups of `Handle.parameter_groups`, each split in two: matrices decay, vectors do not."""
     groups = []
     for group in parameter_groups:
         for weight_decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
@@ -349,7 +290,7 @@ def build_optimizer(parameter_groups: Iterable[Mapping[str, Sequence[nn.Paramete
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Rate of the step after `step` steps: linear warm-up to `lr`, then a half cosine to `min_lr_share` of it at the last."""
+    """Learning rate after `step` steps: linear warm-up to `lr`, then a half cosine down to `min_lr_share` of it."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
@@ -361,7 +302,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 @click.option("--config", "path", type=click.Path(dir_okay=False), help="Configuration file (TOML).")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one value, as in --set train.steps=50.")
 def command(path: str | None, assignments: tuple[str, ...]) -> int:
-    """Train the demo language model, alone or under torchrun; the defaults are the demo."""
+    """Train the demo language model, in one process or under torchrun; the defaults are the demo."""
     try:
         with warnings_as_lines(MovedOptionWarning):
             config = load_config(path, assignments)

@@ -44,7 +44,7 @@ def watched(file, mode="r", *args, **kwargs):
         written.append(str(file))
     return plain_open(file, mode, *args, **kwargs)
 builtins.open = watched
-import moesaic.placement, moesaic.launch.cli, moesaic.launch.place, moesaic.launch.trace
+import moesaic.placement, moesaic.launch.cli, moesaic.launch.offline.place, moesaic.launch.offline.trace
 assert "torch" not in sys.modules  # placing offline does not wait for it
 import moesaic.launch, moesaic.kernels, moesaic.runtime
 import torch

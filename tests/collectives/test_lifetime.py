@@ -31,7 +31,7 @@ from moesaic.benchmarks.network import run_on_nodes
 run_on_nodes([*rank, folder], 2, 2, 1e9, {})
 """,
     "children": """
-from moesaic.launch.children import run_children
+from moesaic.launch.doctor.children import run_children
 run_children([[*rank, folder]] * 2, [os.environ] * 2)
 """,
     "mpirun": """

@@ -18,8 +18,8 @@ import torch
 
 from moesaic.launch.cli import cli
 from moesaic.launch.config import load_config
+from moesaic.launch.doctor.target import make_inputs
 from moesaic.launch.entry import run_command
-from moesaic.launch.target import make_inputs
 from tests.helpers.pages import PAGES, ROOT, Block, Program, blocks, commands_in_text
 from tests.launch.ranks import TINY, set_options, start_ranks, tiny_values, train_tiny, wait_for
 

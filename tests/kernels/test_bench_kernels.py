@@ -8,7 +8,7 @@ import torch
 
 from moesaic.benchmarks import kernels
 from moesaic.benchmarks.kernel_cases import Case, Shape, ffn_case, layer_case, product_cases, zipf_sizes
-from moesaic.benchmarks.kernel_row_cases import in_turn, router_cases, row_cases
+from moesaic.benchmarks.kernel_memory_cases import in_turn, memory_cases, router_cases
 from moesaic.benchmarks.kernels import measure, verdict
 
 KEYS = {"op", "shape", "dtype", "device", "achieved", "ceiling", "unit", "ratio_to_ceiling", "target", "ratio_to_torch"}
@@ -17,7 +17,7 @@ SHAPE = Shape("tiny", D=16, F=24, group_sizes=(5, 0, 11), experts=4, top_k=2)
 
 def test_every_case_passes_its_gate_and_fills_a_row() -> None:
     cases = [ffn_case(SHAPE, torch.float32, "cpu"), layer_case(SHAPE, torch.float32, "cpu"), *router_cases("cpu")]
-    for make in (product_cases, row_cases):
+    for make in (product_cases, memory_cases):
         cases += make(SHAPE, torch.float32, "cpu")
     for case in cases:
         row = asdict(measure(case, "cpu", rounds=1))
@@ -55,8 +55,8 @@ def test_the_verdict_names_what_misses_its_target() -> None:
         )
     ]
     targets, beside = verdict(rows).split("\n")
-    assert targets == "1 of 2 rows with a target reach it; a at demo 0.900 < 0.92"
-    assert beside == "1 of 2 rows with torch's grouped_mm beside them are not slower; b at demo 0.980 to 0.990"
+    assert targets == "1 of 2 records with a target reach it; a at demo 0.900 < 0.92"
+    assert beside == "1 of 2 records with a ratio to torch's grouped_mm are not slower; b at demo 0.980 to 0.990"
 
 
 def test_operands_are_taken_in_turn() -> None:

@@ -66,7 +66,7 @@ class Outcome:
         return ("failed too (", "runs (process", "is gone (its process")
 
     def check(self) -> None:
-        """Assert that every rank that could stop did, with a diagnosis, and that nothing is left."""
+        """Assert that every rank that could stop did, with a failure report, and that nothing is left."""
         for rank, (status, stderr) in enumerate(zip(self.statuses, self.stderrs, strict=True)):
             if rank in self.victims:
                 continue
@@ -126,7 +126,7 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[Started]:
         "train.eval_every=0",
         f"runtime.timeout_s={TIMEOUT_S}",
         f"runtime.transport={case.transport}",
-        f"launch.init_method=file://{folder}/meeting",
+        f"launch.init_method=file://{folder}/rendezvous",
     ]
     processes: list[Started] = []
     for rank in range(case.world_size):

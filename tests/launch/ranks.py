@@ -1,4 +1,4 @@
-"""Ranks as real processes of the training program: started with RANK and WORLD_SIZE, meeting over a file."""
+"""Ranks as real processes of the training program: started with RANK and WORLD_SIZE, with a rendezvous in a file."""
 
 import atexit
 import json
@@ -111,7 +111,7 @@ def start_launcher(world_size: int, args: Sequence[str], folder: Path) -> BasePr
 
 def _launch(world_size: int, args: list[str], folder: Path) -> None:
     end_with_parent()
-    args += ["--set", f"launch.init_method=file://{folder}/meeting"]
+    args += ["--set", f"launch.init_method=file://{folder}/rendezvous"]
     for rank in range(world_size):
         if os.fork() == 0:
             environment = os.environ | _variables(rank, world_size) | {"TORCHELASTIC_RUN_ID": "none"}
@@ -133,11 +133,11 @@ def start_ranks(
 ) -> list[Rank]:
     """Start the training program on every rank.
 
-    `rank_folders` are working folders, one per rank. `starts_s`: how many seconds each starts after the first has come to where
-    they meet, not descending; 0: at once, None: never.
+    `rank_folders` are working folders, one per rank. `starts_s`: how many seconds each starts after the first has opened the
+    rendezvous, not descending; 0: at once, None: never.
     """
     now = time.monotonic_ns()
-    meeting = folder / f"meeting-{now}"
+    rendezvous = folder / f"rendezvous-{now}"
     processes = []
     for rank in range(world_size):
         if starts_s:
@@ -145,13 +145,13 @@ def start_ranks(
             if start_s is None:
                 continue
             if start_s:
-                while not meeting.exists():
-                    assert time.monotonic() < now * 1e-9 + LIMIT_S, "nobody came to the meeting"
+                while not rendezvous.exists():
+                    assert time.monotonic() < now * 1e-9 + LIMIT_S, "no rank opened the rendezvous"
                     time.sleep(0.02)
                 time.sleep(start_s)
         processes.append(
             Rank(
-                [*args, "--set", f"launch.init_method=file://{meeting}"],
+                [*args, "--set", f"launch.init_method=file://{rendezvous}"],
                 os.environ | _variables(rank, world_size),
                 rank_folders[rank] if rank_folders else folder,
                 folder / f"stdout-{now}-{rank}",

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import RuntimeConfig, shard_experts
-from moesaic.launch.checkpoint import Progress, save_checkpoint
+from moesaic.launch.run.checkpoint import Progress, save_checkpoint
 from tests.helpers.model import make_model
 from tests.helpers.ranks import run_ranks
 from tests.launch.test_records import process_of
@@ -43,7 +43,7 @@ def save(rank: int, folder: str) -> tuple[list[str], list[str]]:
             save_checkpoint(process_of(rank), place, handle, optimizer, PROGRESS)
         problems.append(str(refused.value))
     with (
-        mock.patch("moesaic.launch.checkpoint.dcp.save", save_without_one_file),
+        mock.patch("moesaic.launch.run.checkpoint.dcp.save", save_without_one_file),
         pytest.raises(ValueError, match="share") as refused,
     ):
         save_checkpoint(process_of(rank), parent / "not shared", handle, optimizer, PROGRESS)

@@ -36,7 +36,7 @@ from moesaic.launch.cli import main
 try:
     main()
 finally:
-    heavy = {"moesaic.launch.train", "moesaic.launch.doctor", "moesaic.launch.config"} & set(sys.modules)
+    heavy = {"moesaic.launch.train", "moesaic.launch.doctor.command", "moesaic.launch.config"} & set(sys.modules)
     assert not heavy, heavy
 """
     ended = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
@@ -149,7 +149,7 @@ def test_doctor_reports_as_text_and_json(capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_doctor_as_json_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesaic.launch.doctor.transports", list)
+    monkeypatch.setattr("moesaic.launch.doctor.command.transports", list)
     assert run_command(cli, ["doctor", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {"torch", "cpu"} <= {row["name"] for row in rows}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.launch.config import DataConfig
-from moesaic.launch.data import (
+from moesaic.launch.run.data import (
     BatchShape,
     TrainingData,
     Windows,
@@ -194,7 +194,7 @@ def counting_windows(num_windows: int, seq_len: int = 4) -> Windows:
 
 def step_ids(data: TrainingData) -> list[list[int]]:
     """Window ids of the next step's micro-batches on this rank; the position moves on."""
-    ids = [data.window_ids(data.shape.rows(micro)).tolist() for micro in range(data.shape.micro_batches)]
+    ids = [data.window_ids(data.shape.indices(micro)).tolist() for micro in range(data.shape.micro_batches)]
     data.position += data.shape.batch_size
     return ids
 

@@ -1,8 +1,8 @@
-"""A process's place from the variables of each launcher."""
+"""Rank and sizes of a process from the variables of each launcher."""
 
 import pytest
 
-from moesaic.launch.launcher import find_place, first_host, speaks_for_machine, speaks_for_run
+from moesaic.launch.launcher import first_host, is_local_leader, is_rank_zero, read_rank_info
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -45,10 +45,10 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE
         "hydra in a step",
     ],
 )
-def test_place(env: dict[str, str], expected: tuple[int, int, int, int, str | None]) -> None:
-    place = find_place(env)
-    name = place.launcher.name if place.launcher else None
-    assert (place.rank, place.world_size, place.local_rank, place.local_world_size, name) == expected
+def test_rank_info(env: dict[str, str], expected: tuple[int, int, int, int, str | None]) -> None:
+    info = read_rank_info(env)
+    name = info.launcher.name if info.launcher else None
+    assert (info.rank, info.world_size, info.local_rank, info.local_world_size, name) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def test_place(env: dict[str, str], expected: tuple[int, int, int, int, str | No
 )
 def test_wrong_variables(env: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        find_place(env)
+        read_rank_info(env)
 
 
-def test_who_speaks() -> None:
-    """Rank 0 for the run, each machine's first rank for its machine, whatever started them; and who does not know its place."""
-    assert speaks_for_run({})
-    assert not speaks_for_run(OPEN_MPI)
-    assert speaks_for_run(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
-    assert not speaks_for_machine(SLURM | STEP)
-    assert speaks_for_machine(SLURM | STEP | {"SLURM_LOCALID": "0"})
-    assert speaks_for_machine({})
+def test_which_rank_prints() -> None:
+    """Rank 0 for the run, each machine's first rank for the machine, whatever started them; and a rank with wrong variables."""
+    assert is_rank_zero({})
+    assert not is_rank_zero(OPEN_MPI)
+    assert is_rank_zero(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
+    assert not is_local_leader(SLURM | STEP)
+    assert is_local_leader(SLURM | STEP | {"SLURM_LOCALID": "0"})
+    assert is_local_leader({})
     for wrong in ({"RANK": "2"}, OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "8"}, HYDRA | {"MPI_LOCALRANKID": "2"}):
-        assert speaks_for_machine(wrong)
+        assert is_local_leader(wrong)
 
 
 @pytest.mark.parametrize(

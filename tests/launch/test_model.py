@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moesaic import RouterConfig
 from moesaic.launch.config import ModelConfig
-from moesaic.launch.model import Rope, Transformer, apply_rope, build_model, rope_tables
+from moesaic.launch.run.model import Rope, Transformer, apply_rope, build_model, rope_tables
 
 
 def tiny_model(seed: int = 1, **values: int | bool) -> Transformer:

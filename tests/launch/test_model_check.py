@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from moesaic import MoELayer, RouterConfig, Routing
-from moesaic.launch import model_check
-from moesaic.launch.children import Child, problem_of, run_children
 from moesaic.launch.cli import cli
+from moesaic.launch.doctor import model_check
+from moesaic.launch.doctor.children import Child, problem_of, run_children
+from moesaic.launch.doctor.model_check import Comparison, Difference, Request, check_model, check_rank, moved
+from moesaic.launch.doctor.observe import Choices
+from moesaic.launch.doctor.target import Inputs, find_target, make_inputs
 from moesaic.launch.entry import run_command
-from moesaic.launch.model_check import Difference, Request, Row, check_model, check_rank, moved
-from moesaic.launch.observe import Choices
-from moesaic.launch.process import Process
-from moesaic.launch.target import Inputs, find_target, make_inputs
+from moesaic.launch.run.process import Process
 from moesaic.placement import OwnerMap
 from moesaic.runtime.routing.router import TopKRouter
 from tests.helpers.ranks import run_ranks
@@ -90,7 +90,7 @@ def models(tmp_path: Path) -> str:
     return str(path)
 
 
-def on_pool(rank: int, request: Request, folder: str) -> list[Row]:
+def on_pool(rank: int, request: Request, folder: str) -> list[Comparison]:
     """What a process that doctor starts does, in a process that is there already."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (request.ranks,))
     return check_rank(Process(rank, request.ranks, rank, request.ranks, None, torch.device("cpu")), mesh, request, Path(folder))
@@ -100,7 +100,7 @@ def on_pool(rank: int, request: Request, folder: str) -> list[Row]:
 def without_new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks run in the test suite's own processes."""
 
-    def run(request: Request, folder: Path) -> list[Row]:
+    def run(request: Request, folder: Path) -> list[Comparison]:
         return run_ranks(request.ranks, on_pool, request, str(folder))[0]
 
     monkeypatch.setattr(model_check, "_run_ranks", run)

@@ -1,6 +1,7 @@
 """`moesaic place` and `moesaic trace` from the command line, and plans that drive training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +226,21 @@ def test_a_recorded_run_is_placed_and_the_plan_drives_the_next_run(tmp_path: Pat
         assert [end.status for end in ended] == [2, 2]
         assert message in ended[0].stderr
         assert [end.stderr.count("\n") for end in ended] == [1, 0]
+
+
+def test_a_plan_that_is_wrong_on_one_rank_ends_all(tmp_path: Path) -> None:
+    """Ranks in different folders, whose plans of one name use 1 and 2 slots: one line, the same error on both ranks."""
+    (tmp_path / "text.txt").write_text("router expert slot bank owner\n" * 600, encoding="utf-8")
+    sizes = "--layers 2 --experts 4 --top-k 2 --ranks 2 --tokens 64 --dim 16 --ffn-dim 16 --steps 2"
+    assert run_command(cli, ["trace", "synth", str(tmp_path / "trace.npz"), *sizes.split()]) == 0
+    solve = ["place", "solve", str(tmp_path / "trace.npz"), "--solver", "eplb", "--slots", "1"]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    assert run_command(cli, [*solve, "-o", str(folders[0] / "plan.json")]) == 0
+    replace(read_plan(folders[0] / "plan.json"), slots=2).write(folders[1] / "plan.json")
+    values = [*tiny_values(tmp_path), "runtime.slots=1", "runtime.timeout_s=5", "placement.file=plan.json"]
+    first, second = wait_for(start_ranks(2, set_options(values), tmp_path, folders))
+    message = "placement.file plan.json uses 2 slots, runtime.slots is 1; set runtime.slots=2 (rank 1 of 2)"
+    assert (first.status, second.status) == (2, 2)
+    assert (first.stderr, second.stderr) == (f"moesaic: {message}\n", "")

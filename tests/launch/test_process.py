@@ -1,4 +1,4 @@
-"""One process: its place from the environment, threads, memory, agreement between ranks, and being told to stop."""
+"""One process: rank and sizes from the environment, threads, memory, agreement between ranks, and stop signals."""
 
 import os
 import platform
@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import moesaic.launch.process as module
+import moesaic.launch.run.process as module
 from moesaic.launch.config import LaunchConfig
 from moesaic.launch.entry import RunError
-from moesaic.launch.process import (
+from moesaic.launch.run.process import (
     Process,
     StopSignal,
     agreed,
@@ -43,7 +43,7 @@ def process_of(rank: int, world_size: int) -> Process:
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
     ],
 )
-def test_place_from_the_environment(env: dict[str, str], expected: tuple[int, int, int, int]) -> None:
+def test_rank_from_the_environment(env: dict[str, str], expected: tuple[int, int, int, int]) -> None:
     process = find_process(CPU, env)
     assert (process.rank, process.world_size, process.local_rank, process.local_world_size) == expected
     assert process.is_first == (expected[0] == 0)
@@ -106,7 +106,7 @@ def test_reused_memory_is_not_faulted_in_again() -> None:
 import resource, sys, torch
 from moesaic.launch.config import LaunchConfig
 from moesaic.launch.entry import RunError
-from moesaic.launch.process import find_process, reuse_memory
+from moesaic.launch.run.process import find_process, reuse_memory
 config = LaunchConfig(device="cpu", reuse_memory=sys.argv[1] == "on")
 done = reuse_memory(find_process(config, {}), config)
 def step():
@@ -152,7 +152,7 @@ def test_ranks_agree_on_what_only_one_can_see(error: type[Exception]) -> None:
 
 def _same(rank: int, texts: list[str]) -> str:
     try:
-        check_same(process_of(rank, 2), "the configuration", texts[rank])
+        check_same(process_of(rank, 2), {"the text": "a", "the configuration": texts[rank]})
     except ValueError as caught:
         return str(caught)
     return ""
@@ -251,7 +251,7 @@ def test_a_second_signal_ends_a_rank_that_is_stuck() -> None:
     script = """
 import datetime
 import torch.distributed as dist
-from moesaic.launch.process import StopSignal
+from moesaic.launch.run.process import StopSignal
 with StopSignal():
     print("ready", flush=True)
     dist.HashStore().wait(["never"], datetime.timedelta(seconds=100))

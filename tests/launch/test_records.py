@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from moesaic.launch.config import Config, LaunchConfig, ModelConfig, RunConfig, load_config
-from moesaic.launch.process import Process
-from moesaic.launch.records import Records, StepRecord, create_run_folder, show
-from moesaic.launch.tensorboard import require_tensorboard
+from moesaic.launch.run.process import Process
+from moesaic.launch.run.records import Records, StepRecord, create_run_folder, show
+from moesaic.launch.run.tensorboard import require_tensorboard
 from moesaic.placement import Trace
 from moesaic.runtime.wrap.migration_policy import Decision
 
@@ -161,7 +161,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with Records(tmp_path, tiny_config(tmp_path), process_of(1), first_step=0) as records:
         records.add_validation(0, 5.5)
         records.add(record_of(1), METRICS, np.ones((2, 2, 3), dtype=np.int64), val_loss=None)
-        records.say("nothing")
+        records.print_line("nothing")
     assert records.summary() is None
     assert list(tmp_path.iterdir()) == []
 
@@ -195,8 +195,8 @@ def test_layers_and_decisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str
 ) -> None:
     """Decisions are always written and said; layers when detailed; TensorBoard gets the same."""
-    monkeypatch.setattr("moesaic.launch.tensorboard.find_spec", lambda name: name)
-    monkeypatch.setattr("moesaic.launch.tensorboard.import_module", lambda name: SimpleNamespace(SummaryWriter=FakeWriter))
+    monkeypatch.setattr("moesaic.launch.run.tensorboard.find_spec", lambda name: name)
+    monkeypatch.setattr("moesaic.launch.run.tensorboard.import_module", lambda name: SimpleNamespace(SummaryWriter=FakeWriter))
     monkeypatch.setattr(FakeWriter, "written", {})
     config = tiny_config(tmp_path)
     config = replace(config, run=replace(config.run, metrics=level, tensorboard=True))
@@ -217,6 +217,6 @@ def test_layers_and_decisions(
 
 
 def test_tensorboard_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesaic.launch.tensorboard.find_spec", lambda name: None)
+    monkeypatch.setattr("moesaic.launch.run.tensorboard.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"run.tensorboard needs TensorBoard: pip install 'moesaic\[report\]', or set"):
         require_tensorboard()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from moesaic import MoELayer
-from moesaic.launch.replay import Replay, ids_of, open_replay
+from moesaic.launch.run.replay import Replay, ids_of, open_replay
 from moesaic.placement import Trace, TraceMeta
 from moesaic.placement.traces.format import write_trace
 from moesaic.placement.traces.synth import SynthSpec, synthesize

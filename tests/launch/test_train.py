@@ -123,7 +123,7 @@ def test_replicas_train_as_one_group(folder: Path) -> None:
 
 
 def test_wrong_use_ends_every_rank_with_one_line(folder: Path) -> None:
-    """Seen by all ranks before they meet: rank 0 prints, both end with 2, and nothing was written."""
+    """Found by all ranks before the rendezvous: rank 0 prints, both end with 2, and nothing was written."""
     first, second = wait_for(start_ranks(2, set_options([*tiny_values(folder), "runtime.slots=-1"]), folder))
     assert (first.status, second.status) == (2, 2)
     assert first.stderr.count("\n") == 1
@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_at_the_start(
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr("moesaic.launch.records.TraceWriter", fail)
+    monkeypatch.setattr("moesaic.launch.run.records.TraceWriter", fail)
     options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
     assert run_command(command, set_options(options)) == 2
     assert capsys.readouterr().err == "moesaic: [Errno 28] No space left on device: 'metrics.jsonl'\n"

@@ -13,8 +13,10 @@ from click.testing import CliRunner
 
 from moesaic.collectives.lifetime import end_with_parent
 from moesaic.jit import compile_seconds
-from moesaic.launch import doctor, train, warm
+from moesaic.launch import train
+from moesaic.launch.doctor import command as doctor
 from moesaic.launch.entry import run_command
+from moesaic.launch.run import warm
 from tests.launch.ranks import LIMIT_S, _variables, metrics_of, set_options, tiny_values
 
 
@@ -46,7 +48,7 @@ def train_watched(rank: int, world_size: int, args: Sequence[str], folder: Path)
 def test_nothing_is_compiled_or_loaded_in_a_step(tmp_path: Path, values: Sequence[str]) -> None:
     """Nor in evaluations: all of that comes before the first step, on every rank, and the first record says how long it took."""
     (tmp_path / "text.txt").write_text("".join(random.Random(0).choices(["router ", "expert ", "slot "], k=3000)))
-    args = set_options([*tiny_values(tmp_path), "train.steps=5", *values, f"launch.init_method=file://{tmp_path}/meeting"])
+    args = set_options([*tiny_values(tmp_path), "train.steps=5", *values, f"launch.init_method=file://{tmp_path}/rendezvous"])
     starting = multiprocessing.get_context("spawn")  # what ranks are forked from has loaded routines already
     ranks = [starting.Process(target=train_watched, args=(rank, 2, args, tmp_path), daemon=True) for rank in range(2)]
     for process in ranks:

@@ -9,20 +9,20 @@ from typing import Any
 
 import click
 
-from ..placement.files import clear_errors, digest_of
-from ..placement.offline import simulate
-from ..placement.offline.plans import SavedPlan, read_plan, read_topology
-from ..placement.offline.solve import solve_plan
-from ..placement.online.predict import PREDICTORS
-from ..placement.solvers.registry import SOLVERS, get_solver
-from ..placement.topology import Topology
-from ..placement.traces.sources import LoadSource, resized
-from ..placement.values import LayerShape
-from .output import JSON_OPTION, progress, publish
+from ...placement.files import clear_errors, digest_of
+from ...placement.offline import simulate
+from ...placement.offline.plans import SavedPlan, read_plan, read_topology
+from ...placement.offline.solve import solve_plan
+from ...placement.online.predict import PREDICTORS
+from ...placement.solvers.registry import SOLVERS, get_solver
+from ...placement.topology import Topology
+from ...placement.traces.sources import LoadSource, resized
+from ...placement.values import LayerShape
+from ..output import JSON_OPTION, progress, publish
 from .picture import write_picture
 from .trace_options import Count, TraceOptions, trace_options
 
-# Those that answer at once; the exact ones take seconds a layer and play where they are named.
+# The fast solvers; the exact ones take seconds per layer and run only if named.
 COMPARED = ("static", "lpt", "smartmoe", "eplb", "flexmoe", "laer", "hecate", "quota", "balance")
 COLUMNS = (
     *("solver", "ranks", "nodes", "slots", "knows", "split", "max_over_mean", "max_over_mean_p95", "max_over_mean_max"),
@@ -30,38 +30,46 @@ COLUMNS = (
 )
 PLAN_COLUMNS = ("layer", "copies", "copied_experts", "most_copies", "owned_min", "owned_max")
 
-_LAB_OPTIONS = (
+_SIMULATOR_OPTIONS = (
     click.option("--preset", default="h100", show_default=True, help="Rates of the machine: cpu, a100, h100, b200."),
-    click.option("--overlap-s", type=float, help="Seconds that hide a gather; by default the projections of attention."),
+    click.option("--overlap-s", type=float, help="Seconds that hide a gather; by default those of attention's projections."),
     click.option("--gathers", type=click.Choice(["1", "2"]), default="1", help="2: copies are gathered again in backward."),
     click.option("--recompute", is_flag=True, help="Expert forward is recomputed in backward."),
     click.option(
-        "--scale", type=click.IntRange(1, 1 << 20), default=1, show_default=True, help="Tokens that each one stands for."
+        "--scale",
+        type=click.IntRange(1, 1 << 20),
+        default=1,
+        show_default=True,
+        help="Tokens per recorded token.",
     ),
     click.option(
-        "--bytes", "element_bytes", type=click.IntRange(1, 8), default=2, show_default=True, help="Of a travelling weight."
+        "--bytes", "element_bytes", type=click.IntRange(1, 8), default=2, show_default=True, help="Bytes per weight in transit."
     ),
-    click.option("--time-limit", "time_limit_s", type=float, help="Seconds of a milp or moetuner, per layer; by default 10."),
+    click.option("--time-limit", "time_limit_s", type=float, help="Seconds per layer for milp and moetuner; by default 10."),
     click.option("--rehome-every", type=Count, default=1, show_default=True, help="Steps between changes of owners."),
 )
 
 
-def lab_options(command: Any) -> Any:
-    """Give a command the options that `_setting` takes."""
-    for option in reversed(_LAB_OPTIONS):
+def simulator_options(command: Any) -> Any:
+    """Add the options that `_setting` reads to a command."""
+    for option in reversed(_SIMULATOR_OPTIONS):
         command = option(command)
     return trace_options(command)
 
 
-def _topology(text: str | None, preset: str, recorded_ranks: int | None = None) -> Topology | None:
-    """Read NODESxRANKS or a JSON file; without it as many ranks as were recorded, on the preset's nodes."""
+def _open(
+    options: TraceOptions, path: str, text: str | None, preset: str, json_path: str | None = None
+) -> tuple[LoadSource, Topology]:
+    """Open a trace on the topology of `text`, NODESxRANKS or a JSON file; by default on its own ranks and the preset's nodes."""
     if text is None:
-        return Topology.preset(preset, recorded_ranks) if recorded_ranks is not None else None
-    return read_topology(text) if text.endswith(".json") else Topology.parse(text, preset)
+        source = options.open(path, None, json_path)
+        return source, Topology.preset(preset, source.meta.num_ranks)
+    topology = read_topology(text) if text.endswith(".json") else Topology.parse(text, preset)
+    return options.open(path, topology.num_ranks, json_path), topology
 
 
 def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], predictor: str = "best") -> simulate.SimulatorSetting:
-    """What the options and the trace say together."""
+    """The simulator's setting, from the options and the trace."""
     meta = source.meta
     if not meta.dim or not meta.ffn_dim:
         raise ValueError("the trace does not say the sizes of an expert, which price a placement; give --dim and --ffn-dim")
@@ -76,7 +84,7 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
     setting = simulate.SimulatorSetting(
         topology=topology,
         shape=shape,
-        predictor=predictor,  # type: ignore[arg-type]  # checked by click, and again there
+        predictor=predictor,  # type: ignore[arg-type]  # checked by click and by the setting
         gathers=int(given["gathers"]),
         backward_multiplier=4 if given["recompute"] else 3,
         rehome_every=given["rehome_every"],
@@ -87,17 +95,17 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
     return setting if given["overlap_s"] is not None else replace(setting, overlap_s=simulate.attention_s(source, setting))
 
 
-def _rows(
+def _records(
     path: str, source: LoadSource, setting: simulate.SimulatorSetting, outcomes: Sequence[simulate.Outcome]
 ) -> list[dict[str, Any]]:
-    """Flat rows of outcomes."""
-    rows = []
+    """One flat record per outcome."""
+    records = []
     for outcome in outcomes:
-        row = asdict(outcome)
-        del row["max_over_mean_of_layer"]
+        record = asdict(outcome)
+        del record["max_over_mean_of_layer"]
         about = {"trace": Path(path).name, "ranks": source.meta.num_ranks, "nodes": setting.topology.num_nodes}
-        rows.append({**about, **row, "overlap_s": setting.overlap_s})
-    return rows
+        records.append({**about, **record, "overlap_s": setting.overlap_s})
+    return records
 
 
 @click.group("place")
@@ -118,9 +126,9 @@ def command() -> None:
     help="Repeatable; by default all.",
 )
 @click.option("--predictor", type=click.Choice(sorted(PREDICTORS)), default="best", show_default=True)
-@click.option("--steps", type=Count, metavar="N", help="Play the first N steps only.")
+@click.option("--steps", type=Count, metavar="N", help="Simulate the first N steps only.")
 @click.option("--picture", "picture_path", metavar="FILE.html", help="Draw bars and a heat map by layer, as one HTML file.")
-@lab_options
+@simulator_options
 @JSON_OPTION
 def compare_command(
     paths: tuple[str, ...],
@@ -134,34 +142,32 @@ def compare_command(
     json_path: str | None,
     **given: Any,
 ) -> None:
-    """Play every solver over whole traces as training would, beside perfect foresight, hindsight and the lower bound.
+    """Simulate every solver over whole traces as in training, beside perfect foresight, hindsight and the lower bound.
 
-    knows: `predicted` places from the past, `exact` from the very load it is judged by, `future` once from the whole trace.
+    knows: `predicted` places from past loads, `exact` from the load of the step itself, `future` once from the whole trace.
     """
     options = TraceOptions.take(given)
     names = solvers or COMPARED
     for name in names:
         get_solver(name)
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     panels: dict[str, list[simulate.Outcome]] = {}
     for path in paths:
         for text in topologies or (None,):
-            topology = _topology(text, given["preset"])
-            source = options.open(path, None if topology is None else topology.num_ranks, json_path)
-            topology = topology or Topology.preset(given["preset"], source.meta.num_ranks)
+            source, topology = _open(options, path, text, given["preset"], json_path)
             setting = _setting(source, topology, given, predictor)
             with progress(min(source.num_steps, steps or source.num_steps), "step") as advance:
                 outcomes = simulate.compare(
                     source, setting, names, slots=slots, information=knows, num_steps=steps, on_step=advance
                 )
-            rows += _rows(path, source, setting, outcomes)
+            records += _records(path, source, setting, outcomes)
             panels[f"{Path(path).name}, {topology.num_nodes} x {topology.ranks_per_node} ranks"] = outcomes
-    if not rows:
-        raise ValueError("a trace of one step has nothing to predict from; ask for --knows exact or future")
+    if not records:
+        raise ValueError("a trace of one step has nothing to predict from; give --knows exact or future")
     if picture_path is not None:
         with clear_errors():
             write_picture(picture_path, panels)
-    publish("place.compare", rows, ("trace", *COLUMNS) if len(paths) > 1 else COLUMNS, json_path)
+    publish("place.compare", records, ("trace", *COLUMNS) if len(paths) > 1 else COLUMNS, json_path)
 
 
 @command.command("solve")
@@ -172,18 +178,16 @@ def compare_command(
 @click.option(
     "--current", "current_path", metavar="PLAN", help="Start from the owners of this plan; by default contiguous blocks."
 )
-@click.option("-o", "--out", required=True, metavar="FILE", help="Where the plan goes.")
-@lab_options
+@click.option("-o", "--out", required=True, metavar="FILE", help="The plan to write.")
+@simulator_options
 def solve_command(path: str, text: str | None, slots: int, solver: str, current_path: str | None, out: str, **given: Any) -> None:
-    """Solve one placement for a whole trace, and save it as a plan that `moesaic train --set placement.file=` plays."""
+    """Solve one placement for a whole trace, and save it as a plan for `moesaic train --set placement.file=`."""
     options = TraceOptions.take(given)
     get_solver(solver)
     if given["time_limit_s"] is not None and not simulate.takes_time_limit(solver):
         limited = " or ".join(name for name in SOLVERS if simulate.takes_time_limit(name))
         raise ValueError(f"--time-limit {given['time_limit_s']:g}: {solver} ends by itself; leave it out, or use {limited}")
-    topology = _topology(text, given["preset"])
-    source = options.open(path, None if topology is None else topology.num_ranks)
-    topology = topology or Topology.preset(given["preset"], source.meta.num_ranks)
+    source, topology = _open(options, path, text, given["preset"])
     setting = _setting(source, topology, given)
     current = None
     if current_path is not None:
@@ -200,10 +204,10 @@ def solve_command(path: str, text: str | None, slots: int, solver: str, current_
 @command.command("replay")
 @click.argument("path", metavar="TRACE")
 @click.option("--plan", "plan_path", required=True, metavar="PLAN", help="A plan that `place solve` wrote.")
-@lab_options
+@simulator_options
 @JSON_OPTION
 def replay_command(path: str, plan_path: str, json_path: str | None, **given: Any) -> None:
-    """Play a saved plan over a trace, on the plan's machine; `knows` is future where it was solved on this very trace."""
+    """Simulate a saved plan over a trace, on the plan's machine; `knows` is future if the plan was solved on this trace."""
     options = TraceOptions.take(given)
     plan = read_plan(plan_path)
     source = options.open(path, plan.meta.num_ranks, json_path)
@@ -214,14 +218,14 @@ def replay_command(path: str, plan_path: str, json_path: str | None, **given: An
         knows = "future" if digest_of(path) == plan.trace_digest else "predicted"
     with progress(source.num_steps, "step") as advance:
         outcomes = simulate.replay(source, setting, plan, information=knows, on_step=advance)
-    publish("place.replay", _rows(path, source, setting, outcomes), COLUMNS, json_path)
+    publish("place.replay", _records(path, source, setting, outcomes), COLUMNS, json_path)
 
 
 @command.command("show")
 @click.argument("path", metavar="PLAN")
 @JSON_OPTION
 def show_command(path: str, json_path: str | None) -> None:
-    """Print a saved plan: what it was made for, and what every layer holds."""
+    """Print a saved plan: its model and machine, and the copies and owners of every layer."""
     plan = read_plan(path)
     if json_path != "-":
         meta, topology = plan.meta, plan.topology
@@ -230,11 +234,11 @@ def show_command(path: str, json_path: str | None) -> None:
             f"model: {meta.num_layers} layers, {meta.num_experts} experts, top-{meta.top_k}, dim {meta.dim}, ffn {meta.ffn_dim}; "
             f"machine: {topology.num_nodes} x {topology.ranks_per_node} ranks; trace {plan.trace_digest or 'unknown'}"
         )
-    rows = []
+    records = []
     for layer, placement in enumerate(plan.layers):
         copies_R = placement.copies_RE.sum(axis=1)
         owned_R = placement.replicas_RE.sum(axis=1) - copies_R
-        rows.append(
+        records.append(
             {
                 "layer": layer,
                 "copies": placement.num_copies,
@@ -245,7 +249,7 @@ def show_command(path: str, json_path: str | None) -> None:
                 "owners": placement.expert_to_owner_E.tolist(),
             }
         )
-    publish("place.show", rows, PLAN_COLUMNS, json_path)
+    publish("place.show", records, PLAN_COLUMNS, json_path)
 
 
 def _headline(plan: SavedPlan) -> str:

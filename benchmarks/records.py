@@ -1,4 +1,4 @@
-"""What every benchmark prints: rows of flat objects, as a table or as JSON, with the machine and the commit."""
+"""Output of benchmarks: flat records as a table or as JSON, with the machine and the commit; intervals of medians."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ JSON_OPTION = click.option(
     "--json",
     "json_path",
     metavar="FILE",
-    help="Write the rows as JSON; - for standard output.",
+    help="Write the records as JSON; - for standard output.",
     callback=lambda context, option, path: writable(path),
 )
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPU and versions."""
+    """Processor, cores, system, GPU and versions."""
     machine: dict[str, Any] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -47,7 +47,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def commit_of_source() -> str:
-    """The commit the package runs from, with `+changes` if the tree differs from it; empty outside a git checkout."""
+    """The commit of the package's source, with `+changes` if the tree differs from it; empty outside a git checkout."""
     folder = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -58,17 +58,18 @@ def commit_of_source() -> str:
     return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
-    """See `placement.offline.records.publish`; with the machine and the commit."""
+def publish(name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str], json_path: str | None) -> None:
+    """Print and write records by `placement.offline.records.publish`, with the machine and the commit."""
     schema = f"moesaic.bench.{name}/1"
-    printed.publish(schema, rows, columns, json_path, machine=describe_machine(), commit=commit_of_source())
+    printed.publish(schema, records, columns, json_path, machine=describe_machine(), commit=commit_of_source())
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """A 95 % confidence interval of the median, between two of the values themselves: no distribution is assumed.
+    """A 95 % confidence interval of the median between two of the values, without assuming a distribution.
 
-    A value lies below the true median with odds one half, so how many do is binomial: the widest tail of ranks that holds at
-    most 2.5 % is cut off on both sides (David and Nagaraja, Order Statistics, section 7.1). Below six values nothing is.
+    A value lies below the true median with probability one half, so the number of such values is binomial; the interval drops the
+    most order statistics on either side with a tail of at most 2.5 % (David and Nagaraja, Order Statistics, section 7.1). Fewer
+    than six values give their whole range.
     """
     ordered, n = sorted(values), len(values)
     tail, cut = 0.0, 0

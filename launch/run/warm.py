@@ -1,7 +1,7 @@
-"""Compiling ahead: the routines of a run before its first step, or all of them, for `moesaic doctor --warm` and `make`.
+"""Compilation ahead of use: the routines of one run before its first step, or all (`moesaic doctor --warm`).
 
-Each is called on a small example, so that it is compiled and kept, or loaded if it is there already. Compiled code knows the
-types of its arguments and no sizes. What is left out here is compiled where it is first called.
+Each routine is called on a small example, which compiles and caches it, or loads it from the cache. Compiled code depends on the
+types of the arguments, not on sizes. Any other routine is compiled at its first call.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..collectives import SCHEDULES, account, choose_schedule, make_schedule
-from ..jit import compile_seconds
-from ..kernels import bags_of, gather_rows, grouped_gemm, grouped_gemm_backward, sum_rows, swiglu, swiglu_backward
-from ..placement import (
+from ...collectives import SCHEDULES, account, choose_schedule, make_schedule
+from ...jit import compile_seconds
+from ...kernels import bags_of, gather_rows, grouped_gemm, grouped_gemm_backward, sum_rows, swiglu, swiglu_backward
+from ...placement import (
     SOLVERS,
     ExpertLoad,
     LayerShape,
@@ -27,29 +27,29 @@ from ..placement import (
     policy_solvers,
     split_exact,
 )
-from ..runtime import MoELayer, RuntimeConfig
+from ...runtime import MoELayer, RuntimeConfig
 
 
 def warm_run(config: RuntimeConfig, device: torch.device) -> None:
-    """Have the routines ready that a training run calls on this rank. Those of its transport were compiled as it was made."""
+    """Compile the routines of a training run on this rank. The transport compiled its own when it was built."""
     if device.type == "cpu":
         warm_kernels([torch.bfloat16 if config.compute_dtype == "bf16" else torch.float32])
     warm_planning([get_solver(name) for name in policy_solvers(config.policy)])
 
 
 def warm_all() -> float:
-    """Have every routine ready; return the seconds that compiling, and loading what was compiled already, took."""
+    """Compile or load every routine; return the seconds that took."""
     before_s = compile_seconds()
-    from ..collectives.transports import shm_control
+    from ...collectives.transports import shm_control
 
-    assert shm_control.DONE == 0, "importing it compiles what it holds"
+    assert shm_control.DONE == 0, "importing the module compiles its routines"
     warm_kernels([torch.float32, torch.float64, torch.bfloat16])
     warm_planning(list(SOLVERS.values()))
     return compile_seconds() - before_s
 
 
 def warm_planning(solvers: Sequence[Solver]) -> None:
-    """Place copies, split a load over them and schedule their gather, on one node and on two."""
+    """Place copies, split a load over them and schedule the gather, on one node and on two."""
     for topology in (Topology.preset("cpu", 2), Topology.preset("cpu", num_nodes=2, ranks_per_node=2)):
         problem = _problem(topology)
         owners = Placement.owners_only(problem.expert_to_owner_E, problem.num_ranks)
@@ -67,7 +67,7 @@ def warm_planning(solvers: Sequence[Solver]) -> None:
 
 
 def _problem(topology: Topology) -> Problem:
-    """A layer with an expert for each rank, whose first one gets most tokens."""
+    """A layer with one expert per rank, whose first expert gets most tokens."""
     num_ranks = topology.num_ranks
     load_RE = np.ones((num_ranks, num_ranks), dtype=np.int64)
     load_RE[:, 0] = 100_000
@@ -76,15 +76,15 @@ def _problem(topology: Topology) -> Problem:
 
 
 def warm_kernels(dtypes: Sequence[torch.dtype]) -> None:
-    """Train a layer on the CPU for a step, and call what only several ranks call, or what takes other layouts of tensors."""
+    """Train a layer on the CPU for a step, then call what only several ranks, or other tensor layouts, use."""
     for dtype in dtypes:
         with torch.random.fork_rng(devices=()), torch.enable_grad():
             layer = MoELayer(8, 8, num_experts=2, top_k=2, dtype=dtype)
             layer(torch.ones(4, 8, dtype=dtype, requires_grad=True)).sum().backward()
-        rows, weights = torch.ones(2, 8, dtype=dtype), [torch.ones(8, 8, dtype=dtype)]
-        gather_rows(rows, torch.tensor([0, 3]), beside=rows)
-        sum_rows(rows, bags_of(torch.tensor([0, 0, 1, 1]), 2), beside=rows)
-        sum_rows(rows, bags_of(torch.tensor([0, 1]), 2))
-        swiglu_backward(swiglu(rows), rows)
-        grouped_gemm(rows, weights, [2])
-        grouped_gemm_backward(rows, rows, weights, [2], [weights[0].clone()])
+        x, weights = torch.ones(2, 8, dtype=dtype), [torch.ones(8, 8, dtype=dtype)]
+        gather_rows(x, torch.tensor([0, 3]), beside=x)
+        sum_rows(x, bags_of(torch.tensor([0, 0, 1, 1]), 2), beside=x)
+        sum_rows(x, bags_of(torch.tensor([0, 1]), 2))
+        swiglu_backward(swiglu(x), x)
+        grouped_gemm(x, weights, [2])
+        grouped_gemm_backward(x, x, weights, [2], [weights[0].clone()])

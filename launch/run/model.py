@@ -1,4 +1,4 @@
-"""The demo language model: a small decoder-only transformer over bytes whose feed-forward is a Mixture of Experts.
+"""The demo language model: a small decoder-only transformer over bytes with Mixture-of-Experts layers.
 
 - RMSNorm before attention and experts, rotary position embedding, causal SDPA attention, SwiGLU experts behind a top-k router
 - queries and keys are normalised before the rotation, which keeps a small model stable at a high learning rate
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..runtime import MoELayer, RouterConfig
-from .config import ModelConfig
+from ...runtime import MoELayer, RouterConfig
+from ..config import ModelConfig
 
 VOCAB_SIZE = 256
 
@@ -29,7 +29,7 @@ def rope_tables(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """The tables of one sequence length. Not bare tensors, which FSDP2 would round to bf16 where blocks compute in it."""
+    """The tables of one sequence length, in a dataclass because FSDP2 would cast bare tensors to the compute dtype."""
 
     cos: Tensor
     sin: Tensor
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
 
 
 def build_model(config: ModelConfig, router: RouterConfig, *, seq_len: int, seed: int) -> Transformer:
-    """The model on the CPU, a function of its arguments alone: every rank builds the same one; the caller's RNG is untouched.
+    """The model on the CPU, a function of its arguments alone: all ranks build the same one; the caller's RNG is unchanged.
 
     Matrices are normal(0, 0.02); those that write to the residual stream are scaled down by sqrt(2 * num_layers) (GPT-2).
     The experts and the router initialise themselves (`MoELayer`).

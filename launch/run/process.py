@@ -1,7 +1,7 @@
-"""One process of a run: who it is, where it computes, how it meets the others, how it is stopped.
+"""One process of a run: rank, device, process group, agreement between ranks, and stop signals.
 
-A rank finds itself in the variables of torchrun, an MPI launcher or Slurm (launcher.py); without them it is alone, with a process
-group of size 1 that opens no port. Nothing here happens at import.
+Rank and world size come from the variables of torchrun, an MPI launcher or Slurm (launcher.py); without them the process group
+has one rank and opens no port.
 """
 
 import ctypes
@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import FrameType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..collectives.lifetime import end_with_parent
-from .config import LaunchConfig
-from .entry import RunError
-from .launcher import TORCHRUN, Place, find_place
-from .meeting import meet
+from ...collectives.lifetime import end_with_parent
+from ..config import LaunchConfig
+from ..entry import RunError
+from ..launcher import TORCHRUN, RankInfo, read_rank_info
+from .rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -34,68 +34,67 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-# A launcher may pass one Ctrl-C on twice (terminal and parent); a second signal within this time is the first one's echo.
+# Terminal and launcher may both deliver one Ctrl-C: a second signal within this time counts as the same one.
 _ECHO_S = 0.5
 
 
 @dataclass(frozen=True)
-class Process(Place):
-    """This process: its place in the run, and where it computes."""
+class Process(RankInfo):
+    """This process: its rank in the run, and its device."""
 
     device: torch.device
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only rank that prints and writes."""
         return self.rank == 0
 
 
 def find_process(config: LaunchConfig, env: Mapping[str, str]) -> Process:
-    """Read rank and world size from `env` and choose the device. Raises `ValueError` for variables or a device that cannot be."""
-    place = find_place(env)
-    device = _choose_device(config.device, place, env)
-    return Process(**vars(place), device=device)
+    """Read rank and world size from `env` and choose the device. Raises `ValueError` if either is wrong."""
+    info = read_rank_info(env)
+    device = _choose_device(config.device, info, env)
+    return Process(**vars(info), device=device)
 
 
 def stop_with_launcher(process: Process, env: Mapping[str, str]) -> None:
-    """Have this rank told to stop (SIGTERM) when its launcher ends, even by SIGKILL: nobody else is left to tell it.
+    """Let the kernel send this rank SIGTERM when its launcher ends, even by SIGKILL.
 
-    RANK and WORLD_SIZE alone may come from a shell, which its background processes outlive.
+    Where RANK and WORLD_SIZE come from a shell instead, its background processes may outlive it.
     """
     by_hand = process.launcher is TORCHRUN and "TORCHELASTIC_RUN_ID" not in env
     if process.launcher is not None and not by_hand:
         end_with_parent(signum=signal.SIGTERM)
 
 
-def _choose_device(wanted: str, place: Place, env: Mapping[str, str]) -> torch.device:
+def _choose_device(wanted: str, info: RankInfo, env: Mapping[str, str]) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    num_devices, launcher = torch.cuda.device_count(), place.launcher
-    if place.local_world_size > num_devices:
+    num_devices, launcher = torch.cuda.device_count(), info.launcher
+    if info.local_world_size > num_devices:
         cure = "start at most one rank per device"
         if launcher is not None and launcher.local_rank not in env:
             cure = f"where they are on several, set {launcher.local_rank} and {launcher.local_world_size}; otherwise {cure}"
         raise ValueError(
-            f"{place.local_world_size} rank(s) on this machine, {num_devices} CUDA device(s) that torch sees: "
+            f"{info.local_world_size} rank(s) on this machine, {num_devices} CUDA device(s) that torch sees: "
             f"{cure}, or give --set launch.device=cpu"
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", info.local_rank)
 
 
 @contextmanager
 def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -> Iterator[DeviceMesh]:
-    """A process group over all ranks, as a mesh: (ranks), or with replicas (replicate, shard); left in order at the end.
+    """A process group over all ranks, as a mesh: (ranks), or with replicas (replicate, shard); destroyed at the end.
 
-    Ranks have `launch.init_timeout_s` to come; `timeout_s` limits the group's collectives.
-
-    A `ValueError` of the body is one of all ranks, and becomes a `RunError`.
-    After an unexpected exception the group is not destroyed: waiting for ranks that may be stuck would hide the error.
+    All ranks must join within `launch.init_timeout_s`; `timeout_s` limits the group's collectives.
+    A `ValueError` of the body is raised on all ranks, and becomes a `RunError`. After any other exception the group is not
+    destroyed: waiting for ranks that may be stuck would hide the error.
     """
     on_cuda = process.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(process.device)
     backend, timeout = "nccl" if on_cuda else "gloo", datetime.timedelta(seconds=timeout_s)
-    store = meet(process, config.init_method, config.init_timeout_s, os.environ)
+    store = rendezvous(process, config.init_method, config.init_timeout_s, os.environ)
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout)
     try:
@@ -106,16 +105,16 @@ def process_group(process: Process, config: LaunchConfig, *, timeout_s: float) -
     except ValueError as error:
         dist.destroy_process_group()
         raise RunError(*error.args) from error
-    # The rank that serves the key-value store must not leave while others still use it.
+    # The rank that serves the key-value store must not end while others still use it.
     dist.barrier()
     dist.destroy_process_group()
 
 
 def agreed(process: Process, action: Callable[[], T]) -> T:
-    """Run `action` on this rank; return its result if it worked on every rank, else raise the same `ValueError` on all.
+    """Run `action` on this rank; return its result if it succeeded on every rank, else raise the same `ValueError` on all.
 
-    For wrong input that only some ranks can see, such as a text that is missing on one machine. All ranks must call it;
-    `action` must not communicate.
+    For errors that may occur on some ranks only, such as a text that is missing on one machine. Collective; `action` must not
+    communicate.
     """
     result, problem = None, ""
     try:
@@ -130,24 +129,25 @@ def agreed(process: Process, action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def check_same(process: Process, what: str, text: str) -> None:
-    """Raise `ValueError`, the same on every rank, unless `text` is equal everywhere. All ranks must call it."""
-    texts = gather(process, text)
-    for rank, other in enumerate(texts):
-        if other != texts[0]:
-            lines = zip_longest(texts[0].splitlines(), other.splitlines(), fillvalue="nothing")
-            mine, theirs = next((a, b) for a, b in lines if a != b)
-            raise ValueError(f"{what} differs between ranks: {mine} on rank 0, {theirs} on rank {rank}")
+def check_same(process: Process, values: Mapping[str, str]) -> None:
+    """Raise `ValueError`, the same on every rank, unless each value, named by its key, is equal on all ranks. Collective."""
+    per_rank = gather(process, values)
+    for rank, theirs in enumerate(per_rank):
+        for what, first in per_rank[0].items():
+            if theirs[what] != first:
+                lines = zip_longest(first.splitlines(), theirs[what].splitlines(), fillvalue="nothing")
+                here, there = next((a, b) for a, b in lines if a != b)
+                raise ValueError(f"{what} differs between ranks: {here} on rank 0, {there} on rank {rank}")
 
 
-def from_first(process: Process, value: str) -> str:
-    """Rank 0's `value`, on every rank. All ranks must call it."""
+def from_first(process: Process, value: T) -> T:
+    """The value of rank 0, on every rank. Collective."""
     return gather(process, value)[0]
 
 
-def gather(process: Process, value: str) -> list[str]:
-    """Every rank's `value`, in rank order. All ranks must call it."""
-    values: list[str] = [""] * process.world_size
+def gather(process: Process, value: T) -> list[T]:
+    """The values of all ranks, in rank order. Collective."""
+    values: list[Any] = [None] * process.world_size
     dist.all_gather_object(values, value)
     return values
 
@@ -168,7 +168,7 @@ def set_threads(process: Process, config: LaunchConfig, env: Mapping[str, str]) 
 
 
 def reuse_memory(process: Process, config: LaunchConfig) -> bool:
-    """Let glibc's malloc keep freed blocks of up to 1 GiB for the next step; returns whether that was done.
+    """Let glibc's malloc keep freed blocks of up to 1 GiB for the next step; return whether that was done.
 
     By default each block above 32 MiB is a mapping of its own: the kernel zeroes its pages at every allocation, which
     doubles to triples the time of an elementwise operation on such a tensor. Below 32 MiB malloc adapts by itself.
@@ -182,10 +182,9 @@ def reuse_memory(process: Process, config: LaunchConfig) -> bool:
 class StopSignal:
     """A signal as a request to stop at the next step boundary, while the `with` block runs.
 
-    Ctrl-C, a launcher's SIGTERM, a terminal that is lost (SIGHUP, unless it is ignored, as nohup asks), and the warning that
-    Slurm gives before a job's end (SIGUSR1). `signum` is the first signal received, or 0. A second one ends the process at
-    once, even where the main thread waits inside a collective: Python hands each signal's number to a pipe at once, and a
-    thread of ours reads it.
+    The signals are Ctrl-C, a launcher's SIGTERM, SIGHUP of a lost terminal (unless ignored, as under nohup), and SIGUSR1, Slurm's
+    warning before a job ends. `signum` is the first signal received, or 0. A second one ends the process at once, even where the
+    main thread waits inside a collective: Python writes every signal's number to a pipe, and a thread here reads it.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -224,4 +223,4 @@ class StopSignal:
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
-    """The handler must exist for the wake-up pipe to be written; the watching thread does the work."""
+    """Do nothing: Python writes the wake-up pipe only for signals with a handler, and the watching thread does the rest."""

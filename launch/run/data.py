@@ -1,10 +1,10 @@
-"""Byte-level text: documents joined into one memory-mapped file, cut into windows, dealt to ranks.
+"""Byte-level text: documents joined into one memory-mapped file, cut into windows, distributed over the ranks.
 
 ```
-documents -> joined text -> train | validation -> windows of seq_len + 1 bytes -> permutation -> global batch -> rank's rows
+documents -> joined text -> train | validation -> windows of seq_len + 1 bytes -> permutation -> global batch -> windows of a rank
 ```
-The global batch at a position depends on the seed and the position alone, never on the world size; rank r of R takes rows
-[r * B / R, (r + 1) * B / R) of it, so ranks are disjoint and a run resumes from one integer.
+The global batch at a position depends on the seed and the position alone, never on the world size; rank r of R takes its windows
+[r * B / R, (r + 1) * B / R), so ranks are disjoint and a run resumes from one integer.
 """
 
 # B windows of a batch, L sequence length, V vocabulary (256 bytes)
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import DataConfig
+from ..config import DataConfig
 
-# Folders of the standard library that some machines lack, or that hold generated or installed files.
+# Folders of the standard library that some machines lack, or with generated or installed files.
 _STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
 )
@@ -32,7 +32,7 @@ _STDLIB_SKIPPED = frozenset(
 
 @dataclass(frozen=True)
 class Document:
-    """One file of the text: where it lies and the name that orders it (its path inside the text's folder)."""
+    """One file of the text: its path, and the name by which files are ordered (the path inside the text's folder)."""
 
     path: Path
     name: str
@@ -42,7 +42,7 @@ class Document:
 class Text:
     """The joined text on disk: bytes [0, train_bytes) are for training, the rest for validation.
 
-    `digest` is the SHA-256 of the content and of the cut, equal on all machines that hold the same text.
+    `digest` is the SHA-256 of content and cut, equal on all machines with the same text.
     """
 
     path: Path
@@ -69,8 +69,10 @@ class Batch:
 
 
 def find_documents(config: DataConfig) -> list[Document]:
-    """The files of the text in a fixed, well-mixed order: by the SHA-256 of their names, so that a cut of the joined text
-    takes a fair sample of the folders. Raises `ValueError` if there is no such path or no such file."""
+    """The files of the text, ordered by the SHA-256 of their names, so that a cut of the joined text samples all folders.
+
+    Raises `ValueError` if the path does not exist or no file matches.
+    """
     if config.path:
         root, pattern, skipped = Path(config.path).expanduser(), config.pattern, frozenset[str]()
     else:
@@ -92,10 +94,10 @@ def find_documents(config: DataConfig) -> list[Document]:
 
 
 def cut_point(sizes: list[int], val_fraction: float) -> int:
-    """Bytes of training text: the document edge nearest to the wanted cut, but inside the text.
+    """Bytes of training text: the end of a document nearest to the wanted cut.
 
-    Where the nearest edge misses the wanted validation size by more than half (one long document), the cut is made
-    inside the document. Example: sizes [50, 30, 15, 5] with 0.1 cut at 95; a single document of 100 at 90.
+    If that misses the wanted validation size by more than half (one long document), the cut falls inside the document.
+    Example: sizes [50, 30, 15, 5] with 0.1 are cut at 95; a single document of 100 at 90.
     """
     total = sum(sizes)
     wanted = total - round(val_fraction * total)
@@ -108,10 +110,9 @@ def cut_point(sizes: list[int], val_fraction: float) -> int:
 
 
 def prepare_text(config: DataConfig) -> Text:
-    """Join the documents into the cache, or find them there; the file appears whole or not at all.
+    """Find the joined text in the cache, or write it there, atomically: every rank of a machine may call this at once.
 
-    Every rank of a machine may call this at once. Raises `ValueError` for a missing or too short text, and if the text
-    cannot be read or the cache cannot be written.
+    Raises `ValueError` if the text is missing or too short, or cannot be read, or the cache cannot be written.
     """
     documents = find_documents(config)
     stats = [document.path.stat() for document in documents]
@@ -134,7 +135,7 @@ def prepare_text(config: DataConfig) -> Text:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where joined texts are kept."""
+    """The folder of joined texts."""
     if config.cache_folder:
         return Path(config.cache_folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -142,7 +143,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def _find_joined(joined_path: Path, record_path: Path) -> Text | None:
-    """The text that lies there; None if it does not, or not whole: others clean caches, and disks fill up."""
+    """The joined text; None if it is missing or incomplete, as after a cleaned cache or on a full disk."""
     try:
         text = Text(joined_path, **json.loads(record_path.read_text(encoding="utf-8")))
         return text if joined_path.stat().st_size == text.num_bytes else None
@@ -166,7 +167,7 @@ def _join(documents: list[Document], val_fraction: float, joined_path: Path, rec
     digest.update(str(train_bytes).encode())
     text = Text(joined_path, len(sizes), sum(sizes), train_bytes, digest.hexdigest())
     os.replace(file.name, joined_path)
-    # The record comes last: its presence says that the text is whole.
+    # The record is written last: if it exists, the text is complete.
     partial = Path(f"{file.name}.json")
     record = {name: value for name, value in vars(text).items() if name != "path"}
     partial.write_text(json.dumps(record), encoding="utf-8")
@@ -186,7 +187,7 @@ def _check_length(text: Text, config: DataConfig) -> None:
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `size` windows in one epoch, int64 [size]; equal on every platform and NumPy release."""
-    # RandomState, not Generator: NumPy promises that its streams never change, and a resumed run relies on that.
+    # RandomState, not Generator: NumPy guarantees that its streams never change, which resumed runs rely on.
     return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, epoch]).permutation(size)
 
 
@@ -201,14 +202,14 @@ class Windows:
     def read(self, window_ids_B: np.ndarray) -> Batch:
         """The batch of these windows."""
         L = self.seq_len
-        rows = np.stack([self.text_bytes[i * L : i * L + L + 1] for i in window_ids_B.tolist()])
-        bytes_BL = torch.from_numpy(rows.astype(np.int64))
-        return Batch(bytes_BL[:, :-1], bytes_BL[:, 1:])
+        bytes_BL = np.stack([self.text_bytes[i * L : i * L + L + 1] for i in window_ids_B.tolist()])
+        ids_BL = torch.from_numpy(bytes_BL.astype(np.int64))
+        return Batch(ids_BL[:, :-1], ids_BL[:, 1:])
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch of `batch_size` windows is cut: first into micro-batches, then each over the ranks."""
+    """The division of a global batch of `batch_size` windows: into micro-batches, and each of these over the ranks."""
 
     batch_size: int
     micro_batches: int
@@ -216,20 +217,20 @@ class BatchShape:
     world_size: int
 
     @property
-    def rows_per_rank(self) -> int:
+    def windows_per_rank(self) -> int:
         """Windows of one micro-batch on one rank."""
         return self.batch_size // (self.micro_batches * self.world_size)
 
-    def rows(self, micro_batch: int) -> range:
-        """This rank's rows of the global batch in one micro-batch."""
-        first = (micro_batch * self.world_size + self.rank) * self.rows_per_rank
-        return range(first, first + self.rows_per_rank)
+    def indices(self, micro_batch: int) -> range:
+        """This rank's window indices in the global batch, for one micro-batch."""
+        first = (micro_batch * self.world_size + self.rank) * self.windows_per_rank
+        return range(first, first + self.windows_per_rank)
 
 
 class TrainingData:
-    """Batches of the training text by position; `position` counts the windows that all ranks have consumed.
+    """Batches of the training text by position, the number of windows that all ranks have consumed.
 
-    Each epoch visits every window once in its own order; a batch may span two epochs.
+    Each epoch visits every window once, in an order of its own; a batch may span two epochs.
     """
 
     def __init__(self, windows: Windows, shape: BatchShape, *, seed: int, position: int = 0) -> None:
@@ -241,15 +242,15 @@ class TrainingData:
         self._order = np.empty(0, dtype=np.int64)
 
     def next_step(self) -> Iterator[Batch]:
-        """This rank's micro-batches of the next global batch; the position moves on when the last one is taken."""
+        """This rank's micro-batches of the next global batch; the position advances after the last one."""
         for micro_batch in range(self.shape.micro_batches):
-            yield self.windows.read(self.window_ids(self.shape.rows(micro_batch)))
+            yield self.windows.read(self.window_ids(self.shape.indices(micro_batch)))
         self.position += self.shape.batch_size
 
-    def window_ids(self, rows: range) -> np.ndarray:
-        """Windows at these rows of the global batch that starts at the current position."""
+    def window_ids(self, indices: range) -> np.ndarray:
+        """Numbers of the windows at these indices of the global batch that starts at the current position."""
         size = self.windows.num_windows
-        return np.array([self._order_of((self.position + row) // size)[(self.position + row) % size] for row in rows])
+        return np.array([self._order_of(at // size)[at % size] for at in (self.position + index for index in indices)])
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -258,11 +259,11 @@ class TrainingData:
 
 
 def validation_batches(windows: Windows, shape: BatchShape, num_batches: int) -> list[Batch]:
-    """This rank's share of the same `num_batches` global micro-batches each time, their windows spread evenly over the text.
+    """This rank's share of `num_batches` fixed global micro-batches, whose windows are spread evenly over the text.
 
-    A short validation text repeats windows rather than giving ranks unequal work.
+    A short validation text repeats windows, so that all ranks have equal work.
     """
-    global_rows = shape.rows_per_rank * shape.world_size
-    spread = np.linspace(0, windows.num_windows, num_batches * global_rows, endpoint=False).astype(np.int64)
-    per_rank = spread.reshape(num_batches, shape.world_size, shape.rows_per_rank)
+    num_windows = shape.windows_per_rank * shape.world_size
+    spread = np.linspace(0, windows.num_windows, num_batches * num_windows, endpoint=False).astype(np.int64)
+    per_rank = spread.reshape(num_batches, shape.world_size, shape.windows_per_rank)
     return [windows.read(per_rank[batch, shape.rank]) for batch in range(num_batches)]

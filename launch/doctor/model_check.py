@@ -1,7 +1,7 @@
-"""A user's model on several ranks against the same model on one, for `moesaic doctor --model`. Also the program of one rank.
+"""Check of a user's model on several ranks against one rank, for `moesaic doctor --model`. Also the program of each rank.
 
-One process, that of the command, runs the model as it was built and then sharded over one rank: the reference. Then as many
-processes as there are ranks run it without copies, with copies, and with experts that have moved to other owners besides.
+The command's own process runs the model as built, then sharded over one rank: the reference. Then one process per rank runs it
+without copies, with copies, and with copies after a migration of experts.
 """
 
 from __future__ import annotations
@@ -12,44 +12,43 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..placement import OwnerMap, Placement
-from ..runtime import Handle, RuntimeConfig, shard_experts
+from ...placement import OwnerMap, Placement
+from ...runtime import Handle, RuntimeConfig, shard_experts
+from ..config import LaunchConfig
+from ..entry import USAGE_STATUS
+from ..run.process import Process, find_process, gather, process_group
 from .children import problem_of, run_children
-from .config import LaunchConfig
-from .entry import USAGE_STATUS
 from .observe import (
     Reference,
+    disable_dropout,
     followed_choices,
     gradients_of,
     observe_on_one,
     observe_unwrapped,
     outputs_of,
     projection,
-    watch_only,
 )
-from .process import Process, find_process, process_group
 from .target import Inputs, find_target, make_inputs, read_inputs
 
 COLUMNS = ("plan", "check", "compared", "worst", "difference", "tolerance", "result")
 _WITHOUT_COPIES, _WITH_COPIES, _MOVED = "owners alone", "with copies", "moved, with copies"
-# A tensor whose largest value is below this share of the largest of all is compared with that share: it may be rounding alone.
+# A gradient's difference is relative to its largest value, but at least to this share of the largest gradient: smaller values may
+# be rounding alone.
 _FLOOR = 1e-3
 _SLOTS = 2
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for."""
+    """The options of a check."""
 
     target: str
     ranks: int = 2
@@ -65,19 +64,19 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison."""
+class Comparison:
+    """One quantity on several ranks against the reference."""
 
     model: str
     ranks: int
     plan: str
     check: str
     compared: int
-    """Tensors, counts or choices."""
+    """The number of tensors, counts or choices compared."""
     worst: str
-    """Where the difference is largest."""
+    """The tensor or layer with the largest difference."""
     difference: float | None
-    """Of values: the largest, as a share of the largest value of the same tensor. Of counts: the largest. None: infinite."""
+    """The largest difference; of values, relative to the largest value of the same tensor. None: infinite."""
     tolerance: float
     result: str
     """pass or fail."""
@@ -85,14 +84,14 @@ class Row:
 
 @dataclass
 class Difference:
-    """The worst over tensors."""
+    """The largest difference over several tensors."""
 
     compared: int = 0
     worst: str = ""
     value: float = 0.0
 
     def add(self, name: str, actual: Tensor | None, expected: Tensor | None, *, floor: float = 0.0) -> None:
-        """Take in one tensor; one that is missing counts as zeros."""
+        """Compare one more tensor; a missing one counts as zeros."""
         self.compared += 1
         present = expected if actual is None else actual
         if present is None:
@@ -107,32 +106,31 @@ class Difference:
             self.note(name, error / scale if scale else error)
 
     def note(self, name: str, value: float) -> None:
-        """Take in a difference. One that is no number is the worst of all."""
+        """Record a difference; NaN counts as infinite."""
         value = math.inf if math.isnan(value) else value
         if not self.worst or value > self.value:
             self.worst, self.value = name, value
 
 
-def check_model(request: Request) -> list[Row]:
-    """Run the whole check. Raises ValueError for a target, inputs or a size that cannot be checked."""
-    device = LaunchConfig(device=_device(request))  # type: ignore[arg-type]
-    process = find_process(device, {})
+def check_model(request: Request) -> list[Comparison]:
+    """Run the whole check. Raises ValueError if target, inputs or size cannot be checked."""
+    request = replace(request, device=_device(request))
+    launch = LaunchConfig(device=request.device)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        rows = _make_reference(request, process, device, Path(folder))
+        comparisons = _make_reference(request, find_process(launch, {}), launch, Path(folder))
         (Path(folder) / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
-        (Path(folder) / "device").write_text(device.device, encoding="utf-8")
-        return rows + _run_ranks(request, Path(folder))
+        return comparisons + _run_ranks(request, Path(folder))
 
 
 def _device(request: Request) -> str:
-    """cuda where every rank can have a device of its own."""
+    """cuda if there is a device for every rank."""
     if request.device != "auto":
         return request.device
     return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= request.ranks else "cpu"
 
 
-def _make_reference(request: Request, process: Process, launch: LaunchConfig, folder: Path) -> list[Row]:
-    """Observe the model on one rank and leave it, with its weights and inputs, in `folder`; compare it with itself unwrapped."""
+def _make_reference(request: Request, process: Process, launch: LaunchConfig, folder: Path) -> list[Comparison]:
+    """Observe the sharded model on one rank and compare it with the model as built; write the reference into `folder`."""
     target = find_target(request.target)
     _check_memory(request, target.count_parameters())
     model, inputs = target.build()
@@ -155,7 +153,7 @@ def _make_reference(request: Request, process: Process, launch: LaunchConfig, fo
                 f"{type(error).__name__}: {what}; return (model, inputs) from the callable, or give --input FILE"
             ) from error
         handle = shard_experts(model, mesh=mesh, config=config)
-        watch_only(model, handle.layers)
+        disable_dropout(model, handle.layers)
         wrapped = observe_on_one(handle, inputs, request.ranks, with_aux_loss=False)
         reference = observe_on_one(handle, inputs, request.ranks, with_aux_loss=True)
     torch.save(asdict(reference), folder / "reference.pt")
@@ -164,11 +162,11 @@ def _make_reference(request: Request, process: Process, launch: LaunchConfig, fo
         _compare_outputs(outputs, actual, expected, f" of part {index}")
     norm.add("global norm", torch.tensor(wrapped.norm), torch.tensor(built.norm))
     found = {"outputs": outputs, "global norm": norm}
-    return [_row(request, "on one rank, as built", 1, name, each) for name, each in found.items()]
+    return [_comparison(request, "on one rank, as built", 1, name, each) for name, each in found.items()]
 
 
 def _check_memory(request: Request, num_parameters: int | None) -> None:
-    """Refuse a model that cannot be whole in every rank's memory, as it is while it is built, beside the reference's."""
+    """Raise ValueError unless the reference and, on every rank, the whole model that is built first fit into memory."""
     if num_parameters is None:
         return
     needed, available = 4 * (request.ranks + 3) * num_parameters, _available_bytes()
@@ -180,7 +178,7 @@ def _check_memory(request: Request, num_parameters: int | None) -> None:
 
 
 def _available_bytes() -> int:
-    """Memory that new processes can have: Linux counts what it would drop from its caches."""
+    """Memory available to new processes; on Linux including what its caches would release."""
     path = Path("/proc/meminfo")
     if path.exists():
         for line in path.read_text(encoding="ascii").splitlines():
@@ -189,8 +187,8 @@ def _available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _run_ranks(request: Request, folder: Path) -> list[Row]:
-    """Start the ranks, wait, and read what rank 0 reports."""
+def _run_ranks(request: Request, folder: Path) -> list[Comparison]:
+    """Start the ranks, wait for them, and read the report of rank 0."""
     environments = [
         os.environ
         | {
@@ -202,40 +200,42 @@ def _run_ranks(request: Request, folder: Path) -> list[Row]:
         }
         for rank in range(request.ranks)
     ]
-    children = run_children([[sys.executable, "-m", "moesaic.launch.model_check", str(folder)]] * request.ranks, environments)
+    children = run_children(
+        [[sys.executable, "-m", "moesaic.launch.doctor.model_check", str(folder)]] * request.ranks, environments
+    )
     problem = problem_of(children)
     if any(child.status == USAGE_STATUS for child in children):
         raise ValueError(problem)
     if problem:
-        return [Row(request.target, request.ranks, "", "run", 0, problem, None, request.tolerance, "fail")]
-    return [Row(**row) for row in json.loads((folder / "report.json").read_text(encoding="utf-8"))]
+        return [Comparison(request.target, request.ranks, "", "run", 0, problem, None, request.tolerance, "fail")]
+    return [Comparison(**values) for values in json.loads((folder / "report.json").read_text(encoding="utf-8"))]
 
 
-def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Path) -> list[Row]:
-    """What one rank finds, merged with what all others found. Collective."""
+def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Path) -> list[Comparison]:
+    """The comparisons of all ranks, merged. Collective."""
     target = find_target(request.target)
     model, _ = target.build()
     model.load_state_dict(torch.load(folder / "weights.pt", mmap=True))
     model = model.to(process.device)
     inputs = Inputs(**torch.load(folder / "inputs.pt")).part(process.rank, process.world_size).to(process.device)
     reference = Reference(**torch.load(folder / "reference.pt", mmap=True))
-    # Nothing is trained; a model's buffers may follow each rank's own tokens.
+    # The ranks are not compared for drift: a model's buffers may depend on each rank's own tokens.
     config = RuntimeConfig(policy="static", slots=_SLOTS, check_replicas_every=0, timeout_s=request.timeout_s)
     handle = shard_experts(model, mesh=mesh, config=config)
-    watch_only(model, handle.layers)
-    rows: list[Row] = []
+    disable_dropout(model, handle.layers)
+    comparisons: list[Comparison] = []
     for plan in (_WITHOUT_COPIES, _WITH_COPIES, _MOVED):
         if plan == _MOVED:
             handle.migrate([moved(owners) for owners in handle.owner_maps])
         if plan != _WITHOUT_COPIES:
             hold_copies(handle, reference.loads)
-        found = _compare_step(handle, inputs, reference)
-        rows += [_row(request, plan, request.ranks, name, each) for name, each in _merged(found).items()]
-    return rows
+        found = _compare_step(process, handle, inputs, reference)
+        comparisons += [_comparison(request, plan, request.ranks, name, each) for name, each in _merged(process, found).items()]
+    return comparisons
 
 
 def moved(owners: OwnerMap) -> OwnerMap:
-    """Every expert at the owner of its neighbour: most move, and every rank keeps its number of them."""
+    """Every expert at its neighbour's owner: most experts move, and every rank owns as many as before."""
     owners_LE = owners.expert_to_owner_LE
     return OwnerMap(
         np.roll(owners_LE.ravel(), owners.num_experts // owners.num_ranks or 1).reshape(owners_LE.shape), owners.num_ranks
@@ -243,7 +243,7 @@ def moved(owners: OwnerMap) -> OwnerMap:
 
 
 def hold_copies(handle: Handle, loads: Mapping[str, Tensor]) -> None:
-    """From now on every layer has copies of its busiest experts, on every rank others, as many as there are slots."""
+    """Give every layer copies of its busiest experts from now on, different ones on each rank, one per slot."""
     for name, layer in handle.layers.items():
         runtime = layer.runtime
         owner_E = runtime.bank.owners.expert_to_owner_LE[runtime.layer]
@@ -256,10 +256,9 @@ def hold_copies(handle: Handle, loads: Mapping[str, Tensor]) -> None:
         runtime.planner.hold(Placement(owner_E, replicas_RE))
 
 
-def _compare_step(handle: Handle, inputs: Inputs, reference: Reference) -> dict[str, Difference]:
+def _compare_step(process: Process, handle: Handle, inputs: Inputs, reference: Reference) -> dict[str, Difference]:
     """One forward and backward on this rank, compared with its part of the reference."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    names = ("outputs", "gradients", "global norm", "aux loss", "counts", "choices")
+    rank, names = process.rank, ("outputs", "gradients", "global norm", "aux loss", "counts", "choices")
     found = {name: Difference() for name in names}
     with followed_choices(handle, {name: parts[rank] for name, parts in reference.choices.items()}) as choices:
         outputs = outputs_of(handle.model, inputs)
@@ -269,12 +268,12 @@ def _compare_step(handle: Handle, inputs: Inputs, reference: Reference) -> dict[
     floor = _FLOOR * max((float(grad.abs().max()) for grad in reference.gradients.values() if grad.numel()), default=0.0)
     for name, grad in gradients_of(handle):
         found["gradients"].add(name, grad, reference.gradients.get(name), floor=floor)
-    found["gradients"].compared = len(reference.gradients)  # a rank sees the experts that it owns, all ranks together see all
+    # Each rank compares the gradients of the experts that it owns; together the ranks compare all.
+    found["gradients"].compared = len(reference.gradients)
     norm = handle.clip_grad_norm_(math.inf)
     found["global norm"].add("global norm", norm, torch.tensor(reference.norm))
-    everybody: list[Any] = [None] * world_size
-    dist.all_gather_object(everybody, float(aux_loss.detach()))
-    found["aux loss"].add("aux loss", torch.tensor(sum(everybody) / world_size), torch.tensor(reference.aux_loss))
+    mean_aux_loss = sum(gather(process, float(aux_loss.detach()))) / process.world_size
+    found["aux loss"].add("aux loss", torch.tensor(mean_aux_loss), torch.tensor(reference.aux_loss))
     for name, layer in handle.layers.items():
         load_RE = layer.runtime.counters.load_RE
         expected_RE = reference.loads.get(name)
@@ -293,38 +292,34 @@ def _compare_outputs(found: Difference, actual: Mapping[str, Tensor], expected: 
         found.add(name + where, actual.get(name), expected.get(name))
 
 
-def _merged(found: Mapping[str, Difference]) -> dict[str, Difference]:
-    """The worst over ranks. Collective."""
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, dict(found))
-    merged = {}
+def _merged(process: Process, found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """The largest differences over all ranks. Collective."""
+    per_rank, merged = gather(process, found), {}
     for name in found:
-        parts = [each[name] for each in everybody]
+        parts = [each[name] for each in per_rank]
         worst = max(parts, key=lambda part: part.value)
         total = sum(part.compared for part in parts) if name in ("outputs", "choices") else max(p.compared for p in parts)
         merged[name] = Difference(total, worst.worst, worst.value)
     return merged
 
 
-def _row(request: Request, plan: str, ranks: int, check: str, found: Difference) -> Row:
+def _comparison(request: Request, plan: str, ranks: int, check: str, found: Difference) -> Comparison:
     tolerance = 0.0 if check == "counts" else request.tolerance
     result = "pass" if found.value <= tolerance else "fail"
     worst, difference = found.worst if found.value else "", found.value if math.isfinite(found.value) else None
-    return Row(request.target, ranks, plan, check, found.compared, worst, difference, tolerance, result)
+    return Comparison(request.target, ranks, plan, check, found.compared, worst, difference, tolerance, result)
 
 
 def main(folder: Path) -> None:
-    """One rank; rank 0 writes the report."""
+    """Check as one rank; rank 0 writes the report."""
     request = Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
-    launch = LaunchConfig(
-        device=(folder / "device").read_text(encoding="utf-8"),  # type: ignore[arg-type]
-        init_method=f"file://{folder.resolve()}/meeting",
-    )
+    init_method = f"file://{folder.resolve()}/rendezvous"
+    launch = LaunchConfig(device=request.device, init_method=init_method)  # type: ignore[arg-type]
     process = find_process(launch, os.environ)
     with process_group(process, launch, timeout_s=request.timeout_s) as mesh:
-        rows = check_rank(process, mesh, request, folder)
+        comparisons = check_rank(process, mesh, request, folder)
         if process.is_first:
-            (folder / "report.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+            (folder / "report.json").write_text(json.dumps([asdict(each) for each in comparisons]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,16 @@ class TensorBoard:
         require_tensorboard()
         self._writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
 
-    def add(self, step: int, row: Mapping[str, Any]) -> None:
-        """Every number of a metrics line: the step's under its key, a layer's under layer/key, sorted by key."""
-        for key, value in row.items():
+    def add(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write every number of a metrics record: a step's as step/KEY, a layer's as KEY/LAYER, and the reasons of decisions."""
+        for key, value in record.items():
             if isinstance(value, int | float) and key != "step":
                 self._writer.add_scalar(f"step/{key}", value, step)
-        for layer in row.get("layers", ()):
+        for layer in record.get("layers", ()):
             for key, value in layer.items():
                 if key != "layer":
                     self._writer.add_scalar(f"{key}/{layer['layer']}", value, step)
-        for decision in row.get("rehomings", ()):
+        for decision in record.get("rehomings", ()):
             self._writer.add_text("rehoming", decision["reason"], step)
 
     def __enter__(self) -> "TensorBoard":

@@ -1,6 +1,6 @@
-"""The cases of `moesaic bench kernels` that memory bounds, beside a copy of as many bytes, and the router's in microseconds.
+"""The memory-bound cases of `moesaic bench kernels`, beside a copy of as many bytes, and the router's, in microseconds.
 
-Shape letters: N routed rows, D model dim, F expert ffn dim, G groups, T tokens, K top-k, E experts, R ranks.
+Shape letters: N routed tokens, D model dim, F expert ffn dim, G groups, T tokens, K top-k, E experts, R ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..kernels import (
 )
 from .kernel_cases import Call, Case, Shape, difference, dtype_name
 
-# Twice the last-level cache of a small processor, and how many sets of operands that may take; a large server's keeps them warm.
+# Twice the last-level cache of a small processor, and the most sets of operands; the cache of a large server holds them all.
 _CACHE_BYTES = 1 << 26
 _MAX_SETS = 16
 
@@ -59,10 +59,10 @@ def _copy_bound(
 
 
 def with_cold_operands(make: Callable[[], Iterator[Case]], shape: Shape, device: str) -> Iterator[Case]:
-    """The cases that `make` makes, each with several sets of operands on a CPU, of which every call takes the next.
+    """The cases of `make`, on a CPU each with several sets of operands, of which every call takes the next.
 
-    Else it would depend on what was called before whether a copy finds its source in the caches, or an op its rows. (On a GPU
-    the caches are cleared before every call.)
+    Otherwise the previous call would decide whether operands are in the caches. (On a GPU the caches are cleared before every
+    call.)
     """
     smallest = (shape.num_rows + shape.num_rows // shape.top_k) * shape.D * 4
     num_sets = 1 if device == "cuda" else min(_MAX_SETS, -(-_CACHE_BYTES // smallest))
@@ -71,7 +71,7 @@ def with_cold_operands(make: Callable[[], Iterator[Case]], shape: Shape, device:
 
 
 def in_turn(cases: Sequence[Case]) -> Case:
-    """One case of several alike: each call is that of the next case, and torch's ways are elsewhere than ours in the turn."""
+    """One case of several alike: each call takes the next case; torch's calls are half a turn ahead of moesaic's."""
 
     def turn(calls: Sequence[Call], start: int = 0) -> Call:
         following = itertools.cycle([*calls[start:], *calls[:start]])
@@ -86,12 +86,12 @@ def in_turn(cases: Sequence[Case]) -> Case:
     )
 
 
-def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """The memory-bound ops: gather, sum, both ways in turn, SwiGLU and its backward."""
+def memory_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The memory-bound ops: gather, sum, gather and sum, SwiGLU and its backward."""
     N, D, F, K = shape.num_rows, shape.D, shape.F, shape.top_k
     T, item = N // K, torch.empty((), dtype=dtype).element_size()
     x, rows = torch.randn(T, D, device=device).to(dtype), torch.randn(N, D, device=device).to(dtype)
-    # Slot order, as dispatch asks for it: expert by expert, tokens in their order.
+    # The order of dispatch: expert-major, tokens in order within an expert.
     chosen = torch.rand(T, len(shape.group_sizes), device=device).topk(K).indices
     row_ids = chosen.flatten().argsort(stable=True) // K
     bags, gathered, summed = bags_of(row_ids, T), torch.empty_like(rows), torch.empty_like(x)
@@ -147,7 +147,7 @@ def row_cases(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 
 def router_cases(device: str) -> Iterator[Case]:
-    """The gate, the histogram and the split at E = 256, R = 64: small work, whose time itself is held to a limit."""
+    """The gate, the histogram and the split at E = 256, R = 64: small ops, whose time itself has a limit."""
     T, E, K, R = (8192, 256, 8, 64) if device == "cuda" else (2048, 256, 8, 64)
     logits = torch.randn(T, E, device=device)
     gate = topk_gate(logits, K)

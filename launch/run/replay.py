@@ -1,4 +1,4 @@
-"""A recorded routing trace forced through the routers of a model: their loads in training are the trace's, step by step.
+"""Replay of a routing trace in training: the routers reproduce the loads of the trace, step by step.
 
 Shape letters: S steps, L layers, R ranks, E experts, T tokens of a rank in one step, K top-k.
 """
@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..placement import Trace, TraceMeta
-from ..runtime import MoELayer
+from ...placement import Trace, TraceMeta
+from ...runtime import MoELayer
 
 
 def open_replay(path: str | Path, meta: TraceMeta, *, num_tokens: int, num_steps: int) -> Trace:
-    """The trace at `path`, to be replayed by a run of `num_steps` steps of `num_tokens` tokens a rank.
+    """The trace at `path`, for a run of `num_steps` steps with `num_tokens` tokens per rank.
 
     Raises:
-        ValueError: it is no trace, or one of another shape, of other token counts, or of fewer steps.
+        ValueError: the file is no trace, or the trace has another shape, other token counts, or fewer steps.
     """
     where = f"train.replay {path}"
     try:
@@ -61,10 +61,10 @@ def open_replay(path: str | Path, meta: TraceMeta, *, num_tokens: int, num_steps
 
 
 def ids_of(counts_E: np.ndarray, top_k: int, *, seed: int) -> Tensor:
-    """A routing with the given load: int64 [T, K], K different experts a token, expert e as often as `counts_E` [E] says.
+    """A routing with the given load: int64 [T, K], K different experts per token, expert e `counts_E[e]` times.
 
-    The assignments, sorted by expert, fill the K columns one after the other: no expert has more than T of them, so none meets
-    itself in a row. Then the tokens are shuffled.
+    The assignments, sorted by expert, fill the K columns one after the other: no expert has more than T of them, so no token gets
+    an expert twice. Then the tokens are shuffled.
 
     Example: counts (2, 1, 1) and K = 2 fill columns (0, 0) and (1, 2), so the tokens choose {0, 1} and {0, 2}.
     """
@@ -76,16 +76,16 @@ def ids_of(counts_E: np.ndarray, top_k: int, *, seed: int) -> Tensor:
 
 
 class Replay:
-    """Forces one rank's loads of a trace on the routers of the given layers, while they train.
+    """Replays one rank's loads of a trace in the routers of the given layers, in training.
 
-    Gate weights, and with them gradients, stay the router's own, for the experts that the trace names. Micro-batches take the
-    tokens of a step one after the other. Evaluation, and recomputation under activation checkpointing, are left alone.
+    The router computes gate weights, and thus gradients, for the experts of the trace. Micro-batches take consecutive tokens of a
+    step. Evaluation, and recomputation under activation checkpointing, are unchanged.
 
     Args:
         trace: see `open_replay`.
         layers: the MoE layers, as many as the trace has, in order.
-        rank: whose loads.
-        first_step: steps of the trace that are passed over, in a run that is resumed.
+        rank: the rank whose loads are replayed.
+        first_step: steps of the trace to skip, in a resumed run.
     """
 
     def __init__(self, trace: Trace, layers: Sequence[MoELayer], rank: int, *, first_step: int = 0):
@@ -101,7 +101,7 @@ class Replay:
             layer.router.register_forward_pre_hook(self._hook(index))
 
     def begin_step(self) -> None:
-        """Go on to the next step of the trace."""
+        """Advance to the next step of the trace."""
         loads_LRE = next(self._steps)
         self._ids = [
             ids_of(load_RE[self._rank], self._top_k, seed=self._step * len(self._layers) + layer)

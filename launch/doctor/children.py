@@ -1,4 +1,4 @@
-"""Processes that a command starts on this machine: run together, ended together, and what the first that failed said last."""
+"""Child processes of a command: started and ended together, with exit status and last error line of each."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from subprocess import DEVNULL
 from typing import IO
 
-from ..collectives.lifetime import start
+from ...collectives.lifetime import start
 
-# How long the others may go on after one has failed: their own errors name less than its does.
+# After one process has failed, the others may run this long before they are killed.
 _GRACE_S = 10.0
 _POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Child:
-    """How one process ended."""
+    """The end of one process."""
 
     status: int | None
-    """Exit status, negative for a signal; None where it was ended here, for the time limit or for another that failed."""
+    """Exit status, negative for a signal; None if it was killed here, after the time limit or another process's failure."""
     last_line: str
     """The last line of its standard error."""
 
@@ -30,7 +30,7 @@ class Child:
 def run_children(
     commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], *, limit_s: float | None = None
 ) -> list[Child]:
-    """Start every command, one environment each, and wait for all; none outlives the call, or this process."""
+    """Start every command in its environment, and wait for all; none outlives the call or this process."""
     with ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in commands]
         processes = []
@@ -51,7 +51,7 @@ def run_children(
 
 
 def problem_of(children: Sequence[Child]) -> str:
-    """What went wrong, from the one that says most: an exit status before a time limit; empty if nothing did."""
+    """The most informative problem: of a process that failed rather than of one that was killed; empty if all succeeded."""
     failed = [child for child in children if child.status != 0]
     if not failed:
         return ""

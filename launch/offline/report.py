@@ -14,22 +14,22 @@ from typing import Any
 import click
 import numpy as np
 
-from ..placement.files import clear_errors, replace_text
-from ..placement.offline.records import table
-from ..placement.owners import OwnerMap
-from ..placement.traces.sources import LoadSource, Sizes, open_source
-from .output import progress
-from .trace import INFO_COLUMNS, look_into
+from ...placement.files import clear_errors, replace_text
+from ...placement.offline.records import table
+from ...placement.owners import OwnerMap
+from ...placement.traces.sources import LoadSource, Sizes, open_source
+from ..output import progress
+from .trace import INFO_COLUMNS, inspect_trace
 from .trace_options import Count, TraceOptions, trace_options
 
 _STYLE = "body{font:14px sans-serif;margin:2em;color:#222}svg{display:block;max-width:100%;height:auto}pre{font-size:12px}"
-# A heat map has at most so many columns: longer traces are averaged over neighbouring steps.
+# The most columns of a heat map; longer traces are averaged over neighbouring steps.
 _MAX_COLUMNS = 240
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over steps; `keys` of metrics.jsonl by what the legend calls them. Keys that a run does not have are left out."""
+    """Curves over steps: keys of metrics.jsonl by their name in the legend. Keys that a run lacks are left out."""
 
     title: str
     unit: str
@@ -50,9 +50,9 @@ _CHARTS = (
     Chart("Copies per layer", "", {"all": "copies_per_layer", "added by calibration": "copies_calibrated"}),
     Chart("Error of the load forecast", "share of assignments", {"error": "prediction_error"}),
     Chart(
-        "Only waiting, rank 0",
+        "Waiting, rank 0",
         "s per step",
-        {"for copies": "exposed_gather_s", "for gradients": "exposed_reduce_s", "for token rows": "exposed_tokens_s"},
+        {"for copies": "exposed_gather_s", "for gradients": "exposed_reduce_s", "for routed tokens": "exposed_tokens_s"},
     ),
     Chart("Planning, rank 0", "s per step", {"all": "plan_s", "solver": "solve_s"}),
     Chart(
@@ -62,8 +62,8 @@ _CHARTS = (
             "copies": "bytes_gather",
             "copies again for backward": "bytes_regather",
             "gradients of copies": "bytes_reduce",
-            "token rows out": "bytes_dispatch",
-            "token rows back": "bytes_combine",
+            "tokens dispatched": "bytes_dispatch",
+            "tokens combined": "bytes_combine",
         },
     ),
 )
@@ -71,8 +71,8 @@ _CHARTS = (
 
 @click.command("report")
 @click.argument("path", metavar="RUN_OR_TRACE")
-@click.option("-o", "--out", required=True, metavar="FILE.html", help="The page; replaced only when it is complete.")
-@click.option("--ranks", type=Count, metavar="R", help="Show a trace on R ranks instead of its own.")
+@click.option("-o", "--out", required=True, metavar="FILE.html", help="The page, written atomically.")
+@click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
 @trace_options
 def command(path: str, out: str, ranks: int | None, **options: Any) -> None:
     """Write a run's folder, or a routing trace, as one HTML page of curves, heat maps and tables."""
@@ -89,18 +89,18 @@ def command(path: str, out: str, ranks: int | None, **options: Any) -> None:
 
 
 def run_page(folder: Path) -> str:
-    """The page of a run's folder: its summary if it ended well, curves of metrics.jsonl, moves of experts, and its trace.
+    """The page of a run: summary if the run completed, curves of metrics.jsonl, migration decisions, and the trace.
 
-    Raises `ValueError` if the folder is not one of a run, or a line of it is damaged.
+    Raises `ValueError` if the folder is not a run's, or a line is damaged.
     """
-    rows = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder / "metrics.jsonl")
     body = []
     if (folder / "summary.json").exists():
         summary = _read_json((folder / "summary.json").read_text(encoding="utf-8"), f"{folder / 'summary.json'}")
         lines = [{"what": key, "value": value} for key, value in summary.items() if not isinstance(value, dict)]
         body.append(_section("Summary", _pre(table(lines, ("what", "value")))))
-    body += [_section(chart.title, drawn) for chart in _CHARTS if (drawn := _curves(chart, rows))]
-    decisions = [decision for row in rows for decision in row.get("rehomings", ())]
+    body += [_section(chart.title, drawn) for chart in _CHARTS if (drawn := _curves(chart, records))]
+    decisions = [decision for record in records for decision in record.get("rehomings", ())]
     if decisions:
         body.append(
             _section("Proposals to move experts", _pre(table(decisions, ("step", "num_moved", "saved_s", "move_s", "reason"))))
@@ -117,16 +117,16 @@ def trace_page(name: str, source: LoadSource) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, in order; the last one may be cut off, as a run that was killed leaves it."""
+    """The records of metrics.jsonl, in order, without a last line that is incomplete, as after a killed run."""
     if not path.exists():
         raise ValueError(f"{path.parent} is no run: it has no {path.name}")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    rows = [_read_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
-    if not any("loss" in row for row in rows):
+    records = [_read_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    if not any("loss" in record for record in records):
         raise ValueError(f"{path} has no training step yet; let the run go on")
-    return rows
+    return records
 
 
 def _read_json(text: str, where: str) -> dict[str, Any]:
@@ -140,13 +140,13 @@ def _read_json(text: str, where: str) -> dict[str, Any]:
 
 
 def _trace_sections(source: LoadSource) -> str:
-    looks = [{**row, "layer": str(row["layer"])} for row in look_into(source)]
+    stats = [{**record, "layer": str(record["layer"])} for record in inspect_trace(source)]
     imbalance_LS, shares_LES = _trace_maps(source)
     worst = int(imbalance_LS.mean(axis=1).argmax())
     span = (1, source.num_steps)
     return "".join(
         (
-            _section("Routing by layer", _pre(table(looks, INFO_COLUMNS))),
+            _section("Routing by layer", _pre(table(stats, INFO_COLUMNS))),
             _section(
                 "Busiest rank over the mean rank under static expert parallelism",
                 _heat_map(imbalance_LS, "layer", span, "max/mean"),
@@ -160,7 +160,7 @@ def _trace_sections(source: LoadSource) -> str:
 
 
 def _trace_maps(source: LoadSource) -> tuple[np.ndarray, np.ndarray]:
-    """Max/mean of ranks [L, S] and share times E of experts [L, E, S], in blocks of steps that are averaged."""
+    """Max/mean of ranks [L, S] and share times E of experts [L, E, S], averaged over blocks of steps."""
     meta = source.meta
     owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
     per_column = -(-source.num_steps // _MAX_COLUMNS)
@@ -175,16 +175,16 @@ def _trace_maps(source: LoadSource) -> tuple[np.ndarray, np.ndarray]:
             steps_S[column] += 1
             for layer, (totals_E, owner_E) in enumerate(zip(totals_LE, owners_LE, strict=True)):
                 total = max(int(totals_E.sum()), 1)
-                rows_R = np.bincount(owner_E, weights=totals_E, minlength=meta.num_ranks)
-                imbalance_LS[layer, column] += rows_R.max() * meta.num_ranks / total
+                assignments_R = np.bincount(owner_E, weights=totals_E, minlength=meta.num_ranks)
+                imbalance_LS[layer, column] += assignments_R.max() * meta.num_ranks / total
                 shares_LES[layer, :, column] += totals_E * meta.num_experts / total
             advance()
     return imbalance_LS / steps_S, shares_LES / steps_S
 
 
-def _curves(chart: Chart, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The chart as SVG; empty if no row has any of its keys."""
-    curves = {name: [(row["step"], row[key]) for row in rows if key in row] for name, key in chart.keys.items()}
+def _curves(chart: Chart, records: Sequence[Mapping[str, Any]]) -> str:
+    """The chart as SVG; empty if no record has any of its keys."""
+    curves = {name: [(r["step"], r[key]) for r in records if key in r] for name, key in chart.keys.items()}
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return ""
@@ -203,7 +203,7 @@ def _curves(chart: Chart, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _heat_map(values_YS: np.ndarray, what: str, span: tuple[int, int], unit: str) -> str:
-    """Rows [Y] over columns of steps [S] as SVG."""
+    """Lines [Y] over columns of steps [S] as SVG."""
     figure, axes = _figure(1.5 + 0.12 * min(len(values_YS), 64))
     extent = (span[0] - 0.5, span[1] + 0.5, len(values_YS) - 0.5, -0.5)
     image = axes.imshow(values_YS, aspect="auto", interpolation="nearest", extent=extent, cmap="viridis")
@@ -224,7 +224,7 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     text = io.StringIO()
-    # Without a date and with names that are not random, the same run gives the same page; letters stay letters.
+    # Without a date and random names the page depends on the run alone; text stays text.
     with matplotlib.rc_context({"svg.hashsalt": "moesaic", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     drawn = text.getvalue()

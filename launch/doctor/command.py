@@ -1,4 +1,4 @@
-"""`moesaic doctor`: what is installed, what hardware is here, which transports work, and which one a run would take."""
+"""`moesaic doctor`: installed packages, devices, transports that work, and the one that a run would use."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import click
 import torch
 import torch.distributed as dist
 
-from .. import __version__
-from ..collectives import choose_transport
-from ..placement.files import clear_errors, replace_text
+from ... import __version__
+from ...collectives import choose_transport
+from ...placement.files import clear_errors, replace_text
+from ..output import JSON_OPTION, publish
+from ..run.warm import warm_all
 from .model_check import COLUMNS, Request, check_model
-from .output import JSON_OPTION, publish
 from .self_test import two_process_tests
-from .warm import warm_all
 
 PACKAGES = ("moesaic", "torch", "triton", "numpy", "numba", "pulp", "highspy", "mpi4py", "nvidia-nccl-cu12")
 
@@ -30,12 +30,12 @@ class Finding:
     """package, device or transport."""
     name: str
     status: str
-    """A version, a description, or the reason why it does not work."""
+    """A version, a description, or the reason for the failure."""
     works: bool
 
 
 def installed_packages() -> list[Finding]:
-    """Versions of what moesaic stands on; optional packages may be missing."""
+    """Versions of moesaic and the packages that it uses; optional ones may be missing."""
     findings = [Finding("package", "python", platform.python_version(), True)]
     for name in PACKAGES:
         try:
@@ -59,9 +59,9 @@ def devices() -> list[Finding]:
 
 
 def transports() -> list[Finding]:
-    """The transports that a run on this machine could use, each tried between two processes, NCCL on one device.
+    """The transports available to a run on this machine, each tested between two processes, NCCL on one device.
 
-    The last finding is the one that `runtime.transport = "auto"` takes for two or more ranks on this machine, and why.
+    The last finding is the choice of `runtime.transport = "auto"` for two or more ranks on this machine, and its reason.
     """
     results = two_process_tests()
     chosen = choose_transport([0, 0], on_cuda=torch.cuda.is_available())
@@ -93,13 +93,11 @@ def _probe_nccl() -> tuple[str, bool]:
     "--model", "target", metavar="TARGET", help="Check this model: file.py:function, package.module:callable, or a folder."
 )
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes to check the model on.")
-@click.option(
-    "--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the inputs that are made up."
-)
-@click.option("--input", "input_path", type=click.Path(), help="Inputs that torch.save wrote, in place of made-up ones.")
+@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of random inputs.")
+@click.option("--input", "input_path", type=click.Path(), help="Inputs written by torch.save, in place of random ones.")
 @click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Largest relative difference that passes.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--warm", is_flag=True, help="Compile the routines that runs would compile, and show nothing else.")
+@click.option("--warm", is_flag=True, help="Compile the routines that runs would compile, and do nothing else.")
 @JSON_OPTION
 def command(
     target: str | None,
@@ -113,10 +111,10 @@ def command(
 ) -> int:
     """Show what is installed, the devices, and which transports work on this machine.
 
-    With --model, check instead that a model of yours computes on several ranks what it computes on one: outputs, gradients,
-    global norm, router losses and expert counts, without copies of experts, with copies, and after experts have moved. TARGET is
-    a callable that returns the model, or (model, example inputs), or a folder with a Hugging Face config.json, which gets random
-    weights. The check runs in fp32 and without dropout. Exit status 0 if everything passes, 1 if not.
+    With --model, check instead that your model computes on several ranks what it computes on one: outputs, gradients, global
+    norm, router losses and expert counts, without copies of experts, with copies, and after a migration. TARGET is a callable
+    that returns the model, or (model, example inputs), or a folder with a Hugging Face config.json, whose model gets random
+    weights. The check runs in fp32 and without dropout. Exit status 0 if every check passes, else 1.
     """
     if warm:
         if target is not None or json_path is not None:
@@ -145,10 +143,10 @@ def command(
 
 
 def _report_model(request: Request, json_path: str | None) -> int:
-    rows = check_model(request)
-    publish("doctor", [asdict(row) for row in rows], COLUMNS, json_path)
-    failed = sum(row.result == "fail" for row in rows)
+    comparisons = check_model(request)
+    publish("doctor", [asdict(each) for each in comparisons], COLUMNS, json_path)
+    failed = sum(each.result == "fail" for each in comparisons)
     if json_path != "-":
-        verdict = f"{failed} of {len(rows)} checks failed" if failed else f"all {len(rows)} checks passed"
+        verdict = f"{failed} of {len(comparisons)} checks failed" if failed else f"all {len(comparisons)} checks passed"
         click.echo(f"{verdict}: {request.target} on {request.ranks} ranks")
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what it shows: its folder, metrics, routing trace, progress bar and summary.
+"""The records of a run: its folder, metrics, routing trace, progress bar and summary.
 
 ```
 runs/NAME/config.toml       the resolved configuration
@@ -27,18 +27,18 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from ..collectives import SCHEDULES
-from ..placement import TraceMeta, TraceWriter
-from ..placement.files import replace_text
-from ..runtime.wrap.migration_policy import Decision
-from .config import Config, RunConfig
+from ...collectives import SCHEDULES
+from ...placement import TraceMeta, TraceWriter
+from ...placement.files import replace_text
+from ...runtime.wrap.migration_policy import Decision
+from ..config import Config, RunConfig
 from .process import Process
 from .tensorboard import TensorBoard
 
 
 @contextmanager
-def _to_readers() -> Iterator[None]:
-    """Print in here: readers of the output who are gone, such as `head`, stop no run. What they would get is dropped."""
+def _ignoring_closed_pipes() -> Iterator[None]:
+    """Drop output to a closed pipe, as of `moesaic train | head`, instead of ending the run."""
     try:
         yield
     except BrokenPipeError:
@@ -51,15 +51,15 @@ def _to_readers() -> Iterator[None]:
 
 
 def show(text: str) -> None:
-    """Print lines about the run."""
-    with _to_readers():
+    """Print text about the run."""
+    with _ignoring_closed_pipes():
         print(text, flush=True)
 
 
 def create_run_folder(config: RunConfig) -> Path:
-    """Make and return a folder of this run's own: NAME, or the first free of NAME-2, NAME-3, ...; nothing is ever overwritten.
+    """Make and return a new folder for this run: NAME, or the first free of NAME-2, NAME-3, ...; nothing is ever overwritten.
 
-    Raises `ValueError` if no folder can be made there.
+    Raises `ValueError` if the folder cannot be made.
     """
     parent = Path(config.folder).expanduser()
     number = 1
@@ -77,9 +77,9 @@ def create_run_folder(config: RunConfig) -> Path:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl; the handle's metrics of the step stand beside these keys.
+    """One line of metrics.jsonl, which also holds the handle's metrics of the step.
 
-    Where something was decided about owners, `rehomings` lists it: experts moved, seconds saved and needed, and the reason.
+    `rehomings` lists the migration decisions of the step, if any: experts moved, seconds saved and needed, and the reason.
     """
 
     step: int
@@ -95,16 +95,16 @@ class StepRecord:
     seconds: float
     """Wall time of the step on rank 0, without evaluation, checkpoints and `compile_s`."""
     compile_s: float
-    """Seconds since the record before, or the start, that rank 0 compiled routines, waited for them or loaded them."""
+    """Seconds that rank 0 spent compiling and loading routines since the previous record, or since the start."""
     tokens_per_s: float
     """Over all ranks."""
     bytes_sent: float
-    """Bytes that all ranks sent for experts and token rows."""
+    """Bytes that all ranks sent for experts and routed tokens."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few numbers; printed at its end and written to summary.json."""
+    """A run in a few numbers, printed at its end and written to summary.json."""
 
     steps: int
     first_val_loss: float
@@ -139,7 +139,7 @@ class Summary:
         )
 
     def _schedules(self) -> str:
-        """The schedules of the gathers, the most frequent first."""
+        """The schedules of the gathers, most frequent first."""
         total = sum(self.schedules.values())
         ordered = sorted(self.schedules.items(), key=lambda schedule: -schedule[1])
         shares = [f"{name} ({count / total:.0%} of gathers)" for name, count in ordered if count]
@@ -150,7 +150,7 @@ _MEANS = ("max_over_mean_static", "max_over_mean", "copies_per_layer", "bytes_se
 
 
 class _Totals:
-    """What a summary needs of all steps, in 8 bytes a step: a run may have millions."""
+    """Sums over all steps for the summary, in 8 bytes per step: a run may have millions of steps."""
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys((*_MEANS, "seconds"), 0.0)
@@ -161,23 +161,23 @@ class _Totals:
 
     @property
     def num_steps(self) -> int:
-        """Steps taken in."""
+        """Steps added."""
         return len(self._tokens_per_s)
 
-    def add(self, row: Mapping[str, float]) -> None:
-        """Take in one step."""
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add one step."""
         for key in self._sums:
-            self._sums[key] += row[key]
-        self._tokens_per_s.append(row["tokens_per_s"])
-        self._last = row
+            self._sums[key] += values[key]
+        self._tokens_per_s.append(values["tokens_per_s"])
+        self._last = values
 
     def add_validation(self, val_loss: float) -> None:
-        """Take in an evaluation."""
+        """Add an evaluation."""
         self._first_val_loss = val_loss if self._first_val_loss is None else self._first_val_loss
         self.last_val_loss = val_loss
 
     def summary(self, folder: Path) -> Summary:
-        """The run in `folder` so far, of one step or more after an evaluation."""
+        """The summary so far; requires an evaluation and a step."""
         assert self.num_steps and self._first_val_loss is not None
         mean = {key: self._sums[key] / self.num_steps for key in _MEANS}
         return Summary(
@@ -199,9 +199,9 @@ class _Totals:
 
 
 class Records:
-    """Rank 0's record of a run, as a context manager: leaving it closes every file, after an error too.
+    """Rank 0's records of a run; a context manager that closes every file, also after an error.
 
-    On other ranks every call does nothing, so that the loop has no `if rank == 0`.
+    On other ranks every call does nothing, so that the training loop needs no `if rank == 0`.
     """
 
     def __init__(self, folder: Path, config: Config, process: Process, *, first_step: int) -> None:
@@ -228,7 +228,7 @@ class Records:
                 initial=first_step,
                 unit="step",
                 disable=not config.launch.progress,
-                # A log file gets a line now and then, a terminal a smooth bar.
+                # A terminal gets a smooth bar, a log file one line from time to time.
                 mininterval=0.2 if sys.stderr.isatty() else 15.0,
                 dynamic_ncols=True,
             )
@@ -238,7 +238,7 @@ class Records:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with _to_readers():
+        with _ignoring_closed_pipes():
             self._closing.close()
 
     def add(
@@ -251,48 +251,48 @@ class Records:
         layers: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
         decisions: Sequence[Decision] = (),
     ) -> None:
-        """Take in one step: a metrics line, a trace entry, the bar; decisions about owners are said besides."""
+        """Add one step: a metrics line, a trace entry, the bar, and a printed line per migration decision."""
         if self._metrics is None or self._trace is None or self._bar is None:
             return
-        row = asdict(record) | dict(metrics)
+        values = asdict(record) | dict(metrics)
         if val_loss is not None:
-            row["val_loss"] = val_loss
+            values["val_loss"] = val_loss
             self._totals.add_validation(val_loss)
-        line: dict[str, Any] = row | ({"rehomings": [asdict(decision) for decision in decisions]} if decisions else {})
+        line: dict[str, Any] = values | ({"rehomings": [asdict(decision) for decision in decisions]} if decisions else {})
         if self._is_detailed:
             line["layers"] = [{"layer": name, **summary} for name, summary in layers.items()]
         print(json.dumps(line), file=self._metrics)
         if self._tensorboard is not None:
             self._tensorboard.add(record.step, line)
         for decision in decisions:
-            self.say(f"step {record.step}: {decision.reason}")
-        self._totals.add(row)
+            self.print_line(f"step {record.step}: {decision.reason}")
+        self._totals.add(values)
         if self._trace_every and record.step % self._trace_every == 0:
             self._trace.append(loads_LRE)
-        self._bar.set_postfix(self._postfix(row), refresh=False)
-        with _to_readers():
+        self._bar.set_postfix(self._postfix(values), refresh=False)
+        with _ignoring_closed_pipes():
             self._bar.update()
 
     def add_validation(self, step: int, val_loss: float) -> None:
-        """Take in the evaluation before the first step."""
+        """Add the evaluation before the first step."""
         if self._metrics is not None:
             print(json.dumps({"step": step, "val_loss": val_loss}), file=self._metrics)
             self._totals.add_validation(val_loss)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self._bar is not None:
-            with _to_readers():
+            with _ignoring_closed_pipes():
                 self._bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def _postfix(self, row: Mapping[str, float]) -> dict[str, str]:
+    def _postfix(self, values: Mapping[str, float]) -> dict[str, str]:
         return {
-            "loss": f"{row['loss']:.3f}",
+            "loss": f"{values['loss']:.3f}",
             "val": f"{self._totals.last_val_loss:.3f}",
-            "tok/s": f"{row['tokens_per_s']:,.0f}",
-            "load": f"{row['max_over_mean']:.2f} (static {row['max_over_mean_static']:.2f})",
-            "copies": f"{row['copies_per_layer']:.1f}",
+            "tok/s": f"{values['tokens_per_s']:,.0f}",
+            "load": f"{values['max_over_mean']:.2f} (static {values['max_over_mean_static']:.2f})",
+            "copies": f"{values['copies_per_layer']:.1f}",
         }
 
     def summary(self) -> Summary | None:
@@ -305,7 +305,7 @@ class Records:
 
 
 def trace_meta(config: Config, world_size: int) -> TraceMeta:
-    """What the run's trace is about, and what a plan for it must be for: the ranks of one replica."""
+    """The metadata of the run's trace, which a plan for this run must match; its ranks are those of one replica."""
     model = config.model
     return TraceMeta(
         num_layers=model.num_layers,

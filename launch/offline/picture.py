@@ -6,8 +6,8 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 
-from ..placement.files import replace_text
-from ..placement.offline.simulate import Outcome
+from ...placement.files import replace_text
+from ...placement.offline.simulate import Outcome
 
 _BAR_WIDTH, _ROW_HEIGHT, _LABEL_WIDTH, _CELL_WIDTH = 420, 18, 240, 16
 _COLORS = {"predicted": "#c2571a", "exact": "#2b7a3d", "future": "#3465a4"}
@@ -17,7 +17,7 @@ _STYLE = (
 
 
 def write_picture(path: str | os.PathLike[str], panels: Mapping[str, Sequence[Outcome]]) -> None:
-    """Write the page, atomically; `panels` are the outcomes of each trace and machine by title."""
+    """Write the page atomically; `panels` maps a title, of one trace and machine, to its outcomes."""
     body = "".join(f"<h2>{html.escape(title)}</h2>{_bars(outcomes)}{_heat_map(outcomes)}" for title, outcomes in panels.items())
     replace_text(
         path,
@@ -39,7 +39,7 @@ def _svg(width: float, height: float, parts: Sequence[str]) -> str:
 
 
 def _bars(outcomes: Sequence[Outcome]) -> str:
-    """One bar a lane: the mean over cells, a thin line to the 95th percentile, a tick at the bound."""
+    """One bar per outcome: the mean over cells, a thin line to the 95th percentile, a tick at the bound."""
     longest = max(max(outcome.max_over_mean_p95, outcome.bound) for outcome in outcomes)
     unit = _BAR_WIDTH / max(longest, 1.0)
     parts = []
@@ -60,7 +60,7 @@ def _bars(outcomes: Sequence[Outcome]) -> str:
 
 
 def _heat_map(outcomes: Sequence[Outcome]) -> str:
-    """Lanes by layers: white is balance, dark red the worst cell of the panel."""
+    """Outcomes by layers: white is perfect balance, dark red the worst cell of the panel."""
     worst = max(max(outcome.max_over_mean_of_layer) for outcome in outcomes)
     num_layers = len(outcomes[0].max_over_mean_of_layer)
     parts = [_text(_LABEL_WIDTH, 12, f"by layer, 0 to {num_layers - 1}: white 1.000, dark {worst:.3f}")]

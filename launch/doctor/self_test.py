@@ -1,4 +1,4 @@
-"""Each transport tried between two processes of this machine, for `moesaic doctor`. Also the program of one of the two."""
+"""Tests of each transport between two processes of this machine, for `moesaic doctor`. Also the program of both processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..collectives import Buffer, CollectiveError, Transport, make_transports
+from ...collectives import Buffer, CollectiveError, Transport, make_transports
 from .children import problem_of, run_children
 
 _LIMIT_S = 120.0
@@ -25,16 +25,16 @@ _WITHOUT_MPI = ("c10d", "shm", "hierarchical")
 
 @dataclass(frozen=True)
 class TransportTest:
-    """How a transport did."""
+    """The result for one transport."""
 
     name: str
     status: str
-    """works, or the reason why it does not."""
+    """works, or the reason for the failure."""
     works: bool
 
 
 def two_process_tests() -> list[TransportTest]:
-    """Try every transport for CPU tensors, MPI through its own launcher."""
+    """Test every transport for CPU tensors, MPI through its own launcher."""
     results = _try(list(_WITHOUT_MPI), [[], []])
     beside = Path(sys.executable).with_name("mpirun")
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
@@ -47,7 +47,7 @@ def two_process_tests() -> list[TransportTest]:
 
 
 def _try(names: list[str], launchers: Sequence[list[str]]) -> dict[str, str]:
-    """The statuses that rank 0 reports; `launchers` are the words before each process that is started here."""
+    """The statuses that rank 0 reports, by transport; each of `launchers` begins the command line of one process."""
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -55,9 +55,9 @@ def _try(names: list[str], launchers: Sequence[list[str]]) -> dict[str, str]:
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         }
-        program = [sys.executable, "-m", "moesaic.launch.self_test", folder, ",".join(names)]
+        program = [sys.executable, "-m", "moesaic.launch.doctor.self_test", folder, ",".join(names)]
         children = run_children(
-            [[*words, *program] for words in launchers],
+            [[*launcher, *program] for launcher in launchers],
             [env | {"RANK": str(rank)} for rank in range(len(launchers))],
             limit_s=_LIMIT_S,
         )
@@ -67,7 +67,7 @@ def _try(names: list[str], launchers: Sequence[list[str]]) -> dict[str, str]:
 
 
 def _problem_of(transport: Transport) -> str:
-    """Send a message each way and gather integers: empty if all arrived as it was sent."""
+    """Send a message each way and gather integers; empty if all values are right."""
     rank, peer = transport.rank, 1 - transport.rank
     received = torch.full((1000,), torch.nan)
     transport.exchange(
@@ -75,12 +75,12 @@ def _problem_of(transport: Transport) -> str:
     ).wait()
     gathered = transport.all_gather_ints(torch.tensor([rank, 7]))
     if not (received == peer).all() or gathered.tolist() != [[0, 7], [1, 7]]:
-        return "what arrived was not what was sent"
+        return "received other values than were sent"
     return ""
 
 
 def main(folder: Path, names: Sequence[str]) -> None:
-    """One of the two processes; rank 0 writes the report."""
+    """Test the transports as one of the two processes; rank 0 writes the report."""
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=_LIMIT_S / 2))

@@ -1,4 +1,4 @@
-"""`moesaic trace`: look into, convert, generate and back-test routing traces."""
+"""`moesaic trace`: inspect, convert, generate and back-test routing traces."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import click
 import numpy as np
 
-from ..placement.files import clear_errors, digest_of
-from ..placement.offline.backtest import backtest
-from ..placement.owners import OwnerMap
-from ..placement.traces.format import TraceMeta, TraceWriter
-from ..placement.traces.sources import LoadSource, pair_counts_of
-from ..placement.traces.synth import KINDS, SynthSpec, synthesize
-from .output import JSON_OPTION, progress, publish
+from ...placement.files import clear_errors, digest_of
+from ...placement.offline.backtest import backtest
+from ...placement.owners import OwnerMap
+from ...placement.traces.format import TraceMeta, TraceWriter
+from ...placement.traces.sources import LoadSource, pair_counts_of
+from ...placement.traces.synth import KINDS, SynthSpec, synthesize
+from ..output import JSON_OPTION, progress, publish
 from .trace_options import Count, TraceOptions, trace_options
 
 INFO_COLUMNS = ("layer", "assignments", "expert_max_over_mean", "expert_min_over_mean", "rank_max_over_mean", "shift")
@@ -24,11 +24,11 @@ BACKTEST_COLUMNS = ("predictor", "age", "mean", "worst", "num_cells")
 
 @click.group("trace")
 def command() -> None:
-    """Look into, convert, generate and back-test routing traces."""
+    """Inspect, convert, generate and back-test routing traces."""
 
 
 @dataclass
-class _LayerLook:
+class _LayerStats:
     """Sums over the steps of one layer."""
 
     owner_E: np.ndarray
@@ -42,22 +42,22 @@ class _LayerLook:
     before_E: np.ndarray | None = None
 
     def add(self, load_RE: np.ndarray) -> None:
-        """Take in one step."""
+        """Add one step."""
         totals_E = load_RE.sum(axis=0)
         total = max(int(totals_E.sum()), 1)
-        rows_R = np.bincount(self.owner_E, weights=totals_E, minlength=self.num_ranks)
+        assignments_R = np.bincount(self.owner_E, weights=totals_E, minlength=self.num_ranks)
         share_E = totals_E / total
         self.steps += 1
         self.assignments += int(totals_E.sum())
         self.expert_max += float(share_E.max()) * share_E.size
         self.expert_min += float(share_E.min()) * share_E.size
-        self.rank_max += float(rows_R.max()) / total * self.num_ranks
+        self.rank_max += float(assignments_R.max()) / total * self.num_ranks
         if self.before_E is not None:
             self.shift += 0.5 * float(np.abs(share_E - self.before_E).sum())
         self.before_E = share_E
 
-    def row(self, layer: int | str) -> dict[str, Any]:
-        """What was seen, means over steps."""
+    def record(self, layer: int | str) -> dict[str, Any]:
+        """The means over steps."""
         return {
             "layer": layer,
             "assignments": self.assignments / self.steps,
@@ -68,44 +68,44 @@ class _LayerLook:
         }
 
 
-def look_into(source: LoadSource) -> list[dict[str, Any]]:
-    """Read a whole source, which checks every step, and describe each layer: means over steps.
+def inspect_trace(source: LoadSource) -> list[dict[str, Any]]:
+    """Read and check every step of a source; return a record of means over steps for each layer.
 
-    expert_max_over_mean, expert_min_over_mean: of the experts' loads. rank_max_over_mean: with contiguous blocks of experts on
-    the source's ranks. shift: total variation distance between the expert shares of neighbouring steps. recorded_layer: the
-    layer's number in the recording. dropped: assignments that its tokens lack, over all steps.
+    expert_max_over_mean, expert_min_over_mean: of the experts' loads. rank_max_over_mean: of the ranks' loads, with contiguous
+    blocks of experts. shift: total variation distance between the expert shares of neighbouring steps. recorded_layer: the
+    layer's number in the recording. dropped: assignments missing for its tokens, over all steps.
     """
     meta = source.meta
     owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
-    looks = [_LayerLook(owner_E, meta.num_ranks) for owner_E in owners_LE]
+    stats = [_LayerStats(owner_E, meta.num_ranks) for owner_E in owners_LE]
     with progress(source.num_steps, "step") as advance:
         for loads_LRE in source.steps():
-            for look, load_RE in zip(looks, loads_LRE, strict=True):
-                look.add(load_RE)
+            for layer_stats, load_RE in zip(stats, loads_LRE, strict=True):
+                layer_stats.add(load_RE)
             advance()
     numbers = meta.layers or range(meta.num_layers)
     expected = None if source.tokens_SR is None else int(source.tokens_SR.sum()) * meta.top_k
-    rows = []
-    for layer, (look, number) in enumerate(zip(looks, numbers, strict=True)):
-        dropped = 0 if expected is None else expected - look.assignments
-        rows.append({**look.row(layer), "recorded_layer": number, "dropped": dropped})
-    return rows
+    records = []
+    for layer, (layer_stats, number) in enumerate(zip(stats, numbers, strict=True)):
+        dropped = 0 if expected is None else expected - layer_stats.assignments
+        records.append({**layer_stats.record(layer), "recorded_layer": number, "dropped": dropped})
+    return records
 
 
 @command.command("info")
 @click.argument("path", metavar="TRACE")
-@click.option("--ranks", type=Count, metavar="R", help="Play it on R ranks instead of its own.")
+@click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
 @trace_options
 @JSON_OPTION
 def info_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
-    """Check a whole trace and describe it, layer by layer."""
+    """Check a whole trace and summarize it by layer."""
     source = TraceOptions.take(options).open(path, ranks, json_path)
-    rows = look_into(source)
+    records = inspect_trace(source)
     meta = source.meta
     with clear_errors():
         digest = digest_of(path)
     if json_path != "-":
-        dropped = sum(row["dropped"] for row in rows)
+        dropped = sum(record["dropped"] for record in records)
         click.echo(
             f"{path}: {source.num_steps} steps, {meta.num_layers} layers, {meta.num_experts} experts, top-{meta.top_k}, "
             f"{meta.num_ranks} ranks; dim {meta.dim or 'unknown'}, ffn_dim {meta.ffn_dim or 'unknown'}; "
@@ -113,20 +113,20 @@ def info_command(path: str, ranks: int | None, json_path: str | None, **options:
             + (f"; dropped assignments: {dropped:,}" if dropped else "")
         )
     about = {"trace": path, "steps": source.num_steps, "ranks": meta.num_ranks, "experts": meta.num_experts, "digest": digest}
-    publish("trace.info", [{**about, **row} for row in rows], INFO_COLUMNS, json_path)
+    publish("trace.info", [{**about, **record} for record in records], INFO_COLUMNS, json_path)
 
 
 @command.command("convert")
 @click.argument("path", metavar="IN")
 @click.argument("out", metavar="OUT")
-@click.option("--ranks", type=Count, metavar="R", help="Deal the tokens to R ranks; by default those of the trace.")
+@click.option("--ranks", type=Count, metavar="R", help="Distribute the tokens over R ranks; by default those of the trace.")
 @trace_options
 def convert_command(path: str, out: str, ranks: int | None, **options: Any) -> None:
     """Turn a recording into a trace over any number of ranks.
 
     IN is a trace, or a recording of another system, .npz, .npy or .pt: the experts of single tokens (topk_ids, routed_experts,
-    routing_map), counts (logical_count, counts, weight) or shares. Counts are kept exactly. Tokens are dealt to ranks in
-    consecutive blocks of a step; what they reveal of layer-to-layer routing is kept as pair_counts.
+    routing_map), counts (logical_count, counts, weight) or shares. Counts are kept exactly. Tokens are distributed
+    over the ranks in consecutive blocks of a step; their layer-to-layer routing is kept as pair_counts.
     """
     source = TraceOptions.take(options).open(path, ranks)
     _write(out, source.meta, source.steps(), source.num_steps, pair_counts_of(source), source.tokens_SR)
@@ -179,7 +179,7 @@ def _write(
     pairs_LEE: np.ndarray | None = None,
     tokens_SR: np.ndarray | None = None,
 ) -> None:
-    """Write a trace as a stream; after an error, or Ctrl-C, OUT is what it was before."""
+    """Write a trace step by step; after an error, or Ctrl-C, OUT is unchanged."""
     with clear_errors(), progress(num_steps, "step") as advance:
         writer = TraceWriter(out, meta, pair_counts_LEE=pairs_LEE)
         try:
@@ -194,14 +194,14 @@ def _write(
 
 @command.command("backtest")
 @click.argument("path", metavar="TRACE")
-@click.option("--ranks", type=Count, metavar="R", help="Play it on R ranks instead of its own.")
+@click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
 @trace_options
 @JSON_OPTION
 def backtest_command(path: str, ranks: int | None, json_path: str | None, **options: Any) -> None:
-    """Judge every load predictor by age on a trace: total variation distance between expert shares."""
+    """Evaluate every load predictor by age on a trace: total variation distance between expert shares."""
     source = TraceOptions.take(options).open(path, ranks, json_path)
     with progress(source.num_steps, "step") as advance:
         found = backtest(source, on_step=advance)
     if not found:
         raise ValueError(f"{path} has one step; a back-test needs at least two")
-    publish("trace.backtest", [{"trace": path, **asdict(row)} for row in found], BACKTEST_COLUMNS, json_path)
+    publish("trace.backtest", [{"trace": path, **asdict(record)} for record in found], BACKTEST_COLUMNS, json_path)

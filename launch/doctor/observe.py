@@ -1,10 +1,11 @@
-"""What a model computes: outputs, gradients, global norm, router losses, expert counts; on one rank, and what several follow.
+"""Observation of a model on one rank or several: outputs, gradients, global norm, router losses, counts.
 
 The loss is a fixed random projection of the outputs plus the router losses. One rank takes the parts of the batch one after the
-other, as many as there are ranks to be compared with, and backward through their mean; each of R ranks takes its own part.
-A choice between two experts whose scores differ by rounding alone may fall the other way where sums have another order, and then
-everything after it differs. So moesaic's routers follow the reference's choices; those that ranks would have made otherwise, or
-that routers of other libraries did make otherwise, are reported.
+other, one part per rank of the comparison, and runs backward through their mean; each of R ranks takes its own part.
+
+Where the scores of two experts differ by rounding alone, another order of summation may choose the other expert, which changes
+everything after it. So on several ranks moesaic's routers use the reference's choices; choices that they would have made
+differently, or that routers of other libraries did make differently, are reported.
 
 Shape letters: T tokens, K top-k, R ranks, E experts.
 """
@@ -12,7 +13,7 @@ Shape letters: T tokens, K top-k, R ranks, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,34 +22,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..placement import ExpertLoad
-from ..runtime import Handle, MoELayer, Routing
-from ..runtime.adapters.weights import whole
-from ..runtime.layer import moe_layers
-from ..runtime.routing.router import ScoringRouter
-from ..runtime.sharded_experts import ShardedExperts
-from ..runtime.step.replay import is_recomputing
+from ...placement import ExpertLoad
+from ...runtime import Handle, MoELayer, Routing
+from ...runtime.adapters.weights import whole
+from ...runtime.layer import moe_layers
+from ...runtime.routing.router import ScoringRouter
+from ...runtime.sharded_experts import ShardedExperts
+from ...runtime.step.replay import is_recomputing
 from .target import Inputs
 
 
 @dataclass
 class Reference:
-    """What one rank saw."""
+    """The observation on one rank."""
 
     outputs: list[dict[str, Tensor]]
-    """Of every part of the batch, by name."""
+    """For every part of the batch, by name."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """By logical name; what no gradient reached is left out."""
+    """By logical name, without parameters that no gradient reached."""
     norm: float = 0.0
     aux_loss: float = 0.0
     loads: dict[str, Tensor] = field(default_factory=dict)
-    """Assignments by layer, int64 [R, E]: of each part of the batch."""
+    """Assignments by layer, int64 [R, E], one line per part of the batch."""
     choices: dict[str, list[list[Tensor]]] = field(default_factory=dict)
-    """By layer, of every part of the batch, of every call in it: the experts that were chosen, int64 [T, K]."""
+    """The chosen experts, int64 [T, K], by layer, part of the batch, and call."""
 
 
 def outputs_of(model: nn.Module, part: Inputs) -> dict[str, Tensor]:
-    """The differentiable tensors that a forward returns, by name. Raises ValueError if there is none."""
+    """The differentiable tensors that the forward returns, by name. Raises ValueError if there is none."""
     found: dict[str, Tensor] = {}
 
     def collect(name: str, value: Any) -> None:
@@ -72,7 +73,7 @@ def outputs_of(model: nn.Module, part: Inputs) -> dict[str, Tensor]:
 
 
 def projection(outputs: Mapping[str, Tensor], part: int) -> Tensor:
-    """A scalar that depends on every output of one part of the batch, with random coefficients that do not change."""
+    """A scalar that depends on every output of one part of the batch, with fixed random coefficients."""
     generator = torch.Generator().manual_seed(1000 + part)
     terms = [
         (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum() / math.sqrt(output.numel())
@@ -81,15 +82,15 @@ def projection(outputs: Mapping[str, Tensor], part: int) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def watch_only(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
-    """Turn off what is random in training, such as dropout. MoE layers still train, so that they learn what load to expect."""
+def disable_dropout(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
+    """Set evaluation mode, without dropout, but for the MoE layers, whose planning needs training mode."""
     model.eval()
     for layer in (*layers.values(), *moe_layers(model).values()):
         layer.training = True
 
 
 def observe_unwrapped(model: nn.Module, inputs: Inputs, num_parts: int) -> Reference:
-    """Outputs and gradient norm of the model as it was built, without router losses. Its gradients are taken away again."""
+    """Outputs and gradient norm of the model as built, without router losses. Its gradients are cleared afterwards."""
     model.eval()
     outputs = [outputs_of(model, inputs.part(index, num_parts)) for index in range(num_parts)]
     torch.stack([projection(each, index) for index, each in enumerate(outputs)]).mean().backward()
@@ -100,7 +101,7 @@ def observe_unwrapped(model: nn.Module, inputs: Inputs, num_parts: int) -> Refer
 
 
 def observe_on_one(handle: Handle, inputs: Inputs, num_parts: int, *, with_aux_loss: bool) -> Reference:
-    """Everything, of a model that is sharded over one rank."""
+    """The whole observation of a model sharded over one rank."""
     with recorded_choices(handle) as routings:
         outputs, starts = [], []
         for index in range(num_parts):
@@ -132,7 +133,7 @@ def observe_on_one(handle: Handle, inputs: Inputs, num_parts: int, *, with_aux_l
 
 
 def _aux_loss(layers: Mapping[str, MoELayer], parts: Mapping[str, list[list[Routing]]], num_parts: int) -> Tensor:
-    """The mean over parts of the losses that the routers of so many ranks would have, each for its own part."""
+    """The mean over the parts of the router losses that one rank per part would have."""
     losses = [torch.zeros(())]
     for name, layer in layers.items():
         for calls in zip(*parts[name], strict=True):
@@ -146,27 +147,31 @@ def _detached(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gradients_of(handle: Handle) -> Iterator[tuple[str, Tensor | None]]:
-    """This rank's gradients by logical name: dense ones whole, which is collective, and those of experts that it owns."""
+    """This rank's gradients by logical name: dense gradients unsharded, and those of owned experts. Collective."""
     for name, parameter in handle.model.named_parameters():
         yield name, None if parameter.grad is None else whole(parameter.grad)
 
 
 @contextmanager
-def recorded_choices(handle: Handle) -> Iterator[dict[str, list[Routing]]]:
-    """What the routers decide inside the block, by layer, call after call: what the experts are asked for."""
-    routings: dict[str, list[Routing]] = {name: [] for name in handle.layers}
+def _hooked(handle: Handle, seen: Callable[[str, Routing, nn.Module | None], Tensor | None]) -> Iterator[None]:
+    """Inside the block call `seen(layer, routing, router)` for every routing, recomputations excepted.
+
+    The router is None for layers of other libraries. If `seen` returns expert ids, moesaic's router uses these instead.
+    """
 
     def by_router(name: str) -> Any:
-        def after(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-            if len(args) == 1 or args[1] is None:  # not a recomputation
-                routings[name].append(routing)
+        def after(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> Routing:
+            if len(args) > 1 and args[1] is not None:  # a recomputation
+                return routing
+            ids_TK = seen(name, routing, router)
+            return routing if ids_TK is None else router.forward(args[0], ids_TK)
 
         return after
 
     def by_experts(name: str) -> Any:
         def before(experts: nn.Module, args: tuple[Any, ...]) -> None:
             if not is_recomputing():
-                routings[name].append(Routing(args[1].detach(), args[2].detach()))
+                seen(name, Routing(args[1].detach(), args[2].detach()), None)
 
         return before
 
@@ -174,27 +179,35 @@ def recorded_choices(handle: Handle) -> Iterator[dict[str, list[Routing]]]:
     hooks = [layer.router.register_forward_hook(by_router(name)) for name, layer in own.items()]
     hooks += [e.register_forward_pre_hook(by_experts(name)) for name, e in handle.layers.items() if name not in own]
     try:
-        yield routings
+        yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
+@contextmanager
+def recorded_choices(handle: Handle) -> Iterator[dict[str, list[Routing]]]:
+    """Record the routings inside the block, by layer, in the order of calls."""
+    routings: dict[str, list[Routing]] = {name: [] for name in handle.layers}
+    with _hooked(handle, lambda name, routing, router: routings[name].append(routing)):
+        yield routings
+
+
 @dataclass
 class Choices:
-    """How a rank's own choices compare with the reference's."""
+    """A rank's own choices compared with the reference's."""
 
     num_choices: int = 0
     num_other: int = 0
-    """Tokens for which other experts were chosen."""
+    """Tokens with other experts than in the reference."""
     worst: str = ""
     worst_gap: float = 0.0
-    """Between the scores of the expert that was chosen and of the reference's, as a share of the layer's largest score."""
+    """The difference between the scores of chosen and reference expert, as a share of the layer's largest score."""
 
     def compare(self, name: str, routing: Routing, expected_TK: Tensor, router: nn.Module | None = None) -> bool:
-        """Take in one call; whether the router chose what the reference did."""
-        mine, theirs = routing.topk_ids_TK.sort(dim=1).values, expected_TK.sort(dim=1).values
-        is_other_T = (mine != theirs).any(dim=1)
+        """Compare one call; return whether its choices are the reference's."""
+        chosen, reference = routing.topk_ids_TK.sort(dim=1).values, expected_TK.sort(dim=1).values
+        is_other_T = (chosen != reference).any(dim=1)
         self.num_choices += len(is_other_T)
         if not is_other_T.any():
             return True
@@ -202,8 +215,8 @@ class Choices:
         gap = math.inf
         if isinstance(router, ScoringRouter) and routing.logits_TE is not None:
             scores_TE = router.choice_scores(routing.logits_TE.detach())
-            # The K-th best score, less what the reference took instead.
-            gaps_T = scores_TE.gather(1, mine).min(dim=1).values - scores_TE.gather(1, theirs).min(dim=1).values
+            # The K-th best score, minus the lowest score of the reference's choice.
+            gaps_T = scores_TE.gather(1, chosen).min(dim=1).values - scores_TE.gather(1, reference).min(dim=1).values
             gap = float(gaps_T[is_other_T].max() / scores_TE[scores_TE.isfinite()].abs().max().clamp(min=1e-20))
         if gap >= self.worst_gap:
             self.worst, self.worst_gap = name, gap
@@ -212,36 +225,13 @@ class Choices:
 
 @contextmanager
 def followed_choices(handle: Handle, expected: Mapping[str, Sequence[Tensor]]) -> Iterator[Choices]:
-    """Inside the block choices are compared with `expected`, call after call, and moesaic's own routers choose what it says."""
+    """Inside the block compare the choices of each call with `expected`, which moesaic's own routers then use."""
     choices = Choices()
-    num_calls = dict.fromkeys(handle.layers, 0)
+    expected_calls = {name: list(calls) for name, calls in expected.items()}
 
-    def next_ids(name: str, routing: Routing) -> Tensor:
-        num_calls[name] += 1
-        return expected[name][num_calls[name] - 1].to(routing.topk_ids_TK.device)
+    def follow(name: str, routing: Routing, router: nn.Module | None) -> Tensor | None:
+        ids_TK = expected_calls[name].pop(0).to(routing.topk_ids_TK.device)
+        return None if choices.compare(name, routing, ids_TK, router) else ids_TK
 
-    def by_router(name: str) -> Any:
-        def after(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> Routing:
-            if len(args) > 1 and args[1] is not None:
-                return routing
-            ids_TK = next_ids(name, routing)
-            return routing if choices.compare(name, routing, ids_TK, router) else router.forward(args[0], ids_TK)
-
-        return after
-
-    def by_experts(name: str) -> Any:
-        def before(experts: nn.Module, args: tuple[Any, ...]) -> None:
-            if not is_recomputing():
-                routing = Routing(args[1].detach(), args[2].detach())
-                choices.compare(name, routing, next_ids(name, routing))
-
-        return before
-
-    own = moe_layers(handle.model)
-    hooks = [layer.router.register_forward_hook(by_router(name)) for name, layer in own.items()]
-    hooks += [e.register_forward_pre_hook(by_experts(name)) for name, e in handle.layers.items() if name not in own]
-    try:
+    with _hooked(handle, follow):
         yield choices
-    finally:
-        for hook in hooks:
-            hook.remove()

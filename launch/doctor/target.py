@@ -1,4 +1,4 @@
-"""The model that a user names, for moesaic doctor: a callable or a Hugging Face configuration, and what goes into it."""
+"""The model that a user names for `moesaic doctor`, a callable or a Hugging Face configuration, and its inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime import MoELayer
+from ...runtime import MoELayer
 
 FORMS = "give file.py:function, package.module:callable, or a Hugging Face folder with config.json"
 SEED = 0
@@ -24,17 +24,17 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is called with. Every tensor has the batch in front; everything else goes to each call as it is."""
+    """The arguments of a model's forward. The first dimension of every tensor is the batch; other values are passed unchanged."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     @staticmethod
     def of(value: Any) -> Inputs:
-        """A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        """Inputs of a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
 
         Raises:
-            ValueError: no tensor among them, or tensors of different batch sizes.
+            ValueError: there is no tensor, or tensors have different batch sizes.
         """
         if isinstance(value, Mapping):
             inputs = Inputs((), dict(value))
@@ -52,7 +52,7 @@ class Inputs:
         return int(next(self._tensors()).shape[0])
 
     def part(self, index: int, num_parts: int) -> Inputs:
-        """One of equal parts along the batch; ValueError if it does not divide."""
+        """One of `num_parts` equal parts of the batch. Raises ValueError if the batch does not divide."""
         if self.batch_size % num_parts:
             raise ValueError(
                 f"a batch of {self.batch_size} does not divide over {num_parts} ranks; give example inputs with a multiple of it"
@@ -84,17 +84,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Target:
-    """What the user wrote, and how to make the model of it. Models are fp32, with the same weights for one seed."""
+    """A target as the user wrote it, and the model that it names, in fp32 and with the same weights every time."""
 
     text: str
     make: Callable[[], Any]
     count_parameters: Callable[[], int | None]
-    """Parameters of the model before it exists; None where nobody can tell."""
+    """The number of parameters before the model is built; None if unknown."""
 
     def build(self) -> tuple[nn.Module, Inputs | None]:
-        """The model, and its example inputs if it comes with some. Raises ValueError for anything else."""
+        """Build the model; return it with its example inputs, if any. Raises ValueError if the target returns anything else."""
         torch.manual_seed(SEED)
-        with self._blame("building the model"):
+        with self._errors_of("building the model"):
             made = self.make()
         model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         if not isinstance(model, nn.Module):
@@ -102,8 +102,8 @@ class Target:
         return model.float(), None if inputs is None else Inputs.of(inputs)
 
     @contextmanager
-    def _blame(self, what: str) -> Iterator[None]:
-        """Whatever the user's code raises is the user's, in one line."""
+    def _errors_of(self, what: str) -> Iterator[None]:
+        """Turn any exception of the user's code into a ValueError of one line."""
         try:
             yield
         except Exception as error:
@@ -116,7 +116,7 @@ def _first_line(error: Exception) -> str:
 
 
 def find_target(text: str) -> Target:
-    """The target that `text` names. Raises ValueError, with the cure, where there is none."""
+    """The target that `text` names. Raises ValueError, with the cure, if there is none."""
     if Path(text).is_dir():
         return _hugging_face(text)
     where, _, name = text.rpartition(":")
@@ -132,7 +132,7 @@ def find_target(text: str) -> Target:
 
 
 def _import(text: str, where: str) -> Any:
-    """The module of a file or of a dotted name; its neighbours can be imported too, as under `python where`."""
+    """Import a file or a dotted name; modules beside it can be imported too, as under `python where`."""
     path = Path(where)
     is_file = where.endswith(".py")
     if is_file and not path.is_file():
@@ -152,7 +152,7 @@ def _import(text: str, where: str) -> Any:
 
 
 def _hugging_face(folder: str) -> Target:
-    """A causal language model with random weights, of the configuration in a folder."""
+    """A causal language model with random weights, from the configuration in a folder."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"--model {folder} holds no config.json; {FORMS}")
     if importlib.util.find_spec("transformers") is None:
@@ -166,7 +166,7 @@ def _hugging_face(folder: str) -> Target:
         return model
 
     def count() -> int:
-        with target._blame("reading the configuration"), torch.device("meta"):
+        with target._errors_of("reading the configuration"), torch.device("meta"):
             return sum(parameter.numel() for parameter in make().parameters())
 
     target = Target(folder, make, count)
@@ -174,10 +174,10 @@ def _hugging_face(folder: str) -> Target:
 
 
 def make_inputs(model: nn.Module, num_tokens: int, ranks: int) -> Inputs:
-    """Random inputs of about `num_tokens` tokens for a model that came without: a batch of a multiple of `ranks`.
+    """Random inputs of about `num_tokens` tokens, for a model without example inputs; the batch is a multiple of `ranks`.
 
-    Token ids where the model begins with an embedding, as models of transformers do; vectors where it begins with a linear or a
-    MoE layer. Raises ValueError for any other model.
+    The inputs are token ids if the model begins with an embedding, as models of transformers do, and vectors if it begins with a
+    linear or a MoE layer. Raises ValueError for any other model.
     """
     config = getattr(model, "config", None)
     longest = getattr(config, "max_position_embeddings", None) or num_tokens
@@ -200,7 +200,7 @@ def make_inputs(model: nn.Module, num_tokens: int, ranks: int) -> Inputs:
 
 
 def read_inputs(path: str) -> Inputs:
-    """Inputs that `torch.save` wrote: a tensor, a tuple, or a dict of tensors and numbers. Raises ValueError otherwise."""
+    """Inputs written by `torch.save`: a tensor, a tuple, or a dict of tensors and numbers. Raises ValueError otherwise."""
     try:
         return Inputs.of(torch.load(path, weights_only=True))
     except OSError as error:

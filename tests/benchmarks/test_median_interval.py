@@ -1,9 +1,9 @@
-"""What the rows of benchmarks say of spread."""
+"""Confidence intervals of medians, which benchmarks print."""
 
 import numpy as np
 import pytest
 
-from moesaic.benchmarks.rows import median_interval
+from moesaic.benchmarks.records import median_interval
 
 
 @pytest.mark.parametrize("num_values,first,last", [(1, 0, 0), (5, 0, 4), (6, 0, 5), (9, 1, 7), (15, 3, 11), (30, 9, 20)])

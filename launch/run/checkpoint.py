@@ -1,8 +1,8 @@
-"""Checkpoints by torch.distributed.checkpoint: experts under logical names, so any world size loads what any other wrote.
+"""Checkpoints by torch.distributed.checkpoint, with experts under logical names: any world size loads them.
 
-A checkpoint is written into `step-N.partial` and renamed to `step-N` when every rank's files are on disk: a folder without the
-suffix is whole, after a power cut too. Beside the tensors lies progress.json, plain text, which says how far the run was and
-what it ran on.
+A checkpoint is written into `step-N.partial` and renamed to `step-N` once every rank's files are on disk: a folder without the
+suffix is complete, even after a power cut. Beside the tensors, progress.json holds the progress of the run and the configuration
+that must not change.
 """
 
 import json
@@ -17,9 +17,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter, ValidationError
 
-from ..placement.files import replace_text
-from ..runtime import Handle
-from .config import Config
+from ...placement.files import replace_text
+from ...runtime import Handle
+from ..config import Config
 from .data import Text
 from .process import Process, agreed
 
@@ -28,12 +28,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run was, and what must not change for it to go on."""
+    """The progress of a run, and what must not change when it resumes."""
 
     step: int
     """Optimizer steps done."""
     position: int
-    """Windows of the training text that were consumed."""
+    """Windows of the training text consumed."""
     seed: int
     seq_len: int
     text_digest: str
@@ -55,7 +55,7 @@ def progress_of(config: Config, text: Text, *, step: int, position: int) -> Prog
 
 
 def read_progress(folder: Path, config: Config, text: Text) -> Progress:
-    """The progress of the checkpoint in `folder`. Raises `ValueError` unless this run can go on from it."""
+    """The progress of the checkpoint in `folder`. Raises `ValueError` unless this run can resume from it."""
     path = folder / "progress.json"
     if not path.is_file():
         raise ValueError(f"checkpoint.resume {str(folder)!r} is no checkpoint: give a folder runs/NAME/checkpoints/step-N")
@@ -70,11 +70,11 @@ def read_progress(folder: Path, config: Config, text: Text) -> Progress:
         if getattr(progress, key) != getattr(wanted, key):
             raise ValueError(
                 f"the checkpoint has another value of {name}: {getattr(progress, key)}, this run {getattr(wanted, key)}; "
-                f"a run goes on with the data it was on"
+                "a resumed run needs the same data"
             )
     if progress.step >= config.train.steps:
         raise ValueError(
-            f"the checkpoint is at step {progress.step} of train.steps {config.train.steps}: raise train.steps to go on"
+            f"the checkpoint is at step {progress.step} of train.steps {config.train.steps}: raise train.steps to resume"
         )
     return progress
 
@@ -113,7 +113,7 @@ def save_checkpoint(process: Process, parent: Path, handle: Handle, optimizer: t
 
 
 def _finish(partial: Path, folder: Path, progress: Progress) -> None:
-    """Give a checkpoint its name once all that it holds is on disk, its folder's entries included."""
+    """Rename a complete checkpoint to its final name, with its files and folder entries on disk."""
     files = {entry.relative_path for entry in dcp.FileSystemReader(partial).read_metadata().storage_data.values()}
     missing = sorted(file for file in files if not (partial / file).is_file())
     if missing:
@@ -157,7 +157,7 @@ def _names_in(folder: Path) -> list[str]:
 
 @contextmanager
 def _as_value_error(what: str) -> Iterator[None]:
-    """torch's CheckpointException, which is no `Exception`, becomes a line with the problem of the first rank that had one."""
+    """Turn torch's CheckpointException, which is no `Exception`, into a `ValueError` with the first failed rank's problem."""
     try:
         yield
     except dcp.CheckpointException as error:
@@ -167,7 +167,7 @@ def _as_value_error(what: str) -> Iterator[None]:
 
 
 def _architecture(config: Config) -> dict[str, int | float | bool | str]:
-    """The [model] section without what may change between runs of one model."""
+    """The [model] section without the keys that may change between runs of one model."""
     values = asdict(config.model)
     del values["activation_checkpoint"]
     return values

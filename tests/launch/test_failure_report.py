@@ -1,6 +1,5 @@
-"""What a rank says when communication fails: in which collective, after which stage, and what became of the others."""
+"""Failure reports: which collective failed, after which stage, and the status of every other rank."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from moesaic.collectives import CollectiveError
-from moesaic.launch.diagnosis import Peers, diagnosis
-from moesaic.launch.process import Process
+from moesaic.launch.run.failure_report import Peers, failure_report
+from moesaic.launch.run.process import Process
 
 ME = Process(rank=0, world_size=4, local_rank=0, local_world_size=3, launcher=None, device=torch.device("cpu"))
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -27,18 +26,18 @@ def wait_until_stopped(pid: int) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks of one machine are watched through /proc")
 def test_every_other_rank_is_accounted_for() -> None:
-    """One killed, one stopped, one on another machine, which left word."""
-    here = [BOOT_ID.read_text(encoding="ascii").strip(), os.stat("/proc/self/ns/pid").st_ino]
+    """One killed, one stopped, one on another machine, which published its problem."""
+    here = (BOOT_ID.read_text(encoding="ascii").strip(), os.stat("/proc/self/ns/pid").st_ino)
     with subprocess.Popen(["sleep", "60"]) as killed, subprocess.Popen(["sleep", "60"]) as stopped:
-        pids = [[here, os.getpid()], [here, killed.pid], [here, stopped.pid], [["elsewhere", 1], 7]]
-        with mock.patch("moesaic.launch.diagnosis.gather", return_value=[json.dumps(pid) for pid in pids]):
+        pids = [(here, os.getpid()), (here, killed.pid), (here, stopped.pid), (("elsewhere", 1), 7)]
+        with mock.patch("moesaic.launch.run.failure_report.gather", return_value=pids):
             peers = Peers(ME)
         store = dist.HashStore()
         store.set("moesaic/failed/3", "rank 3, step 5")
         killed.kill()
         stopped.send_signal(signal.SIGSTOP)
         wait_until_stopped(stopped.pid)
-        with mock.patch("moesaic.launch.diagnosis.default_store", return_value=store):
+        with mock.patch("moesaic.launch.run.failure_report.default_store", return_value=store):
             report = peers.report("rank 0, step 6")
         stopped.kill()
     assert report == (
@@ -58,15 +57,15 @@ def test_the_collective_and_the_last_stage_are_named() -> None:
     peers = mock.Mock(spec=Peers)
     peers.report.return_value = "rank 1 runs (process 8)"
     last = "combine of step 3, blocks.1.moe, plan 2"
-    ours = diagnosis(CollectiveError("rank 0: dispatch at step 3: rank 1 is gone"), 0, 3, last, peers)
+    ours = failure_report(CollectiveError("rank 0: dispatch at step 3: rank 1 is gone"), 0, 3, last, peers)
     assert ours == (
         "rank 0, step 3: rank 0: dispatch at step 3: rank 1 is gone; last completed on this rank: combine of step 3, "
         "blocks.1.moe, plan 2; rank 1 runs (process 8)"
     )
-    of_torch = diagnosis(raised_by_all_reduce(), 0, 3, last, peers)
+    of_torch = failure_report(raised_by_all_reduce(), 0, 3, last, peers)
     assert of_torch.startswith("rank 0, step 3: outside the layers' collectives, in all_reduce of 24 B: Default process group")
     assert of_torch.endswith(f"; last completed on this rank: {last}; rank 1 runs (process 8)")
-    # What has nothing to do with communication asks nobody.
+    # An error outside communication asks no other rank.
     peers.reset_mock()
-    assert diagnosis(RuntimeError("shapes differ"), 0, 3, last, peers) == "rank 0, step 3: shapes differ"
+    assert failure_report(RuntimeError("shapes differ"), 0, 3, last, peers) == "rank 0, step 3: shapes differ"
     peers.report.assert_not_called()

@@ -1,7 +1,7 @@
-"""The op `token_rows` of `moesaic bench collectives`: tokens to the ranks that compute them and back, by each route.
+"""The op `token_rows` of `moesaic bench collectives`: dispatch and combine of routed tokens, by each route.
 
-Every rank has `bytes` of token rows, and every rank computes something of each token: the most that can be saved by going node
-by node. A timed piece is a forward's describe, dispatch and combine; experts return rows as they are.
+Every rank has `bytes` of tokens, and every rank computes an expert for each token, the case in which the route by node saves
+most. A timed piece is the dispatch metadata, the dispatch and the combine of a forward; experts return their input.
 
 Shape letters: T tokens, D model dim, R ranks.
 """
@@ -25,8 +25,8 @@ ROUTES = ("direct", "by_node")
 _MOST_COLUMNS = 1024
 
 
-def token_rows(transport: Transport, route: str, x: Tensor, y: Tensor, topology: Topology) -> Callable[[], None]:
-    """A function that sends the rows of `x` to all ranks and leaves their sum, R times `x`, in `y`; flat fp32 tensors."""
+def exchange(transport: Transport, route: str, x: Tensor, y: Tensor, topology: Topology) -> Callable[[], None]:
+    """A function that sends the tokens of `x` to all ranks and writes their sum, R times `x`, to `y`; flat fp32 tensors."""
     num_ranks = transport.world_size
     x_TD = x.view(-1, gcd(x.numel(), _MOST_COLUMNS))
     num_tokens = x_TD.shape[0]
@@ -45,5 +45,5 @@ def token_rows(transport: Transport, route: str, x: Tensor, y: Tensor, topology:
 
 
 def crossing_bytes(topology: Topology, size: int) -> int:
-    """What must leave and enter each node for dispatch and combine, whatever the route: each row once to each other node."""
+    """Bytes that must leave and enter each node for dispatch and combine by any route: each token once to every other node."""
     return 2 * size * topology.ranks_per_node * (topology.num_nodes - 1)

@@ -1,0 +1,8 @@
+"""The commands on recorded routing, which need no ranks: `moesaic place`, `moesaic trace` and `moesaic report`.
+
+picture.py        A comparison as one self-contained HTML page: bars of the balance, and a heat map by layer.
+trace_options.py  Command line options for opening a trace, shared by the offline commands.
+place.py          `moesaic place`: solve, compare, replay and show placements on recorded routing.
+trace.py          `moesaic trace`: inspect, convert, generate and back-test routing traces.
+report.py         `moesaic report`: a run or a routing trace as one self-contained HTML page.
+"""
