@@ -181,7 +181,7 @@ class Bank:
         return cast
 
     def weights_changed(self) -> None:
-        """Have every row cast anew at its next use, and copies gathered anew. All ranks call it at the same point.
+        """Have every row cast anew at its next use. All ranks call it at the same point.
 
         Called after steps of optimizers that hold these weights, by `Handle.step`, when weights are loaded or experts migrate.
         """

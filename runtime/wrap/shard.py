@@ -56,7 +56,7 @@ def shard_experts(
     computed.
 
     Args:
-        model: changed in place. Any module with MoE blocks that an adapter knows: `MoELayer`, families of transformers.
+        model: changed in place. Any module with MoE blocks for which there is an adapter: `MoELayer`, models of transformers.
         mesh: over all ranks. One dimension; or two, (replicate, shard), as for FSDP2: experts are shared inside each group of
             the second dimension, and gradients are averaged over the groups besides.
         config: placement policy, slots, time limit.
