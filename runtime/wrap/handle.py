@@ -44,6 +44,9 @@ from .telemetry import Telemetry
     load_family_state_dict="weights.load_state_dict",
     save_safetensors="weights.save_safetensors",
     load_safetensors="weights.load_safetensors",
+    banks="_banks",
+    group="_group",
+    config="_config",
 )
 class Handle:
     """Returned by `shard_experts`; one per model."""
@@ -85,7 +88,7 @@ class Handle:
         After a forward that had no backward FSDP2 leaves some parameters whole; what `model.parameters()` gives then are copies
         that never train.
         """
-        self._sharded.reshard()
+        self._reshard()
         return list(self.model.parameters())
 
     def parameter_groups(self) -> list[dict[str, list[nn.Parameter]]]:
@@ -235,13 +238,13 @@ class Handle:
 
     def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
         """Weights (and optimizer state) under logical names, as live tensors; see `state.state_of`."""
-        self._sharded.reshard()
+        self._reshard()
         return state_of(self.model, optimizer)
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copy weights (and optimizer state) from a state that holds at least this rank's part; see `state.load_state`."""
         self._sharded.drop_prefetched()
-        self._sharded.reshard()
+        self._reshard()
         load_state(state, self.model, optimizer)
         self._sharded.weights_changed()
 
@@ -251,7 +254,7 @@ class Handle:
         `saved` are the names in the state to be loaded; of a checkpoint in `folder`, which `torch.distributed.checkpoint` wrote:
         `FileSystemReader(folder).read_metadata().state_dict_metadata`. Parameters without state there get none here either.
         """
-        self._sharded.reshard()
+        self._reshard()
         prepare_optimizer(optimizer, self.model, saved)
 
     @property
@@ -264,9 +267,13 @@ class Handle:
         """Loads, memory, decisions about owners, profiles."""
         return self._telemetry
 
+    def _reshard(self) -> None:
+        """Give FSDP2's root its shards back; see `ShardedModel.reshard`."""
+        self._sharded.reshard()
+
     def _tensors(self, *, experts: bool) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by name: those of the experts that this rank owns, or all others."""
-        self._sharded.reshard()
+        self._reshard()
         owned = {id(p) for p in self.expert_parameters()}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if (id(tensor) in owned) == experts:

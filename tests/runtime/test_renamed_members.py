@@ -29,6 +29,9 @@ OF_HANDLE = {
     "load_family_state_dict": "weights.load_state_dict",
     "save_safetensors": "weights.save_safetensors",
     "load_safetensors": "weights.load_safetensors",
+    "banks": "_banks",
+    "group": "_group",
+    "config": "_config",
 }
 
 
