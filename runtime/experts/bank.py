@@ -118,6 +118,23 @@ class Bank:
         return self.storage["gate_up"].device
 
     @property
+    def gate_up(self) -> Tensor:
+        """Every row's gate_up [B, 2F, D], the memory itself, with a copy of the gradients if all have one; to inspect."""
+        return self._with_gradients("gate_up")
+
+    @property
+    def down(self) -> Tensor:
+        """Every row's down [B, D, F]; see `gate_up`."""
+        return self._with_gradients("down")
+
+    def _with_gradients(self, weight: str) -> Tensor:
+        rows = self.storage[weight].detach()
+        grads = [grad for expert in self.experts if (grad := expert.parameter(weight).grad) is not None]
+        if len(grads) == len(self.experts):
+            rows.grad = torch.stack([grad.as_subclass(Tensor) for grad in grads]) if grads else torch.empty_like(rows)
+        return rows
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that experts are computed with and copied in."""
         return self._fixed_compute_dtype or self.storage["gate_up"].dtype

@@ -158,3 +158,17 @@ def test_a_bank_may_end_during_a_step_of_an_optimizer() -> None:
         for hook in hooks:
             hook.remove()
     assert not banks
+
+
+def test_a_bank_shows_its_rows_and_gradients() -> None:
+    layer = MoELayer(4, 3, 2, 2)
+    layer(torch.randn(5, 4)).sum().backward()
+    bank, experts = layer.runtime.bank, list(layer.experts)
+    for weight in ("gate_up", "down"):
+        rows = getattr(bank, weight)
+        assert rows.data_ptr() == experts[0].parameter(weight).data_ptr()
+        for row, expert in enumerate(experts):
+            grad = expert.parameter(weight).grad
+            assert grad is not None
+            assert torch.equal(rows[row], expert.parameter(weight))
+            assert torch.equal(rows.grad[row], grad.as_subclass(Tensor))
