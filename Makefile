@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 
 PACKAGES := jit runtime collectives placement kernels launch benchmarks
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint warm docs clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,19 +19,25 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,test]'
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/moesaic
-	$(BIN)/moesaic doctor --warm
 	touch $@
 
-demo: $(READY)
+demo: warm
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m moesaic.launch.train
 
-test: lint
-	$(BIN)/python -m pytest
+# Lint takes one core and so does compiling; then each of two workers takes a file of tests at a time, in the order of tests/conftest.py.
+# Idle OpenMP threads spin: two workers of two threads each would take the cores from each other.
+test: $(READY)
+	$(MAKE) --jobs 2 lint warm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/src $(BIN)/mypy $(PACKAGES:%=-p moesaic.%)
+
+# What a run compiles, ahead of it.
+warm: $(READY)
+	$(BIN)/moesaic doctor --warm
 
 docs: $(READY)
 	$(BIN)/python -m docs.tools.pages

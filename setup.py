@@ -78,6 +78,7 @@ setup(
             "openmpi>=5.0",
             "pulp[cbc]; python_version >= '3.12'",
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.110",
             "ruff>=0.12",
             "mypy>=1.15",

@@ -16,30 +16,23 @@ the rate of the free copy; between nodes, whose links have a rate (network.py), 
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from subprocess import DEVNULL
 from typing import Any
 
 import numpy as np
 
-from ..collectives import SCHEDULES, TRANSPORTS
 from ..collectives.lifetime import start
-from ..placement import Topology
+from ..collectives.transports.mpi import MPIRUN_ENVIRONMENT, NO_MPI, find_mpirun
+from .collectives_rank import COPY, MPI_OWN, CollectivesCase, measure
 from .network import RANK_ENVIRONMENT, run_on_nodes, wait_for
-from .routed_tokens import crossing_bytes
+from .ranks import run_on_ranks
+from .records import with_range
 
-OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
-TOKEN_OP = "token_rows"
-# The baselines, under the key `transport`.
-COPY, COPY_IN_STEP, MPI_OWN = "memory copy", "memory copy in step", "mpi4py"
 COLUMNS = (
     "op",
     "transport",
@@ -57,84 +50,12 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectivesCase:
-    """The variants and sizes of one run."""
-
-    ops: tuple[str, ...]
-    ranks: int
-    nodes: int
-    link_bits_per_s: float
-    """Rate of each node's link, each direction; unused with one node."""
-    sizes: tuple[int, ...]
-    transports: tuple[str, ...]
-    schedules: tuple[str, ...]
-    rounds: int
-
-    def __post_init__(self) -> None:
-        for name, known in (("ops", (*OPS, TOKEN_OP)), ("transports", TRANSPORTS), ("schedules", SCHEDULES)):
-            wrong = [value for value in getattr(self, name) if value not in known]
-            if wrong:
-                raise ValueError(f"--{name} has {wrong[0]!r}; choose from {', '.join(known)}")
-        if self.ranks % self.nodes:
-            raise ValueError(f"--ranks {self.ranks} does not divide over --nodes {self.nodes}; give a multiple")
-        if any(size < 4 or size % 4 for size in self.sizes):
-            raise ValueError(f"--sizes has {min(self.sizes)} bytes; tensors are fp32, so give multiples of 4")
-
-    def to_json(self) -> str:
-        """For `from_json` in another process."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> CollectivesCase:
-        """The inverse of `to_json`."""
-        fields: dict[str, Any] = json.loads(text)
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-        return cls(**values)
-
-    def received_bytes(self, op: str, size: int) -> int:
-        """The bytes that the busiest rank must receive under any schedule; sums may be formed on the way."""
-        if op == TOKEN_OP:
-            return 2 * size * (self.ranks - 1)
-        return size * (self.ranks - 1) if op == "all_to_all" else size
-
-    def link_bytes(self, op: str, size: int) -> int:
-        """The bytes that must cross the busiest link between nodes, in its busier direction."""
-        inside = self.ranks // self.nodes
-        if op == TOKEN_OP:
-            return crossing_bytes(self.topology(), size)
-        return size * inside * (self.ranks - inside) if op == "all_to_all" else size
-
-    def topology(self) -> Topology:
-        """The machine as described to a planner."""
-        topology = Topology.preset("cpu", num_nodes=self.nodes, ranks_per_node=self.ranks // self.nodes)
-        return topology if self.nodes == 1 else replace(topology, node_bytes_per_s=self.link_bits_per_s / 8)
-
-
-@dataclass(frozen=True)
-class Unavailable:
-    """A transport that is left out, and the reason."""
-
-    name: str
-    reason: str
-
-
-def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], list[Unavailable]]:
-    """Measure a case; return the records, and the transports that this machine lacks."""
-    unavailable = []
-    for name in case.transports:
-        reason = why_not(name, case)
-        if reason:
-            unavailable.append(Unavailable(name, reason))
-    left_out = {u.name for u in unavailable}
-    present = replace(case, transports=tuple(name for name in case.transports if name not in left_out))
+def run(case: CollectivesCase) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Measure a case; return the records, and the transports that this machine lacks, each with the reason."""
+    unavailable = {name: reason for name in case.transports if (reason := why_not(name, case))}
+    present = replace(case, transports=tuple(name for name in case.transports if name not in unavailable))
     _check_memory(case)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "case.json").write_text(present.to_json(), encoding="utf-8")
-        _run_ranks(present, folder)
-        measured = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(case.ranks)]
-    return _records(present, measured), unavailable
+    return _records(present, run_on_ranks(partial(measure, present), case.ranks, partial(_launch, present))), unavailable
 
 
 def why_not(transport: str, case: CollectivesCase) -> str:
@@ -144,8 +65,8 @@ def why_not(transport: str, case: CollectivesCase) -> str:
     if transport in ("shm", "hierarchical") and sys.platform != "linux":
         return "it needs Linux"
     if transport == "mpi":
-        if find_spec("mpi4py") is None or _mpirun() is None:
-            return "mpi4py and mpirun are not installed: pip install 'moesaic[mpi]'"
+        if find_mpirun() is None:
+            return NO_MPI
         if case.nodes > 1:
             return "mpirun does not start ranks in network namespaces"
     return ""
@@ -163,27 +84,15 @@ def _check_memory(case: CollectivesCase) -> None:
         )
 
 
-def _mpirun() -> str | None:
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
-
-
-def _run_ranks(case: CollectivesCase, folder: Path) -> None:
-    program = [sys.executable, "-m", "moesaic.benchmarks.collectives_rank", str(folder)]
-    env = os.environ | RANK_ENVIRONMENT
-    if "mpi" in case.transports:
-        mpirun = _mpirun()
-        assert mpirun is not None
-        env |= {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-            "PRTE_MCA_hwloc_default_binding_policy": "none",
-        }
-        # mpirun gives every rank a terminal, on which libraries may print control codes; standard output is for records only.
-        wait_for([start([mpirun, "-n", str(case.ranks), *program], env=env, stdout=DEVNULL)])
+def _launch(case: CollectivesCase, program: Sequence[str]) -> None:
+    if "mpi" not in case.transports:
+        run_on_nodes(program, case.ranks, case.nodes, case.link_bits_per_s, RANK_ENVIRONMENT)
         return
-    run_on_nodes(program, case.ranks, case.nodes, case.link_bits_per_s, env)
+    mpirun = find_mpirun()
+    assert mpirun is not None
+    # mpirun gives every rank a terminal, on which libraries may print control codes; standard output is for records only.
+    env = os.environ | RANK_ENVIRONMENT | MPIRUN_ENVIRONMENT
+    wait_for([start([mpirun, "-n", str(case.ranks), *program], env=env, stdout=DEVNULL)])
 
 
 def _records(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> list[dict[str, Any]]:
@@ -206,12 +115,8 @@ def _records(case: CollectivesCase, measured: Sequence[Mapping[str, Mapping[str,
                     "link_bits_per_s": case.link_bits_per_s if case.nodes > 1 else None,
                     "bytes": int(size),
                     "rounds": case.rounds,
-                    "seconds": float(np.median(times)),
-                    "seconds_min": float(times.min()),
-                    "seconds_max": float(times.max()),
-                    "gb_per_s": float(np.median(rates)),
-                    "gb_per_s_min": float(rates.min()),
-                    "gb_per_s_max": float(rates.max()),
+                    **with_range("seconds", times),
+                    **with_range("gb_per_s", rates),
                     "ratio_to_gloo": _ratio(seconds.get("c10d/direct"), times),
                     "ratio_to_copy": _ratio(seconds[COPY], times),
                     "ratio_to_mpi": _ratio(seconds.get(MPI_OWN), times),

@@ -1,16 +1,11 @@
-"""One rank of `moesaic bench collectives`: builds every variant of a collective, checks each, and times them in turn."""
+"""What `moesaic bench collectives` measures, and one rank of it: builds every variant, checks each, and times them in turn."""
 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import (
+    SCHEDULES,
+    TRANSPORTS,
     RowLayout,
     RowPart,
     Schedule,
@@ -29,14 +26,61 @@ from ..collectives import (
     sparse_reduce_scatter,
 )
 from ..collectives.transports.mpi import MpiJob, MpiTransport
-from ..placement import Placement
-from .collectives import COPY, COPY_IN_STEP, MPI_OWN, TOKEN_OP, CollectivesCase
-from .routed_tokens import ROUTES, exchange
+from ..placement import Placement, Topology
+from .ranks import Rank
+from .routed_tokens import ROUTES, crossing_bytes, exchange
 
+OPS = ("all_to_all", "sparse_gather", "sparse_reduce")
+TOKEN_OP = "token_rows"
+# The baselines, under the key `transport`.
+COPY, COPY_IN_STEP, MPI_OWN = "memory copy", "memory copy in step", "mpi4py"
 # The least duration of a timed repetition: ranks leave a barrier up to a millisecond apart, which must not matter.
 _PIECE_S = 0.02
 _MOST_REPEATS = 1024
 _TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectivesCase:
+    """The variants and sizes of one run."""
+
+    ops: tuple[str, ...]
+    ranks: int
+    nodes: int
+    link_bits_per_s: float
+    """Rate of each node's link, each direction; unused with one node."""
+    sizes: tuple[int, ...]
+    transports: tuple[str, ...]
+    schedules: tuple[str, ...]
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name, known in (("ops", (*OPS, TOKEN_OP)), ("transports", TRANSPORTS), ("schedules", SCHEDULES)):
+            wrong = [value for value in getattr(self, name) if value not in known]
+            if wrong:
+                raise ValueError(f"--{name} has {wrong[0]!r}; choose from {', '.join(known)}")
+        if self.ranks % self.nodes:
+            raise ValueError(f"--ranks {self.ranks} does not divide over --nodes {self.nodes}; give a multiple")
+        if any(size < 4 or size % 4 for size in self.sizes):
+            raise ValueError(f"--sizes has {min(self.sizes)} bytes; tensors are fp32, so give multiples of 4")
+
+    def received_bytes(self, op: str, size: int) -> int:
+        """The bytes that the busiest rank must receive under any schedule; sums may be formed on the way."""
+        if op == TOKEN_OP:
+            return 2 * size * (self.ranks - 1)
+        return size * (self.ranks - 1) if op == "all_to_all" else size
+
+    def link_bytes(self, op: str, size: int) -> int:
+        """The bytes that must cross the busiest link between nodes, in its busier direction."""
+        inside = self.ranks // self.nodes
+        if op == TOKEN_OP:
+            return crossing_bytes(self.topology(), size)
+        return size * inside * (self.ranks - inside) if op == "all_to_all" else size
+
+    def topology(self) -> Topology:
+        """The machine as described to a planner."""
+        topology = Topology.preset("cpu", num_nodes=self.nodes, ranks_per_node=self.ranks // self.nodes)
+        return topology if self.nodes == 1 else replace(topology, node_bytes_per_s=self.link_bits_per_s / 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +97,13 @@ class Buffers:
         return cls(transport.empty(shape, like).fill_(1.0), transport.empty(shape, like).fill_(1.0))
 
 
-def main(folder: Path) -> None:
-    """Measure the case in `folder`, and write the seconds of this rank there."""
-    case = CollectivesCase.from_json((folder / "case.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(1)
-    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
-    store = dist.FileStore(str(folder / "store"), case.ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks, timeout=timedelta(seconds=_TIMEOUT_S))
-    group = dist.group.WORLD
-    assert group is not None
+def measure(case: CollectivesCase, this: Rank) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every variant in each round on this rank, by op and size."""
+    with this.process_group(case.ranks, timeout_s=_TIMEOUT_S) as group:
+        return _measure_all(case, group)
+
+
+def _measure_all(case: CollectivesCase, group: dist.ProcessGroup) -> dict[str, dict[str, list[float]]]:
     transports = {name: make_transports(name, group, num_transports=1, timeout_s=_TIMEOUT_S)[0] for name in case.transports}
     measured = {}
     for size in case.sizes:
@@ -69,9 +111,7 @@ def main(folder: Path) -> None:
         for op in case.ops:
             variants = _variants(op, case, transports, buffers)
             measured[f"{op} {size}"] = _measure(variants, case.rounds)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    return measured
 
 
 def _variants(
@@ -215,7 +255,3 @@ def _repeats(variant: Callable[[], None]) -> int:
             break
         repeats *= min(8, max(2, round(_PIECE_S / shortest_s.item())))
     return repeats
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -33,6 +33,7 @@ from ..kernels import (
     topk_gate,
     topk_gate_backward,
 )
+from ..kernels.groups import group_slices
 
 Call = Callable[[], Any]
 
@@ -112,10 +113,7 @@ class Products:
         self.y, self.dx, self.torch_grads = torch.empty_like(self.dy), torch.empty_like(self.x), torch.empty_like(self.bank)
         self.grads = torch.zeros(G, wide, shape.D, device=device)
         self.offsets = torch.tensor(self.sizes, device=device).cumsum(0).to(torch.int32)
-        stops = self.offsets.tolist()
-        self.groups = [
-            (g, slice(stop - size, stop)) for g, (size, stop) in enumerate(zip(self.sizes, stops, strict=True)) if size
-        ]
+        self.groups = list(group_slices(self.sizes))
         self.has_grouped_mm = device == "cpu" or dtype == torch.bfloat16
 
     def mm(self, kinds: Sequence[str], groups: Sequence[tuple[int, slice]]) -> None:
@@ -215,8 +213,7 @@ def ffn_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
     row_grads = GroupedFFNGrads(torch.empty_like(x), torch.empty_like(row_weights))
     a, h, dh, y, dx = (torch.randn(N, width, device=device).to(dtype) for width in (2 * F, F, F, D, D))
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-    stops = torch.tensor(sizes).cumsum(0).tolist()
-    groups = [(g, slice(stop - size, stop)) for g, (size, stop) in enumerate(zip(sizes, stops, strict=True)) if size]
+    groups = list(group_slices(sizes))
 
     def ours() -> Tensor:
         grouped_ffn(x, row_weights, weights, sizes, out=output)

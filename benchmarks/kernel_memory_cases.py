@@ -156,60 +156,45 @@ def router_cases(device: str) -> Iterator[Case]:
     flow = ends.diff(dim=1, prepend=torch.zeros(E, 1, dtype=torch.int64, device=device))
     rank_of_place = torch.repeat_interleave(torch.arange(R, device=device).repeat(E), flow.flatten())
 
-    def torch_split() -> Tensor:
-        by_expert = gate.topk_ids_TK.flatten().sort(stable=True).indices
-        return by_expert[rank_of_place.sort(stable=True).indices]
-
     anchors = torch.randint(0, R, (T, K), device=device)
 
-    def torch_anchored_split() -> Tensor:
-        by_expert = (gate.topk_ids_TK * R + anchors).flatten().sort(stable=True).indices
+    def torch_split(anchors: Tensor | None = None) -> Tensor:
+        keys = gate.topk_ids_TK if anchors is None else gate.topk_ids_TK * R + anchors
+        by_expert = keys.flatten().sort(stable=True).indices
         return by_expert[rank_of_place.sort(stable=True).indices]
 
     def torch_gate() -> tuple[Tensor, Tensor]:
         weights, ids = logits.softmax(dim=1).topk(K)
         return weights / weights.sum(dim=1, keepdim=True), torch.bincount(ids.flatten(), minlength=E)
 
-    name = f"T={T} E={E} K={K} R={R}"
-    yield Case(
+    make = partial(Case, shape=f"T={T} E={E} K={K} R={R}", unit="us", work=1e6)
+    yield make(
         op="topk_gate",
-        shape=name,
         dtype="float32",
-        unit="us",
-        work=1e6,
         ours=partial(topk_gate, logits, K),
         ceiling=150.0 if device == "cuda" else 50_000.0,
         torch={"softmax, topk, bincount": torch_gate},
         check=lambda: difference(topk_gate(logits, K).weights_TK, torch_gate()[0]),
         tolerance=1e-5,
     )
-    yield Case(
+    yield make(
         op="histogram",
-        shape=name,
         dtype="int64",
-        unit="us",
-        work=1e6,
         ours=partial(histogram, gate.topk_ids_TK, E),
         ceiling=50.0 if device == "cuda" else 500.0,
         torch={"bincount": lambda: torch.bincount(gate.topk_ids_TK.flatten(), minlength=E)},
         check=lambda: float(not torch.equal(histogram(gate.topk_ids_TK, E), gate.load_E)),
         tolerance=0.0,
     )
-    for op, arguments, by_torch in (
-        ("split_tokens", (gate.topk_ids_TK, flow), torch_split),
-        ("split_tokens with anchors", (gate.topk_ids_TK, flow, anchors), torch_anchored_split),
-    ):
-        ours = partial(split_tokens, *arguments)
+    for op, more in (("split_tokens", ()), ("split_tokens with anchors", (anchors,))):
+        ours, by_torch = partial(split_tokens, gate.topk_ids_TK, flow, *more), partial(torch_split, *more)
 
         def check(ours: Call = ours, by_torch: Call = by_torch) -> float:
             return float(not torch.equal(ours(), by_torch()))
 
-        yield Case(
+        yield make(
             op=op,
-            shape=name,
             dtype="int64",
-            unit="us",
-            work=1e6,
             ours=ours,
             ceiling=150.0 if device == "cuda" else 5_000.0,
             torch={"two sorts": by_torch},

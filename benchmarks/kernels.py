@@ -7,23 +7,23 @@ kernel_cases.py and kernel_memory_cases.py.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from typing import Any
 
+import click
+import numpy as np
 import torch
 from torch import Tensor
 
 from .kernel_cases import Call, Case, ffn_case, layer_case, product_cases, shapes
 from .kernel_memory_cases import memory_cases, router_cases, with_cold_operands
-from .records import median_interval, publish
+from .records import JSON_OPTION, publish, with_interval
 
 COLUMNS = (
     "op",
@@ -43,32 +43,8 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Record:
-    """The result of one case; the field names are the keys of the schema."""
-
-    op: str
-    shape: str
-    dtype: str
-    device: str
-    achieved: float
-    achieved_min: float
-    achieved_max: float
-    ceiling: float
-    unit: str
-    ratio_to_ceiling: float
-    ratio_to_ceiling_low: float
-    ratio_to_ceiling_high: float
-    target: float | None
-    ratio_to_torch: float | None  # to the fastest of torch's calls
-    torch_is: str | None
-    ratio_to_grouped_mm: float | None
-    ratio_to_grouped_mm_low: float | None
-    ratio_to_grouped_mm_high: float | None
-
-
-def measure(case: Case, device: str, rounds: int) -> Record:
-    """Check the result, then time the kernel, the ceiling and torch's calls round by round."""
+def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
+    """Check the result, then time the kernel, the ceiling and torch's calls round by round; return the record."""
     error = case.check()
     if not error <= case.tolerance:
         raise ValueError(f"differs from torch by {error:.2e}, allowed is {case.tolerance:.0e}")
@@ -81,40 +57,29 @@ def measure(case: Case, device: str, rounds: int) -> Record:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     torch_names = [name for name in median if name.startswith("torch ")]
     best = min(torch_names, key=lambda name: median[name], default=None)
-    to_ceiling = _ratio(seconds["ceiling"], seconds["ours"])
-    to_torch = _ratio(seconds[best], seconds["ours"])[0] if best is not None else None
+    ours = np.array(seconds["ours"])
     grouped_mm = seconds.get("torch grouped_mm")
-    to_grouped_mm = _ratio(grouped_mm, seconds["ours"]) if grouped_mm is not None else (None, None, None)
 
     def rate(time_s: float) -> float:
         return time_s * 1e6 if case.unit == "us" else case.work / time_s / 1e9
 
-    return Record(
-        op=case.op,
-        shape=case.shape,
-        dtype=case.dtype,
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        achieved=rate(median["ours"]),
-        achieved_min=min(rate(t) for t in seconds["ours"]),
-        achieved_max=max(rate(t) for t in seconds["ours"]),
-        ceiling=rate(median["ceiling"]),
-        unit=case.unit,
-        ratio_to_ceiling=to_ceiling[0],
-        ratio_to_ceiling_low=to_ceiling[1],
-        ratio_to_ceiling_high=to_ceiling[2],
-        target=case.target,
-        ratio_to_torch=to_torch,
-        torch_is=None if best is None else best.removeprefix("torch "),
-        ratio_to_grouped_mm=to_grouped_mm[0],
-        ratio_to_grouped_mm_low=to_grouped_mm[1],
-        ratio_to_grouped_mm_high=to_grouped_mm[2],
-    )
-
-
-def _ratio(theirs_s: Sequence[float], ours_s: Sequence[float]) -> tuple[float, float, float]:
-    """The ratio of times: its median over rounds, and the 95 % interval of that."""
-    ratios = [theirs / ours for theirs, ours in zip(theirs_s, ours_s, strict=True)]
-    return statistics.median(ratios), *median_interval(ratios)
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "achieved": rate(median["ours"]),
+        "achieved_min": min(map(rate, seconds["ours"])),
+        "achieved_max": max(map(rate, seconds["ours"])),
+        "ceiling": rate(median["ceiling"]),
+        "unit": case.unit,
+        **with_interval("ratio_to_ceiling", seconds["ceiling"] / ours),
+        "target": case.target,
+        # To the fastest of torch's calls.
+        "ratio_to_torch": None if best is None else float(np.median(seconds[best] / ours)),
+        "torch_is": None if best is None else best.removeprefix("torch "),
+        **with_interval("ratio_to_grouped_mm", None if grouped_mm is None else grouped_mm / ours),
+    }
 
 
 def time_interleaved(calls: dict[str, Call], device: str, rounds: int) -> dict[str, list[float]]:
@@ -199,7 +164,7 @@ def run(device: str, dtype: torch.dtype, rounds: int, only: str = "") -> tuple[l
         if only not in name:
             continue
         try:
-            records.append(asdict(measure(case, device, rounds)))
+            records.append(measure(case, device, rounds))
         # Whatever a kernel or its compiler raises must not lose the results of the other cases.
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
@@ -225,41 +190,33 @@ def verdict(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this file: `python -m moesaic.benchmarks.kernels --device cuda --json FILE`."""
-    parser = argparse.ArgumentParser(
-        prog="moesaic bench kernels", description="Kernels against torch and this machine's ceilings."
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each case (default 15)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose 'op at shape' contains this text")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU (default 1)")
-    parser.add_argument("--json", dest="json_path", metavar="FILE", help="write the records as JSON; - for standard output")
-    parser.add_argument("--sweep", action="store_true", help="time every tile of the grouped products instead (GPU)")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no GPU; use --device cpu")
-    if options.sweep and options.device != "cuda":
-        parser.error("--sweep times Triton tiles and needs --device cuda")
+@click.command("kernels", short_help="Every kernel against torch and this machine's ceilings.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, help="Timed rounds of each case.")
+@click.option("--only", default="", metavar="TEXT", help="Only cases whose 'op at shape' contains this text.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, help="Torch threads on the CPU.")
+@click.option("--sweep", is_flag=True, help="Time every tile of the grouped products instead (GPU).")
+@JSON_OPTION
+def command(device: str, rounds: int, only: str, threads: int, sweep: bool, json_path: str | None) -> None:
+    """Every kernel against torch and this machine's ceilings. Exit status 1 if a case fails."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU; use --device cpu")
+    if sweep and device != "cuda":
+        raise ValueError("--sweep times Triton tiles and needs --device cuda")
     torch.manual_seed(0)
-    if options.sweep:
-        publish(
-            "kernel_tiles",
-            sweep_tiles(options.device),
-            ("op", "shape", "block_m", "block_n", "use_tma", "tflops"),
-            options.json_path,
-        )
-        return 0
-    if options.device == "cpu":
-        torch.set_num_threads(options.threads)
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    records, failures = run(options.device, dtype, options.rounds, options.only)
-    publish("kernels", records, COLUMNS, options.json_path)
-    if options.json_path != "-":
-        print(verdict(records))
-    print(*(f"failed: {failure}" for failure in failures), sep="\n", end="\n" if failures else "", file=sys.stderr)
-    return 1 if failures else 0
+    if sweep:
+        publish("kernel_tiles", sweep_tiles(device), ("op", "shape", "block_m", "block_n", "use_tma", "tflops"), json_path)
+        return
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    records, failures = run(device, torch.bfloat16 if device == "cuda" else torch.float32, rounds, only)
+    publish("kernels", records, COLUMNS, json_path)
+    if json_path != "-":
+        click.echo(verdict(records))
+    for failure in failures:
+        click.echo(f"failed: {failure}", err=True)
+    click.get_current_context().exit(1 if failures else 0)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ..collectives.lifetime import start
+from ..collectives.lifetime import first_failure, start
 
 INTERFACE = "eth0"
 # One thread per rank; freed activations stay with the process, since page faults would cost more than the differences measured.
@@ -177,6 +177,20 @@ class Network:
         _run([*self.bridge.prefix, *command], text)
 
 
+def linked_nodes(stack: ExitStack, num_nodes: int, bits_per_s: float) -> list[Node]:
+    """Nodes that exist until the stack is closed; none for a single node, which has no network.
+
+    Raises:
+        ValueError: this machine does not support such nodes.
+    """
+    if num_nodes == 1:
+        return []
+    try:
+        return stack.enter_context(Network(num_nodes, bits_per_s=bits_per_s)).nodes
+    except OSError as error:
+        raise ValueError(f"--nodes {num_nodes} needs network namespaces: {' '.join(str(error).split())}") from None
+
+
 def run_on_nodes(
     command: Sequence[str], num_ranks: int, num_nodes: int, bits_per_s: float, environment: Mapping[str, str]
 ) -> None:
@@ -189,12 +203,7 @@ def run_on_nodes(
         RuntimeError: a rank failed.
     """
     with ExitStack() as stack:
-        nodes: list[Node] = []
-        if num_nodes > 1:
-            try:
-                nodes = stack.enter_context(Network(num_nodes, bits_per_s=bits_per_s)).nodes
-            except OSError as error:
-                raise ValueError(f"--nodes {num_nodes} needs network namespaces: {' '.join(str(error).split())}") from None
+        nodes = linked_nodes(stack, num_nodes, bits_per_s)
         processes = []
         for rank in range(num_ranks):
             env = {**os.environ, **environment, "RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
@@ -207,9 +216,8 @@ def run_on_nodes(
 def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Wait for all processes; the first that fails ends the others."""
     try:
-        for process in processes:
-            if process.wait():
-                raise RuntimeError(f"a rank of the benchmark ended with {process.returncode}")
+        if status := first_failure([process.poll for process in processes]):
+            raise RuntimeError(f"a rank of the benchmark ended with {status}")
     finally:
         for process in processes:
             process.kill()

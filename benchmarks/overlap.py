@@ -10,13 +10,10 @@ longest. Copies and their gradients travel under attention, routed tokens under 
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..placement import OwnerMap, Placement
+from ..placement.machine import topology_of
 from ..runtime import DebugConfig, Handle, MoELayer, RuntimeConfig, shard_experts
 from .network import RANK_ENVIRONMENT, run_on_nodes
-from .records import JSON_OPTION, publish
+from .ranks import Rank, run_on_ranks
+from .records import JSON_OPTION, MACHINE_OPTION, publish, with_range
 
 MODES: dict[str, DebugConfig] = {
     "overlap": DebugConfig(),
@@ -70,6 +69,7 @@ class OverlapCase:
     tokens: int
     slots: int
     rounds: int
+    machine: str = ""
 
     @property
     def ranks(self) -> int:
@@ -134,6 +134,7 @@ class _Run:
             self.model,
             mesh=init_device_mesh("cpu", (case.ranks,)),
             config=RuntimeConfig(slots=case.slots, shard_dense=False, check_replicas_every=0, debug=debug),
+            machine=case.machine or None,
             placements=[_copies_of_next(owners_E, case) for owners_E in owners],
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
@@ -159,13 +160,13 @@ def _copies_of_next(owners_E: np.ndarray, case: OverlapCase) -> Placement:
     return Placement(owners_E, replicas_RE)
 
 
-def _rank(folder: Path) -> None:
-    """Measure the case in `folder` on this rank."""
-    case = OverlapCase(**json.loads((folder / "case.json").read_text(encoding="utf-8")))
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    store = dist.FileStore(str(folder / "store"), case.ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks, timeout=timedelta(seconds=120))
+def measure(case: OverlapCase, folder: Path, this: Rank) -> dict[str, list[dict[str, float]]]:
+    """Seconds of every step of each mode on this rank; a profile of one more step goes to `folder`."""
+    with this.process_group(case.ranks, timeout_s=120):
+        return _measure(case, folder, this.rank)
+
+
+def _measure(case: OverlapCase, folder: Path, rank: int) -> dict[str, list[dict[str, float]]]:
     runs = {mode: _Run(case, debug) for mode, debug in MODES.items()}
     x_TD = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(rank))
     measured: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
@@ -180,19 +181,18 @@ def _rank(folder: Path) -> None:
     for mode, run in runs.items():
         with run.handle.telemetry.profile(folder / f"{mode.replace(',', '').replace(' ', '-')}-rank-{rank}.json"):
             run.step(x_TD)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    return measured
 
 
 def run(case: OverlapCase, folder: Path) -> list[dict[str, Any]]:
     """Measure a case, one record per mode; a profile of one step per mode and rank stays in `folder`."""
-    (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
-    program = [sys.executable, "-m", "moesaic.benchmarks.overlap", "--as-rank", str(folder)]
-    run_on_nodes(program, case.ranks, case.nodes, case.link_mbit * 1e6, RANK_ENVIRONMENT)
-    per_rank = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(case.ranks)]
-    for name in ("case.json", "store", *(f"rank-{r}.json" for r in range(case.ranks))):
-        (folder / name).unlink(missing_ok=True)
+    if case.machine:
+        topology_of(case.machine, num_nodes=case.nodes, ranks_per_node=case.ranks_per_node)  # refused here, and not by every rank
+    per_rank = run_on_ranks(
+        partial(measure, case, folder.absolute()),
+        case.ranks,
+        lambda command: run_on_nodes(command, case.ranks, case.nodes, case.link_mbit * 1e6, RANK_ENVIRONMENT),
+    )
     values = {mode: _medians([measured[mode] for measured in per_rank]) for mode in MODES}
     off = values["no overlap"]
     return [
@@ -216,37 +216,30 @@ def _medians(per_rank: list[list[dict[str, float]]]) -> dict[str, float]:
     longest = {key: np.max([[step[key] for step in steps] for steps in per_rank], axis=0) for key in per_rank[0][0]}
     medians = {key: float(np.median(seconds)) for key, seconds in longest.items()}
     for key in ("step_s", "exposed_s", "exposed_tokens_s"):
-        medians |= {f"{key}_min": float(longest[key].min()), f"{key}_max": float(longest[key].max())}
+        medians |= with_range(key, longest[key])
     return medians
 
 
 @click.command("overlap", short_help="Exposed communication between nodes, with overlap and without.")
-@click.option("--nodes", type=click.IntRange(min=1), default=2, show_default=True, help="Network namespaces with links.")
-@click.option("--ranks-per-node", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of a node's link.")
-@click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--hidden", type=click.IntRange(min=1), default=128, show_default=True, help="Model dim D.")
-@click.option("--ffn", type=click.IntRange(min=1), default=256, show_default=True, help="Expert ffn dim F.")
-@click.option("--shared-ffn", type=click.IntRange(min=0), default=0, show_default=True, help="Shared experts' ffn dim; 0: none.")
-@click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--experts", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--top-k", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens per rank, one sequence.")
-@click.option("--slots", type=click.IntRange(min=1), default=2, show_default=True, help="Copies that a rank holds per layer.")
-@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed steps of each mode.")
+@click.option("--nodes", type=click.IntRange(min=1), default=2, help="Network namespaces with links.")
+@click.option("--ranks-per-node", type=click.IntRange(min=1), default=1)
+@click.option("--link-mbit", type=click.FloatRange(min=0.1), default=200.0, help="Rate of a node's link.")
+@click.option("--layers", type=click.IntRange(min=1), default=4)
+@click.option("--hidden", type=click.IntRange(min=1), default=128, help="Model dim D.")
+@click.option("--ffn", type=click.IntRange(min=1), default=256, help="Expert ffn dim F.")
+@click.option("--shared-ffn", type=click.IntRange(min=0), default=0, help="Shared experts' ffn dim; 0: none.")
+@click.option("--heads", type=click.IntRange(min=1), default=4)
+@click.option("--experts", type=click.IntRange(min=1), default=8)
+@click.option("--top-k", type=click.IntRange(min=1), default=2)
+@click.option("--tokens", type=click.IntRange(min=1), default=2048, help="Tokens per rank, one sequence.")
+@click.option("--slots", type=click.IntRange(min=1), default=2, help="Copies that a rank holds per layer.")
+@click.option("--rounds", type=click.IntRange(min=1), default=9, help="Timed steps of each mode.")
 @click.option("--profile", "folder", metavar="FOLDER", help="Keep a profile of one step of each mode and rank.")
+@MACHINE_OPTION
 @JSON_OPTION
-@click.option("--as-rank", "rank_folder", hidden=True)
-def command(folder: str | None, json_path: str | None, rank_folder: str | None, **given: Any) -> None:
+def command(folder: str | None, json_path: str | None, **given: Any) -> None:
     """Seconds that ranks wait for copies, gradients and routed tokens, with overlap and without."""
-    if rank_folder is not None:
-        _rank(Path(rank_folder))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(folder or temporary)
         kept.mkdir(parents=True, exist_ok=True)
         publish("overlap", run(OverlapCase(**given), kept), COLUMNS, json_path)
-
-
-if __name__ == "__main__":
-    command()

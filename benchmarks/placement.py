@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..placement import ExpertLoad, LayerShape, OwnerMap, Problem, Topology, get_solver, solve_joint, split_exact
-from ..placement.solvers.milp.planner import solve as solve_milp
 from . import placement_trace
-from .placement_trace import TraceCase
+from .placement_trace import TraceCase, about
 
 COLUMNS = (
     *("what", "solver", "experts", "ranks", "slots", "skew", "ms_per_layer", "ms_min", "ms_max"),
@@ -39,11 +38,6 @@ def make_problem(experts: int, ranks: int, top_k: int, slots: int, skew: float, 
         slots=slots,
         overlap_s=1.0,
     )
-
-
-def _about(what: str, solver: str, problem: Problem) -> dict[str, Any]:
-    sizes = {"experts": problem.num_experts, "ranks": problem.num_ranks, "slots": problem.slots}
-    return {"what": what, "solver": solver, **sizes}
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -70,24 +64,7 @@ def _time_layers(solver: str, problems: Sequence[Problem], rounds: int) -> list[
             split_s.append(time.perf_counter() - start)
     balance = float(np.mean([split.max_over_mean for split in splits]))
     timed = (("plan", plan_s), ("split", split_s))
-    return [{**_about(what, solver, problems[0]), **_spread(seconds), "max_over_mean": balance} for what, seconds in timed]
-
-
-def _milp_gaps(problem: Problem, limits_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Solve one layer within each time limit; one record per limit."""
-    records = []
-    for limit_s in limits_s:
-        solution = solve_milp(problem, time_limit_s=limit_s)
-        split = split_exact(problem.load, solution.placement, problem.topology)
-        records.append(
-            {
-                **_about("milp", "milp", problem),
-                "max_over_mean": split.max_over_mean,
-                "gap": solution.gap,
-                "seconds": solution.seconds,
-            }
-        )
-    return records
+    return [{**about(what, solver, problems[0]), **_spread(seconds), "max_over_mean": balance} for what, seconds in timed]
 
 
 def _joint_gap(problems: Sequence[Problem]) -> dict[str, Any]:
@@ -95,7 +72,7 @@ def _joint_gap(problems: Sequence[Problem]) -> dict[str, Any]:
     answer = solve_joint(problems)
     splits = [split_exact(p.load, found.placement, p.topology) for p, found in zip(problems, answer.layers, strict=True)]
     return {
-        **_about("joint", "joint", problems[0]),
+        **about("joint", "joint", problems[0]),
         "layers": len(problems),
         "max_over_mean": float(np.mean([split.max_over_mean for split in splits])),
         "copies": sum(found.placement.num_copies for found in answer.layers) / len(problems),
@@ -133,9 +110,9 @@ def run(
         records.append({**_joint_gap(problems), "skew": skew})
     if "milp" in whats and limits_s:
         if trace is None:
-            records += _milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)
+            records += placement_trace.milp_gaps(make_problem(experts[0], ranks[0], top_k, slots, skews[0], seed=0), limits_s)
         else:
-            records += placement_trace.milp_gaps(trace, ranks[0], slots, limits_s)
+            records += placement_trace.milp_gaps_of_trace(trace, ranks[0], slots, limits_s)
     if "moetuner" in whats:
         if trace is None:
             raise ValueError("--what moetuner follows recorded tokens from layer to layer; give a --trace")

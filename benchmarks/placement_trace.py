@@ -104,37 +104,43 @@ class TraceCase:
     nodes: int = 1
 
 
-def milp_gaps(trace: TraceCase, ranks: int, slots: int, limits_s: Sequence[float]) -> list[dict[str, Any]]:
-    """Solve layers exactly within each time limit; one record per layer and limit."""
+def about(what: str, solver: str, problem: Problem) -> dict[str, Any]:
+    """The first keys of a record."""
+    sizes = {"experts": problem.num_experts, "ranks": problem.num_ranks, "slots": problem.slots}
+    return {"what": what, "solver": solver, **sizes}
+
+
+def milp_gaps(problem: Problem, limits_s: Sequence[float], *, move_owners: bool = True, **more: Any) -> list[dict[str, Any]]:
+    """Solve one layer exactly within each time limit; one record per limit, with `more` keys."""
+    quota_s = get_solver("quota")(problem).cost.total_s
+    records = []
+    for limit_s in limits_s:
+        answer = solve_milp(problem, move_owners=move_owners, time_limit_s=limit_s)
+        split = answer.split or split_exact(problem.load, answer.placement, problem.topology)
+        records.append(
+            {
+                **about("milp", "milp", problem),
+                **more,
+                "max_over_mean": split.max_over_mean,
+                "copies": answer.placement.num_copies,
+                "ms_of_step": 1e3 * answer.cost.total_s,
+                "ratio_to_quota": answer.cost.total_s / quota_s,
+                "gap": answer.gap,
+                "limit_s": limit_s,
+                "seconds": answer.seconds,
+            }
+        )
+    return records
+
+
+def milp_gaps_of_trace(trace: TraceCase, ranks: int, slots: int, limits_s: Sequence[float]) -> list[dict[str, Any]]:
+    """The same for layers of a recording, one after the other."""
     recording, topology = Recording.read(trace.path), Topology.preset("h100", ranks)
     layers = trace.layers or tuple(range(recording.num_layers))
     if max(layers) >= recording.num_layers:
         raise ValueError(f"--layer {max(layers)} is not among the {recording.num_layers} layers of {trace.path}; count from 0")
-    records = []
-    for layer in layers:
-        problem = recording.problem(layer, topology, slots, overlap_s=trace.overlap_s)
-        quota_s = get_solver("quota")(problem).cost.total_s
-        for limit_s in limits_s:
-            answer = solve_milp(problem, move_owners=trace.move_owners, time_limit_s=limit_s)
-            split = answer.split or split_exact(problem.load, answer.placement, topology)
-            records.append(
-                {
-                    "what": "milp",
-                    "solver": "milp",
-                    "experts": problem.num_experts,
-                    "ranks": ranks,
-                    "slots": slots,
-                    "layer": layer,
-                    "max_over_mean": split.max_over_mean,
-                    "copies": answer.placement.num_copies,
-                    "ms_of_step": 1e3 * answer.cost.total_s,
-                    "ratio_to_quota": answer.cost.total_s / quota_s,
-                    "gap": answer.gap,
-                    "limit_s": limit_s,
-                    "seconds": answer.seconds,
-                }
-            )
-    return records
+    problems = [(layer, recording.problem(layer, topology, slots, overlap_s=trace.overlap_s)) for layer in layers]
+    return [record for layer, p in problems for record in milp_gaps(p, limits_s, move_owners=trace.move_owners, layer=layer)]
 
 
 def _owner_maps(train: Recording, topology: Topology, limit_s: float) -> dict[str, OwnerMap]:

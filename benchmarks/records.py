@@ -27,6 +27,10 @@ JSON_OPTION = click.option(
     callback=lambda context, option, path: writable(path),
 )
 
+MACHINE_OPTION = click.option(
+    "--machine", metavar="FILE", default="", help="Price with the rates that `moesaic calibrate` wrote."
+)
+
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, system, GPU and versions."""
@@ -77,6 +81,19 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
         cut += 1
     first = max(cut - 1, 0)
     return ordered[first], ordered[n - 1 - first]
+
+
+def with_interval(key: str, values: Sequence[float] | np.ndarray | None) -> dict[str, float | None]:
+    """The median under `key`, and the ends of its `median_interval` under `key`_low and _high; None without values."""
+    if values is None:
+        return dict.fromkeys((key, f"{key}_low", f"{key}_high"))
+    low, high = median_interval([float(value) for value in values])
+    return {key: float(np.median(values)), f"{key}_low": low, f"{key}_high": high}
+
+
+def with_range(key: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """The median under `key`, and the smallest and largest value under `key`_min and _max."""
+    return {key: float(np.median(values)), f"{key}_min": float(min(values)), f"{key}_max": float(max(values))}
 
 
 def _processor() -> str:

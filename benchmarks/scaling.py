@@ -10,21 +10,20 @@ real        Under torchrun: each count of nodes on the first nodes of the job, w
 emulated    Nodes are network namespaces joined by links of `link_mbit`; every rank is limited to the same share of a core, so
             that no rank uses the time of another. Everything else is real: processes, transports, weights, bytes.
 simulated   No processes: placements from the load of the previous step, priced on the load of the step itself by the cost model
-            (placement/cost.py) for a machine of `Topology.preset`.
+            (placement/cost.py) for a machine of `Topology.preset` or a machine file.
+
+In each mode planners price with a machine file, if --machine names one.
 
 efficiency is the throughput per rank, relative to the balanced ideal on the fewest nodes of the table.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ import torch
 import torch.distributed as dist
 
 from ..placement import Topology
+from ..placement.machine import read_machine, topology_of
 from . import cpu_share
 from .network import RANK_ENVIRONMENT, run_on_nodes
+from .ranks import Rank, run_on_ranks
 from .records import JSON_OPTION, publish
 from .scaling_model import simulate
 from .step import StepCase, layer_options, measure, records_of
@@ -87,9 +88,13 @@ def run(case: ScalingCase) -> list[dict[str, Any]] | None:
     Raises:
         ValueError: the job is smaller than the case, or this machine cannot emulate nodes.
     """
+    topologies = [_topology(case, nodes) for nodes in case.nodes]
     if case.mode == "simulated":
+        device = read_machine(case.machine).device if _is_file(case) else case.machine
+        bytes_per_element = 4 if device == "cpu" else 2
         return _records(
-            case, [simulate(case.on(nodes), _topology(case, nodes), 4 if case.machine == "cpu" else 2) for nodes in case.nodes]
+            case,
+            [simulate(case.on(n), t, bytes_per_element) for n, t in zip(case.nodes, topologies, strict=True) if t is not None],
         )
     if case.mode == "real":
         by_count = _real(case)
@@ -110,7 +115,7 @@ def _records(case: ScalingCase, tables: Sequence[Sequence[dict[str, Any]]]) -> l
             "nodes": nodes,
             "ranks_per_node": case.ranks_per_node,
             "link_mbit": case.link_mbit if case.mode == "emulated" else None,
-            "machine": case.machine if case.mode == "simulated" else None,
+            "machine": case.machine if case.mode == "simulated" or _is_file(case) else None,
             "efficiency": record["tokens_per_s"] / record["ranks"] / per_rank,
         }
         for nodes, table in zip(case.nodes, tables, strict=True)
@@ -118,10 +123,16 @@ def _records(case: ScalingCase, tables: Sequence[Sequence[dict[str, Any]]]) -> l
     ]
 
 
-def _topology(case: ScalingCase, nodes: int) -> Topology:
-    """The topology of an emulated or simulated machine, for the planner."""
-    if case.mode == "simulated":
-        return Topology.preset(case.machine, num_nodes=nodes, ranks_per_node=case.ranks_per_node)
+def _is_file(case: ScalingCase) -> bool:
+    return case.machine.endswith(".toml")
+
+
+def _topology(case: ScalingCase, nodes: int) -> Topology | None:
+    """What planners price with: a machine file, the simulated preset, or the emulated links; None: what real ranks find."""
+    if case.mode == "simulated" or _is_file(case):
+        return topology_of(case.machine, num_nodes=nodes, ranks_per_node=case.ranks_per_node)
+    if case.mode == "real":
+        return None
     cpu = Topology.preset("cpu", num_nodes=nodes, ranks_per_node=case.ranks_per_node)
     return replace(cpu, node_bytes_per_s=case.link_mbit * 1e6 / 8, flops_per_s=cpu.flops_per_s * _cores_per_rank(case))
 
@@ -144,40 +155,23 @@ def _real(case: ScalingCase) -> list[list[dict[str, Any]]] | None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    return _in_turn(case, store, rank, world_size, device)
+    return _in_turn(case, Rank(rank, store), world_size, device)
 
 
-def _in_turn(
-    case: ScalingCase, store: dist.Store, rank: int, world_size: int, device: torch.device
-) -> list[list[dict[str, Any]]] | None:
+def _in_turn(case: ScalingCase, this: Rank, world_size: int, device: torch.device) -> list[list[dict[str, Any]]] | None:
     """Measure every node count in turn, on the first ranks; return the measurements of all ranks on rank 0."""
-    store.set_timeout(_TIMEOUT)
+    this.store.set_timeout(_TIMEOUT)
     measured = []
     for nodes in case.nodes:
         ranks = nodes * case.ranks_per_node
-        if rank < ranks:
-            with _process_group(f"{nodes} nodes", store, rank, ranks, device):
-                topology = _topology(case, nodes) if case.mode == "emulated" else None
-                own = measure(rank, case.on(nodes), topology=topology, device=device)
+        if this.rank < ranks:
+            with this.process_group(ranks, name=f"{nodes} nodes", device=device.type):
+                own = measure(this.rank, case.on(nodes), topology=_topology(case, nodes), device=device)
                 per_rank: list[Any] = [None] * ranks
                 dist.all_gather_object(per_rank, own)
                 measured.append(per_rank)
-        _barrier(f"after {nodes} nodes", store, world_size)
-    return measured if rank == 0 else None
-
-
-def _process_group(name: str, store: dist.Store, rank: int, world_size: int, device: torch.device) -> ExitStack:
-    """The default process group of the ranks below `world_size`, destroyed when the stack exits."""
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(name, store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=300),
-    )
-    stack = ExitStack()
-    stack.callback(dist.destroy_process_group)
-    return stack
+        _barrier(f"after {nodes} nodes", this.store, world_size)
+    return measured if this.rank == 0 else None
 
 
 def _barrier(name: str, store: dist.Store, world_size: int) -> None:
@@ -187,35 +181,27 @@ def _barrier(name: str, store: dist.Store, world_size: int) -> None:
     store.wait([name])
 
 
-def _emulated(case: ScalingCase) -> list[list[dict[str, Any]]]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        try:
-            shares = stack.enter_context(cpu_share.CpuShares(case.world_size, _cores_per_rank(case)))
-        except OSError as error:
-            raise ValueError(f"--mode emulated needs control groups that limit the CPU: {error}") from None
-        plain = {**asdict(case), "groups": [str(shares.folder(rank)) for rank in range(case.world_size)]}
-        (folder / "case.json").write_text(json.dumps(plain), encoding="utf-8")
-        program = [sys.executable, "-m", "moesaic.benchmarks.scaling", "--as-rank", str(folder)]
-        run_on_nodes(program, case.world_size, case.nodes[-1], case.link_mbit * 1e6, RANK_ENVIRONMENT)
-        measured: list[list[dict[str, Any]]] = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
-    return measured
+def _emulated(case: ScalingCase) -> list[list[dict[str, Any]]] | None:
+    try:
+        shares = cpu_share.CpuShares(case.world_size, _cores_per_rank(case))
+    except OSError as error:
+        raise ValueError(f"--mode emulated needs control groups that limit the CPU: {error}") from None
+    with shares:
+        groups = [shares.folder(rank) for rank in range(case.world_size)]
+        first, *_ = run_on_ranks(
+            partial(_emulated_rank, case, groups),
+            case.world_size,
+            lambda command: run_on_nodes(command, case.world_size, case.nodes[-1], case.link_mbit * 1e6, RANK_ENVIRONMENT),
+        )
+    return first
 
 
-def _emulated_rank(folder: Path) -> None:
-    plain = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    groups = plain.pop("groups")
-    case = ScalingCase(**{**plain, "nodes": tuple(plain["nodes"]), "layer": StepCase(**plain["layer"])})
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    store = dist.FileStore(str(folder / "store"), -1)
+def _emulated_rank(case: ScalingCase, groups: Sequence[Path], this: Rank) -> list[list[dict[str, Any]]] | None:
     # Compile what is compiled at first use before this rank is slowed down.
-    with _process_group("rehearsal", store, rank, case.world_size, torch.device("cpu")):
-        measure(rank, replace(case.on(case.nodes[-1]), hidden=16, ffn=16, tokens=64, rounds=1))
-    cpu_share.enter(Path(groups[rank]))
-    measured = _in_turn(case, store, rank, case.world_size, torch.device("cpu"))
-    if measured is not None:
-        (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+    with this.process_group(case.world_size, name="rehearsal"):
+        measure(this.rank, replace(case.on(case.nodes[-1]), hidden=16, ffn=16, tokens=64, rounds=1))
+    cpu_share.enter(groups[this.rank])
+    return _in_turn(case, this, case.world_size, torch.device("cpu"))
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -226,18 +212,13 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 @click.command("scaling", short_help="Throughput across node counts: real, emulated or simulated nodes.")
-@click.option(
-    "--mode", type=click.Choice(MODES), default="auto", show_default=True, help="auto: real under torchrun, else emulated."
-)
-@click.option("--nodes", default="1,2,4", show_default=True, help="Numbers of nodes, separated by commas.")
+@click.option("--mode", type=click.Choice(MODES), default="auto", help="auto: real under torchrun, else emulated.")
+@click.option("--nodes", default="1,2,4", help="Numbers of nodes, separated by commas.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), help="By default the ranks that torchrun started per node, else 1.")
-@click.option(
-    "--link-mbit", type=click.FloatRange(min=0.1), default=200.0, show_default=True, help="Rate of an emulated node's link."
-)
-@click.option("--machine", default="h100", show_default=True, help="The machine to simulate: cpu, a100, h100 or b200.")
+@click.option("--link-mbit", type=click.FloatRange(min=0.1), default=200.0, help="Rate of an emulated node's link.")
+@click.option("--machine", default="h100", help="The machine to simulate (cpu, a100, h100, b200), or a file to price with.")
 @layer_options(hidden=256, ffn=512, tokens=1024, rounds=9)
 @JSON_OPTION
-@click.option("--as-rank", "rank_folder", hidden=True)
 def command(
     mode: str,
     nodes: str,
@@ -245,13 +226,9 @@ def command(
     link_mbit: float,
     machine: str,
     json_path: str | None,
-    rank_folder: str | None,
     **layer: Any,
 ) -> None:
     """Throughput of one MoE layer's training step by node count and placement policy."""
-    if rank_folder is not None:
-        _emulated_rank(Path(rank_folder))
-        return
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if mode == "auto":
         mode = "real" if launched else "emulated"
@@ -269,4 +246,7 @@ def command(
 
 
 if __name__ == "__main__":
-    command()
+    # Under its own name, by which the ranks of emulated nodes find their function.
+    from moesaic.benchmarks.scaling import command as scaling
+
+    scaling()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -20,10 +20,12 @@ from ..placement import (
     Placement,
     Problem,
     Solver,
+    SolverChoice,
     Split,
     Topology,
     cost,
     get_solver,
+    policy_solvers,
     split_exact,
     split_local_even,
 )
@@ -45,21 +47,26 @@ def simulate(case: StepCase, topology: Topology, bytes_per_element: int) -> list
     owners_E = OwnerMap.contiguous(1, E, case.ranks).expert_to_owner_LE[0]
     shape = LayerShape(num_experts=E, top_k=K, dim=case.hidden, ffn_dim=case.ffn, bytes_per_element=bytes_per_element)
 
-    def simulate_run(loads: Sequence[ExpertLoad], solver: Solver, slots: int, split_rule: Callable[..., Split]) -> list[_Step]:
-        simulated = []
+    def simulate_run(
+        loads: Sequence[ExpertLoad], solvers: Mapping[str, Solver], slots: int, split_rule: Callable[..., Split]
+    ) -> list[_Step]:
+        choice, simulated = SolverChoice(solvers, split_rule), []
         for previous, current in pairwise(loads):
             past, present = (Problem(load, owners_E, topology=topology, shape=shape, slots=slots) for load in (previous, current))
-            placement = solver(past).placement
+            placement = choice.solve(past)
+            choice.observe(present)
             split = split_rule(current, placement, topology)
             simulated.append((cost(present, placement, split), split, placement))
         return simulated
 
-    static = get_solver("static")
+    def solvers_of(policy: str) -> dict[str, Solver]:
+        return {name: get_solver(name) for name in policy_solvers(policy)}
+
     runs = {
-        "static": simulate_run(drawn, static, 0, split_exact),
-        "hecate": simulate_run(drawn, partial(hecate, degree=case.slots), case.slots, split_local_even),
-        "quota": simulate_run(drawn, get_solver("quota"), case.slots, split_exact),
-        "ideal": simulate_run(balanced, static, 0, split_exact),
+        "static": simulate_run(drawn, solvers_of("static"), 0, split_exact),
+        "hecate": simulate_run(drawn, {"hecate": partial(hecate, degree=case.slots)}, case.slots, split_local_even),
+        **{policy: simulate_run(drawn, solvers_of(policy), case.slots, split_exact) for policy in ("quota", "balance", "auto")},
+        "ideal": simulate_run(balanced, solvers_of("static"), 0, split_exact),
     }
     seconds = {name: float(np.median([step.total_s for step, _, _ in steps])) for name, steps in runs.items()}
     return [

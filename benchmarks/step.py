@@ -2,8 +2,9 @@
 
 The policies run interleaved, round by round, on the same weights, tokens and routing; ratios are medians over the rounds, with
 a 95 % interval (low, high) beside them. Expert popularity follows a Zipf law, expert e before expert e + 1, so that the
-contiguous owner map puts the hot experts on rank 0. The `ideal` policy is static placement under a perfectly balanced routing
-of equal cost; the floor is the bare matrix products of one rank at perfect balance, on all ranks at once.
+contiguous owner map puts the hot experts on rank 0; or a round is a step of a workload (placement/traces/workloads.py), and the
+medians are over means of four rounds. The `ideal` policy is static placement under a perfectly balanced routing of equal cost, of
+as many tokens on every rank; the floor is the bare matrix products of one rank at perfect balance, on all ranks at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -29,13 +31,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..collectives.lifetime import end_with_parent
+from ..collectives.lifetime import end_with_parent, first_failure
 from ..placement import Topology
+from ..placement.machine import topology_of
 from ..placement.solvers.baselines.hecate import solve as hecate
+from ..placement.traces.workloads import Workload
 from ..runtime import DebugConfig, Handle, MoELayer, Router, RouterConfig, Routing, RuntimeConfig, shard_experts
 from ..runtime.routing.router import TopKRouter, balanced_ids
 from ..runtime.step.metrics import EXPOSED
-from .network import RANK_ENVIRONMENT
+from .network import RANK_ENVIRONMENT, Node, linked_nodes
 from .records import median_interval
 
 POLICIES: dict[str, RuntimeConfig] = {
@@ -43,6 +47,8 @@ POLICIES: dict[str, RuntimeConfig] = {
     # Hecate as published: the hottest experts on every rank, as many as there are slots, and the even split over copies.
     "hecate": RuntimeConfig(policy="hecate", debug=DebugConfig(split="local_even", calibrate="never"), shard_dense=False),
     "quota": RuntimeConfig(policy="quota", shard_dense=False),
+    "balance": RuntimeConfig(policy="balance", shard_dense=False),
+    "auto": RuntimeConfig(policy="auto", shard_dense=False),
     "ideal": RuntimeConfig(policy="static", slots=0, shard_dense=False),
 }
 COLUMNS = (
@@ -61,16 +67,20 @@ COLUMNS = (
     "bytes_cross_rank",
     "exposed_comm_share",
 )
+WORKLOAD_COLUMNS = ("workload", *COLUMNS, "step_s", "seconds_over_w0", "spread")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Rounds cycle through this many routings, so that a policy must predict and cannot just repeat the last load.
 NUM_ROUTINGS = 4
-WARM_UP_ROUNDS = 3
+# Rounds of a workload whose mean counts as one: every so many hold one burst of w7.
+ROUNDS_PER_BLOCK = 4
+# Whose outputs are compared; the last is the first move of w6 and the first burst of w7.
+WARM_UP_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCase:
-    """The layer and its load. `tokens` are per rank."""
+    """The layer and its load. `tokens` are per rank, the mean over ranks. `workload`: in place of `skew`, one of `WORKLOADS`."""
 
     ranks: int
     experts: int
@@ -82,8 +92,17 @@ class StepCase:
     slots: int
     rounds: int
     optimizer: str = "sgd"
+    workload: str | None = None
+    machine: str = ""
+    """A machine file to price with; empty: the preset of the device."""
+    nodes: int = 1
+    """Network namespaces that the ranks fill in order."""
+    link_mbit: float = 200.0
+    """Rate of a node's link, where there are several."""
 
     def __post_init__(self) -> None:
+        if self.ranks % self.nodes:
+            raise ValueError(f"--ranks is {self.ranks} on --nodes {self.nodes}; give a multiple of the nodes")
         if self.top_k > self.experts:
             raise ValueError(f"--top-k is {self.top_k} with {self.experts} experts; it must be from 1 to {self.experts}")
 
@@ -140,21 +159,30 @@ def zipf_ids(tokens: int, experts: int, top_k: int, skew: float, seed: int) -> T
 
 def run(case: StepCase) -> list[dict[str, Any]]:
     """Measure a case; one record per policy."""
+    if case.machine:  # refused here, and not by every rank
+        topology_of(case.machine, num_nodes=case.nodes, ranks_per_node=case.ranks // case.nodes)
     os.environ |= RANK_ENVIRONMENT
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(rank, case, folder, os.getpid())) for rank in range(case.ranks)]
+    # Ranks are forked from one process that has imported what they need.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        nodes = linked_nodes(stack, case.nodes, case.link_mbit * 1e6)
+        of_R = [nodes[rank * case.nodes // case.ranks] if nodes else None for rank in range(case.ranks)]
+        processes = [context.Process(target=_rank, args=(rank, node, case, folder)) for rank, node in enumerate(of_R)]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"the ranks of the benchmark ended with {[process.exitcode for process in processes]}")
+            stack.callback(process.join)
+            stack.callback(process.kill)
+        if status := first_failure([partial(getattr, process, "exitcode") for process in processes]):
+            raise RuntimeError(f"a rank of the benchmark ended with {status}")
         return records_of(case, json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8")))
 
 
-def _rank(rank: int, case: StepCase, folder: str, parent_pid: int) -> None:
-    end_with_parent(parent_pid)
+def _rank(rank: int, node: Node | None, case: StepCase, folder: str) -> None:
+    end_with_parent()  # the process that it is forked from, which ends with the benchmark
+    if node is not None:
+        node.enter()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -180,32 +208,46 @@ class _Policy:
         config = replace(POLICIES[name], check_replicas_every=0)  # the routers, which do not choose, are not averaged
         if config.slots:
             config = replace(config, slots=case.slots)
-        seeds = [1000 * rank + i for i in range(NUM_ROUTINGS)]
-        if name == "ideal":
-            routings = [balanced_ids(case.tokens, case.experts, case.top_k, seed=seed) for seed in seeds]
-        else:
-            routings = [zipf_ids(case.tokens, case.experts, case.top_k, case.skew, seed) for seed in seeds]
+        routings = [ids_TK.to(device) for ids_TK in _routings(name, rank, case)]
         scores = TopKRouter(case.hidden, case.experts, case.top_k, RouterConfig(aux_loss_coef=0.0))
-        self.router = GivenRouter(scores, [ids_TK.to(device) for ids_TK in routings])
+        self.router = GivenRouter(scores, routings)
         layer = MoELayer(case.hidden, case.ffn, case.experts, case.top_k, router=self.router)
         self.model = nn.ModuleDict({"moe": layer}).to(device)
         mesh = init_device_mesh(device.type, (case.ranks,))
         solver = partial(hecate, degree=case.slots) if name == "hecate" else None
-        self.handle: Handle = shard_experts(self.model, mesh=mesh, config=config, topology=topology, solver=solver)
+        machine = case.machine or None
+        self.handle: Handle = shard_experts(
+            self.model, mesh=mesh, config=config, topology=topology, machine=machine, solver=solver
+        )
         self.layer = layer
         self.optimizer = OPTIMIZERS[case.optimizer](self.model.parameters(), lr=1e-4, fused=True)
         self.handle.telemetry.clock.enabled = True
         self.seconds: list[float] = []
         self.metrics: list[dict[str, float]] = []
+        generator, shape = torch.Generator().manual_seed(rank), (len(routings[0]), case.hidden)
+        self.x_TD = torch.randn(shape, generator=generator).to(device).requires_grad_()
+        self.dy_TD = (torch.randn(shape, generator=generator) / case.tokens).to(device)
 
-    def step(self, x_TD: Tensor, dy_TD: Tensor, round_index: int) -> Tensor:
+    def step(self, round_index: int) -> Tensor:
         self.router.round = round_index
-        y_TD = self.layer(x_TD)
-        y_TD.backward(dy_TD)
+        y_TD = self.layer(self.x_TD)
+        y_TD.backward(self.dy_TD)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.handle.step()
         return y_TD.detach()
+
+
+def _routings(name: str, rank: int, case: StepCase) -> list[Tensor]:
+    """The routings of one rank, which rounds take in turn."""
+    T, E, K = case.tokens, case.experts, case.top_k
+    seeds = [1000 * rank + i for i in range(NUM_ROUTINGS)]
+    if name == "ideal":
+        return [balanced_ids(T, E, K, seed=seed) for seed in seeds]
+    if case.workload is None:
+        return [zipf_ids(T, E, K, case.skew, seed) for seed in seeds]
+    workload = Workload(name=case.workload, num_ranks=case.ranks, num_experts=E, top_k=K, tokens_per_rank=T)
+    return [torch.from_numpy(workload.topk_ids(rank, step)) for step in range(WARM_UP_ROUNDS + case.rounds)]
 
 
 def measure(rank: int, case: StepCase, *, topology: Topology | None = None, device: torch.device | None = None) -> dict[str, Any]:
@@ -216,9 +258,6 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
     """
     device = device or torch.device("cpu")
     policies = {name: _Policy(name, rank, case, topology, device) for name in POLICIES}
-    generator = torch.Generator().manual_seed(rank)
-    x_TD = torch.randn(case.tokens, case.hidden, generator=generator).to(device).requires_grad_()
-    dy_TD = (torch.randn(case.tokens, case.hidden, generator=generator) / case.tokens).to(device)
     floor = _floor(case, device)
     floor_seconds: list[float] = []
     names = list(policies)
@@ -230,14 +269,14 @@ def measure(rank: int, case: StepCase, *, topology: Topology | None = None, devi
             policy = policies[name]
             if round_index == WARM_UP_ROUNDS:
                 policy.handle.telemetry.clock.seconds.clear()
-            x_TD.grad = None
-            seconds, outputs[name] = _timed(partial(policy.step, x_TD, dy_TD, round_index), device)
+            policy.x_TD.grad = None
+            seconds, outputs[name] = _timed(partial(policy.step, round_index), device)
             if is_timed:
                 policy.seconds.append(seconds)
                 policy.metrics.append(policy.handle.metrics())
         if not is_timed:
             # With copies or without, the layers have trained the same steps and must give the same outputs.
-            for name in ("hecate", "quota"):
+            for name in outputs.keys() - {"static", "ideal"}:
                 torch.testing.assert_close(outputs[name], outputs["static"], rtol=1e-4, atol=1e-4)
         else:
             floor_seconds.append(_timed(floor, device)[0])
@@ -290,8 +329,14 @@ def records_of(case: StepCase, per_rank: list[dict[str, Any]]) -> list[dict[str,
     exposed_comm_share is the share of a step that ranks wait on average: for copies, their gradients, routed tokens, or slower
     ranks.
     """
-    seconds = {name: np.max([m["seconds"][name] for m in per_rank], axis=0) for name in POLICIES}
-    floor = np.max([m["floor"] for m in per_rank], axis=0)
+    first_rounds = np.arange(0, case.rounds, ROUNDS_PER_BLOCK if case.workload else 1)
+    num_rounds = np.diff([*first_rounds, case.rounds])
+
+    def slowest_rank(seconds_of_R: list[list[float]]) -> np.ndarray:
+        return np.add.reduceat(np.max(seconds_of_R, axis=0), first_rounds) / num_rounds
+
+    seconds = {name: slowest_rank([m["seconds"][name] for m in per_rank]) for name in POLICIES}
+    floor = slowest_rank([m["floor"] for m in per_rank])
     records = []
     for name in POLICIES:
         tokens_per_s = case.ranks * case.tokens / seconds[name]
@@ -319,11 +364,24 @@ def records_of(case: StepCase, per_rank: list[dict[str, Any]]) -> list[dict[str,
                 "bytes_cross_rank": sum(v for s in metrics for k, v in s.items() if k.startswith("bytes_")) / case.rounds,
                 "exposed_comm_share": _exposed_share(per_rank, name),
                 "peak_rss_bytes": max(m["peak_rss_bytes"] for m in per_rank),
+                "step_s": float(np.median(seconds[name])),
                 "stage_s": stage_s,
                 "floor_s": float(np.median(floor)),
             }
         )
     return records
+
+
+def add_spread(records: list[dict[str, Any]]) -> None:
+    """Add what a policy's steps take over its steps of w0, and the most of that over the workloads, its spread.
+
+    Steps of different workloads are compared by their ratios to the ideal, which was measured in the same rounds.
+    """
+    balanced = {record["policy"]: record["ratio_to_ideal"] for record in records if record["workload"] == "w0"}
+    for record in records:
+        record["seconds_over_w0"] = balanced[record["policy"]] / record["ratio_to_ideal"]
+    for record in records:
+        record["spread"] = max(r["seconds_over_w0"] for r in records if r["policy"] == record["policy"])
 
 
 def _exposed_share(per_rank: list[dict[str, Any]], name: str) -> float:

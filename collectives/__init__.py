@@ -27,9 +27,6 @@ from .messages import Buffer, CollectiveError, Pending, RowLayout, RowPart
 from .schedule import Message, Route, Schedule
 from .schedules.choose import SCHEDULES, ScheduleChoice, choose_schedule, make_schedule
 from .schedules.direct import direct_gather
-from .schedules.element_sharded import element_sharded_gather
-from .schedules.hierarchical import hierarchical_gather
-from .schedules.relay import relay_gather
 from .traffic import Span, Traffic
 from .transport import RowsAsMessages, Transport
 from .transports.c10d import C10dTransport
@@ -75,15 +72,12 @@ __all__ = [
     "choose_schedule",
     "choose_transport",
     "direct_gather",
-    "element_sharded_gather",
-    "hierarchical_gather",
     "make_host_transport",
     "make_schedule",
     "make_transports",
     "new_group",
     "nodes_of_group",
     "predicted_s",
-    "relay_gather",
     "sparse_all_gather",
     "sparse_reduce_scatter",
 ]

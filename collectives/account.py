@@ -110,15 +110,6 @@ class Account:
     predicted_s: float
     bound: Bound
 
-    def describe(self) -> str:
-        """A one-line summary."""
-        bound = self.bound
-        return (
-            f"{self.bytes.same_node} B inside nodes, {self.bytes.cross_node} B across, "
-            f"{self.messages.same_node + self.messages.cross_node} messages; predicted {self.predicted_s * 1e3:.3g} ms, "
-            f"bound {bound.seconds * 1e3:.3g} ms ({bound.rank_bytes} B at the busiest rank, here {bound.busiest_bytes})"
-        )
-
 
 def account(schedule: Schedule, topology: Topology, num_elements: int, element_bytes: int = 4) -> Account:
     """Count one collective over items of `num_elements` elements of `element_bytes` bytes."""

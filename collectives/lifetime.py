@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_POLL_S = 0.05
 # Loaded before any fork: code between fork and exec must not wait for a lock whose owner, another thread, was not forked.
 _prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 
@@ -31,6 +33,18 @@ def end_with_parent(parent_pid: int | None = None, signum: int = signal.SIGKILL)
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if parent_pid is not None and os.getppid() != parent_pid:
         os.kill(os.getpid(), signum)
+
+
+def first_failure(statuses: Sequence[Callable[[], int | None]]) -> int:
+    """Wait until all processes have ended, or one has failed; return that one's exit status, or 0.
+
+    `statuses` give each process's status, None while it runs, as `Popen.poll` does.
+    """
+    while True:
+        now = [status() for status in statuses]
+        if any(now) or None not in now:
+            return next((status for status in now if status), 0)
+        time.sleep(_POLL_S)
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:

@@ -63,11 +63,6 @@ class Route:
         """The rank that owns the item."""
         return self.hops[0][0]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the route carries every chunk of the item."""
-        return self.end_chunk - self.first_chunk == self.num_chunks
-
     def depths(self) -> list[int]:
         """For every hop, the number of hops that precede it on the path from the owner."""
         depth_of = {self.owner: 0}

@@ -20,7 +20,7 @@ _MOST_KNOWN = 4096
 
 def gather_op(num_integers: int) -> str:
     """The operation of a gather's own messages. Wherever gathers are, those of one size have one tag: the ranks compare what the
-    integers say. Those of different sizes never meet.
+    integers say. Gathers of different sizes have different tags.
     """
     return f"{_GATHER} {num_integers} integers"
 
@@ -47,7 +47,7 @@ class Tags:
         return tag
 
     def named(self, tag: int) -> str:
-        """What another rank's tag stands for: some operation that this rank knows, at some place that it knows."""
+        """What another rank's tag stands for: one of the operations of this rank, at one of its places."""
         ops, places = ({pair[i] for pair in self._known.copy()} for i in range(2))
         for op in sorted(ops):
             for where in sorted(places):

@@ -44,7 +44,11 @@ class Transport(Protocol):
 
 
 class RowsAsMessages:
-    """Mixin: `exchange_rows` as one `exchange`, for transports without a cheaper way."""
+    """Mixin for transports that send from any memory: `empty`, and `exchange_rows` as one `exchange`."""
+
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An ordinary tensor."""
+        return like.new_empty(tuple(shape))
 
     def exchange_rows(
         self: Transport, layout: RowLayout, outgoing: Tensor, incoming: Tensor, *, op: str, where: str = ""

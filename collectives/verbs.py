@@ -218,7 +218,7 @@ def all_to_all_rows(
 ) -> Pending:
     """Send rows of `outgoing` [P, ...] to other ranks and receive rows from them into `incoming` [Q, ...], as the layout says.
 
-    Sender and receiver know the counts. Rows that stay on their rank are not copied: the caller reads and writes them in place.
+    The counts are known on both sides. Rows that stay on their rank are not copied: the caller reads and writes them in place.
     """
     launched_s = time.perf_counter()
     pending = transport.exchange_rows(layout, outgoing, incoming, op=op, where=where)

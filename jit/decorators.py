@@ -6,8 +6,8 @@ code lies in a folder that is named after a digest of all the sources it depends
 
 What is not there yet is compiled by one process of the machine; the others load it when it is there.
 
-This file knows numba beyond what its manual says: that a function's cache is its `_cache` and how one is put together, and that a
-function compiles itself by its own `compile`. tests/jit would notice if that changed.
+This file depends on more of numba than its manual says: that a function's cache is its `_cache` and how one is put together, and
+that a function compiles itself by its own `compile`. tests/jit would notice if that changed.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ def folder_of(file: str) -> Path | None:
     digest = digest_of(Path(file))
     if digest is None:
         return None
-    # Numba tells its own versions and CPUs apart inside a folder, but the files there are replaced by the others'.
+    # Numba separates its versions and CPUs inside a folder, but the files there are replaced by the others'.
     compiler = numba.__version__, llvmlite.__version__, np.__version__
     cpu = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
     return folder_for(Path(file), hashlib.sha256(repr((digest, compiler, cpu)).encode()).hexdigest())
 
 
 class _Locator:
-    """Tells numba where a function's files lie. What is in the folder is never stale, so it has no stamp."""
+    """The place of a function's files, for numba. What is in the folder is never stale, so it has no stamp."""
 
     def __init__(self, function: Callable[..., Any], file: str, folder: Path) -> None:
         self._py_file = file

@@ -46,7 +46,7 @@ def _roots() -> Iterator[Path]:
     with suppress(OSError):
         own = Path(tempfile.gettempdir()) / f"moesaic-{os.getuid()}"
         own.mkdir(mode=0o700, exist_ok=True)
-        # What lies there is run: nobody else may be able to put anything in.
+        # What lies there is run: no other user may be able to write there.
         status = own.lstat()
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             yield own

@@ -16,7 +16,6 @@ split_tokens_triton.py  Triton kernels of `split_tokens`: a counting sort withou
 grouped_gemm_cpu.py     The products of all groups in one compiled call, fp32 on the CPU.
 permute_cpu.py          Compiled row copies and row sums for the CPU.
 swiglu_cpu.py           Compiled single-pass SwiGLU for the CPU.
-clamped_ffn.py          The expert FFN of GPT-OSS over ragged groups, with biases and a clamped activation: forward and backward.
 grouped_gemm_triton.py  Triton kernels of the grouped matrix products.
 topk_gate.py            The router's gate: scores, top-k choice, weights, log-sum-exp and load histogram from the logits, and its
                         backward.
@@ -26,10 +25,11 @@ grouped_ffn_cpu.py      The expert FFN of all groups in one compiled call, fp32 
                         activation between them.
 swiglu.py               SwiGLU with row weights: `h = silu(gate) * up * row_weight`, and its backward from the pre-activation.
 grouped_gemm.py         Ragged matrix products, one per group of rows: forward, input gradient, weight gradient.
+activated_ffn.py        The expert FFN over ragged groups with any activation, and optional biases: forward and backward.
 grouped_ffn.py          The expert FFN over ragged groups: `y = (silu(x Wg) * (x Wu) * row_weight) Wd`, forward and backward.
 """
 
-from .clamped_ffn import Clamp, clamped_ffn, clamped_ffn_backward
+from .activated_ffn import Activation, Clamp, activated_ffn, activated_ffn_backward
 from .grouped_ffn import grouped_ffn, grouped_ffn_backward
 from .grouped_gemm import grouped_gemm, grouped_gemm_backward, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .histogram import histogram
@@ -41,6 +41,7 @@ from .topk_gate import gate_scores, topk_gate, topk_gate_backward
 from .types import Bags, FFNWeights, Gate, GroupedFFNGrads, GroupedFFNOutput, SwigluGrads
 
 __all__ = [
+    "Activation",
     "Bags",
     "Clamp",
     "FFNWeights",
@@ -48,9 +49,9 @@ __all__ = [
     "GroupedFFNGrads",
     "GroupedFFNOutput",
     "SwigluGrads",
+    "activated_ffn",
+    "activated_ffn_backward",
     "bags_of",
-    "clamped_ffn",
-    "clamped_ffn_backward",
     "gate_scores",
     "gather_rows",
     "grouped_ffn",

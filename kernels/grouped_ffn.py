@@ -40,11 +40,7 @@ def grouped_ffn(
     out: GroupedFFNOutput | None = None,
 ) -> GroupedFFNOutput:
     """Run each group's rows through its expert; rows are sorted by group. No autograd. `out` names buffers to fill."""
-    N, D = x_ND.shape
-    # A rank may hold no expert of a layer, and then has no rows.
-    F = weights.down[0].shape[1] if len(weights.down) else 0
-    if out is None:
-        out = GroupedFFNOutput(y_ND=x_ND.new_empty(N, D), gate_up_N2F=x_ND.new_empty(N, 2 * F))
+    out = GroupedFFNOutput.empty(x_ND, weights) if out is None else out
     operands = _compiled_operands(out.gate_up_N2F, (x_ND, out.y_ND), (row_weights_N,), (weights,), len(group_sizes))
     if operands is not None and _run_compiled(out.gate_up_N2F, operands, group_sizes):
         return out
@@ -78,10 +74,7 @@ def grouped_ffn_backward(
     without rows are left unchanged. `alpha` scales the weight gradients only. The gradients of groups marked in `overwrite` are
     uninitialised: they are set, not added to, and set to zero where the group has no rows.
     """
-    if out is None:
-        out = GroupedFFNGrads(
-            dx_ND=torch.empty_like(x_ND, memory_format=torch.contiguous_format), drow_weights_N=torch.empty_like(row_weights_N)
-        )
+    out = GroupedFFNGrads.empty(x_ND, row_weights_N) if out is None else out
     is_fresh = [False] * len(group_sizes) if overwrite is None else list(overwrite)
     rows = dy_ND, x_ND, gate_up_N2F, row_weights_N
     operands = _compiled_operands(

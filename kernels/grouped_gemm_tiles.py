@@ -56,7 +56,7 @@ def tiles_for(dtype: torch.dtype, rows: int) -> tuple[TileConfig, ...]:
 
 
 def takes_tma(device: torch.device, *matrices: Tensor) -> bool:
-    """Whether TMA loads these matrices: on a GPU of capability 9 (Hopper) or later, if each matrix meets its requirements."""
+    """Whether TMA loads these matrices: on a GPU of capability 9 (Hopper) or later, if each matrix fits its requirements."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and fits_tma(*matrices)
 
 

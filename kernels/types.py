@@ -54,9 +54,9 @@ class SwigluGrads:
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """One gate_up [2F, D] and one down [D, F] matrix per group: weights, or the views their gradients are added to.
+    """One gate_up [2F, D], or [F, D] without a gate, and one down [D, F] per group: weights, or views to add gradients to.
 
-    Only `clamped_ffn` supports biases, gate_up_bias [2F] and down_bias [D] per group.
+    Biases, gate_up_bias [2F] or [F] and down_bias [D] per group, are those of `activated_ffn`; `grouped_ffn` has gates and none.
     """
 
     gate_up: Sequence[Tensor]
@@ -79,6 +79,12 @@ class GroupedFFNOutput:
     y_ND: Tensor
     gate_up_N2F: Tensor
 
+    @classmethod
+    def empty(cls, x_ND: Tensor, weights: FFNWeights) -> GroupedFFNOutput:
+        """Buffers for these rows; a rank may hold no expert of a layer, and then has no rows."""
+        width = weights.gate_up[0].shape[0] if len(weights.gate_up) else 0
+        return cls(x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[0], width))
+
 
 @dataclass(frozen=True)
 class GroupedFFNGrads:
@@ -86,6 +92,11 @@ class GroupedFFNGrads:
 
     dx_ND: Tensor
     drow_weights_N: Tensor
+
+    @classmethod
+    def empty(cls, x_ND: Tensor, row_weights_N: Tensor) -> GroupedFFNGrads:
+        """Buffers for the gradients of these."""
+        return cls(torch.empty_like(x_ND, memory_format=torch.contiguous_format), torch.empty_like(row_weights_N))
 
 
 @dataclass(frozen=True)

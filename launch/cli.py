@@ -38,6 +38,9 @@ COMMANDS: Mapping[str, LazyCommand] = MappingProxyType(
         "trace": LazyCommand("moesaic.launch.offline.trace:command", "Inspect, convert, generate and back-test routing traces."),
         "bench": LazyCommand("moesaic.benchmarks.cli:bench", "Measure this machine: ratios within one run."),
         "report": LazyCommand("moesaic.launch.offline.report:command", "Write a run or a trace as one HTML page."),
+        "calibrate": LazyCommand(
+            "moesaic.launch.calibrate:command", "Measure links and kernels of this machine or cluster, for the planners."
+        ),
         "doctor": LazyCommand("moesaic.launch.doctor.command:command", "Show what is installed and what works on this machine."),
     }
 )
@@ -67,7 +70,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup)
+@click.group(cls=LazyGroup, context_settings={"show_default": True})
 @click.version_option(__version__, prog_name="moesaic")
 def cli() -> None:
     """Load-adaptive Mixture-of-Experts training."""

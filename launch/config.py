@@ -104,10 +104,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementConfig:
-    """[placement]: a placement solved offline."""
+    """[placement]: a placement solved offline, and the machine that placements are priced on."""
 
     file: str = ""
     """A plan of `moesaic place solve`, whose owners and copies hold for the whole run; empty: runtime.policy places copies."""
+    machine: str = ""
+    """A machine file of `moesaic calibrate`, by whose rates copies and tokens are priced; empty: the preset of the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,8 +273,8 @@ class _Given:
 def load_config(path: str | Path | None = None, assignments: Sequence[str] = ()) -> Config:
     """The defaults, overridden by the TOML file at `path`, then by each `section.key=value` of `assignments`.
 
-    A value is read as TOML (`0.1`, `true`, `"text"`), else as text. Raises `ValueError` with the key, its source and the cure
-    on one line; `OSError` if the file cannot be read.
+    A value is read as TOML (`0.1`, `true`, `"text"`), else as text; `migration.key` is short for `runtime.migration.key`. Raises
+    `ValueError` with the key, its source and the cure on one line; `OSError` if the file cannot be read.
     """
     given: dict[str, _Given] = {}
     if path is not None:
@@ -315,6 +317,8 @@ def _read_assignment(assignment: str) -> dict[str, _Given]:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ValueError(f"--set {assignment}: expected section.key=value")
+    if key.strip().startswith("migration."):
+        key = f"runtime.{key.strip()}"
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

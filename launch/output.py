@@ -39,3 +39,14 @@ def progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
             bar.update()
 
         yield advance
+
+
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that adds click options, or what other such decorators add, to a command, in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

@@ -3,6 +3,7 @@
 `train(config)` reads from top to bottom: process, inputs, model, run folder, then the loop.
 """
 
+import json
 import math
 import os
 import signal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..jit import compile_seconds, run_seconds
+from ..placement import ExpertLoad
 from ..runtime import shard_experts
 from ..runtime.layer import moe_layers
 from ..runtime.moved_options import MovedOptionWarning
@@ -112,12 +114,12 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model = model.to(process.device)
         placements = inputs.plan.layers if inputs.plan else None
-        self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime, placements=placements)
+        self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime, placements=placements, machine=inputs.machine)
         self.optimizer = build_optimizer(self.handle.parameter_groups(), config.optim)
 
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
-        self.step = inputs.progress.step if inputs.progress else 0
+        self.step = self._first_step = inputs.progress.step if inputs.progress else 0
         layers = list(moe_layers(self.model).values())
         rank = process.rank % config.ranks_per_replica(process.world_size)
         self._replay = Replay(inputs.trace, layers, rank, first_step=self.step) if inputs.trace else None
@@ -180,6 +182,8 @@ class Trainer:
 
         # Phase 3: totals over all ranks, and whether to stop
         metrics = self.handle.metrics()
+        if "migration_step" in metrics:
+            metrics["migration_step"] += self._first_step  # the handle counts its own steps
         totals = self._agree(losses, metrics, stop.signum)
         seconds = run_seconds() - start_s
 
@@ -208,6 +212,9 @@ class Trainer:
             layers=self.handle.telemetry.layer_metrics(),
             decisions=decisions,
         )
+        if decisions and decisions[-1].moved:
+            layers = zip(self.handle.layers.values(), self.handle.telemetry.loads(), strict=True)
+            records.add_plan([layer.runtime.planner.problem(ExpertLoad(load_RE)) for layer, load_RE in layers], decisions[-1])
         if config.checkpoint.every and (is_last or _is_due(self.step, config.checkpoint.every)):
             self.save(records)
         return totals.signum
@@ -301,11 +308,12 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 @click.command("train")
 @click.option("--config", "path", type=click.Path(dir_okay=False), help="Configuration file (TOML).")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one value, as in --set train.steps=50.")
-def command(path: str | None, assignments: tuple[str, ...]) -> int:
+@click.option("--machine", metavar="FILE", help="Price with the rates that `moesaic calibrate` wrote; is placement.machine.")
+def command(path: str | None, assignments: tuple[str, ...], machine: str | None) -> int:
     """Train the demo language model, in one process or under torchrun; the defaults are the demo."""
     try:
         with warnings_as_lines(MovedOptionWarning):
-            config = load_config(path, assignments)
+            config = load_config(path, [*assignments, *([f"placement.machine={json.dumps(machine)}"] if machine else [])])
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     return train(config)

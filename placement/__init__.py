@@ -2,10 +2,12 @@
 
 content.py      Shared parts of the value types: read-only arrays, equality by content, argument checks with one-line errors.
 files.py        Atomic file replacement, one-line errors of the file system, and file digests.
-split_numba.py  Compiled integer routines of the exact split.
+topology.py     The planner's model of the machine: nodes, ranks per node, link rates, matrix rate, how ranks and nodes differ.
 owners.py       The owner map: (layer, expert) -> (rank, bank row), immutable.
-topology.py     The planner's model of the machine: nodes, ranks per node, link rates, matrix rate.
 traces/         Traces: recorded and generated expert loads, on disk and as streams.
+machine.py      Measured machines: the rates of a `Topology` as `moesaic calibrate` found them, and the tables behind them, as a
+                TOML file.
+split_numba.py  Compiled integer routines of the exact split.
 values.py       The planner's value types: layer shape, expert load, placement, and the problem of one layer.
 split.py        The token split: for every expert, how many rows of each source rank each holder computes.
 cost.py         The cost of a layer's step under a placement and a split, and a lower bound over all placements.
@@ -20,7 +22,6 @@ from .online.calibrate import added_copies, calibrate
 from .online.choose import SolverChoice
 from .online.predict import PREDICTORS, Predictor, make_predictor, prediction_error
 from .owners import Move, OwnerMap
-from .solvers.baselines.hecate import hecate_owners
 from .solvers.baselines.moetuner import Hops, count_hops, tune_owners
 from .solvers.joint import JointSolution, solve_joint
 from .solvers.registry import KEEPS_OWNERS, SOLVERS, Solver, get_solver, policy_solvers
@@ -58,7 +59,6 @@ __all__ = [
     "cost",
     "count_hops",
     "get_solver",
-    "hecate_owners",
     "lower_bound",
     "make_predictor",
     "policy_solvers",

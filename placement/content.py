@@ -30,8 +30,13 @@ class ByContent:
 
 def freeze(instance: object, name: str, array: np.ndarray) -> None:
     """Store `array` under `name` in a frozen dataclass and make it read-only."""
+    object.__setattr__(instance, name, read_only(array))
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """Make an array read-only, and return it."""
     array.setflags(write=False)
-    object.__setattr__(instance, name, array)
+    return array
 
 
 def as_counts(name: str, values: object, ndim: int) -> np.ndarray:

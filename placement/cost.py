@@ -1,13 +1,14 @@
 """The cost of a layer's step under a placement and a split, and a lower bound over all placements.
 
 All paths are maxima over devices and over node links, never sums over devices. The model:
-    compute_s  = multiplier * max_r(rows_r + half_rate_rows * groups_r) * flops_per_row / flops_per_s
+    compute_s  = multiplier * max_r(cost_r * (rows_r + half_rate_rows * groups_r)) * flops_per_row / flops_per_s
     dispatch_s = 4 * (latency_s + row_bytes * max(busiest device / device rate, busiest node link / node rate))
     gather_s, reduce_s = the same for copies and their gradients, minus the time hidden under `overlap_s`
-The 4 counts dispatch and combine, forward and backward. groups_r is the number of experts that have rows on rank r: a group of n
-rows runs at the rate flops_per_s * n / (n + half_rate_rows), which fits measured H100 GEMM efficiencies (0.41 of the peak at 256
-rows, 0.59 at 512, 0.79 at 8192) within 0.06 from 256 rows up. The backward pass hides about twice what the forward hides (Hecate,
-section 4), so the second gather and the reduce share 2 * overlap_s.
+The 4 counts dispatch and combine, forward and backward. cost_r is 1 where all ranks are as fast (`Topology.rank_costs`).
+groups_r is the number of experts that have rows on rank r: a group of n rows runs at the rate flops_per_s * n / (n +
+half_rate_rows), which fits measured H100 GEMM efficiencies (0.41 of the peak at 256 rows, 0.59 at 512, 0.79 at 8192) within 0.06
+from 256 rows up. The backward pass hides about twice what the forward hides (Hecate, section 4), so the second gather and the
+reduce share 2 * overlap_s.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bound:
-    """Lower bounds over all placements of the problem: rows of the busiest rank, and seconds."""
+    """Lower bounds over all placements of the problem: rows of the busiest rank, times `Topology.cost_R`, and seconds."""
 
     max_rows: int
     total_s: float
@@ -67,8 +68,9 @@ class Solution:
 class Tally:
     """The integer counts from which a cost is computed.
 
-    work_rows: max over ranks of rows + half_rate_rows * groups. The others count rows, copies and owner moves that the busiest
-    device, and the busiest node link, sends or receives.
+    work_rows: max over ranks of (rows + half_rate_rows * groups) * `Topology.cost_R`. The others count rows, copies and moves of
+    owners that the busiest device, and the busiest node link (times `Topology.node_cost_N`), sends or receives; moves are those
+    of the mean device, if the problem says so.
     """
 
     work_rows: int
@@ -76,20 +78,20 @@ class Tally:
     node_rows: int
     device_copies: int
     node_copies: int
-    device_moves: int = 0
-    node_moves: int = 0
+    device_moves: float = 0
+    node_moves: float = 0
 
 
 def _busiest(flow_RR: np.ndarray, topology: Topology) -> tuple[int, int]:
-    """Return the largest number of items that one device, and one node link, sends or receives."""
+    """Return the largest number of items that one device, and one node link (times its cost), sends or receives."""
     own_R = np.diagonal(flow_RR)
     device = max(int((flow_RR.sum(axis=1) - own_R).max()), int((flow_RR.sum(axis=0) - own_R).max()))
     if topology.num_nodes == 1:
         return device, 0
     nodes, per_node = topology.num_nodes, topology.ranks_per_node
     flow_NN = flow_RR.reshape(nodes, per_node, nodes, per_node).sum(axis=(1, 3))
-    own_N = np.diagonal(flow_NN)
-    return device, max(int((flow_NN.sum(axis=1) - own_N).max()), int((flow_NN.sum(axis=0) - own_N).max()))
+    busiest_N = np.maximum(flow_NN.sum(axis=1), flow_NN.sum(axis=0)) - np.diagonal(flow_NN)
+    return device, int((topology.node_cost_N * busiest_N).max())
 
 
 def _pair_counts(src: np.ndarray, dst: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -105,15 +107,16 @@ def tally(problem: Problem, placement: Placement, split: Split) -> Tally:
     """Count the work of the busiest rank and the traffic of the busiest links. Owners send every copy directly."""
     num_ranks, topology = problem.num_ranks, problem.topology
     groups_R = np.count_nonzero(split.rows_RE, axis=1)
-    work_rows = int((split.rows_R + topology.half_rate_rows * groups_R).max())
+    work_rows = int((topology.cost_R * (split.rows_R + topology.half_rate_rows * groups_R)).max())
     moved = np.flatnonzero(problem.expert_to_owner_E != placement.expert_to_owner_E)
     moves_RR = _pair_counts(problem.expert_to_owner_E[moved], placement.expert_to_owner_E[moved], num_ranks)
-    rows, copies, moves = _busiest(split.flow_RR, topology), _busiest_copies(placement, topology), _busiest(moves_RR, topology)
+    rows, copies = _busiest(split.flow_RR, topology), _busiest_copies(placement, topology)
+    moves = (moved.size / num_ranks, 0) if problem.mean_moves else _busiest(moves_RR, topology)
     return Tally(work_rows, rows[0], rows[1], copies[0], copies[1], moves[0], moves[1])
 
 
 class Prices(NamedTuple):
-    """A problem's rates as plain numbers, bytes and seconds, for `seconds_of`."""
+    """A problem's rates as plain numbers, bytes and seconds, for `seconds_of`: of rows and items that cost 1."""
 
     work_row_s: float
     row_bytes: float
@@ -126,23 +129,25 @@ class Prices(NamedTuple):
     overlap_s: float
     gathers: float
     move_horizon_steps: float
+    mean_moves: bool
 
 
 def prices_of(problem: Problem) -> Prices:
     """Return the rates of a problem for `seconds_of`."""
     topology, shape = problem.topology, problem.shape
     return Prices(
-        work_row_s=problem.backward_multiplier * shape.flops_per_row / topology.flops_per_s,
+        work_row_s=problem.backward_multiplier * shape.flops_per_row / topology.flops_per_s / topology.cost_unit,
         row_bytes=float(shape.row_bytes),
         expert_bytes=float(shape.expert_bytes),
         gradient_bytes=float(shape.gradient_bytes),
         state_bytes=shape.parameters_per_expert * 4 * float(problem.state_multiplier),
         device_bytes_per_s=float(topology.device_bytes_per_s),
-        node_bytes_per_s=float(topology.node_bytes_per_s),
+        node_bytes_per_s=float(topology.node_bytes_per_s) * topology.node_unit,
         latency_s=float(topology.latency_s),
         overlap_s=float(problem.overlap_s),
         gathers=float(problem.gathers),
         move_horizon_steps=float(problem.move_horizon_steps),
+        mean_moves=problem.mean_moves,
     )
 
 
@@ -153,8 +158,8 @@ def seconds_of(
     node_rows: int,
     device_copies: int,
     node_copies: int,
-    device_moves: int,
-    node_moves: int,
+    device_moves: float,
+    node_moves: float,
 ) -> tuple[float, float, float, float, float]:
     """Convert the counts of a `Tally` to the seconds of `Cost`, field by field. The model's formulas are written only here.
 
@@ -167,7 +172,7 @@ def seconds_of(
     dispatch = prices.latency_s + prices.row_bytes * rows if device_rows else 0.0
     gather = prices.latency_s + prices.expert_bytes * copies if device_copies else 0.0
     reduce = prices.latency_s + prices.gradient_bytes * copies if device_copies else 0.0
-    move = prices.latency_s + prices.state_bytes * moves if device_moves else 0.0
+    move = (0.0 if prices.mean_moves else prices.latency_s) + prices.state_bytes * moves if device_moves else 0.0
     regather = gather * (prices.gathers - 1)
     room = 2 * prices.overlap_s
     return (
@@ -202,18 +207,17 @@ def cost(problem: Problem, placement: Placement, split: Split) -> Cost:
 
 
 def _least_rows(problem: Problem) -> int:
-    """Return the smallest Z that meets a necessary condition of every placement with these owners and slots.
+    """Return the smallest cost Z that satisfies a necessary condition of every placement with these owners and slots.
 
-    Net imports of a rank are at most Z minus its owned rows, and at most its `slots` largest foreign experts; together they must
-    absorb the rows above Z that other ranks own. As excess and room differ by R * Z - total, the condition reads R * Z - total >=
-    sum_r max(Z - largest - owned_r, 0).
+    A rank computes at most z_r = Z // cost_r rows, and at most its own and those of its `slots` largest foreign experts. All
+    together compute the total.
     """
-    owned_R, totals_E, total = problem.owned_rows_R, problem.load.totals_E, problem.load.total
-    low, high = -(-total // problem.num_ranks), int(owned_R.max())
+    owned_R, cost_R, totals_E = problem.owned_rows_R, problem.topology.cost_R, problem.load.totals_E
+    low, high = problem.topology.least_limit(problem.load.total), int((cost_R * owned_R).max())
     largest = int(np.sort(totals_E)[max(totals_E.size - problem.slots, 0) :].sum())
 
-    def fits(rows: int) -> bool:
-        return problem.num_ranks * rows - total >= int(np.maximum(rows - largest - owned_R, 0).sum())
+    def fits(limit: int) -> bool:
+        return int(np.minimum(limit // cost_R, owned_R + largest).sum()) >= problem.load.total
 
     if not problem.slots or fits(low):
         return low if problem.slots else high
@@ -231,14 +235,14 @@ def lower_bound(problem: Problem, *, owners_may_move: bool = False) -> Bound:
     """
     topology, totals_E = problem.topology, problem.load.totals_E
     if owners_may_move:
-        max_rows = -(-problem.load.total // problem.num_ranks)
+        max_rows = topology.least_limit(problem.load.total)
         if not problem.slots:
-            max_rows = max(max_rows, int(totals_E.max()))
+            max_rows = max(max_rows, int(totals_E.max()) * topology.least_cost)
     else:
         max_rows = _least_rows(problem)
     groups = int(np.count_nonzero(totals_E))
-    mean_work = -(-(problem.load.total + topology.half_rate_rows * groups) // problem.num_ranks)
-    busy = max_rows + (topology.half_rate_rows if max_rows else 0)
+    mean_work = topology.least_limit(problem.load.total + topology.half_rate_rows * groups)
+    busy = max_rows + (topology.half_rate_rows * topology.least_cost if max_rows else 0)
     none = Tally(max(mean_work, busy), 0, 0, 0, 0)
     return Bound(max_rows, price(problem, none).total_s)
 

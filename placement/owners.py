@@ -5,14 +5,14 @@ Shape letters: L layers, E experts, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from .content import ByContent, as_counts, check_ids, check_positive_int, freeze
+from .content import ByContent, as_counts, check_ids, check_positive_int, freeze, read_only
+from .topology import Topology
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,7 @@ class OwnerMap(ByContent):
     @cached_property
     def num_rows_R(self) -> np.ndarray:
         """Experts every rank owns over all layers, int64 [R], read-only."""
-        rows_R = np.bincount(self.expert_to_owner_LE.ravel(), minlength=self.num_ranks).astype(np.int64)
-        rows_R.setflags(write=False)
-        return rows_R
-
-    @cached_property
-    def expert_to_row_LE(self) -> np.ndarray:
-        """Bank row of every expert at its owner, int64 [L, E], read-only."""
-        owner_N = self.expert_to_owner_LE.ravel()
-        order_N = np.argsort(owner_N, kind="stable")
-        first_row_R = np.cumsum(self.num_rows_R) - self.num_rows_R
-        row_N = np.empty(owner_N.size, dtype=np.int64)
-        row_N[order_N] = np.arange(owner_N.size) - first_row_R[owner_N[order_N]]
-        row_LE = row_N.reshape(self.expert_to_owner_LE.shape)
-        row_LE.setflags(write=False)
-        return row_LE
+        return read_only(np.bincount(self.expert_to_owner_LE.ravel(), minlength=self.num_ranks).astype(np.int64))
 
     def rows_of(self, rank: int) -> list[tuple[int, int]]:
         """Return the (layer, expert) pairs that `rank` owns, in bank row order."""
@@ -108,16 +94,16 @@ class OwnerMap(ByContent):
         pairs = zip(layers.tolist(), experts.tolist(), strict=True)
         return [Move(layer, expert, int(mine[layer, expert]), int(theirs[layer, expert])) for layer, expert in pairs]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serialisable value."""
-        return {"num_ranks": self.num_ranks, "expert_to_owner": self.expert_to_owner_LE.tolist()}
+    def most_sent(self, other: OwnerMap, topology: Topology) -> float:
+        """Return the experts that the busiest rank sends to turn this map into `other`.
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> OwnerMap:
-        """Rebuild a map from the value of `to_dict`; ValueError for anything else."""
-        if not isinstance(data, Mapping) or set(data) != {"num_ranks", "expert_to_owner"}:
-            raise ValueError("an owner map is {num_ranks, expert_to_owner}; got something else")
-        rows = data["expert_to_owner"]
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
-            raise ValueError("expert_to_owner must be a list of layers of equal length")
-        return cls(np.array(rows), data["num_ranks"])
+        Where the busiest link between nodes takes longer for its own, as many as a rank would send in that time.
+        """
+        sent_R, crossed_N = Counter[int](), Counter[int]()
+        for move in self.moves_to(other):
+            src_node, dst_node = (rank // topology.ranks_per_node for rank in (move.src, move.dst))
+            sent_R[move.src] += 1
+            crossed_N[src_node] += src_node != dst_node
+        slower = topology.device_bytes_per_s / topology.node_bytes_per_s / topology.node_unit
+        link = max((count * int(topology.node_cost_N[node]) for node, count in crossed_N.items()), default=0)
+        return max(max(sent_R.values(), default=0), slower * link)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .content import ByContent, freeze
+from .content import ByContent, freeze, read_only
 from .topology import Topology
 from .values import ExpertLoad, Placement
 
@@ -50,15 +50,12 @@ class Split(ByContent):
         rows_RE = rows_N.astype(np.int64).reshape(num_ranks, num_experts)
         single = np.flatnonzero(self._is_single_E)
         rows_RE[self.placement.expert_to_owner_E[single], single] = self.load.totals_E[single]
-        rows_RE.setflags(write=False)
-        return rows_RE
+        return read_only(rows_RE)
 
     @cached_property
     def rows_R(self) -> np.ndarray:
         """Rows computed on every rank, int64 [R], read-only."""
-        rows_R = self.rows_RE.sum(axis=1)
-        rows_R.setflags(write=False)
-        return rows_R
+        return read_only(self.rows_RE.sum(axis=1))
 
     @cached_property
     def flow_RR(self) -> np.ndarray:
@@ -72,8 +69,7 @@ class Split(ByContent):
             order = single[np.argsort(self.placement.expert_to_owner_E[single], kind="stable")]
             owners, first = np.unique(self.placement.expert_to_owner_E[order], return_index=True)
             flow_RR[:, owners] += np.add.reduceat(self.load.load_ER[order], first, axis=0).T
-        flow_RR.setflags(write=False)
-        return flow_RR
+        return read_only(flow_RR)
 
     def sends(self, src: int) -> np.ndarray:
         """Return the rows of source rank `src` by expert and destination rank, int64 [E, R]."""
@@ -147,11 +143,11 @@ def _no_segments() -> np.ndarray:
 
 
 def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> Split:
-    """Split the load over the holders so that the busiest rank has the fewest rows possible for an integer split.
+    """Split the load over the holders so that the busiest rank ends as early as an integer split allows.
 
     The search starts from the most local split and moves rows along shortest paths only; each holder then computes its own tokens
-    first, its node's next, the rest last. Deterministic: integer arithmetic, ties by index. The optimum is exact
-    (split_numba.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
+    first, its node's next, the rest last. Deterministic: integer arithmetic, ties by index. The optimum of
+    max(cost_R * rows_R) is exact (split_numba.level); it is a bipartite flow problem as in MicroMoE's and LPLB's linear programs.
     """
     _check(load, placement, topology)
     table = Replicated.of(placement)
@@ -165,10 +161,11 @@ def split_exact(load: ExpertLoad, placement: Placement, topology: Topology) -> S
     single = np.flatnonzero(placement.num_replicas_E == 1)
     np.add.at(rows_R, placement.expert_to_owner_E[single], load.totals_E[single])
     rows_J = np.zeros(table.ranks_J.size, dtype=np.int64)
-    lower_bound = max(-(-load.total // num_ranks), int(rows_R.max()))
+    cost_R = topology.cost_R
+    lower_bound = max(topology.least_limit(load.total), int((cost_R * rows_R).max()))
     owner_E, per_node = placement.expert_to_owner_E, topology.ranks_per_node
     split_numba.prefer_local(load.load_ER, table.experts_M, table.start_M, table.ranks_J, owner_E, per_node, rows_J, rows_R)
-    split_numba.level(table.start_M, table.ranks_J, rows_J, rows_R, lower_bound)
+    split_numba.level(table.start_M, table.ranks_J, cost_R, rows_J, rows_R, lower_bound)
     segments_4G = split_numba.decompose(load.load_ER, table.experts_M, table.start_M, table.ranks_J, rows_J, per_node)
     segments_4G[0] = table.experts_M[segments_4G[0]]
     return Split(load, placement, segments_4G)
@@ -181,18 +178,12 @@ def split_local_even(load: ExpertLoad, placement: Placement, topology: Topology)
     The remainder goes to the first holders.
     """
     _check(load, placement, topology)
-    node_R = topology.node_of_rank_R
-    pieces = [_no_segments()]
-    for expert in np.flatnonzero(placement.num_replicas_E > 1):
-        holds_R = placement.replicas_RE[:, expert]
-        holders = np.flatnonzero(holds_R)
-        allowed_RH = node_R[:, None] == node_R[holders][None, :]
-        allowed_RH |= ~allowed_RH.any(axis=1, keepdims=True)
-        allowed_RH = np.where(holds_R[:, None], np.arange(load.num_ranks)[:, None] == holders[None, :], allowed_RH)
-        count_R = allowed_RH.sum(axis=1)
-        share_R, rest_R = np.divmod(load.load_RE[:, expert], count_R)
-        position_RH = np.cumsum(allowed_RH, axis=1) - 1
-        rows_RH = np.where(allowed_RH, share_R[:, None] + (position_RH < rest_R[:, None]), 0)
-        src, column = np.nonzero(rows_RH)
-        pieces.append(np.stack([np.full(src.size, expert), src, holders[column], rows_RH[src, column]]))
-    return Split(load, placement, np.concatenate(pieces, axis=1))
+    table = Replicated.of(placement)
+    if not table.experts_M.size:
+        return Split(load, placement, _no_segments())
+    # Imported here so that importing the package compiles nothing.
+    from . import split_numba
+
+    segments_4G = split_numba.share_evenly(load.load_ER, table.experts_M, table.start_M, table.ranks_J, topology.ranks_per_node)
+    segments_4G[0] = table.experts_M[segments_4G[0]]
+    return Split(load, placement, segments_4G)

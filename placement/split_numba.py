@@ -13,6 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..jit.decorators import njit
+from . import topology
+
+least_limit = njit(cache=True)(topology.least_limit)
 
 
 @njit(cache=True)
@@ -51,8 +54,8 @@ def prefer_local(load_ER, experts_M, start_M, ranks_J, owner_E, ranks_per_node, 
 
 
 @njit(cache=True)
-def _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank_start_R, rows_J, rows_R, state):
-    """Search breadth-first from `source` for a rank below `limit`; return it or -1.
+def _shortest_path(source, limit, cost_R, expert_of_J, start_M, ranks_J, by_rank_J, rank_start_R, rows_J, rows_R, state):
+    """Search breadth-first from `source` for a rank with room for a row below `limit`; return it or -1.
 
     An edge u -> v exists where v holds an expert of which u computes rows. `state` is [queue, seen, entry taken, seen experts];
     its row 0 holds the reached ranks in order and state[4, 0] their number.
@@ -78,7 +81,7 @@ def _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank
                     continue
                 seen[v] = 1
                 via[v] = entry
-                if rows_R[v] < limit:
+                if (rows_R[v] + 1) * cost_R[v] <= limit:
                     state[4, 0] = tail
                     return v
                 queue[tail] = v
@@ -88,9 +91,9 @@ def _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank
 
 
 @njit(cache=True)
-def _push(source, target, limit, expert_of_J, start_M, ranks_J, rows_J, rows_R, via):
+def _push(source, target, limit, cost_R, expert_of_J, start_M, ranks_J, rows_J, rows_R, via):
     """Move as many rows as possible along the path that `_shortest_path` left in `via`."""
-    amount = min(rows_R[source] - limit, limit - rows_R[target])
+    amount = min(rows_R[source] - limit // cost_R[source], limit // cost_R[target] - rows_R[target])
     v = target
     while v != source:
         amount = min(amount, rows_J[via[v]])
@@ -109,13 +112,23 @@ def _push(source, target, limit, expert_of_J, start_M, ranks_J, rows_J, rows_R, 
 
 
 @njit(cache=True)
-def level(start_M, ranks_J, rows_J, rows_R, lower_bound):
-    """Minimise max(rows_R) exactly by moving rows between holders of one expert; return the optimum.
+def limit_of(ranks, cost_R, rows_R):
+    """Return the least limit within which `ranks` can together compute their rows."""
+    least, most, rows = cost_R[ranks[0]], cost_R[ranks[0]], 0
+    for rank in ranks:
+        least, most, rows = min(least, cost_R[rank]), max(most, cost_R[rank]), rows + rows_R[rank]
+    # Equal ranks are by far the most frequent, and this is called often.
+    return least * -(-rows // ranks.size) if least == most else least_limit(cost_R[ranks], rows)
 
-    Z starts at a lower bound. While a rank is above Z, rows move along a shortest path to a rank below Z. If none is reachable,
-    no row computed in the reached set of ranks can be computed outside it, so some rank of the set has at least the set's mean:
-    Z becomes that mean, rounded up. Every Z is a lower bound, so the Z at which all ranks fit is the optimum. Ranks already
-    at or below an earlier Z stay there, hence one pass over the ranks.
+
+@njit(cache=True)
+def level(start_M, ranks_J, cost_R, rows_J, rows_R, lower_bound):
+    """Minimise max(cost_R * rows_R) exactly by moving rows between holders of one expert; return the optimum.
+
+    Z starts at a lower bound. A rank may compute Z // cost rows; while one has more, rows move along a shortest path to one with
+    fewer. If none is reachable, no row computed in the reached set of ranks can be computed outside it, so Z becomes the least at
+    which the set may compute as many. Every Z is a lower bound, so the Z at which all ranks fit is the optimum. Ranks that fit at
+    an earlier Z stay so, hence one pass over the ranks.
     """
     num_ranks, num_entries, num_rows = rows_R.size, ranks_J.size, start_M.size - 1
     expert_of_J = np.empty(num_entries, np.int64)
@@ -135,16 +148,14 @@ def level(start_M, ranks_J, rows_J, rows_R, lower_bound):
     state = np.zeros((5, max(num_ranks, num_rows, 1)), np.int64)
     limit = lower_bound
     for source in range(num_ranks):
-        while rows_R[source] > limit:
-            target = _shortest_path(source, limit, expert_of_J, start_M, ranks_J, by_rank_J, rank_start_R, rows_J, rows_R, state)
+        while rows_R[source] * cost_R[source] > limit:
+            target = _shortest_path(
+                source, limit, cost_R, expert_of_J, start_M, ranks_J, by_rank_J, rank_start_R, rows_J, rows_R, state
+            )
             if target >= 0:
-                _push(source, target, limit, expert_of_J, start_M, ranks_J, rows_J, rows_R, state[2])
+                _push(source, target, limit, cost_R, expert_of_J, start_M, ranks_J, rows_J, rows_R, state[2])
                 continue
-            reached = state[4, 0]
-            rows = 0
-            for i in range(reached):
-                rows += rows_R[state[0, i]]
-            limit = -(-rows // reached)
+            limit = limit_of(state[0, : state[4, 0]], cost_R, rows_R)
     return limit
 
 
@@ -199,4 +210,41 @@ def decompose(load_ER, experts_M, start_M, ranks_J, rows_J, ranks_per_node):
         for first in range(0, num_ranks, ranks_per_node):
             count = _match(give_R, take_R, first, first + ranks_per_node, m, segments_4G, count)
         count = _match(give_R, take_R, 0, num_ranks, m, segments_4G, count)
+    return segments_4G[:, :count].copy()
+
+
+@njit(cache=True)
+def share_evenly(load_ER, experts_M, start_M, ranks_J, ranks_per_node):
+    """Assign source ranks' rows to the holders without regard to load: to the rank itself, else its node's holders, else all.
+
+    Holders share a rank's rows evenly, the first of them the remainder. Returns the same as `decompose`.
+    """
+    num_ranks, most = load_ER.shape[1], 0
+    for m in range(experts_M.size):
+        most += num_ranks * (start_M[m + 1] - start_M[m])
+    segments_4G, count = np.empty((4, most), np.int64), 0
+    for m in range(experts_M.size):
+        node_j = start_M[m]
+        for rank in range(num_ranks):
+            node_end = (rank // ranks_per_node + 1) * ranks_per_node
+            while node_j < start_M[m + 1] and ranks_J[node_j] < node_end - ranks_per_node:
+                node_j += 1
+            first, end = node_j, node_j
+            while end < start_M[m + 1] and ranks_J[end] < node_end:
+                end += 1
+            for j in range(node_j, end):
+                if ranks_J[j] == rank:
+                    first, end = j, j + 1
+                    break
+            if first == end:
+                first, end = start_M[m], start_M[m + 1]
+            rows = load_ER[experts_M[m], rank]
+            for j in range(first, end):
+                share = rows // (end - first) + (j - first < rows % (end - first))
+                if share:
+                    segments_4G[0, count] = m
+                    segments_4G[1, count] = rank
+                    segments_4G[2, count] = ranks_J[j]
+                    segments_4G[3, count] = share
+                    count += 1
     return segments_4G[:, :count].copy()

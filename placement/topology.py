@@ -1,16 +1,16 @@
-"""The planner's model of the machine: nodes, ranks per node, link rates, matrix rate."""
+"""The planner's model of the machine: nodes, ranks per node, link rates, matrix rate, how ranks and nodes differ."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 
-from .content import check_positive_int, check_seconds
+from .content import check_positive_int, check_seconds, read_only
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,33 @@ _PRESETS: Mapping[str, Rates] = MappingProxyType(
         "b200": Rates(8, 666e9, 400e9, 10.6e-6, 1745e12, 220),
     }
 )
+# In percent: what is slower still is planned as ten times as slow. Keeps sums of costs within int64 up to 1e14 rows a rank.
+MAX_COST = 1000
+
+
+def least_limit(cost_R: np.ndarray, rows: int) -> int:
+    """The smallest cost within which ranks together compute so many rows: sum(limit // cost_R) >= rows.
+
+    Compiled routines use this same function. Example: ranks of cost 1 and 2 compute 4 + 2 rows within a cost of 4.
+    """
+    mean_rows = -(-rows // cost_R.size)
+    low, high = mean_rows * cost_R.min(), mean_rows * cost_R.max()
+    while low < high:
+        middle = low + (high - low) // 2
+        if (middle // cost_R).sum() >= rows:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks in node-major order: rank r is on node r // ranks_per_node. `Rates` describes the rates."""
+    """Ranks in node-major order: rank r is on node r // ranks_per_node. `Rates` describes the rates.
+
+    rank_costs: seconds of a row on every rank, in percent of those by `flops_per_s`; none where all ranks are equally fast.
+    node_costs: seconds of a byte on the link of every node, in percent of those by `node_bytes_per_s`; none where all are equal.
+    """
 
     num_nodes: int
     ranks_per_node: int
@@ -57,6 +79,8 @@ class Topology:
     latency_s: float
     flops_per_s: float
     half_rate_rows: int = 200
+    rank_costs: tuple[int, ...] = ()
+    node_costs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive_int("num_nodes", self.num_nodes)
@@ -69,11 +93,59 @@ class Topology:
             check_seconds(name, getattr(self, name), positive=True)
         check_seconds("latency_s", self.latency_s)
         check_positive_int("half_rate_rows", self.half_rate_rows, minimum=0)
+        for name, count in (("rank_costs", self.num_ranks), ("node_costs", self.num_nodes)):
+            costs = tuple(check_positive_int(name, cost) for cost in getattr(self, name))
+            object.__setattr__(self, name, costs)
+            if len(costs) not in (0, count):
+                raise ValueError(f"{name} has {len(costs)} numbers for {count} {name[:4]}s; give one for each, or none")
+            if max(costs, default=0) > MAX_COST:
+                raise ValueError(f"{name} has {max(costs)} percent, at most {MAX_COST} are supported; give less")
 
     @property
     def num_ranks(self) -> int:
         """Ranks over all nodes."""
         return self.num_nodes * self.ranks_per_node
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: unpickled arrays could be written to, and compiled routines tell such arrays from others."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def cost_unit(self) -> int:
+        """The cost of a row on a rank that runs at `flops_per_s`."""
+        return 100 if self.rank_costs else 1
+
+    @cached_property
+    def cost_R(self) -> np.ndarray:
+        """Cost of a row on every rank, int64 [R], read-only. Planners minimise the largest product of cost and rows."""
+        return read_only(np.array(self.rank_costs or [1] * self.num_ranks, dtype=np.int64))
+
+    @property
+    def node_unit(self) -> int:
+        """The cost of an item on the link of a node with `node_bytes_per_s`."""
+        return 100 if self.node_costs else 1
+
+    @cached_property
+    def node_cost_N(self) -> np.ndarray:
+        """Cost of an item on the link of every node, int64 [N], read-only."""
+        return read_only(np.array(self.node_costs or [1] * self.num_nodes, dtype=np.int64))
+
+    @property
+    def least_cost(self) -> int:
+        """Cost of a row on the fastest rank."""
+        return min(self.rank_costs, default=1)
+
+    def least_limit(self, rows: int) -> int:
+        """Return the smallest cost within which all ranks together compute so many rows."""
+        return int(least_limit(self.cost_R, rows)) if self.rank_costs else -(-rows // self.num_ranks)
+
+    def over_mean(self, cost: int, rows: int) -> float:
+        """Return the cost of the busiest rank over that of every rank if all ended together; 1.0 without rows."""
+        return cost * float((1 / self.cost_R).sum()) / rows if rows else 1.0
+
+    def max_over_mean(self, rows_R: np.ndarray) -> float:
+        """Return `over_mean` of such rows per rank: where all ranks are as fast, rows of the busiest over the mean rank."""
+        return self.over_mean(int((self.cost_R * rows_R).max()), int(rows_R.sum()))
 
     @cached_property
     def node_of_rank_R(self) -> np.ndarray:
@@ -122,11 +194,14 @@ class Topology:
     @classmethod
     def parse(cls, text: str, preset: str = "h100") -> Topology:
         """Read "2x8" (nodes x ranks per node) or "8" (one node), with the rates of a preset."""
-        parts = text.lower().split("x") if isinstance(text, str) else []
-        if len(parts) not in (1, 2) or not all(
-            part.strip().isascii() and part.strip().isdigit() and len(part) < 8 for part in parts
-        ):
-            raise ValueError(f"topology {text!r} is not NODESxRANKS; write for example 2x8")
-        numbers = [int(part) for part in parts]
-        num_nodes, ranks_per_node = numbers if len(numbers) == 2 else (1, numbers[0])
+        num_nodes, ranks_per_node = parse_nodes(text)
         return cls.preset(preset, num_nodes=num_nodes, ranks_per_node=ranks_per_node)
+
+
+def parse_nodes(text: str) -> tuple[int, int]:
+    """Read "2x8" (nodes x ranks per node) or "8" (one node) as nodes and ranks per node."""
+    parts = text.lower().split("x") if isinstance(text, str) else []
+    if len(parts) not in (1, 2) or not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 8 for part in parts):
+        raise ValueError(f"topology {text!r} is not NODESxRANKS; write for example 2x8")
+    numbers = [int(part) for part in parts]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else (1, numbers[0])

@@ -10,13 +10,17 @@ from functools import cached_property
 
 import numpy as np
 
-from .content import MAX_TOTAL, ByContent, as_counts, check_ids, check_positive_int, check_seconds, freeze
+from .content import MAX_TOTAL, ByContent, as_counts, check_ids, check_positive_int, check_seconds, freeze, read_only
 from .topology import Topology
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one MoE layer. `bytes_per_element`: of rows and copies as sent; gradients are reduced in fp32 by default."""
+    """Sizes of one MoE layer.
+
+    bytes_per_element: of rows and copies as sent; gradients are reduced in fp32 by default. row_share: how much of a row
+    an assignment to another rank sends, where a token is sent once to a rank that has several of its experts.
+    """
 
     num_experts: int
     top_k: int
@@ -25,12 +29,15 @@ class LayerShape:
     num_matrices: int = 3
     bytes_per_element: int = 4
     gradient_bytes_per_element: int = 4
+    row_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "dim", "ffn_dim", "num_matrices", "bytes_per_element", "gradient_bytes_per_element"):
             check_positive_int(name, getattr(self, name))
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}; lower top_k")
+        if not 0 < self.row_share <= 1:
+            raise ValueError(f"row_share must be above 0 and at most 1, got {self.row_share!r}")
 
     @cached_property
     def parameters_per_expert(self) -> int:
@@ -49,8 +56,8 @@ class LayerShape:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes of one token row."""
-        return self.dim * self.bytes_per_element
+        """Bytes that one assignment to another rank sends."""
+        return max(round(self.dim * self.bytes_per_element * self.row_share), 1)
 
     @cached_property
     def flops_per_row(self) -> int:
@@ -89,16 +96,12 @@ class ExpertLoad(ByContent):
     @cached_property
     def totals_E(self) -> np.ndarray:
         """Assignments of every expert over all source ranks, int64 [E], read-only."""
-        totals_E = self.load_RE.sum(axis=0)
-        totals_E.setflags(write=False)
-        return totals_E
+        return read_only(self.load_RE.sum(axis=0))
 
     @cached_property
     def load_ER(self) -> np.ndarray:
         """The load by expert and source rank, int64 [E, R], contiguous, read-only."""
-        load_ER = np.ascontiguousarray(self.load_RE.T)
-        load_ER.setflags(write=False)
-        return load_ER
+        return read_only(np.ascontiguousarray(self.load_RE.T))
 
     @cached_property
     def total(self) -> int:
@@ -143,17 +146,14 @@ class Placement(ByContent):
     @cached_property
     def num_replicas_E(self) -> np.ndarray:
         """Holders of every expert, the owner included, int64 [E], read-only."""
-        counts_E = self.replicas_RE.sum(axis=0, dtype=np.int64)
-        counts_E.setflags(write=False)
-        return counts_E
+        return read_only(self.replicas_RE.sum(axis=0, dtype=np.int64))
 
     @cached_property
     def copies_RE(self) -> np.ndarray:
         """Temporary copies: holders except owners, bool [R, E], read-only."""
         copies_RE = self.replicas_RE.copy()
         copies_RE[self.expert_to_owner_E, np.arange(self.num_experts)] = False
-        copies_RE.setflags(write=False)
-        return copies_RE
+        return read_only(copies_RE)
 
     @property
     def num_copies(self) -> int:
@@ -191,7 +191,8 @@ class Problem(ByContent):
     of a forward (3, or 4 with recompute). min_rows_per_copy: fewest rows that a solver may move to a copy, None for its own
     choice. move_horizon_steps: steps over which a change of owner is amortised. state_multiplier: bytes moved when an expert
     changes its owner, over the bytes of its fp32 weights (3 with both Adam moments). forecast_error: expected total variation
-    distance, 0 to 1, of the actual load from `load`; 0 where the load is exact.
+    distance, 0 to 1, of the actual load from `load`; 0 where the load is exact. mean_moves: moves are made with those of other
+    layers, so the mean rank's count, without latency; else the busiest rank's.
     """
 
     load: ExpertLoad
@@ -206,6 +207,7 @@ class Problem(ByContent):
     move_horizon_steps: int = 100
     state_multiplier: float = 3.0
     forecast_error: float = 0.0
+    mean_moves: bool = False
 
     def __post_init__(self) -> None:
         owner_E = as_counts("expert_to_owner_E", self.expert_to_owner_E, ndim=1)
@@ -249,6 +251,4 @@ class Problem(ByContent):
         """Rows that every rank computes without copies, int64 [R], read-only."""
         # Weights of bincount are float64: exact, because a load's total stays below 2**53.
         rows_N = np.bincount(self.expert_to_owner_E, weights=self.load.totals_E, minlength=self.num_ranks)
-        rows_R = rows_N.astype(np.int64)
-        rows_R.setflags(write=False)
-        return rows_R
+        return read_only(rows_N.astype(np.int64))

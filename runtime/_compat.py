@@ -24,7 +24,7 @@ def current_backward_node() -> torch.autograd.graph.Node | None:
 
 
 def current_backward_id() -> int:
-    """A number that tells the backward pass that runs on this thread now from others; -1 outside of any."""
+    """The number of the backward pass that runs on this thread now; -1 outside of any."""
     return torch._C._current_graph_task_id()
 
 
@@ -55,7 +55,7 @@ class RunningCheckpoint:
     frame: Any
     """One object from the checkpoint's forward to its last recomputation; it lives as long as the graph may ask for one."""
     recomputation: Any
-    """What tells a recomputation from others of the checkpoint; None in its forward."""
+    """The identity of a recomputation among those of the checkpoint; None in its forward."""
 
 
 def running_checkpoints() -> list[RunningCheckpoint]:
@@ -81,7 +81,7 @@ def running_checkpoints() -> list[RunningCheckpoint]:
 
 
 def tensors_in(output: Any) -> list[torch.Tensor]:
-    """The tensors of a module's output: of tuples, lists, dictionaries, and other classes that torch knows how to take apart."""
+    """The tensors of a module's output: of tuples, lists, dictionaries, and other classes registered with torch's pytree."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
@@ -92,7 +92,7 @@ def time_limit_s(group: dist.ProcessGroup, device_type: str) -> float:
 
 
 def default_store() -> dist.Store:
-    """The key-value store over which the default process group met."""
+    """The key-value store of the default process group's rendezvous."""
     store: dist.Store = dist.distributed_c10d._get_default_store()
     return store
 

@@ -14,10 +14,12 @@ Shape letters: R ranks, H numbers of a header, F of a frame, E experts.
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from hashlib import sha256
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from ..collectives import CollectiveError, Transport
 from ..kernels import on_device
+from ..placement.machine import Machine, read_machine
 
 if TYPE_CHECKING:
     from .group import RankGroup
@@ -61,6 +64,26 @@ class Doing(IntEnum):
     """Whether experts change their owner."""
     DRIFT = 0x6D6F6507
     """Whether ranks hold the same."""
+
+
+@dataclass(frozen=True)
+class PassId:
+    """Which forward of which layer: the same on every rank."""
+
+    layer_name: str
+    number: int  # of the layer's passes in this step
+    step: int
+    plan: int
+    is_training: bool
+
+    @property
+    def where(self) -> str:
+        """Step, layer, plan and pass, for errors, profiles and the tags of messages."""
+        return f"step {self.step}, {self.layer_name}, plan {self.plan}, pass {self.number}"
+
+    def op(self, name: str) -> str:
+        """The name under which traffic is counted: that of evaluation is kept apart from that of training steps."""
+        return name if self.is_training else f"eval_{name}"
 
 
 class Place(NamedTuple):
@@ -129,34 +152,13 @@ class Agreement:
         where = f"step {step}, the beginning of the backward of forward {forward}"
         self._gather(self._group.control, _NOTHING, Doing.BACKWARD, step, forward=forward, where=where)
 
-    def gather_counts(
-        self, counts_E: Tensor, layer: str, number: int, step: int, *, is_training: bool, flags: int = 0, where: str
-    ) -> Gathered:
+    def gather_counts(self, counts_E: Tensor, of: PassId, *, flags: int = 0) -> Gathered:
         """Every rank's counts [R, E] of a layer's pass, and its flags."""
-        return self._gather(
-            self._group.tokens,
-            counts_E,
-            Doing.LAYER,
-            step,
-            layer=layer,
-            number=number,
-            is_training=is_training,
-            flags=flags,
-            where=where,
-        )
+        return self._gather(self._group.tokens, counts_E, Doing.LAYER, of.step, of=of, flags=flags, where=of.where)
 
-    def gather_loads(self, counts: Tensor, layer: str, number: int, step: int, *, is_training: bool, where: str) -> Gathered:
+    def gather_loads(self, counts: Tensor, of: PassId) -> Gathered:
         """The counts of every replica, [R * E] each."""
-        return self._gather(
-            self._group.replicas,
-            counts,
-            Doing.ROUTER_LOSS,
-            step,
-            layer=layer,
-            number=number,
-            is_training=is_training,
-            where=where,
-        )
+        return self._gather(self._group.replicas, counts, Doing.ROUTER_LOSS, of.step, of=of, where=of.where)
 
     def gather(self, ranks: Transport, values: Tensor, doing: Doing, step: int) -> Gathered:
         """Values [n] of every rank, outside of any layer."""
@@ -171,8 +173,7 @@ class Agreement:
         doing: Doing,
         step: int,
         *,
-        layer: str | None = None,
-        number: int = 0,
+        of: PassId | None = None,
         forward: int | None = None,
         is_training: bool = True,
         flags: int = 0,
@@ -180,12 +181,12 @@ class Agreement:
     ) -> Gathered:
         place = Place(
             doing,
-            -1 if layer is None else self._layers[layer],
-            0 if layer is None else crc32(layer.encode()),
-            number,
+            -1 if of is None else self._layers[of.layer_name],
+            0 if of is None else crc32(of.layer_name.encode()),
+            0 if of is None else of.number,
             self._num_forwards if forward is None else forward,
             step,
-            int(is_training),
+            int(is_training if of is None else of.is_training),
             values.numel(),
         )
         # Replicas gather what all ranks of their groups counted.
@@ -285,6 +286,28 @@ def check_same_layers(kinds: Mapping[str, object]) -> None:
                 f"MoE layer {index} of {max(len(found[0]), len(theirs))} differs between ranks: {first} on rank 0, "
                 f"{other} on rank {rank}; build the same model on every rank"
             )
+
+
+def agree_on_machine(machine: Machine | str | os.PathLike[str] | None) -> Machine | None:
+    """The machine, read from its file on each rank. Raises `ValueError`, on every rank, unless all have the same, or none.
+
+    Collective: all ranks of the default process group call it.
+    """
+    problem, text = "", ""
+    try:
+        machine = machine if machine is None or isinstance(machine, Machine) else read_machine(machine)
+        text = machine.to_toml() if machine else ""
+    except ValueError as error:
+        problem = str(error)
+    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(found, (problem, sha256(text.encode()).hexdigest()))
+    for rank, (problem, digest) in enumerate(found):
+        if problem:
+            raise ValueError(problem + f" (rank {rank})")
+        if digest != found[0][1]:
+            raise ValueError(f"the machine of rank {rank} differs from that of rank 0; give the same machine file on every rank")
+    assert machine is None or isinstance(machine, Machine)
+    return machine
 
 
 def _mode(is_training: int) -> str:

@@ -69,10 +69,22 @@ class MigrationConfig:
     every: int = 0
     """Steps between proposals of new owners, solved in the background from the loads observed; experts migrate with their
     optimizer state if that pays until the next one. 0: owners stay. Give `handle.step` the optimizer."""
+    solver: Literal["auto", "milp", "joint"] = "auto"
+    """What proposes: "joint", an annealing of each layer's owners; "milp", after it the exact planner, a mixed-integer program,
+    layer by layer, which also bounds what any owners could reach; "auto": as "milp", but without the layers that are within 1 %
+    of their bound already. The best of all that they find is proposed; if the exact planner fails, what there is without it."""
+    time_limit_s: float = 0.0
+    """Seconds for a proposal, in one thread at low priority. Joint ends by itself, the exact planner has what is left. 0: 0.4 of
+    the seconds that the steps between proposals take, so that the answer is there when it is first looked for."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "runtime.migration")
         if self.every < 0:
             raise ValueError(f"runtime.migration.every is {self.every}; it must be 0 (never) or a number of steps")
+        if not 0 <= self.time_limit_s < math.inf:
+            raise ValueError(
+                f"runtime.migration.time_limit_s is {self.time_limit_s}; it must be 0 (by the interval) or more, and finite"
+            )
 
 
 @takes_moved_options("runtime.debug")
@@ -84,9 +96,10 @@ class DebugConfig:
     """How tokens are split over copies: the exact min-max split, or Hecate's rule (local first, then even)."""
     predictor: Literal["best", "last", "window", "ema"] = "best"
     """How the next load is predicted from the past; 'best' uses whichever had the smallest recent error."""
-    overlap_s: float = 0.0
-    """Seconds of other work ahead of each MoE layer, under which its gather hides; the planner prices copies with it, and
-    'hecate' copies only as many experts as hide, so none at 0."""
+    overlap_s: float | Literal["auto"] = "auto"
+    """Seconds of other work ahead of each MoE layer, under which its gather hides: copies that hide cost nothing to the planner,
+    and "hecate" copies only as many experts as hide. "auto": measured in the first forwards, and 0 until then, or where
+    nothing travels beside work, as in shared memory. Runs whose clocks differ may then place other copies; a number repeats."""
     overlap: bool = True
     """Copies and their gradients travel under other work, and routed tokens under shared experts; False waits for all of them
     right after their launch, to compare or debug."""
@@ -101,14 +114,14 @@ class DebugConfig:
     reduce_wire: Literal["as_is", "bf16"] = "as_is"
     """How gradients of copies travel: in their own dtype, or rounded to bf16 and straight to the owner; summed in fp32 anyway."""
     migration_effort: float = 1.0
-    """How long the solver searches for owners, relative to its default."""
+    """How long joint searches for owners to migrate experts to, relative to its default."""
 
     def __post_init__(self) -> None:
         check_choices(self, "runtime.debug")
         if not 0 < self.migration_effort < math.inf:
             raise ValueError(f"runtime.debug.migration_effort is {self.migration_effort}; it must be more than 0, and finite")
-        if not 0 <= self.overlap_s < math.inf:
-            raise ValueError(f"runtime.debug.overlap_s is {self.overlap_s}; it must be 0 or more seconds, and finite")
+        if self.overlap_s != "auto" and not (isinstance(self.overlap_s, int | float) and 0 <= self.overlap_s < math.inf):
+            raise ValueError(f"runtime.debug.overlap_s is {self.overlap_s}; it must be 0 or more seconds, and finite, or 'auto'")
         if self.reduce_wire == "bf16" and self.schedule not in ("auto", "direct"):
             raise ValueError(
                 f"runtime.debug.schedule {self.schedule!r} forwards sums, which bf16 would round at every rank; "

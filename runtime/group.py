@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from ..collectives import (
     nodes_of_group,
 )
 from ..placement import Topology
+from ..placement.machine import Machine
 from ._compat import time_limit_s
 
 
@@ -80,6 +81,7 @@ def group_of_process_group(
     *,
     timeout_s: float,
     topology: Topology | None = None,
+    machine: Machine | None = None,
     transport: str = "auto",
     replicas: dist.ProcessGroup | None = None,
 ) -> RankGroup:
@@ -87,13 +89,17 @@ def group_of_process_group(
 
     `transport` names one of `moesaic.collectives.TRANSPORTS`; "auto" lets `choose_transport` name it.
 
-    Without a `topology` the preset of the device is used, on the nodes that the ranks are found on. The preset, not a
-    measurement, so that plans, and with them results, do not change from run to run.
+    Without a `topology` the rates of `machine` are used, by default the preset of the device, on the nodes that the ranks are
+    found on. A file or the preset, not a measurement now, so that plans, and with them results, do not change from run to run.
     """
     on_cuda, node_of_R = dist.get_backend(group) == "nccl", nodes_of_group(group)
     name = choose_transport(node_of_R, on_cuda=on_cuda).name if transport == "auto" else transport
     tokens, experts = make_transports(name, group, num_transports=2, timeout_s=timeout_s)
-    topology = topology or default_topology(node_of_R, on_cuda=on_cuda)
+    if topology is None:
+        topology = default_topology(node_of_R, on_cuda=on_cuda, machine=machine)
+        if dist.get_process_group_ranks(group) != list(range(dist.get_world_size())):
+            # The file numbers the ranks and nodes of a whole run.
+            topology = replace(topology, rank_costs=(), node_costs=())
     host = make_host_transport(group, node_of_R, timeout_s=timeout_s) if on_cuda else None
     if replicas is None:
         return RankGroup(tokens, experts, topology, host=host)
@@ -103,12 +109,19 @@ def group_of_process_group(
     return RankGroup(tokens, experts, topology, between, default_topology(node_of_R, on_cuda=on_cuda), host)
 
 
-def default_topology(node_of_R: Sequence[int], *, on_cuda: bool) -> Topology:
-    """The preset for this kind of device; one node where the ranks do not fill nodes of one size, one after the other."""
+def default_topology(node_of_R: Sequence[int], *, on_cuda: bool, machine: Machine | None = None) -> Topology:
+    """That of the machine, else of the preset for this kind of device; one node where the ranks do not fill nodes of one size,
+    one after the other.
+
+    Raises:
+        ValueError: the machine file lacks a rate for these nodes.
+    """
     num_ranks, num_nodes = len(node_of_R), len(set(node_of_R))
     ranks_per_node = num_ranks // num_nodes
     if list(node_of_R) != [rank // ranks_per_node for rank in range(num_ranks)]:
         ranks_per_node = num_ranks
+    if machine is not None:
+        return machine.topology(num_ranks // ranks_per_node, ranks_per_node)
     preset = "cpu"
     if on_cuda:
         major, _ = torch.cuda.get_device_capability()

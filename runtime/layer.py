@@ -64,7 +64,13 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.capacity = Capacity(capacity_factor, drop_policy)
         self.experts = ShardedExperts(
-            ExpertShape(dim, ffn_dim, clamp), num_experts, top_k, capacity=self.capacity, device=device, dtype=dtype
+            ExpertShape(dim, ffn_dim, has_bias=clamp is not None),
+            num_experts,
+            top_k,
+            activation=clamp,
+            capacity=self.capacity,
+            device=device,
+            dtype=dtype,
         )
         self.experts.runtime.bank.reset_parameters()
         self.aux_loss: Tensor | None = None

@@ -9,9 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Names of one expert's matrices in a checkpoint, inside the block; `{expert}` stands for the expert's number."""
+    """Names of one expert's matrices in a checkpoint, inside the block; `{expert}` stands for the expert's number.
 
-    gate: str
+    `gate` is None where one matrix, called `up`, is all of gate_up.
+    """
+
+    gate: str | None
     up: str
     down: str
 
@@ -26,14 +29,12 @@ class WeightNaming:
             `{weight}` stand for the expert's number and for ours. `fused` are names of older checkpoints then.
         renames: (ours, theirs) for submodules of the layer and of the block.
         checkpoint_experts: where checkpoints keep experts apart, an expert's names; None where they hold the fused tensors.
-        checkpoint_block: the block's own name in checkpoints, where that is another than in the model.
     """
 
     fused: tuple[tuple[str, str], ...]
     state_experts: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     checkpoint_experts: ExpertNames | None = None
-    checkpoint_block: str | None = None
 
     def name_of(self, inner: str) -> str:
         """The original's name for a parameter or buffer of the layer, both without the layer's own name."""
@@ -41,13 +42,6 @@ class WeightNaming:
             if inner.startswith(ours + "."):
                 return theirs + inner.removeprefix(ours)
         return inner
-
-    def block_in_checkpoint(self, block: str) -> str:
-        """A block's full name in checkpoints, from its full name in the model."""
-        if self.checkpoint_block is None:
-            return block
-        parent, dot, _ = block.rpartition(".")
-        return parent + dot + self.checkpoint_block
 
     def to_original(self, weight: str, tensor: Tensor) -> Tensor:
         """A bank's `weight` of one expert, or of several stacked, in the original's layout. May be a view."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import Buffer
+from ..kernels import Activation
 from ..placement import OwnerMap
 from ._compat import full_state_dict_requested, outside_graphs
 from .experts.bank import Bank
@@ -56,6 +57,8 @@ class ShardedExperts(nn.Module):
     Args:
         shape: of one expert.
         num_experts, top_k: E, and K per token.
+        activation: of the experts, a function [N, 2F] to [N, F] of gate and up, or [N, F] to [N, F] without a gate; SwiGLU by
+            default, for experts with a gate and without biases.
         capacity: how much experts take; everything by default.
         device, dtype: of the weights.
     """
@@ -68,12 +71,20 @@ class ShardedExperts(nn.Module):
         num_experts: int,
         top_k: int,
         *,
+        activation: Activation | None = None,
         capacity: Capacity | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if activation is None and (shape.has_bias or not shape.has_gate):
+            raise ValueError("experts with biases or without a gate have no SwiGLU; give their activation")
         self.shape = shape
+        if isinstance(activation, nn.Module):
+            if next(activation.parameters(), None) is not None:
+                raise ValueError(f"{type(activation).__name__} has parameters, which an experts' activation cannot train")
+            activation = activation.__call__
+        self.activation = activation
         self.num_experts = num_experts
         self.top_k = top_k
         self.capacity = capacity or Capacity()
@@ -84,7 +95,7 @@ class ShardedExperts(nn.Module):
 
     def _run_on(self, bank: Bank) -> None:
         """Run on one process, on a bank that holds every expert of this layer."""
-        self.runtime = LayerRuntime.on_one_process(bank, self.top_k, self.capacity, single_rank_group())
+        self.runtime = LayerRuntime.on_one_process(bank, self.top_k, self.capacity, single_rank_group(), self.activation)
         self._follow_bank()
 
     @outside_graphs

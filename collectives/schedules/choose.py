@@ -23,11 +23,6 @@ class ScheduleChoice:
     schedule: Schedule
     candidates_s: tuple[tuple[str, float], ...]
 
-    def explain(self) -> str:
-        """One line. Example: relay: predicted relay 1.3 ms, direct 4.1 ms."""
-        ordered = sorted(self.candidates_s, key=lambda candidate: (candidate[0] != self.name, candidate[1]))
-        return f"{self.name}: predicted " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in ordered)
-
 
 def make_schedule(name: str, placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
     """The gather schedule of that name for items of `item_bytes`.

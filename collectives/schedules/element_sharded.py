@@ -7,10 +7,7 @@ piece to all others. Every link then carries about one expert, at the cost of (c
 
 import numpy as np
 
-from ...placement import Placement, Topology
 from ..hops import Copies, Hops
-from ..schedule import Schedule
-from .chunks import with_best_chunks
 
 
 def element_sharded_hops(copies: Copies) -> Hops:
@@ -24,8 +21,3 @@ def element_sharded_hops(copies: Copies) -> Hops:
     pieces_J = np.arange(sizes_J.size) - np.repeat(copies.start_M[:-1], copies.num_copies_M)
     experts_J = np.repeat(copies.experts_M, copies.num_copies_M)
     return Hops(copies.num_ranks, experts_J, start_J, src_H, dst_H, pieces_J, pieces_J + 1, sizes_J)
-
-
-def element_sharded_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """The schedule, cut into the number of chunks with the smallest predicted time."""
-    return with_best_chunks(element_sharded_hops(Copies.of(placement)), topology, item_bytes).hops.schedule()

@@ -5,10 +5,7 @@ chain over the others. Sums return along the same path, so they associate node b
 the nodes further down the chain, then the rank that forwards.
 """
 
-from ...placement import Placement, Topology
 from ..hops import Copies, Hops
-from ..schedule import Schedule
-from .chunks import with_best_chunks
 
 
 def hierarchical_hops(copies: Copies, ranks_per_node: int) -> Hops:
@@ -18,9 +15,3 @@ def hierarchical_hops(copies: Copies, ranks_per_node: int) -> Hops:
 
     src_J, dst_J = node_hops(copies.owners_M, copies.start_M, copies.ranks_J, copies.num_ranks, ranks_per_node)
     return copies.routes(src_J, dst_J)
-
-
-def hierarchical_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """The schedule, cut into the number of chunks with the smallest predicted time."""
-    hops = hierarchical_hops(Copies.of(placement), topology.ranks_per_node)
-    return with_best_chunks(hops, topology, item_bytes).hops.schedule()

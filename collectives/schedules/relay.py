@@ -11,9 +11,8 @@ of the number. Sums associate differently (at each rank: its subtrees, the lower
 the same way.
 """
 
-from ...placement import Placement, Topology
+from ...placement import Topology
 from ..hops import Copies, Hops
-from ..schedule import Schedule
 from .chunks import Candidate, with_best_chunks
 
 
@@ -38,8 +37,3 @@ def tree_hops(copies: Copies) -> Hops:
     from ..hops_numba import tree_sources
 
     return copies.routes(tree_sources(copies.owners_M, copies.start_M, copies.ranks_J))
-
-
-def relay_gather(placement: Placement, topology: Topology, item_bytes: int) -> Schedule:
-    """The schedule of `best_relay`."""
-    return best_relay(Copies.of(placement), topology, item_bytes).hops.schedule()

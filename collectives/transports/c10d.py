@@ -50,13 +50,13 @@ class _Exchange:
             del self._left[0]
 
     def _failed(self, error: RuntimeError) -> CollectiveError:
-        """The error of the first work that is left. Others may have arrived meanwhile: who is silent must not hide among them."""
+        """The error of the first work that is left. Others may have arrived meanwhile, and are not listed as missing."""
         self._left[1:] = [(work, parts) for work, parts in self._left[1:] if not self._has_arrived(work)]
         return self._transport.failed(self._what, self._parts, [part for _, parts in self._left for part in parts], error)
 
     def _has_arrived(self, work: dist.Work) -> bool:
         try:
-            self._transport.wait_for(work, 0)  # Gloo's `is_completed` knows only of messages that were waited for
+            self._transport.wait_for(work, 0)  # Gloo's `is_completed` is true only for messages that were waited for
         except RuntimeError:
             return False
         return True
@@ -68,10 +68,10 @@ class C10dTransport(RowsAsMessages):
     On Gloo a wait ends with `CollectiveError` after `timeout_s`. On NCCL the current stream waits and the host goes on; there the
     watchdog of the group has the limit, and ends the process with a line that names the rank and the number of the work.
 
-    Both sides must expect what the other sends: torch tells nobody how many bytes came. Gloo leaves the end of a buffer as it was
-    after a shorter message, and ends the process at a longer one; NCCL defines neither. On Gloo messages carry their `Tags`: one
-    about something else never comes, and both sides wait until the limit. On NCCL the order in which ranks enter its collectives
-    is all there is; what they gather says what it is about, and they compare that (runtime/agreement.py).
+    Both sides must expect what the other sends: torch does not report how many bytes came. Gloo leaves the end of a buffer as it
+    was after a shorter message, and ends the process at a longer one; NCCL defines neither. On Gloo messages carry their `Tags`:
+    one about something else never comes, and both sides wait until the limit. On NCCL the order in which ranks enter its
+    collectives is all there is; what they gather says what it is about, and they compare that (runtime/agreement.py).
 
     Args:
         group: the process group, made with the timeout `timeout_s`; ranks below are ranks in it. Give each transport a group of
@@ -90,10 +90,6 @@ class C10dTransport(RowsAsMessages):
         self._is_nccl = dist.get_backend(group) == "nccl"
         self.thread = None if self._is_nccl else CommunicationThread()
         self._tags = Tags()
-
-    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An ordinary tensor."""
-        return like.new_empty(tuple(shape))
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Launch every message; see `Transport.exchange`."""
@@ -154,7 +150,7 @@ class C10dTransport(RowsAsMessages):
             work.wait(timedelta(seconds=max(limit_s, _AT_ONCE_S)))
 
     def failed(self, what: str, parts: Sequence[Part], missing: Sequence[Part], error: RuntimeError) -> CollectiveError:
-        """The error of torch with what it does not know."""
+        """The error of torch, with rank, operation, peers and bytes."""
         said = str(error).splitlines()[0]
         ending = f"did not complete within {self.timeout_s:g} s" if "imed out" in said else "failed"
         return CollectiveError(f"rank {self.rank}: {what} {ending} ({progress(parts, missing)}): {said}")

@@ -103,7 +103,7 @@ def _hierarchical(group: dist.ProcessGroup, node_of_R: Sequence[int], timeout_s:
 def new_group(ranks: list[int], timeout_s: float, *, backend: str | None = None) -> dist.ProcessGroup:
     """A process group of these ranks. The others take no part: they may be making theirs.
 
-    Its own limit is what ends a collective that nobody waits for any more, without which a process cannot end.
+    Its own limit ends a collective that is no longer waited for, without which a process cannot end.
     """
     is_part = len(ranks) < dist.get_world_size()
     limit = timedelta(seconds=timeout_s)

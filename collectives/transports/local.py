@@ -21,10 +21,6 @@ class LocalTransport(RowsAsMessages):
         self.traffic = Traffic(1)
         self.thread: CommunicationThread | None = None
 
-    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An ordinary tensor."""
-        return like.new_empty(tuple(shape))
-
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Accept the empty exchange."""
         assert not any(buffer.tensor.numel() for buffer in (*sends, *recvs)), f"{op} {where}: a message in a world of one rank"

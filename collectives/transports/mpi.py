@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,8 +37,24 @@ _PIECE_BYTES = 1 << 30
 # A message moves only while its ranks call MPI. Waits yield the core between calls; after this long they also sleep.
 _YIELD_S = 0.005
 _SLEEP_S = 0.0002
-# After a failure, how long other ranks have to tell what they saw before the job is ended under them.
+# After a failure, how long other ranks have to print their errors before the job is aborted.
 _LAST_WORDS_S = 2.0
+
+NO_MPI = "mpi4py and mpirun are not installed: pip install 'moesaic[mpi]'"
+MPIRUN_ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+"""Lets Open MPI's mpirun start any number of ranks on one machine, for any user."""
+
+
+def find_mpirun() -> str | None:
+    """The mpirun beside this Python, else the one on PATH; None where there is none, or no mpi4py."""
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    return found if find_spec("mpi4py") else None
 
 
 class MpiJob:
@@ -72,7 +90,7 @@ class MpiJob:
 
     def broadcast(self, value: T, *, timeout_s: float) -> T:
         """Rank 0's value, on every rank. Collective; `CollectiveError` where a rank does not come."""
-        self._meet("broadcast", self.mpi.COMM_WORLD.Get_rank(), timeout_s)
+        self._rendezvous("broadcast", self.mpi.COMM_WORLD.Get_rank(), timeout_s)
         return self.mpi.COMM_WORLD.bcast(value)
 
     def transport(self, rank: int, world_size: int, *, timeout_s: float) -> MpiTransport:
@@ -83,7 +101,7 @@ class MpiJob:
             CollectiveError: a rank does not come.
         """
         self.check_world_size(world_size)
-        self._meet("making a transport", rank, timeout_s)
+        self._rendezvous("making a transport", rank, timeout_s)
         communicator = self.mpi.COMM_WORLD.Split(0, rank)
         assert isinstance(communicator, self.mpi.Intracomm)
         return MpiTransport(self, communicator, timeout_s=timeout_s)
@@ -92,12 +110,12 @@ class MpiJob:
         """Raise `ValueError` unless the MPI launcher started as many ranks."""
         if self.world_size != world_size:
             raise ValueError(
-                f"MPI knows {self.world_size} rank(s), the process group has {world_size}: start all ranks with one mpirun -n "
+                f"MPI has {self.world_size} rank(s), the process group has {world_size}: start all ranks with one mpirun -n "
                 f"{world_size}, or choose another transport"
             )
 
-    def _meet(self, what: str, rank: int, timeout_s: float) -> None:
-        """Return when every rank is here: what they do next, MPI has only without a limit."""
+    def _rendezvous(self, what: str, rank: int, timeout_s: float) -> None:
+        """Return when every rank is here, within the limit: MPI has what comes next only without one."""
         here = np.zeros(self.world_size, np.uint8)
         request = self.mpi.COMM_WORLD.Iallgather(here[:1].copy(), here)
         _Requests(self, [request], [Part(here.nbytes, None, True)], f"rank {rank}: {what}", timeout_s).wait()
@@ -157,7 +175,7 @@ class _Requests:
             cut = [part for part, s in zip(self._parts, statuses, strict=False) if s.Get_error() == mpi.ERR_TRUNCATE]
             raise self._failed(", ".join([f"failed: MPI says {error}", *(f"more than {part}" for part in cut)])) from error
         for part, status in zip(self._parts, statuses, strict=True):
-            # Of collectives, and of what was sent, MPI tells no size.
+            # Of collectives, and of what was sent, MPI reports no size.
             if not part.is_incoming or status.Get_source() != part.peer:
                 continue
             if self._tags is not None and status.Get_tag() != self._tag:
@@ -192,10 +210,6 @@ class MpiTransport(RowsAsMessages):
         largest = job.mpi.COMM_WORLD.Get_attr(job.mpi.TAG_UB)
         assert isinstance(largest, int)
         self._tags = Tags(largest)
-
-    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An ordinary tensor."""
-        return like.new_empty(tuple(shape))
 
     def exchange(self, sends: Sequence[Buffer], recvs: Sequence[Buffer], *, op: str, where: str = "") -> Pending:
         """Launch every message; see `Transport.exchange`."""

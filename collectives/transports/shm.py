@@ -29,7 +29,7 @@ from .shm_memory import Arena
 # How long a rank that waits looks before it sleeps.
 _SPIN_NS = 200_000
 # Between two looks it keeps its core for so long: a peer that runs answers sooner than a yielded core comes back. Where there
-# are more ranks than cores, whom it waits for probably does not run.
+# are more ranks than cores, the peer that it waits for probably does not run.
 _PATIENCE_NS = 4_000
 # How long it sleeps while it has messages to post: the receivers that make room wake it only where they are what it waits for.
 _BACKLOG_NAP_S = 0.001
@@ -63,7 +63,7 @@ _backlog = _Backlog()
 
 
 class _Exchange:
-    """Messages of one exchange, as `shm_control` takes them, and their tensors: the compiled loops know addresses only.
+    """Messages of one exchange, as `shm_control` takes them, and their tensors: the compiled loops take addresses only.
 
     What was sent lives until it has been read, in `ShmTransport`; what is received until the wait is over.
     """
@@ -120,7 +120,7 @@ class _Exchange:
         return self._transport.error(self._op, self._where, text)
 
     def failed(self) -> CollectiveError:
-        """The error that says what is missing, and who is gone."""
+        """The error, with what is missing and which ranks are gone."""
         transport = self._transport
         missing, unread = self._missing(), self._unread()
         lost = transport.mailbox.gone() & {peer for peer, _ in missing + unread}
@@ -209,7 +209,7 @@ class ShmTransport:
         outgoing_bytes, incoming_bytes = outgoing.nbytes, incoming.nbytes
         # Strides do not say: that of a single row may be anything.
         row_bytes = outgoing_bytes // num_rows if num_rows else incoming_bytes // max(1, incoming.shape[0])
-        # The compiled loops know addresses only.
+        # The compiled loops take addresses only.
         assert outgoing.is_contiguous() and incoming.is_contiguous(), "rows must lie one after the other"
         assert layout.num_sent_rows * row_bytes <= outgoing_bytes, "fewer rows than are sent"
         assert layout.num_received_rows * row_bytes <= incoming_bytes, "fewer rows than are received"

@@ -1,8 +1,8 @@
-"""Control segments: what each rank of one node tells the others, and the compiled loops that tell and read it.
+"""Control segments: what each rank of one node publishes to the others, and the compiled loops that write and read it.
 
 Every rank has one control segment that all others map. It alone writes its rings of posted messages, its marks of what it took
 from others, and its board of integers. What others write there is its doorbell, a semaphore, and the word that says whether it
-must be rung: whoever clears that word rings. Import this module lazily: it imports numba, and a first call compiles.
+must be rung: the rank that clears that word rings. Import this module lazily: it imports numba, and a first call compiles.
 
 Messages of an exchange are rows of one int64 array, those sent before those expected; shapes: R ranks, M messages, G segments
 of a rank.
@@ -95,7 +95,7 @@ def _load(typingctx, address):
 
 @intrinsic
 def _store(typingctx, address, value):
-    """Write a word; whoever sees it sees all that was written before."""
+    """Write a word; a reader that sees it sees all that was written before."""
 
     def codegen(context, builder, signature, args):
         builder.store_atomic(args[1], builder.inttoptr(args[0], _WORD.as_pointer()), "release", 8)
@@ -164,7 +164,7 @@ def _clock_for(spin_ns, patience_ns):
 
 @njit(cache=True, nogil=True)
 def _is_over(clock, until_ns):
-    """Whether it is `until_ns`; if not, the core is given to whoever can run, unless that was done just now."""
+    """Whether it is `until_ns`; if not, the core is yielded, unless that was done just now."""
     now_ns = _now_ns(clock)
     if now_ns >= until_ns:
         return True
@@ -200,7 +200,7 @@ def post(controls_R, rank, counts_3R, messages_M5, num_sends):
 
 @njit(cache=True, nogil=True)
 def _announce(controls_R, rank, num_bytes):
-    """Tell the others how much this rank reads: whoever sees its messages knows."""
+    """Publish how many bytes this rank reads, before its messages appear."""
     _store(controls_R[rank] + _INCOMING, num_bytes)
 
 
@@ -334,10 +334,10 @@ def _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, ta
 def advance(controls_R, rank, bases_RG, cache_bytes, patience_ns, messages_M5, num_sends, tag, until_taken, spin_ns):
     """Read every message as it appears, then see whether those sent were taken; give up `spin_ns` after the first look.
 
-    Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, does not know; or
-    UNLIKE where one is not about `tag`, or has other bytes than expected. A rank that keeps looking yields its core to whoever
-    can run, every `patience_ns`. What all ranks read goes past the caches, of `cache_bytes`, where it would fill them: lines of a
-    target are read before they are overwritten there.
+    Returns DONE; NOT_YET; NEW_SEGMENT where a message lies in a segment that `bases_RG`, their addresses here, lacks; or UNLIKE
+    where one is not about `tag`, or has other bytes than expected. A rank that keeps looking yields its core every
+    `patience_ns`. What all ranks read goes past the caches, of `cache_bytes`, where it would fill them: lines of a target are
+    read before they are overwritten there.
     """
     _announce(controls_R, rank, messages_M5[num_sends:, NBYTES].sum())
     status = _advance(controls_R, rank, bases_RG, cache_bytes, messages_M5, num_sends, tag, until_taken)
@@ -381,6 +381,6 @@ def all_show(controls_R, number, spin_ns, patience_ns):
 
 @njit("void(int64)", cache=True, nogil=True)
 def ask_to_be_woken(control):
-    """Say that this rank is about to sleep. It must look once more after this: what appeared before rings nobody."""
+    """Announce that this rank is about to sleep. It must look once more after this: what appeared before does not ring it."""
     _store(control + _IS_WAITING, 1)
     fence()

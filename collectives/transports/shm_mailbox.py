@@ -1,4 +1,4 @@
-"""How the ranks of one node find each other's memory, sleep until something happens there, and notice who is gone."""
+"""How the ranks of one node find each other's memory, sleep until something happens there, and detect ranks that are gone."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Address:
 
 
 class Mailbox:
-    """This rank's control segment and its view of everybody else's; `shm_control` says what lies in them.
+    """This rank's control segment and its view of every other rank's; `shm_control` defines what lies in them.
 
     Attributes:
         control: the module `shm_control`, which is loaded, and compiled where that never happened, with the first mailbox.
         controls_R: where every rank's control segment lies here, int64.
-        bases_RG: where everybody's data segments lie here, int64; 0 for those that are not mapped.
+        bases_RG: where every rank's data segments lie here, int64; 0 for those that are not mapped.
         own_G2: where this rank's own lie, and their bytes, int64; zeros for those that there are not.
     """
 

@@ -1,4 +1,4 @@
-"""Memory that the ranks of one host share: anonymous files, mapped by whoever needs them.
+"""Memory that the ranks of one host share: anonymous files, mapped where they are needed.
 
 Every segment is a memfd: it has no name in any file system, so it is gone when the last process that maps it is, however
 that process ended. A peer finds it as `/proc/<pid>/fd/<fd>` of its owner, which is open as long as the owner lives.
@@ -58,7 +58,7 @@ def _map(here: int, fd: int, nbytes: int) -> Segment:
 
 
 def close_at_end(owner: object, fds: Sequence[int]) -> None:
-    """Close files, also those that join the list, once nobody has their owner any more. A process closes all as it ends."""
+    """Close files, also those that join the list, once their owner is garbage-collected. A process closes all as it ends."""
 
     def close() -> None:
         for fd in fds:

@@ -43,7 +43,8 @@ Every option of a training run: its default, the values it takes and what it doe
 Python API as well; the other sections belong to `moesaic train`.
 
 - In a file: `moesaic train --config run.toml`, with sections and keys as below.
-- On the command line: `--set section.key=value`, as often as needed, over the file. A value is read as TOML (`0.1`, `true`,
+- On the command line: `--set section.key=value`, as often as needed, over the file; `--set migration.every=50` is short for
+  `--set runtime.migration.every=50`. A value is read as TOML (`0.1`, `true`,
   `"text"`), else taken as text.
 - In Python: `shard_experts(model, mesh=mesh, config=RuntimeConfig(slots=4, debug=DebugConfig(overlap=False)))`,
   `MoELayer(..., router=RouterConfig(z_loss_coef=1e-3))`.

@@ -13,6 +13,7 @@ OUTSIDE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "place_compare.md": "benchmarks/results/place_compare.md",
+    "step_workloads.md": "benchmarks/results/step_workloads.md",
 }
 
 
@@ -25,6 +26,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Turn links that hold in the repository into those that hold in the site."""
+    markdown = markdown.replace("](../../docs/", "](")
     for page, file in OUTSIDE.items():
         markdown = re.sub(rf"\]\((\.\./)?{re.escape(file)}(?=[#)])", f"]({page}", markdown)
     return markdown.replace("](docs/", "](")

@@ -16,6 +16,8 @@ from ...collectives import choose_transport
 from ...placement.files import clear_errors, replace_text
 from ..output import JSON_OPTION, publish
 from ..run.warm import warm_all
+from . import families as family_check
+from .machine_check import compare_machine
 from .model_check import COLUMNS, Request, check_model
 from .self_test import two_process_tests
 
@@ -27,7 +29,7 @@ class Finding:
     """One line of the report."""
 
     what: str
-    """package, device or transport."""
+    """package, device, transport or machine."""
     name: str
     status: str
     """A version, a description, or the reason for the failure."""
@@ -93,19 +95,25 @@ def _probe_nccl() -> tuple[str, bool]:
     "--model", "target", metavar="TARGET", help="Check this model: file.py:function, package.module:callable, or a folder."
 )
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes to check the model on.")
+@click.option("--families", is_flag=True, help="Check every MoE family of the installed transformers on small random models.")
+@click.option("--only", metavar="NAME,...", help="Check these families alone.")
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of random inputs.")
 @click.option("--input", "input_path", type=click.Path(), help="Inputs written by torch.save, in place of random ones.")
 @click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Largest relative difference that passes.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--machine", metavar="FILE", help="Also compare this machine with the file that `moesaic calibrate` wrote.")
 @click.option("--warm", is_flag=True, help="Compile the routines that runs would compile, and do nothing else.")
 @JSON_OPTION
 def command(
     target: str | None,
     ranks: int,
+    families: bool,
+    only: str | None,
     tokens: int,
     input_path: str | None,
     tolerance: float,
     device: str,
+    machine: str | None,
     warm: bool,
     json_path: str | None,
 ) -> int:
@@ -115,15 +123,30 @@ def command(
     norm, router losses and expert counts, without copies of experts, with copies, and after a migration. TARGET is a callable
     that returns the model, or (model, example inputs), or a folder with a Hugging Face config.json, whose model gets random
     weights. The check runs in fp32 and without dropout. Exit status 0 if every check passes, else 1.
+
+    With --families, check instead every Mixture-of-Experts family of the installed transformers, on small models with random
+    weights: logits, loss and every gradient on several ranks against the model unwrapped, to 1e-5. Exit status 1 if one differs.
+
+    With --machine, measure also on as many ranks as a node of the file has, for some seconds, and show what differs by more than
+    a fifth.
     """
+    if only is not None and not families:
+        raise ValueError("--only names families; give --families with it")
     if warm:
-        if target is not None or json_path is not None:
-            raise ValueError("--warm stands alone; leave out --model and --json")
+        if families or target is not None or json_path is not None or machine is not None:
+            raise ValueError("--warm stands alone; leave out --model, --machine, --families and --json")
         click.echo(f"every routine is compiled; that took {warm_all():.1f} s")
         return 0
+    if families:
+        if target is not None or machine is not None:
+            raise ValueError("--families stands alone; leave out --model and --machine")
+        return _report_families([] if only is None else only.split(","), ranks, json_path)
     if target is not None:
+        if machine is not None:
+            raise ValueError("--model checks a model alone; leave out --machine")
         return _report_model(Request(target, ranks, tokens, input_path, tolerance, device), json_path)
-    findings = [*installed_packages(), *devices(), *transports()]
+    compared = compare_machine(machine) if machine is not None else []
+    findings = [*installed_packages(), *devices(), *transports(), *(Finding("machine", *line) for line in compared)]
     report = {
         "schema": 1,
         "command": "doctor",
@@ -149,4 +172,14 @@ def _report_model(request: Request, json_path: str | None) -> int:
     if json_path != "-":
         verdict = f"{failed} of {len(comparisons)} checks failed" if failed else f"all {len(comparisons)} checks passed"
         click.echo(f"{verdict}: {request.target} on {request.ranks} ranks")
+    return 1 if failed else 0
+
+
+def _report_families(only: list[str], ranks: int, json_path: str | None) -> int:
+    states = family_check.check_families(only, ranks)
+    publish("doctor", [asdict(each) for each in states], family_check.COLUMNS, json_path)
+    failed = sum(each.state == "fail" for each in states)
+    if json_path != "-":
+        passed = sum(each.state == "pass" for each in states)
+        click.echo(f"{passed} of {len(states)} families pass on {ranks} ranks, {failed} fail")
     return 1 if failed else 0

@@ -42,8 +42,8 @@ COLUMNS = ("plan", "check", "compared", "worst", "difference", "tolerance", "res
 _WITHOUT_COPIES, _WITH_COPIES, _MOVED = "owners alone", "with copies", "moved, with copies"
 # A gradient's difference is relative to its largest value, but at least to this share of the largest gradient: smaller values may
 # be rounding alone.
-_FLOOR = 1e-3
-_SLOTS = 2
+FLOOR = 1e-3
+SLOTS = 2
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def check_rank(process: Process, mesh: DeviceMesh, request: Request, folder: Pat
     inputs = Inputs(**torch.load(folder / "inputs.pt")).part(process.rank, process.world_size).to(process.device)
     reference = Reference(**torch.load(folder / "reference.pt", mmap=True))
     # The ranks are not compared for drift: a model's buffers may depend on each rank's own tokens.
-    config = RuntimeConfig(policy="static", slots=_SLOTS, check_replicas_every=0, timeout_s=request.timeout_s)
+    config = RuntimeConfig(policy="static", slots=SLOTS, check_replicas_every=0, timeout_s=request.timeout_s)
     handle = shard_experts(model, mesh=mesh, config=config)
     disable_dropout(model, handle.layers)
     comparisons: list[Comparison] = []
@@ -251,7 +251,7 @@ def hold_copies(handle: Handle, loads: Mapping[str, Tensor]) -> None:
         replicas_RE = Placement.owners_only(owner_E, runtime.group.world_size).replicas_RE.copy()
         for rank in range(runtime.group.world_size):
             others = [e for e in np.roll(busiest, -rank) if owner_E[e] != rank]
-            replicas_RE[rank, others[:_SLOTS]] = True
+            replicas_RE[rank, others[:SLOTS]] = True
         runtime.drop_prefetched()
         runtime.planner.hold(Placement(owner_E, replicas_RE))
 
@@ -265,7 +265,7 @@ def _compare_step(process: Process, handle: Handle, inputs: Inputs, reference: R
         aux_loss = handle.aux_loss()
         (projection(outputs, rank) + aux_loss).backward()
     _compare_outputs(found["outputs"], outputs, reference.outputs[rank], f" on rank {rank}")
-    floor = _FLOOR * max((float(grad.abs().max()) for grad in reference.gradients.values() if grad.numel()), default=0.0)
+    floor = FLOOR * max((float(grad.abs().max()) for grad in reference.gradients.values() if grad.numel()), default=0.0)
     for name, grad in gradients_of(handle):
         found["gradients"].add(name, grad, reference.gradients.get(name), floor=floor)
     # Each rank compares the gradients of the experts that it owns; together the ranks compare all.

@@ -5,18 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ...collectives import Buffer, CollectiveError, Transport, make_transports
+from ...collectives.transports.mpi import MPIRUN_ENVIRONMENT, NO_MPI, find_mpirun
 from .children import problem_of, run_children
 
 _LIMIT_S = 120.0
@@ -36,12 +35,8 @@ class TransportTest:
 def two_process_tests() -> list[TransportTest]:
     """Test every transport for CPU tensors, MPI through its own launcher."""
     results = _try(list(_WITHOUT_MPI), [[], []])
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if find_spec("mpi4py") is None or mpirun is None:
-        results["mpi"] = "mpi4py and mpirun are not installed: pip install 'moesaic[mpi]'"
-    else:
-        results |= _try(["mpi"], [[mpirun, "-n", "2"]])
+    mpirun = find_mpirun()
+    results |= {"mpi": NO_MPI} if mpirun is None else _try(["mpi"], [[mpirun, "-n", "2"]])
     names = {"c10d": "c10d gloo"}
     return [TransportTest(names.get(name, name), status, status == "works") for name, status in results.items()]
 
@@ -49,12 +44,7 @@ def two_process_tests() -> list[TransportTest]:
 def _try(names: list[str], launchers: Sequence[list[str]]) -> dict[str, str]:
     """The statuses that rank 0 reports, by transport; each of `launchers` begins the command line of one process."""
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        }
+        env = os.environ | MPIRUN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
         program = [sys.executable, "-m", "moesaic.launch.doctor.self_test", folder, ",".join(names)]
         children = run_children(
             [[*launcher, *program] for launcher in launchers],

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML page: bars of the balance, and a heat map by layer. No script, no network."""
+"""A comparison as one HTML page: bars of the balance, and a heat map by layer."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ from collections.abc import Mapping, Sequence
 
 from ...placement.files import replace_text
 from ...placement.offline.simulate import Outcome
+from .page import page, section
 
 _BAR_WIDTH, _ROW_HEIGHT, _LABEL_WIDTH, _CELL_WIDTH = 420, 18, 240, 16
 _COLORS = {"predicted": "#c2571a", "exact": "#2b7a3d", "future": "#3465a4"}
-_STYLE = (
-    "body{font:14px sans-serif;margin:2em;color:#222}text{font:12px sans-serif;fill:#222}h2{margin-top:2em}svg{display:block}"
-)
 
 
 def write_picture(path: str | os.PathLike[str], panels: Mapping[str, Sequence[Outcome]]) -> None:
     """Write the page atomically; `panels` maps a title, of one trace and machine, to its outcomes."""
-    body = "".join(f"<h2>{html.escape(title)}</h2>{_bars(outcomes)}{_heat_map(outcomes)}" for title, outcomes in panels.items())
-    replace_text(
-        path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>moesaic place compare</title><style>{_STYLE}</style>'
-        f"<h1>Busiest rank over the mean rank</h1><p>1 is perfect balance; the tick is the lower bound.</p>{body}</html>\n",
-    )
+    intro = "<p>1 is perfect balance; the tick is the lower bound.</p>"
+    body = [section(title, _bars(outcomes) + _heat_map(outcomes)) for title, outcomes in panels.items()]
+    replace_text(path, page("place compare: busiest rank over the mean rank", [intro, *body]))
 
 
 def _label(outcome: Outcome) -> str:

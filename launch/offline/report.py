@@ -16,15 +16,17 @@ import numpy as np
 
 from ...placement.files import clear_errors, replace_text
 from ...placement.offline.records import table
-from ...placement.owners import OwnerMap
-from ...placement.traces.sources import LoadSource, Sizes, open_source
-from ..output import progress
+from ...placement.traces.sources import LoadSource, open_source
+from .page import page, section
 from .trace import INFO_COLUMNS, inspect_trace
-from .trace_options import Count, TraceOptions, trace_options
+from .trace_options import RANKS_OPTION, TraceOptions, trace_options
 
-_STYLE = "body{font:14px sans-serif;margin:2em;color:#222}svg{display:block;max-width:100%;height:auto}pre{font-size:12px}"
 # The most columns of a heat map; longer traces are averaged over neighbouring steps.
 _MAX_COLUMNS = 240
+_DECISION_COLUMNS = (
+    *("step", "solver", "moved", "saved_s_predicted", "saved_s_observed", "move_s", "objective", "bound", "gap", "seconds"),
+    "reason",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ _CHARTS = (
         {"static expert parallelism": "max_over_mean_static", "as computed": "max_over_mean"},
     ),
     Chart("Busiest expert over the mean expert", "", {"expert": "expert_max_over_mean"}),
+    Chart("Congestion coefficient gamma_eff, our reconstruction", "", {"mean over layers": "gamma_eff"}),
     Chart("Copies per layer", "", {"all": "copies_per_layer", "added by calibration": "copies_calibrated"}),
     Chart("Error of the load forecast", "share of assignments", {"error": "prediction_error"}),
     Chart(
@@ -72,7 +75,7 @@ _CHARTS = (
 @click.command("report")
 @click.argument("path", metavar="RUN_OR_TRACE")
 @click.option("-o", "--out", required=True, metavar="FILE.html", help="The page, written atomically.")
-@click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
+@RANKS_OPTION
 @trace_options
 def command(path: str, out: str, ranks: int | None, **options: Any) -> None:
     """Write a run's folder, or a routing trace, as one HTML page of curves, heat maps and tables."""
@@ -81,11 +84,11 @@ def command(path: str, out: str, ranks: int | None, **options: Any) -> None:
     source = Path(path)
     with clear_errors():
         if source.is_dir():
-            page = run_page(source)
+            text = run_page(source)
         else:
-            page = trace_page(source.name, TraceOptions.take(options).open(path, ranks))
-        replace_text(out, page)
-    click.echo(f"{out}: {len(page) / 1e6:.1f} MB")
+            text = trace_page(source.name, TraceOptions.take(options).open(path, ranks))
+        replace_text(out, text)
+    click.echo(f"{out}: {len(text) / 1e6:.1f} MB")
 
 
 def run_page(folder: Path) -> str:
@@ -97,23 +100,23 @@ def run_page(folder: Path) -> str:
     body = []
     if (folder / "summary.json").exists():
         summary = _read_json((folder / "summary.json").read_text(encoding="utf-8"), f"{folder / 'summary.json'}")
-        lines = [{"what": key, "value": value} for key, value in summary.items() if not isinstance(value, dict)]
-        body.append(_section("Summary", _pre(table(lines, ("what", "value")))))
-    body += [_section(chart.title, drawn) for chart in _CHARTS if (drawn := _curves(chart, records))]
-    decisions = [decision for record in records for decision in record.get("rehomings", ())]
+        lines = [{"what": key, "value": value} for key, value in summary.items() if not isinstance(value, dict | list)]
+        body.append(section("Summary", _pre(table(lines, ("what", "value")))))
+    body += [section(chart.title, drawn) for chart in _CHARTS if (drawn := _curves(chart, records))]
+    decisions: list[dict[str, Any]] = []
+    for record in records:
+        add_decisions(decisions, record)
     if decisions:
-        body.append(
-            _section("Proposals to move experts", _pre(table(decisions, ("step", "num_moved", "saved_s", "move_s", "reason"))))
-        )
+        body.append(section("Proposals to migrate experts", _pre(table(decisions, _DECISION_COLUMNS))))
     trace = folder / "trace.npz"
     if trace.exists():
-        body.append(_trace_sections(open_source(str(trace), None, sizes=Sizes())))
-    return _page(f"run {folder.name}", body)
+        body.append(_trace_sections(open_source(trace)))
+    return page(f"run {folder.name}", body)
 
 
 def trace_page(name: str, source: LoadSource) -> str:
     """The page of a routing trace: a table by layer, and heat maps."""
-    return _page(f"trace {name}", [_trace_sections(source)])
+    return page(f"trace {name}", [_trace_sections(source)])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -129,6 +132,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def add_decisions(decisions: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
+    """Add the decisions about owners of a record of metrics.jsonl, with its step; and to one of before what it did save."""
+    if "migration_step" in record:
+        for decision in decisions:
+            if decision["step"] == record["migration_step"] and decision["moved"]:
+                decision["saved_s_observed"] = record["saved_s_observed"]
+    decisions += [{"step": record["step"], **decision} for decision in record.get("migrations", ())]
+    for old in record.get("rehomings", ()):  # of runs recorded before 0.1
+        decisions.append({**old, "moved": old.get("num_moved", 0), "saved_s_predicted": old.get("saved_s", 0.0)})
+
+
 def _read_json(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -140,46 +154,34 @@ def _read_json(text: str, where: str) -> dict[str, Any]:
 
 
 def _trace_sections(source: LoadSource) -> str:
-    stats = [{**record, "layer": str(record["layer"])} for record in inspect_trace(source)]
-    imbalance_LS, shares_LES = _trace_maps(source)
+    meta = source.meta
+    per_column = -(-source.num_steps // _MAX_COLUMNS)
+    steps_S = np.bincount(np.arange(source.num_steps) // per_column)
+    imbalance_LS = np.zeros((meta.num_layers, steps_S.size))
+    shares_LES = np.zeros((meta.num_layers, meta.num_experts, steps_S.size))
+
+    def add(step: int, layers: list[tuple[float, np.ndarray]]) -> None:
+        column = step // per_column
+        for layer, (imbalance, shares_E) in enumerate(layers):
+            imbalance_LS[layer, column] += imbalance / steps_S[column]
+            shares_LES[layer, :, column] += shares_E / steps_S[column]
+
+    stats = [{**record, "layer": str(record["layer"])} for record in inspect_trace(source, add)]
     worst = int(imbalance_LS.mean(axis=1).argmax())
     span = (1, source.num_steps)
     return "".join(
         (
-            _section("Routing by layer", _pre(table(stats, INFO_COLUMNS))),
-            _section(
+            section("Routing by layer", _pre(table(stats, INFO_COLUMNS))),
+            section(
                 "Busiest rank over the mean rank under static expert parallelism",
                 _heat_map(imbalance_LS, "layer", span, "max/mean"),
             ),
-            _section(
+            section(
                 f"Shares of the experts in layer {worst}, times the experts",
                 _heat_map(shares_LES[worst], "expert", span, "share"),
             ),
         )
     )
-
-
-def _trace_maps(source: LoadSource) -> tuple[np.ndarray, np.ndarray]:
-    """Max/mean of ranks [L, S] and share times E of experts [L, E, S], averaged over blocks of steps."""
-    meta = source.meta
-    owners_LE = OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks).expert_to_owner_LE
-    per_column = -(-source.num_steps // _MAX_COLUMNS)
-    num_columns = -(-source.num_steps // per_column)
-    imbalance_LS = np.zeros((meta.num_layers, num_columns))
-    shares_LES = np.zeros((meta.num_layers, meta.num_experts, num_columns))
-    steps_S = np.zeros(num_columns)
-    with progress(source.num_steps, "step") as advance:
-        for step, loads_LRE in enumerate(source.steps()):
-            totals_LE = loads_LRE.sum(axis=1)
-            column = step // per_column
-            steps_S[column] += 1
-            for layer, (totals_E, owner_E) in enumerate(zip(totals_LE, owners_LE, strict=True)):
-                total = max(int(totals_E.sum()), 1)
-                assignments_R = np.bincount(owner_E, weights=totals_E, minlength=meta.num_ranks)
-                imbalance_LS[layer, column] += assignments_R.max() * meta.num_ranks / total
-                shares_LES[layer, :, column] += totals_E * meta.num_experts / total
-            advance()
-    return imbalance_LS / steps_S, shares_LES / steps_S
 
 
 def _curves(chart: Chart, records: Sequence[Mapping[str, Any]]) -> str:
@@ -231,16 +233,5 @@ def _svg(figure: Any) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def _section(title: str, content: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{content}"
-
-
 def _pre(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
-
-
-def _page(title: str, body: Sequence[str]) -> str:
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>moesaic {html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{''.join(body)}</html>\n"
-    )

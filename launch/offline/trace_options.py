@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import click
 
-from ...placement.traces.sources import LoadSource, Sizes, open_source
+from ...placement.traces.foreign import Reading, Sizes
+from ...placement.traces.sources import LoadSource, open_source
+from ..output import JSON_OPTION, with_options
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+_Values = TypeVar("_Values", Reading, Sizes)
 Count = click.IntRange(min=1)
 
-_OPTIONS = (
+trace_options = with_options(
     click.option("--tokens-per-step", type=Count, metavar="N", help="Cut recorded tokens into steps of N, over all ranks."),
     click.option("--shuffle", "shuffle_seed", type=click.IntRange(min=0), metavar="SEED", help="Shuffle recorded tokens first."),
     click.option("--array", metavar="NAME", help="The array of a foreign file to read."),
@@ -28,40 +29,33 @@ _OPTIONS = (
     click.option("--ffn-dim", type=Count, metavar="F", help="Expert ffn dimension, if the file does not say."),
     click.option("--matrices", "num_matrices", type=Count, metavar="N", help="Weight matrices of an expert; 3 is SwiGLU."),
 )
+"""Adds the options that `TraceOptions.take` removes to a command."""
+RANKS_OPTION = click.option("--ranks", type=Count, metavar="R", help="Use R ranks instead of the trace's own.")
+inspect_options = with_options(RANKS_OPTION, trace_options, JSON_OPTION)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TraceOptions:
-    """Options for reading a trace, by the argument names of `open_source`."""
+    """Options for reading a trace."""
 
-    tokens_per_step: int | None
-    shuffle_seed: int | None
-    array: str | None
-    axes: str | None
-    none_ids: tuple[int, ...]
-    as_shares: bool
+    reading: Reading
     sizes: Sizes
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> TraceOptions:
         """Remove the trace options from a command's keyword arguments, and return them."""
-        sizes = Sizes(**{name: options.pop(name) for name in ("num_experts", "top_k", "dim", "ffn_dim", "num_matrices")})
-        names = ("tokens_per_step", "shuffle_seed", "array", "axes", "none_ids", "as_shares")
-        return cls(sizes=sizes, **{name: options.pop(name) for name in names})
+        return cls(_take(Reading, options), _take(Sizes, options))
 
     def open(self, path: str, num_ranks: int | None, json_path: str | None = None) -> LoadSource:
         """Open a trace or a foreign recording at this many ranks, and print the notes of the reader.
 
         json_path: where the command writes its records; if that is standard output, the lines go to standard error.
         """
-        source = open_source(path, num_ranks, **vars(self))
+        source = open_source(path, num_ranks, self.reading, sizes=self.sizes)
         for note in source.notes:
             click.echo(f"{path}: {note}", err=json_path == "-")
         return source
 
 
-def trace_options(command: Command) -> Command:
-    """Add the options that `TraceOptions.take` removes to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def _take(kind: type[_Values], options: dict[str, Any]) -> _Values:
+    return kind(**{field.name: options.pop(field.name) for field in fields(kind)})

@@ -10,5 +10,6 @@ process.py         One process of a run: rank, device, process group, agreement 
 checkpoint.py      Checkpoints by torch.distributed.checkpoint, with experts under logical names: any world size loads them.
 failure_report.py  Failure report: which collective failed, after which stage, and the status of every other rank.
 records.py         The records of a run: its folder, metrics, routing trace, progress bar and summary.
-inputs.py          The inputs of a run: text, progress of a checkpoint, placement plan and replayed trace, the same on every rank.
+inputs.py          The inputs of a run: text, progress of a checkpoint, placement plan, machine and replayed trace, the same on
+                   every rank.
 """

@@ -1,10 +1,11 @@
-"""The inputs of a run: text, progress of a checkpoint, placement plan and replayed trace, the same on every rank."""
+"""The inputs of a run: text, progress of a checkpoint, placement plan, machine and replayed trace, the same on every rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...placement import SavedPlan, Trace, TraceMeta, read_plan
 from ...placement.files import digest_of
+from ...placement.machine import Machine, read_machine
 from ..config import Config
 from .checkpoint import Progress, read_progress
 from .data import Text, prepare_text
@@ -24,6 +25,7 @@ class RunInputs:
     progress: Progress | None
     """The progress of that checkpoint."""
     plan: SavedPlan | None
+    machine: Machine | None
     trace: Trace | None
 
 
@@ -46,15 +48,18 @@ def _read(config: Config, process: Process) -> tuple[RunInputs, dict[str, str]]:
     contents = {"the text (data.path)": text.digest}
     resume = Path(config.checkpoint.resume).expanduser() if config.checkpoint.resume else None
     progress = read_progress(resume, config, text) if resume else None
-    plan, trace = None, None
+    plan, machine, trace = None, None, None
     if config.placement.file:
         plan = _read_plan(config, meta)
         contents["the plan (placement.file)"] = plan.to_json()
+    if config.placement.machine:
+        machine = read_machine(Path(config.placement.machine).expanduser())
+        contents["the machine (placement.machine)"] = machine.to_toml()
     if config.train.replay:
         num_tokens = config.train.batch_size * config.data.seq_len // process.world_size
         trace = open_replay(config.train.replay, meta, num_tokens=num_tokens, num_steps=config.train.steps)
         contents["the trace (train.replay)"] = digest_of(trace.path)
-    return RunInputs(text, resume, progress, plan, trace), contents
+    return RunInputs(text, resume, progress, plan, machine, trace), contents
 
 
 def _read_plan(config: Config, meta: TraceMeta) -> SavedPlan:

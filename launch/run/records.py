@@ -6,6 +6,7 @@ runs/NAME/metrics.jsonl     one JSON object per step; run.metrics=detailed adds 
 runs/NAME/tensorboard/      the same for TensorBoard, with run.tensorboard
 runs/NAME/trace.npz         routing loads of every step, or of each run.trace_every steps, for `moesaic place` and `moesaic trace`
 runs/NAME/summary.json      the numbers of the printed summary
+runs/NAME/plan.json         with migration: the owners since the last one, as a plan for placement.file and `moesaic place`
 runs/NAME/checkpoints/      step-N folders
 runs/NAME/profile-rank-N.json  a profile of the last steps, with run.profile_steps
 ```
@@ -28,10 +29,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ...collectives import SCHEDULES
-from ...placement import TraceMeta, TraceWriter
+from ...placement import Problem, SavedPlan, TraceMeta, TraceWriter, get_solver, policy_solvers
 from ...placement.files import replace_text
 from ...runtime.wrap.migration_policy import Decision
 from ..config import Config, RunConfig
+from ..offline.report import add_decisions
 from .process import Process
 from .tensorboard import TensorBoard
 
@@ -79,7 +81,8 @@ def create_run_folder(config: RunConfig) -> Path:
 class StepRecord:
     """One line of metrics.jsonl, which also holds the handle's metrics of the step.
 
-    `rehomings` lists the migration decisions of the step, if any: experts moved, seconds saved and needed, and the reason.
+    `migrations` lists what was decided about owners after the step, if anything was: the fields of `Decision`. A later line has
+    `saved_s_observed` and `migration_step`: what experts that migrated after that step saved.
     """
 
     step: int
@@ -119,6 +122,8 @@ class Summary:
     slot_bytes_bound: float
     slot_bytes_peak: float
     seconds: float
+    migrations: list[dict[str, Any]]
+    """The decisions by which experts migrated, each with its step and, as far as known, `saved_s_observed`."""
     folder: str
 
     def __str__(self) -> str:
@@ -134,9 +139,21 @@ class Summary:
                 f"sent per step          {self.bytes_sent_per_step / 1e6:.2f} MB over all ranks",
                 f"memory, rank 0         {self.expert_bytes / 1e6:.1f} MB of experts and gradients; slots took"
                 f" {self.slot_bytes_peak / 1e6:.1f} MB of the {self.slot_bytes_bound / 1e6:.1f} MB predicted at most",
+                *self._migrations(),
                 f"files                  {self.folder}",
             )
         )
+
+    def _migrations(self) -> list[str]:
+        """The last migrations, a line each."""
+        lines = []
+        for move in self.migrations[-_MIGRATIONS_SHOWN:]:
+            observed = f"{move['saved_s_observed']:.3g} s" if "saved_s_observed" in move else "nothing yet"
+            lines.append(
+                f"migration at {move['step']:<9} {move['moved']} experts, which save until the next proposal:"
+                f" {move['saved_s_predicted']:.3g} s predicted, {observed} observed ({move['solver']}, gap {move['gap']:.1%})"
+            )
+        return lines
 
     def _schedules(self) -> str:
         """The schedules of the gathers, most frequent first."""
@@ -146,6 +163,8 @@ class Summary:
         return ", ".join(shares) if shares else "not at all"
 
 
+# Of a summary, as printed; summary.json has all.
+_MIGRATIONS_SHOWN = 5
 _MEANS = ("max_over_mean_static", "max_over_mean", "copies_per_layer", "bytes_sent", *(f"gathers_{name}" for name in SCHEDULES))
 
 
@@ -157,6 +176,7 @@ class _Totals:
         self._tokens_per_s = array("d")  # of every step, for the median
         self._last: Mapping[str, float] = {}
         self._first_val_loss: float | None = None
+        self.decisions: list[dict[str, Any]] = []  # about owners
         self.last_val_loss = math.nan
 
     @property
@@ -194,6 +214,7 @@ class _Totals:
             slot_bytes_bound=self._last["slot_bytes_bound"],
             slot_bytes_peak=self._last["slot_bytes_peak"],
             seconds=self._sums["seconds"],
+            migrations=[decision for decision in self.decisions if decision["moved"]],
             folder=str(folder),
         )
 
@@ -211,15 +232,14 @@ class Records:
         self._metrics: TextIO | None = None
         self._trace: TraceWriter | None = None
         self._tensorboard: TensorBoard | None = None
-        self._is_detailed = config.run.metrics == "detailed"
-        self._trace_every = config.run.trace_every
+        self._config, self._meta = config, trace_meta(config, process.world_size)
         self._bar: tqdm | None = None
         if not process.is_first:
             return
         replace_text(folder / "config.toml", config.to_toml())
         self._metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed on exit)
         self._closing.enter_context(self._metrics)
-        self._trace = self._closing.enter_context(TraceWriter(folder / "trace.npz", trace_meta(config, process.world_size)))
+        self._trace = self._closing.enter_context(TraceWriter(folder / "trace.npz", self._meta))
         if config.run.tensorboard:
             self._tensorboard = self._closing.enter_context(TensorBoard(folder / "tensorboard"))
         self._bar = self._closing.enter_context(
@@ -258,8 +278,8 @@ class Records:
         if val_loss is not None:
             values["val_loss"] = val_loss
             self._totals.add_validation(val_loss)
-        line: dict[str, Any] = values | ({"rehomings": [asdict(decision) for decision in decisions]} if decisions else {})
-        if self._is_detailed:
+        line: dict[str, Any] = values | ({"migrations": [decision.to_dict() for decision in decisions]} if decisions else {})
+        if self._config.run.metrics == "detailed":
             line["layers"] = [{"layer": name, **summary} for name, summary in layers.items()]
         print(json.dumps(line), file=self._metrics)
         if self._tensorboard is not None:
@@ -267,7 +287,9 @@ class Records:
         for decision in decisions:
             self.print_line(f"step {record.step}: {decision.reason}")
         self._totals.add(values)
-        if self._trace_every and record.step % self._trace_every == 0:
+        add_decisions(self._totals.decisions, line)
+        trace_every = self._config.run.trace_every
+        if trace_every and record.step % trace_every == 0:
             self._trace.append(loads_LRE)
         self._bar.set_postfix(self._postfix(values), refresh=False)
         with _ignoring_closed_pipes():
@@ -278,6 +300,25 @@ class Records:
         if self._metrics is not None:
             print(json.dumps({"step": step, "val_loss": val_loss}), file=self._metrics)
             self._totals.add_validation(val_loss)
+
+    def add_plan(self, problems: Sequence[Problem], decision: Decision) -> None:
+        """Write the owners after a migration, with the policy's copies for the problems' load; the figures are the decision's."""
+        if self._metrics is None:
+            return
+        solve = get_solver(policy_solvers(self._config.runtime.policy)[0])
+        SavedPlan(
+            meta=self._meta,
+            topology=problems[0].topology,
+            slots=problems[0].slots,
+            solver=decision.solver,
+            objective_s=decision.objective,
+            bound_s=decision.bound,
+            gap=decision.gap,
+            seconds=decision.seconds,
+            moves=decision.moved,
+            trace_digest="",
+            layers=tuple(solve(problem).placement for problem in problems),
+        ).write(self.folder / "plan.json")
 
     def print_line(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -29,8 +29,8 @@ class TensorBoard:
             for key, value in layer.items():
                 if key != "layer":
                     self._writer.add_scalar(f"{key}/{layer['layer']}", value, step)
-        for decision in record.get("rehomings", ()):
-            self._writer.add_text("rehoming", decision["reason"], step)
+        for decision in record.get("migrations", ()):
+            self._writer.add_text("migration", decision["reason"], step)
 
     def __enter__(self) -> "TensorBoard":
         return self

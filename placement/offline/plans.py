@@ -1,8 +1,9 @@
 """Plan files: one JSON file per plan, written atomically and validated when read.
 
-Keys: `schema`, `model` (TraceMeta's sizes), `topology` (the rates of `Topology`), `slots`, `solver`, `objective`, `bound`, `gap`,
-`seconds`, `moves`, `trace_digest`, and `layers`: per layer `owners` (the owner of every expert) and `copies` (pairs of expert and
-rank). Seconds throughout. A topology may also stand alone in a JSON file.
+Keys: `schema`, `model` (TraceMeta's sizes), `topology` (the fields of `Topology`; files of older versions have no `rank_costs`
+and `node_costs`), `slots`, `solver`, `objective`, `bound`, `gap`, `seconds`, `moves`, `trace_digest`, `scale` (1 where it is
+missing), and `layers`: per layer `owners` (the owner of every expert) and `copies` (pairs of expert and rank). Seconds
+throughout. A topology may also stand alone in a JSON file.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class SavedPlan:
 
     meta: the model's sizes and ranks. objective_s, bound_s: predicted seconds of a step over all layers, and a lower bound over
     all plans. seconds: the solver's time. moves: owners that differ from the initial ones. trace_digest: of the trace file that
-    the plan was solved on.
+    the plan was solved on. scale: tokens for which a recorded token stood.
     """
 
     meta: TraceMeta
@@ -59,12 +60,14 @@ class SavedPlan:
     moves: int
     trace_digest: str
     layers: tuple[Placement, ...]
+    scale: int = 1
 
     def __post_init__(self) -> None:
         for name in ("objective_s", "bound_s", "gap", "seconds"):
             check_seconds(name, getattr(self, name))
         check_positive_int("slots", self.slots, minimum=0)
         check_positive_int("moves", self.moves, minimum=0)
+        check_positive_int("scale", self.scale)
         if self.meta.num_ranks != self.topology.num_ranks:
             raise ValueError(f"the plan is for {self.meta.num_ranks} ranks, its topology has {self.topology.num_ranks}")
         if len(self.layers) != self.meta.num_layers:
@@ -111,6 +114,7 @@ class SavedPlan:
             "seconds": self.seconds,
             "moves": self.moves,
             "trace_digest": self.trace_digest,
+            "scale": self.scale,
             "layers": [_layer_to_dict(placement) for placement in self.layers],
         }
         return json.dumps(document, allow_nan=False) + "\n"
@@ -179,7 +183,7 @@ def _number(data: Mapping[str, Any], name: str, low: float, high: float) -> floa
 
 
 def _topology_of(data: Any) -> Topology:
-    names = [field.name for field in fields(Topology)]
+    names = [field.name for field in fields(Topology) if not field.name.endswith("_costs")]
     values = _object(data, "the topology", names)
     for name in ("num_nodes", "ranks_per_node"):
         check_positive_int(name, values[name])
@@ -192,6 +196,8 @@ def _topology_of(data: Any) -> Topology:
         ranks_per_node=values["ranks_per_node"],
         latency_s=_number(values, "latency_s", 0.0, _MAX_LATENCY_S),
         half_rate_rows=int(_number(values, "half_rate_rows", 0, _MAX_HALF_RATE_ROWS)),
+        rank_costs=values.get("rank_costs", ()),
+        node_costs=values.get("node_costs", ()),
         **rates,
     )
 
@@ -221,6 +227,7 @@ def _plan_of(data: Any) -> SavedPlan:
         seconds=_number(values, "seconds", 0.0, 1e300),
         moves=check_positive_int("moves", values["moves"], minimum=0),
         trace_digest=values["trace_digest"],
+        scale=check_positive_int("scale", values.get("scale", 1)),
         layers=tuple(_layer_of(layer, index, meta) for index, layer in enumerate(layers)),
     )
 

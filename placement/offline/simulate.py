@@ -25,6 +25,7 @@ from ..content import MAX_TOTAL, check_positive_int, check_seconds
 from ..cost import Solution, cost, lower_bound
 from ..online.predict import PREDICTORS, make_predictor
 from ..owners import OwnerMap
+from ..solvers.baselines import hecate
 from ..solvers.registry import KEEPS_OWNERS, Solver, get_solver
 from ..split import Split, split_exact, split_local_even
 from ..topology import Topology
@@ -49,8 +50,9 @@ def takes_time_limit(solver: str) -> bool:
 class SimulatorSetting:
     """The setting that all runs of a comparison share.
 
-    overlap_s: seconds of other work that hide the gather. rehome_every: steps between two plans of solvers that change owners,
-    over which a move is amortised. scale: factor on every recorded load. time_limit_s: of one call of an exact solver.
+    overlap_s: seconds of other work that hide the gather. migrate_every: steps between two plans of solvers that change owners,
+    over which a move is amortised; a plan for a whole run amortises it over `run_steps`. scale: factor on every recorded load.
+    time_limit_s: of one call of an exact solver.
     """
 
     topology: Topology
@@ -59,7 +61,7 @@ class SimulatorSetting:
     overlap_s: float = 0.0
     gathers: int = 1
     backward_multiplier: int = 3
-    rehome_every: int = 1
+    migrate_every: int = 1
     scale: int = 1
     time_limit_s: float = 10.0
 
@@ -70,12 +72,12 @@ class SimulatorSetting:
             raise ValueError(f"unknown predictor {self.predictor!r}; known: {', '.join(PREDICTORS)}")
         check_seconds("overlap_s", self.overlap_s)
         check_seconds("time_limit_s", self.time_limit_s, positive=True)
-        check_positive_int("rehome_every", self.rehome_every)
+        check_positive_int("migrate_every", self.migrate_every)
         check_positive_int("scale", self.scale)
 
     def solver(self, name: str) -> Solver:
-        """The named solver, with the time limit if it takes one."""
-        solve: Callable[..., Solution] = get_solver(name)
+        """The named solver, with the time limit if it takes one; Hecate with the t that suits it best."""
+        solve: Callable[..., Solution] = hecate.solve_with_best_degree if name == "hecate" else get_solver(name)
         return partial(solve, time_limit_s=self.time_limit_s) if takes_time_limit(name) else solve
 
     def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int, forecast_error: float = 0.0) -> Problem:
@@ -106,7 +108,7 @@ class Outcome:
 
     Means are over the evaluated (step, layer) cells, per-step values are sums over layers.
 
-    knows: the run's information. max_over_mean, _p95, _max: rows of the busiest rank over the mean rank. bound: mean lower bound
+    knows: the run's information. max_over_mean, _p95, _max: `Topology.max_over_mean` of the rows by rank. bound: mean lower bound
     of max_over_mean over all placements. copies: per layer, over all ranks. off_rank_share, cross_node_share: of the assignments.
     Bytes and `step_s` are per step, by the model of cost.py. solve_s: solver seconds per layer solved. gap: of the predicted
     seconds to their lower bound. moves: total changes of owners.
@@ -138,29 +140,39 @@ class Outcome:
 
 @dataclass
 class _Score:
-    """Sums over the cells of one run under one split."""
+    """Sums over the cells of one run under one split, of whole steps."""
 
     split: str
     num_layers: int
     ratios: array[float] = field(default_factory=lambda: array("d"))
     sums: dict[str, float] = field(default_factory=dict)
+    cells: list[tuple[Mapping[str, float], float]] = field(default_factory=list)
+    """Those of the present step: values, and rows of the busiest rank over the mean rank."""
 
-    def add(self, values: Mapping[str, float], ratio: float) -> None:
-        """Add one cell."""
-        self.ratios.append(ratio)
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def end_step(self) -> None:
+        """Add the cells of a step that is whole."""
+        for values, ratio in self.cells:
+            self.ratios.append(ratio)
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        self.cells = []
 
 
 class _Run:
     """One solver with one kind of information: its present owners and its scores."""
 
     def __init__(
-        self, name: str, information: str, slots: int, setting: SimulatorSetting, owners: OwnerMap, horizon: int
+        self,
+        name: str,
+        information: str,
+        slots: int,
+        setting: SimulatorSetting,
+        owners: OwnerMap,
+        horizon: int,
+        paid_steps: int,
     ) -> None:
         self.name, self.information, self.slots = name, information, slots
-        self.horizon = horizon
-        self.moves = 0
+        self.horizon, self.paid_steps = horizon, paid_steps
         self.is_fixed = information == "future"
         self._setting = setting
         self._owners = list(owners.expert_to_owner_LE)
@@ -183,7 +195,7 @@ class _Run:
             return standing
         if known is None or not known.total:
             return Placement.owners_only(self._owners[layer], self._setting.topology.num_ranks)
-        if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.rehome_every:
+        if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.migrate_every:
             return standing
         problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, forecast_error)
         solution = self._setting.solver(self.name)(problem)
@@ -192,10 +204,9 @@ class _Run:
         self._standing[layer] = solution.placement
         return solution.placement
 
-    def solve_all(self, loads: Sequence[ExpertLoad]) -> None:
-        """Place every layer once, from these loads, for all steps."""
-        for layer, load in enumerate(loads):
-            self._standing[layer] = self._place(layer, load, 0.0)
+    def solve(self, layer: int, load: ExpertLoad) -> None:
+        """Place a layer once, from this load, for all steps."""
+        self._standing[layer] = self._place(layer, load, 0.0)
 
     def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float) -> None:
         """Place one layer from the known load, given its expected error, and evaluate the placement on the actual load."""
@@ -206,19 +217,23 @@ class _Run:
         for score in self.scores:
             split = SPLITS[score.split](actual, placement, self._setting.topology)
             seconds = cost(problem, placement, split)
-            # A move is charged in full when it happens; only the solver amortises it over the horizon.
-            total_s = seconds.total_s + seconds.move_s * (self.horizon - 1)
+            # When a move happens it is charged in full, or the part of the run that is simulated; the solver amortises it.
+            total_s = seconds.total_s + seconds.move_s * (self.paid_steps - 1)
             values = _traffic(problem, placement, split, moves)
             values["step_s"] = total_s
             values["gap"] = max(0.0, 1.0 - bound.total_s / total_s) if total_s > 0 else 0.0
-            values["bound"] = bound.max_rows * problem.num_ranks / actual.total if actual.total else 1.0
-            score.add(values, split.max_over_mean)
-        self.moves += moves
+            values["bound"] = problem.topology.over_mean(bound.max_rows, actual.total)
+            score.cells.append((values, problem.topology.max_over_mean(split.rows_R)))
         self._owners[layer] = placement.expert_to_owner_E
 
+    def end_step(self) -> None:
+        """Count the step that was played; what is played of a step that does not end counts nowhere."""
+        for score in self.scores:
+            score.end_step()
+
     def outcomes(self) -> list[Outcome]:
-        """The outcomes, one per split."""
-        return [self._outcome(score) for score in self.scores]
+        """The outcomes, one per split; none before a step has ended."""
+        return [self._outcome(score) for score in self.scores if score.ratios]
 
     def _outcome(self, score: _Score) -> Outcome:
         ratios = np.frombuffer(score.ratios, dtype=np.float64).reshape(-1, score.num_layers)
@@ -238,7 +253,7 @@ class _Run:
             off_rank_share=sums["off_rank"] / rows,
             cross_node_share=sums["off_node"] / rows,
             solve_s=self._solve_s / self._num_solved if self._num_solved else 0.0,
-            moves=self.moves,
+            moves=int(sums["moves"]),
             max_over_mean_of_layer=tuple(ratios.mean(axis=0).tolist()),
             **per_step,
             **per_cell,
@@ -264,6 +279,7 @@ def _traffic(problem: Problem, placement: Placement, split: Split, moves: int) -
         "off_rank": off_rank,
         "off_node": off_node,
         "copies": ranks.size,
+        "moves": moves,
         "dispatch_bytes_in_node": (off_rank - off_node) * row_bytes,
         "dispatch_bytes_cross_node": off_node * row_bytes,
         "copy_bytes_in_node": (ranks.size - cross) * copy_bytes,
@@ -290,15 +306,28 @@ def attention_s(source: LoadSource, setting: SimulatorSetting) -> float:
     return 8 * setting.shape.dim**2 * tokens / setting.topology.flops_per_s
 
 
-def mean_loads(source: LoadSource, setting: SimulatorSetting, *, on_step: Callable[[], None] = lambda: None) -> list[ExpertLoad]:
-    """Return every layer's mean load over a source, rounded and scaled."""
+def mean_loads(source: LoadSource, setting: SimulatorSetting, num_steps: int | None = None) -> list[ExpertLoad]:
+    """Return every layer's mean load over the first `num_steps` of a source, by default all, rounded and scaled."""
     sum_LRE = np.zeros(source.meta.step_shape, dtype=np.int64)
-    for loads_LRE in source.steps():
+    steps = min(source.num_steps, num_steps or source.num_steps)
+    for loads_LRE in islice(source.steps(), steps):
         sum_LRE += loads_LRE
         if sum_LRE.max(initial=0) > _MAX_SUM:
             raise ValueError(f"loads sum to {int(sum_LRE.max())} up to a step, above {_MAX_SUM}; divide the recording's counts")
-        on_step()
-    return setting.loads(np.rint(sum_LRE / source.num_steps).astype(np.int64))
+    return setting.loads(np.rint(sum_LRE / steps).astype(np.int64))
+
+
+def run_steps(num_steps: int) -> int:
+    """Steps over which a plan for a whole run amortises its moves: those of its trace, which may show a part of the run only."""
+    return max(num_steps, Problem.move_horizon_steps)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A comparison was ended by Ctrl-C; `outcomes` are of the steps that were whole by then, none before the first."""
+
+    def __init__(self, outcomes: list[Outcome]):
+        super().__init__()
+        self.outcomes = outcomes
 
 
 def compare(
@@ -309,29 +338,40 @@ def compare(
     slots: Sequence[int] = (2,),
     information: Sequence[str] = INFORMATION,
     num_steps: int | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Run solvers over a source, all runs side by side in one pass; with `future` a pass before it.
+    """Run solvers over a source, all runs side by side in one pass; with `future` a pass before it. Ctrl-C: `Interrupted`.
 
     slots: budgets to try. num_steps: the first that many steps only. A source of one step has no forecasts: its runs are `exact`
-    and `future`. `on_step` is called after every step of the last pass.
+    and `future`. `on_layer` is called after every layer of every step of the last pass, and when `future` has placed a layer.
     """
     _check_matches(source, setting)
     steps = min(source.num_steps, num_steps or source.num_steps)
     kinds = [kind for kind in INFORMATION if kind in information and (kind != "predicted" or steps > 1)]
     owners = OwnerMap.contiguous(source.meta.num_layers, source.meta.num_experts, source.meta.num_ranks)
     runs = [
-        _Run(name, kind, budget, setting, owners, steps if kind == "future" else setting.rehome_every)
+        _Run(
+            name,
+            kind,
+            budget,
+            setting,
+            owners,
+            run_steps(steps) if kind == "future" else setting.migrate_every,
+            steps if kind == "future" else setting.migrate_every,
+        )
         for budget in slots
         for kind in kinds
         for name in solvers
     ]
-    if "future" in kinds:
-        hindsight = mean_loads(source, setting)
-        for run in runs:
-            if run.information == "future":
-                run.solve_all(hindsight)
-    _play(source, setting, runs, range(int("predicted" in kinds), steps), on_step)
+    try:
+        for layer, load in enumerate(mean_loads(source, setting, steps) if "future" in kinds else ()):
+            for run in runs:
+                if run.information == "future":
+                    run.solve(layer, load)
+            on_layer()
+        _play(source, setting, runs, range(int("predicted" in kinds), steps), on_layer)
+    except KeyboardInterrupt:
+        raise Interrupted([outcome for run in runs for outcome in run.outcomes()]) from None
     return [outcome for run in runs for outcome in run.outcomes()]
 
 
@@ -341,19 +381,19 @@ def replay(
     plan: SavedPlan,
     *,
     information: str,
-    on_step: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """Evaluate a saved plan on a source, unchanged through all steps. `information`: the kind of load it was solved from."""
     _check_matches(source, setting)
     plan.check_model(source.meta, "the trace")
-    run = _Run(plan.solver, information, plan.slots, setting, plan.owners, source.num_steps)
+    run = _Run(plan.solver, information, plan.slots, setting, plan.owners, source.num_steps, source.num_steps)
     run.fix(plan.layers, plan.seconds)
-    _play(source, setting, [run], range(source.num_steps), on_step)
+    _play(source, setting, [run], range(source.num_steps), on_layer)
     return run.outcomes()
 
 
 def _play(
-    source: LoadSource, setting: SimulatorSetting, runs: Sequence[_Run], judged: range, on_step: Callable[[], None]
+    source: LoadSource, setting: SimulatorSetting, runs: Sequence[_Run], judged: range, on_layer: Callable[[], None]
 ) -> None:
     """Advance all runs over the source, up to the last evaluated step."""
     predictors = [make_predictor(setting.predictor) for _ in range(source.meta.num_layers)]
@@ -364,4 +404,6 @@ def _play(
                 error = predictor.expected_error() if run.information == "predicted" else 0.0
                 run.play(layer, None if run.is_fixed else known[run.information], actual, error)
             predictor.observe(actual)
-        on_step()
+            on_layer()
+        for run in runs:
+            run.end_step()

@@ -17,7 +17,7 @@ from ..solvers.joint import solve_joint
 from ..traces.sources import LoadSource, pair_counts_of
 from ..values import Placement, Problem
 from .plans import SavedPlan
-from .simulate import SimulatorSetting, mean_loads
+from .simulate import SimulatorSetting, mean_loads, run_steps
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,7 @@ def _solve_layers(model: _Model, solver: str, on_layer: Callable[[], None]) -> l
 
 def _solve_joint(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
     """Distribute experts over ranks in all layers together."""
-    solutions = list(solve_joint(model.problems).layers)
-    for _ in solutions:
-        on_layer()
-    return solutions
+    return list(solve_joint(model.problems, on_layer=on_layer).layers)
 
 
 def _tune(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
@@ -75,10 +72,14 @@ def solve_plan(
     slots: int,
     *,
     current: OwnerMap | None = None,
+    horizon: int | None = None,
     trace_digest: str = "",
     on_layer: Callable[[], None] = lambda: None,
 ) -> SavedPlan:
-    """Solve every layer for the mean load of a source, starting from the `current` owners (contiguous blocks by default)."""
+    """Solve every layer for the mean load of a source, starting from the `current` owners (contiguous blocks by default).
+
+    horizon: steps over which moves are amortised, `run_steps` of the source by default.
+    """
     start = run_seconds()
     meta = source.meta
     current = current or OwnerMap.contiguous(meta.num_layers, meta.num_experts, meta.num_ranks)
@@ -88,7 +89,7 @@ def solve_plan(
             f"the trace of {meta.num_layers} x {meta.num_experts} on {meta.num_ranks} ranks; give a plan for this trace"
         )
     problems = [
-        setting.problem(load, owner_E, slots, setting.rehome_every)
+        setting.problem(load, owner_E, slots, horizon or run_steps(source.num_steps))
         for load, owner_E in zip(mean_loads(source, setting), current.expert_to_owner_LE, strict=True)
     ]
     model, solve_all = _Model(source, setting, problems), _OVER_ALL_LAYERS.get(solver)
@@ -108,5 +109,6 @@ def solve_plan(
         seconds=run_seconds() - start,
         moves=len(current.moves_to(owners)),
         trace_digest=trace_digest,
+        scale=setting.scale,
         layers=placements,
     )

@@ -14,7 +14,10 @@ from ..values import ExpertLoad
 
 # Number of loads that the window predictor averages (as Hecate, arXiv 2502.02581, section 4.2, and LAER-MoE).
 WINDOW = 5
-EMA_DECAY = 0.9
+# Decays of the exponential moving averages: short memory, best on drifting loads, and long, best on loads that only jitter
+# (docs/placement.md, Forecasts).
+EMA_DECAY = 0.3
+SLOW_EMA_DECAY = 0.9
 # Number of past forecasts by whose error 'best' chooses a predictor.
 ERROR_WINDOW = 10
 # Expected error before any forecast has been evaluated; recorded errors from step to step are 0.01 to 0.25.
@@ -62,17 +65,18 @@ class WindowPredictor:
 
 
 class EmaPredictor:
-    """Forecasts an exponential moving average with decay `EMA_DECAY`, initialised with the first load."""
+    """Forecasts the mean of all loads, with weights that fall by the factor `decay` per step back."""
 
-    def __init__(self) -> None:
+    def __init__(self, decay: float = EMA_DECAY) -> None:
+        self._decay = decay
+        self._weight = 0.0
         self._average_RE: np.ndarray | None = None
 
     def observe(self, load: ExpertLoad) -> None:
         """Fold the load into the average."""
-        if self._average_RE is None:
-            self._average_RE = load.load_RE.astype(np.float64)
-        else:
-            self._average_RE = EMA_DECAY * self._average_RE + (1 - EMA_DECAY) * load.load_RE
+        self._weight = self._decay * self._weight + 1.0
+        before_RE = 0.0 if self._average_RE is None else self._average_RE
+        self._average_RE = before_RE + (load.load_RE - before_RE) / self._weight
 
     def predict(self) -> ExpertLoad | None:
         """The average, rounded."""
@@ -82,11 +86,12 @@ class EmaPredictor:
 class BestPredictor:
     """Uses the predictor with the smallest error over the last `ERROR_WINDOW` loads; ties go to the first.
 
-    The error of a forecast is the total variation distance between expert shares, from 0 to 1.
+    By default it chooses from the last load, an average of short memory and one of long memory. The error of a forecast is the
+    total variation distance between expert shares, from 0 to 1.
     """
 
     def __init__(self, *predictors: Predictor) -> None:
-        self._predictors = predictors or (LastPredictor(), WindowPredictor(), EmaPredictor())
+        self._predictors = predictors or (LastPredictor(), EmaPredictor(), EmaPredictor(SLOW_EMA_DECAY))
         self._errors: tuple[deque[float], ...] = tuple(deque(maxlen=ERROR_WINDOW) for _ in self._predictors)
 
     def observe(self, load: ExpertLoad) -> None:

@@ -28,11 +28,13 @@ _EMPTY = -1
 
 
 class _Setting(NamedTuple):
-    """Constants of a search. `current_E`: the present owners; `ranks_per_node` and `half_rate_rows` as in `Topology`."""
+    """Constants of a search. `current_E`: the present owners; `cost_R` and what follows as in `Topology`."""
 
     load_ER: np.ndarray
     totals_E: np.ndarray
     current_E: np.ndarray
+    cost_R: np.ndarray
+    node_cost_N: np.ndarray
     ranks_per_node: int
     half_rate_rows: int
     prices: Prices
@@ -40,7 +42,7 @@ class _Setting(NamedTuple):
 
 @njit(cache=True)
 def _busiest_moves(setting, owner_E, num_ranks):
-    """Return the number of owner moves of the busiest device and of the busiest node link."""
+    """Return the number of owner moves as cost.Tally counts them, of devices and of node links."""
     per_node = setting.ranks_per_node
     moves_2R = np.zeros((2, num_ranks), np.int64)
     moves_2N = np.zeros((2, num_ranks // per_node), np.int64)
@@ -53,7 +55,9 @@ def _busiest_moves(setting, owner_E, num_ranks):
         if src // per_node != dst // per_node:
             moves_2N[0, src // per_node] += 1
             moves_2N[1, dst // per_node] += 1
-    return moves_2R.max(), moves_2N.max()
+    if setting.prices.mean_moves:
+        return moves_2R[0].sum() / num_ranks, 0.0
+    return float(moves_2R.max()), float((setting.node_cost_N * moves_2N).max())
 
 
 @njit(cache=True)
@@ -77,6 +81,8 @@ def _cost(setting, owner_E, copy_RS):
         setting.totals_E,
         owner_E,
         owned_R,
+        setting.cost_R,
+        setting.node_cost_N,
         none,
         none,
         none,
@@ -188,6 +194,8 @@ def improve(problem: Problem, placement: Placement, *, move_owners: bool, propos
         problem.load.load_ER,
         problem.load.totals_E,
         problem.expert_to_owner_E,
+        topology.cost_R,
+        topology.node_cost_N,
         topology.ranks_per_node,
         topology.half_rate_rows,
         prices_of(problem),

@@ -33,6 +33,8 @@ class Layers(NamedTuple):
     current_LE: np.ndarray
     pairs_LEE: np.ndarray
     back_LEE: np.ndarray
+    cost_R: np.ndarray
+    node_cost_N: np.ndarray
     ranks_per_node: int
     half_rate_rows: int
     rank_hop_s: float
@@ -41,7 +43,7 @@ class Layers(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Per layer and rank, or node: rows including small-group work, rows computed, local rows, source rows; moves out and in."""
+    """Per layer and rank, or node: cost of rows and small groups, rows computed, local rows, source rows; moves out and in."""
 
     work_LR: np.ndarray
     rows_LR: np.ndarray
@@ -63,7 +65,7 @@ def _count(layers, sums, layer, expert, rank, sign):
     node, total = rank // per_node, layers.totals_LE[layer, expert]
     load_R = layers.load_LER[layer, expert]
     sums.rows_LR[layer, rank] += sign * total
-    sums.work_LR[layer, rank] += sign * (total + (layers.half_rate_rows if total else 0))
+    sums.work_LR[layer, rank] += sign * layers.cost_R[rank] * (total + (layers.half_rate_rows if total else 0))
     sums.stay_LR[layer, rank] += sign * load_R[rank]
     current = layers.current_LE[layer, expert]
     if current != rank:
@@ -127,15 +129,19 @@ def _sums(layers, owner_LE):
 @njit(cache=True)
 def _layer_seconds(layers, sums, layer):
     """Return the seconds of one layer."""
-    work, device, node, moves, node_moves = 0, 0, 0, 0, 0
+    work, device, node, moves, node_moves, moved = 0, 0, 0, 0.0, 0.0, 0
     for r in range(sums.work_LR.shape[1]):
         work = max(work, sums.work_LR[layer, r])
         device = max(device, max(sums.rows_LR[layer, r], sums.start_LR[layer, r]) - sums.stay_LR[layer, r])
-        moves = max(moves, max(sums.moves_2LR[0, layer, r], sums.moves_2LR[1, layer, r]))
+        moved += sums.moves_2LR[0, layer, r]
+        moves = max(moves, float(max(sums.moves_2LR[0, layer, r], sums.moves_2LR[1, layer, r])))
     if sums.rows_LN.shape[1] > 1:
         for n in range(sums.rows_LN.shape[1]):
-            node = max(node, max(sums.rows_LN[layer, n], sums.start_LN[layer, n]) - sums.stay_LN[layer, n])
-            node_moves = max(node_moves, max(sums.moves_2LN[0, layer, n], sums.moves_2LN[1, layer, n]))
+            cost, rows = layers.node_cost_N[n], max(sums.rows_LN[layer, n], sums.start_LN[layer, n]) - sums.stay_LN[layer, n]
+            node = max(node, cost * rows)
+            node_moves = max(node_moves, float(cost * max(sums.moves_2LN[0, layer, n], sums.moves_2LN[1, layer, n])))
+    if layers.prices.mean_moves:
+        moves, node_moves = moved / sums.work_LR.shape[1], 0.0
     stages = _price(layers.prices, work, device, node, 0, 0, moves, node_moves)
     return stages[0] + stages[1] + stages[4]
 

@@ -38,22 +38,22 @@ def solve(problem: Problem) -> Solution:
     from . import balance_numba
 
     start = perf_counter()
-    owner_E, num_ranks = problem.expert_to_owner_E, problem.num_ranks
+    owner_E, num_ranks, topology = problem.expert_to_owner_E, problem.num_ranks, problem.topology
     num_others, share = 0, 1.0
     if problem.forecast_error > 0:
         num_others, share = max(_LEAST_LOADS, min(_MOST_LOADS, _LOADS_TIMES_RANKS // num_ranks)), _UNCERTAIN_SHARE
     errors_S = np.full(1 + num_others, round(1024 * _ERRORS * problem.forecast_error))
     errors_S[0] = 0
     totals_SE = balance_numba.loads_around(problem.load.totals_E, errors_S)
-    mean_S = -(-totals_SE.sum(axis=1) // num_ranks)
+    mean_S = np.array([topology.least_limit(total) for total in totals_SE.sum(axis=1).tolist()])
     copies_2C = balance_numba.choose_copies(
         totals_SE,
         mean_S + mean_S // np.where(np.arange(errors_S.size) == 0, _FORECAST_PARTS, _OTHER_PARTS),
         int(problem.slots * num_ranks * share),
         owner_E,
-        num_ranks,
+        topology.cost_R,
         problem.slots,
         problem.min_rows_per_copy or 1,
-        problem.topology.ranks_per_node,
+        topology.ranks_per_node,
     )
     return evaluate(problem, Placement.with_copies(owner_E, num_ranks, copies_2C), start, "balance")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...jit.decorators import njit
+from ..split_numba import least_limit, limit_of
 from .random_numba import draw
 
 
@@ -43,8 +44,8 @@ def _add_copy(holders, expert, rank):
 
 
 @njit(cache=True)
-def _reach(holders, source, limit, rows_ER, rows_R, queue, via, seen_E):
-    """Search breadth-first from `source` for a rank below `limit`; return it or -1, and the number of ranks reached.
+def _reach(holders, source, limit, cost_R, rows_ER, rows_R, queue, via, seen_E):
+    """Search breadth-first from `source` for a rank with room for a row below `limit`; return it or -1, and how many it reached.
 
     via[0, v] is the rank before v and via[1, v] the expert whose rows can move on to v; via[0, v] is -1 if v was not reached.
     """
@@ -66,7 +67,7 @@ def _reach(holders, source, limit, rows_ER, rows_R, queue, via, seen_E):
                 if via[0, v] >= 0:
                     continue
                 via[0, v], via[1, v] = u, expert
-                if rows_R[v] < limit:
+                if (rows_R[v] + 1) * cost_R[v] <= limit:
                     return v, tail
                 queue[tail] = v
                 tail += 1
@@ -74,9 +75,9 @@ def _reach(holders, source, limit, rows_ER, rows_R, queue, via, seen_E):
 
 
 @njit(cache=True)
-def _push(source, target, limit, rows_ER, rows_R, via):
+def _push(source, target, limit, cost_R, rows_ER, rows_R, via):
     """Move as many rows as possible along the path in `via`."""
-    amount = min(rows_R[source] - limit, limit - rows_R[target])
+    amount = min(rows_R[source] - limit // cost_R[source], limit // cost_R[target] - rows_R[target])
     v = target
     while v != source:
         amount = min(amount, rows_ER[via[1, v], via[0, v]])
@@ -92,14 +93,17 @@ def _push(source, target, limit, rows_ER, rows_R, via):
 
 
 class Splits(NamedTuple):
-    """Loads and their splits over the copies so far: rows_SER, rows_SR are rows by rank, limit_S those of the busiest.
+    """Loads and their splits over the copies so far: rows_SER, rows_SR are rows by rank, limit_S the cost of the busiest.
 
-    Where limit_S is above mean_S, stuck_SR is a set of ranks that compute limit_S rows each and hold all copies of what they
-    compute; of the other ranks, those in open_SR are below the mean, or their rows can move on to a rank that is.
+    A rank computes limit // cost_R rows at most; mean_SR are those of mean_S. Where limit_S is above mean_S, stuck_SR is a set of
+    ranks that compute as many each and hold all copies of what they compute; of the other ranks, those in open_SR are below the
+    mean, or their rows can move on to a rank that is.
     """
 
+    cost_R: np.ndarray
     totals_SE: np.ndarray
     mean_S: np.ndarray
+    mean_SR: np.ndarray
     target_S: np.ndarray
     rows_SER: np.ndarray
     rows_SR: np.ndarray
@@ -109,9 +113,9 @@ class Splits(NamedTuple):
 
 
 @njit(cache=True)
-def _find_open(holders, limit, rows_ER, rows_R, open_R):
-    """Mark the ranks below `limit`, and those whose rows can move on to them."""
-    open_R[:] = rows_R < limit
+def _find_open(holders, most_R, rows_ER, rows_R, open_R):
+    """Mark the ranks with fewer rows than their most_R, and those whose rows can move on to them."""
+    open_R[:] = rows_R < most_R
     changed = True
     while changed:
         changed = False
@@ -125,27 +129,25 @@ def _find_open(holders, limit, rows_ER, rows_R, open_R):
 
 @njit(cache=True)
 def _level(holders, splits, s):
-    """Minimise the rows of load s on the busiest rank, from the present split; split_numba.level has the proof."""
-    rows_ER, rows_R, stuck_R = splits.rows_SER[s], splits.rows_SR[s], splits.stuck_SR[s]
+    """Minimise the cost of load s on the busiest rank, from the present split; split_numba.level has the proof."""
+    rows_ER, rows_R, stuck_R, cost_R = splits.rows_SER[s], splits.rows_SR[s], splits.stuck_SR[s], splits.cost_R
     queue = np.empty(rows_R.size, np.int64)
     via = np.empty((2, rows_R.size), np.int64)
     seen_E = np.empty(rows_ER.shape[0], np.bool_)
     limit = splits.mean_S[s]
     stuck_R[:] = False
     for source in range(rows_R.size):
-        while rows_R[source] > limit:
-            found, reached = _reach(holders, source, limit, rows_ER, rows_R, queue, via, seen_E)
+        while rows_R[source] * cost_R[source] > limit:
+            found, reached = _reach(holders, source, limit, cost_R, rows_ER, rows_R, queue, via, seen_E)
             if found >= 0:
-                _push(source, found, limit, rows_ER, rows_R, via)
+                _push(source, found, limit, cost_R, rows_ER, rows_R, via)
                 continue
-            rows = 0
             stuck_R[:] = False
             for i in range(reached):
-                rows += rows_R[queue[i]]
                 stuck_R[queue[i]] = True
-            limit = -(-rows // reached)
+            limit = limit_of(queue[:reached], cost_R, rows_R)
     splits.limit_S[s] = limit
-    _find_open(holders, splits.mean_S[s], rows_ER, rows_R, splits.open_SR[s])
+    _find_open(holders, splits.mean_SR[s], rows_ER, rows_R, splits.open_SR[s])
 
 
 @njit(cache=True)
@@ -159,16 +161,20 @@ def _is_bound(holders, stuck_R, expert):
 
 @njit(cache=True)
 def _count_relief(holders, splits, s, sign, min_rows, relief_ER):
-    """Add to relief_ER, `sign` times, the number of rows that every copy would take from each stuck rank of load s.
+    """Add to relief_ER, `sign` times, what every copy would take from the cost of each stuck rank of load s.
 
     The host takes at most the expert's rows and the excess. Rows that fit below the host's own mean count twice, because the
     others may not find a rank to move on to.
     """
-    stuck_R, rows_R = splits.stuck_SR[s], splits.rows_SR[s]
+    stuck_R, rows_R, cost_R = splits.stuck_SR[s], splits.rows_SR[s], splits.cost_R
     if splits.limit_S[s] <= splits.target_S[s]:
         return
-    num_stuck = stuck_R.sum()
-    excess = (splits.limit_S[s] - splits.mean_S[s]) * num_stuck
+    # Rows above the mean, and rows that the stuck ranks compute together at a cost of 1: their number, where all are as fast.
+    mean_R, excess, rate = splits.mean_SR[s], 0, 0.0
+    for rank in range(rows_R.size):
+        if stuck_R[rank]:
+            excess += splits.limit_S[s] // cost_R[rank] - mean_R[rank]
+            rate += 1 / cost_R[rank]
     for expert in range(relief_ER.shape[0]):
         total = splits.totals_SE[s, expert]
         if total < min_rows or not _is_bound(holders, stuck_R, expert):
@@ -176,8 +182,8 @@ def _count_relief(holders, splits, s, sign, min_rows, relief_ER):
         rows = min(total, excess)
         for rank in range(rows_R.size):
             if splits.open_SR[s, rank] and not stuck_R[rank]:
-                fits = max(min(rows, splits.mean_S[s] - rows_R[rank]), 0)
-                relief_ER[expert, rank] += sign * -(-(rows + fits) // num_stuck)
+                fits = max(min(rows, mean_R[rank] - rows_R[rank]), 0)
+                relief_ER[expert, rank] += sign * int(np.ceil((rows + fits) / rate))
 
 
 @njit(cache=True)
@@ -196,9 +202,10 @@ def _pick(holders, relief_ER, per_node):
 
 
 @njit(cache=True)
-def _start(totals_SE, target_S, owner_E, num_ranks, slots):
+def _start(totals_SE, target_S, owner_E, cost_R, slots):
     """Return the state without copies, all rows at their owners."""
     num_loads, num_experts = totals_SE.shape
+    num_ranks = cost_R.size
     holders = Holders(
         np.zeros((num_experts, num_ranks), np.int64),
         np.ones(num_experts, np.int64),
@@ -208,8 +215,10 @@ def _start(totals_SE, target_S, owner_E, num_ranks, slots):
     )
     holders.holder_ER[:, 0] = owner_E
     splits = Splits(
+        cost_R,
         totals_SE,
-        -(-totals_SE.sum(axis=1) // num_ranks),
+        np.zeros(num_loads, np.int64),
+        np.zeros((num_loads, num_ranks), np.int64),
         target_S,
         np.zeros((num_loads, num_experts, num_ranks), np.int64),
         np.zeros((num_loads, num_ranks), np.int64),
@@ -218,6 +227,8 @@ def _start(totals_SE, target_S, owner_E, num_ranks, slots):
         np.zeros((num_loads, num_ranks), np.bool_),
     )
     for s in range(num_loads):
+        splits.mean_S[s] = least_limit(cost_R, totals_SE[s].sum())
+        splits.mean_SR[s] = splits.mean_S[s] // cost_R
         for expert in range(num_experts):
             splits.rows_SER[s, expert, owner_E[expert]] = totals_SE[s, expert]
             splits.rows_SR[s, owner_E[expert]] += totals_SE[s, expert]
@@ -225,15 +236,15 @@ def _start(totals_SE, target_S, owner_E, num_ranks, slots):
 
 
 @njit(cache=True)
-def choose_copies(totals_SE, target_S, most, owner_E, num_ranks, slots, min_rows, ranks_per_node):
-    """Add copies until every load can be split to at most target_S rows per rank; int64 [2, C] as (expert, rank).
+def choose_copies(totals_SE, target_S, most, owner_E, cost_R, slots, min_rows, ranks_per_node):
+    """Add copies until every load can be split to a cost of at most target_S per rank; int64 [2, C] as (expert, rank).
 
     target_S is at least the mean. At most `most` copies in total and `slots` per rank; no copy for an expert of fewer than
     min_rows rows.
     """
     num_loads, num_experts = totals_SE.shape
-    holders, splits = _start(totals_SE, target_S, owner_E, num_ranks, slots)
-    relief_ER = np.zeros((num_experts, num_ranks), np.int64)
+    holders, splits = _start(totals_SE, target_S, owner_E, cost_R, slots)
+    relief_ER = np.zeros((num_experts, cost_R.size), np.int64)
     min_rows = max(min_rows, 1)
     for s in range(num_loads):
         _level(holders, splits, s)

@@ -9,7 +9,9 @@ bounds over all C and c bounds every placement. Shape letters: R ranks, N nodes,
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import numpy as np
 
@@ -94,33 +96,155 @@ class _Least:
             node_rows_C = _least_rows(load_NE, topology.node_of_rank_R[owner_E], most, owners_may_move, keep_counts)
         return cls(problem, lower_bound(problem, owners_may_move=owners_may_move), device_rows_C, node_rows_C)
 
-    def tallies(self, low: int, high: int | None) -> list[Tally]:
-        """The minimum tallies for a range of copies, see `least_tallies`."""
+    def tallies(self, low: int, high: int | None, moves: int = 0) -> list[Tally]:
+        """The minimum tallies for a range of copies, see `least_tallies`. So many of the problem's slots are for `moves`."""
         problem, topology = self.problem, self.problem.topology
         work_rows = round(self.base.total_s / prices_of(problem).work_row_s)
-        received = problem.slots if high is None else min(high, problem.slots)
+        received = problem.slots if high is None else min(high + moves, problem.slots)
         if high is not None:
             largest = -(-int(problem.load.totals_E.max()) // (1 + high))
-            work_rows = max(work_rows, largest + topology.half_rate_rows * (largest > 0))
+            work_rows = max(work_rows, (largest + topology.half_rate_rows * (largest > 0)) * topology.least_cost)
         device_rows = int(self.device_rows_C[received])
+        least = min(topology.node_costs, default=1)
         node_rows = self.node_rows_C[: received * topology.ranks_per_node + 1]
-        return [Tally(work_rows, device_rows, int(rows), low, node_copies) for node_copies, rows in enumerate(node_rows)]
+        return [
+            Tally(
+                work_rows,
+                device_rows,
+                int(rows) * least,
+                low,
+                max(0, received_by_node - moves * topology.ranks_per_node) * least,
+                moves,
+            )
+            for received_by_node, rows in enumerate(node_rows)
+        ]
 
-    def bound_s(self, low: int, high: int | None) -> float:
+    def bound_s(self, low: int, high: int | None, moves: int = 0) -> float:
         """Bound the seconds of those placements."""
         # Sums of rounded numbers: the smallest possible cost may differ from its bound in the last digits.
-        return min(price(self.problem, tally).total_s for tally in self.tallies(low, high)) * (1 - 1e-12)
+        return min(price(self.problem, tally).total_s for tally in self.tallies(low, high, moves)) * (1 - 1e-12)
+
+
+class _Moves:
+    """What moves of a layer's owners can bring at most, by their number over all ranks.
+
+    Without copies, a rank with more work rows than a number T has to hand experts on: in m moves at most its m largest, and if it
+    keeps its number of experts it takes the m smallest of the others back. What such ranks have above T, the others must take, up
+    to T each: in m moves at most the m largest of the others, less their own m smallest. So T needs some number of moves. And a
+    move keeps at most as many more rows on their source ranks as its expert has on the best of them.
+    """
+
+    def __init__(self, least: _Least, keep_counts: bool):
+        problem = self._problem = least.problem
+        self._least, self._keep_counts = least, keep_counts
+        load_RE, owner_E, totals_E = problem.load.load_RE, problem.expert_to_owner_E, problem.load.totals_E
+        work_E = totals_E + problem.topology.half_rate_rows * (totals_E > 0)
+        self._work_R = np.zeros(problem.num_ranks, dtype=np.int64)
+        np.add.at(self._work_R, owner_E, work_E)
+        pairs = [self._handed_and_taken(work_E, owner_E == rank) for rank in range(problem.num_ranks)]
+        most = max(sums.size for pair in pairs for sums in pair)
+        self._handed_RM, self._taken_RM = np.array(
+            [[np.pad(sums, (0, most - sums.size), mode="edge") for sums in pair] for pair in pairs]
+        ).transpose(1, 0, 2)
+        owned_E = load_RE[owner_E, np.arange(owner_E.size)]
+        own_RE = np.where(owner_E == np.arange(problem.num_ranks)[:, None], load_RE, 0)
+        kept_RC = own_RE.sum(axis=1, keepdims=True) + _best_sums(load_RE - own_RE, problem.slots)
+        self._kept_C = np.minimum(kept_RC, load_RE.sum(axis=1, keepdims=True)).sum(axis=0)
+        # An expert that moved away may be copied back, where there are copies: its former owner loses nothing then.
+        more_2E = np.stack([np.maximum(load_RE.max(axis=0) - owned_E, 0), (load_RE - own_RE).max(axis=0)])
+        self._more_2M = _best_sums(more_2E, owner_E.size)
+
+    def _handed_and_taken(self, work_E: np.ndarray, is_own_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The most work that a rank gives up, and the most that it takes in, in 0, 1, ... moves."""
+        own, others = np.sort(work_E[is_own_E]), np.sort(work_E[~is_own_E])
+        if self._keep_counts:
+            most = min(own.size, others.size)
+            pair = own[::-1][:most] - others[:most], others[::-1][:most] - own[:most]
+        else:
+            pair = own[::-1], others[::-1]
+        handed, taken = (np.maximum.accumulate(np.pad(gains.cumsum(), (1, 0))) for gains in pair)
+        return handed, taken
+
+    def _needed(self, most_work: int) -> float:
+        """The fewest moves with which no rank has more work, times its cost; infinite where none suffice."""
+        excess_R = self._work_R - most_work // self._problem.topology.cost_R
+        is_above_R = excess_R > 0
+        enough_RM = self._handed_RM[is_above_R] >= excess_R[is_above_R, None]
+        taken_RM = np.minimum(self._taken_RM[~is_above_R], -excess_R[~is_above_R, None])
+        # What a rank takes in m moves grows less with every move, so the largest steps come first.
+        taken_M = np.pad(-np.sort(-np.diff(taken_RM, axis=1).ravel()), (1, 0)).cumsum()
+        excess = int(excess_R[is_above_R].sum())
+        if not enough_RM.any(axis=1).all() or taken_M[-1] < excess:
+            return inf
+        handed, taken = int(enough_RM.argmax(axis=1).sum()), int((taken_M >= excess).argmax())
+        return handed + taken if self._keep_counts else max(handed, taken)
+
+    def _least_work(self, base: int) -> Iterator[int]:
+        """Yield the least work of the busiest rank, times its cost, after 0, 1, ... moves; no less than `base`."""
+        high = max(int((self._problem.topology.cost_R * self._work_R).max()), base)
+        for moves in range(self._problem.num_experts + 1):
+            low = base
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self._needed(middle) <= moves else (middle + 1, high)
+            yield high
+
+    def bound_s(self, ranges: Sequence[tuple[int, int | None]], free_s: float) -> float:
+        """Bound the seconds of placements with these numbers of copies; at least `free_s`, with moves that cost nothing."""
+        problem, best_s = self._problem, inf
+        base = round(self._least.base.total_s / prices_of(problem).work_row_s)
+        for moves, work in enumerate(self._least_work(base)):
+            of_moves = Tally(0, 0, 0, 0, 0, moves / problem.num_ranks)
+            if best_s <= (free_s + price(problem, of_moves).total_s) * (1 - 1e-12):
+                break  # more moves cost too much
+            best_s = min(best_s, *(self._with_moves_s(moves, work, low, high) for low, high in ranges))
+        return max(free_s, best_s)
+
+    def _with_moves_s(self, moves: int, work: int, low: int, high: int | None) -> float:
+        """Bound the seconds of placements after so many moves, the busiest rank's work at least `work` without copies."""
+        problem = self._problem
+        copies = problem.slots if high is None else min(high, problem.slots)
+        kept = int(self._kept_C[copies] + self._more_2M[min(copies, 1), moves])
+        rows = max(0, -((kept - problem.load.total) // problem.num_ranks))
+        return min(
+            price(
+                problem,
+                replace(
+                    least,
+                    work_rows=max(least.work_rows, work if high == 0 else 0),
+                    device_rows=max(least.device_rows, rows),
+                    device_moves=moves / problem.num_ranks,
+                ),
+            ).total_s
+            for least in self._least.tallies(low, high)
+        ) * (1 - 1e-12)
 
 
 def link_bound(problem: Problem, *, owners_may_move: bool = False, keep_counts: bool = True) -> Bound:
     """Bound every placement, compute and links together; at least `lower_bound`.
 
-    With `owners_may_move` owners are free: with the present number of experts per rank if `keep_counts`, else any number.
+    With `owners_may_move` owners are free: with the present number of experts per rank if `keep_counts`, else any number. Where
+    the numbers stay, moves count: a rank that takes in m experts keeps no more rows than m further copies would let it keep.
+    Where the problem counts the mean rank's moves, they count in either case; see `_Moves`.
     """
     least = _Least.of(problem, owners_may_move=owners_may_move, keep_counts=keep_counts)
     most = problem.num_ranks - 1 if problem.slots else 0
-    ranges = [(copies, copies) for copies in range(most + 1)] + ([(most + 1, None)] if problem.slots else [])
-    return Bound(least.base.max_rows, max(least.base.total_s, min(least.bound_s(*span) for span in ranges)))
+    ranges: list[tuple[int, int | None]] = [(copies, copies) for copies in range(most + 1)]
+    if problem.slots:
+        ranges.append((most + 1, None))
+    free_s = max(least.base.total_s, min(least.bound_s(*span) for span in ranges))
+    if owners_may_move and problem.mean_moves:
+        return Bound(least.base.max_rows, _Moves(least, keep_counts).bound_s(ranges, free_s))
+    if not (owners_may_move and keep_counts):
+        return Bound(least.base.max_rows, free_s)
+    bound_s = inf
+    for moves in range(problem.num_experts):
+        moved_s = (free_s + price(problem, Tally(0, 0, 0, 0, 0, moves)).total_s) * (1 - 1e-12)
+        if bound_s <= moved_s:
+            break  # more moves cost too much
+        stayed = _Least.of(replace(problem, slots=problem.slots + moves), owners_may_move=False, keep_counts=True)
+        bound_s = min(bound_s, max(moved_s, min(stayed.bound_s(low, high, moves) for low, high in ranges)))
+    return Bound(least.base.max_rows, max(free_s, bound_s))
 
 
 def least_tallies(problem: Problem, low: int, high: int | None, *, owners_may_move: bool = False) -> list[Tally]:
@@ -138,11 +262,11 @@ def range_bound_s(problem: Problem, low: int, high: int | None, *, owners_may_mo
 
 @dataclass(frozen=True)
 class Room:
-    """Maximum work rows of a rank, rows on a device link, and owner moves from or to a device, within a number of seconds."""
+    """Maximum `Tally.work_rows`, rows on a device link, and owner moves from or to a device, within a number of seconds."""
 
     work_rows: float
     device_rows: float
-    moves: int
+    moves: float
 
 
 def room_within(problem: Problem, seconds: float, low: int, high: int | None, *, owners_may_move: bool) -> Room:
@@ -157,6 +281,7 @@ def room_within(problem: Problem, seconds: float, low: int, high: int | None, *,
     left_s = max(seconds * (1 + 1e-9) - spent.total_s, 0.0)
     dispatch_s = spent.dispatch_s + left_s - (4 * prices.latency_s if least.device_rows else 0.0)
     row_s = 4 * prices.row_bytes / prices.device_bytes_per_s
-    moves_s = left_s * prices.move_horizon_steps - prices.latency_s
-    moves = int(max(0.0, min(moves_s * prices.device_bytes_per_s / max(prices.state_bytes, 1e-9), problem.num_experts)))
-    return Room(least.work_rows + left_s / prices.work_row_s, dispatch_s / row_s, moves)
+    moves_s = left_s * prices.move_horizon_steps - (0.0 if prices.mean_moves else prices.latency_s)
+    moves = max(0.0, min(moves_s * prices.device_bytes_per_s / max(prices.state_bytes, 1e-9), problem.num_experts))
+    unit = problem.num_ranks if prices.mean_moves else 1
+    return Room(least.work_rows + left_s / prices.work_row_s, dispatch_s / row_s, int(moves * unit) / unit)

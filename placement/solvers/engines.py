@@ -24,7 +24,7 @@ import pulp
 ENGINES = ("highs", "cbc")
 
 
-# An engine without a limit would search on; one with none left still says what it knows.
+# An engine without a limit would search on; one with none left still returns its bound.
 _LEAST_S = 0.01
 # Ctrl-C is heard between two waits.
 _WAIT_S = 0.1
@@ -100,7 +100,7 @@ def minimise(program: pulp.LpProblem, engine: str, time_limit_s: float, relative
 
 @cache
 def _greet() -> None:
-    """From 1.16 on HiGHS prints its name when a process makes its first solver, which nobody can tell not to: it goes nowhere."""
+    """From 1.16 on HiGHS prints its name when a process makes its first solver, whatever its options: discard that."""
     flush = ctypes.CDLL(None).fflush
     flush(None)
     with suppress(OSError), open(os.devnull, "wb") as nowhere, ExitStack() as restoring:

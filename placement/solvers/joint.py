@@ -12,7 +12,7 @@ every owner map. Shape letters: L layers, E experts, R ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -29,11 +29,14 @@ from .bounds import link_bound
 _MOST_PROPOSALS = 20_000_000
 _PROPOSALS_PER_STATE = 40
 _LEAST_PROPOSALS = 20_000
-# Proposals per layer: minimum, maximum, and per (expert, rank) pair.
+# Proposals per layer: minimum, maximum, and per (expert, rank) pair. Each takes time in proportion to these pairs.
 _LEAST_COPY_PROPOSALS, _MOST_COPY_PROPOSALS, _COPY_PROPOSALS_PER_STATE = 4000, 40_000, 4
+_MOST_COPY_PAIRS = 200_000_000
 _COLD = 1e-5
 # Small problems have high barriers for their size; they are searched twice, first from a high temperature.
 _HOT, _HOT_SMALL, _SMALL_STATES = 1e-3, 0.3, 4096
+# Where only the experts of one layer are exchanged: a hotter search moves more experts, and gains nothing by it.
+_HOT_EVEN = 3e-4
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ def _check(problems: Sequence[Problem], pair_counts_LEE: np.ndarray | None, rows
         raise ValueError("a joint placement needs at least one layer, got none; give one problem per layer")
     first = problems[0]
     for layer, problem in enumerate(problems):
+        # But the work ahead of layers may differ: it hides copies, which each layer gets separately.
         if (problem.topology, problem.num_experts) != (first.topology, first.num_experts) or (
-            prices_of(problem) != prices_of(first)
+            prices_of(problem)._replace(overlap_s=first.overlap_s) != prices_of(first)
         ):
             raise ValueError(f"layer {layer} differs from layer 0 in machine, shape or prices; give layers of one model")
     expected = (len(problems) - 1, first.num_experts, first.num_experts)
@@ -76,8 +80,8 @@ def _check(problems: Sequence[Problem], pair_counts_LEE: np.ndarray | None, rows
         )
 
 
-def _greedy(totals_LE: np.ndarray, rows_R: np.ndarray) -> np.ndarray:
-    """Assign experts, per layer and largest first, to the least loaded rank with free bank rows; return the owners [L, E]."""
+def _greedy(totals_LE: np.ndarray, rows_R: np.ndarray, cost_R: np.ndarray) -> np.ndarray:
+    """Assign experts, per layer and largest first, to the rank with free bank rows that ends first; return the owners [L, E]."""
     num_layers = totals_LE.shape[0]
     free_R, owner_LE = rows_R.copy(), np.empty_like(totals_LE)
     for layer, totals_E in enumerate(totals_LE):
@@ -88,7 +92,8 @@ def _greedy(totals_LE: np.ndarray, rows_R: np.ndarray) -> np.ndarray:
             open_R = np.flatnonzero(room_R > 0)
             if not open_R.size:
                 open_R = np.flatnonzero(free_R)
-            rank = int(open_R[np.lexsort((-free_R[open_R], load_R[open_R]))[0]])
+            end_R = cost_R[open_R] * (load_R[open_R] + totals_E[expert])
+            rank = int(open_R[np.lexsort((-free_R[open_R], end_R))[0]])
             owner_LE[layer, expert] = rank
             load_R[rank] += totals_E[expert]
             room_R[rank] -= 1
@@ -125,9 +130,18 @@ def _hops_s(owner_LE: np.ndarray, pairs_LEE: np.ndarray, problem: Problem, hop_w
 
 
 def _search(
-    problems: Sequence[Problem], pairs_LEE: np.ndarray, rows_R: np.ndarray, hop_weight: float, effort: float
+    problems: Sequence[Problem],
+    pairs_LEE: np.ndarray,
+    rows_R: np.ndarray,
+    hop_weight: float,
+    effort: float,
+    *,
+    is_uneven: bool = True,
 ) -> np.ndarray:
-    """Anneal from the cheaper of the current owners, if they have those rows, and a greedy start; return the owners [L, E]."""
+    """Anneal from the cheaper of the current owners, if they have those rows, and a greedy start; return the owners [L, E].
+
+    Not `is_uneven`: from the current owners alone, and every rank keeps its number of each layer's experts.
+    """
     from .anneal_owners_numba import Layers, anneal
 
     first = problems[0]
@@ -140,22 +154,35 @@ def _search(
         current_LE,
         pairs_LEE,
         np.ascontiguousarray(pairs_LEE.transpose(0, 2, 1)),
+        first.topology.cost_R,
+        first.topology.node_cost_N,
         first.topology.ranks_per_node,
         first.topology.half_rate_rows,
         rank_s,
         node_s,
         prices_of(first),
     )
-    starts = [_greedy(layers.totals_LE, rows_R)]
+    starts = [_greedy(layers.totals_LE, rows_R, layers.cost_R)] if is_uneven else []
     if (np.bincount(current_LE.ravel(), minlength=rows_R.size) == rows_R).all():
         starts.insert(0, current_LE.copy())
     owner_LE = min(starts, key=lambda owners: _owned_s(problems, owners) + _hops_s(owners, pairs_LEE, first, hop_weight))
     proposals = min(max(_PROPOSALS_PER_STATE * owner_LE.size * first.num_ranks, _LEAST_PROPOSALS), _MOST_PROPOSALS)
-    for hot in [_HOT_SMALL, _HOT] if owner_LE.size * first.num_ranks <= _SMALL_STATES else [_HOT]:
+    last_hot = _HOT if is_uneven else _HOT_EVEN
+    for hot in [_HOT_SMALL, last_hot] if owner_LE.size * first.num_ranks <= _SMALL_STATES else [last_hot]:
         searched_LE = owner_LE.copy()
-        if anneal(layers, searched_LE, int(proposals * effort), True, hot, _COLD) < 0:
+        if anneal(layers, searched_LE, int(proposals * effort), is_uneven, hot, _COLD) < 0:
             owner_LE = searched_LE
     return owner_LE
+
+
+def search_owners(problems: Sequence[Problem], *, effort: float = 1.0) -> OwnerMap:
+    """Owners by the search alone, without copies and hops; every rank keeps its number of each layer's experts."""
+    first, owner_LE = problems[0], np.stack([problem.expert_to_owner_E for problem in problems])
+    no_pairs = np.zeros((0, first.num_experts, first.num_experts), dtype=np.int64)
+    if first.num_ranks > 1:
+        rows_R = np.bincount(owner_LE.ravel(), minlength=first.num_ranks)
+        owner_LE = _search(problems, no_pairs, rows_R, 0.0, effort, is_uneven=False)
+    return OwnerMap(owner_LE, first.num_ranks)
 
 
 def _owned_s(problems: Sequence[Problem], owner_LE: np.ndarray) -> float:
@@ -184,7 +211,7 @@ def _spread(problem: Problem, owner_E: np.ndarray) -> Placement:
     for unit, experts in enumerate(first_UE):
         inside = np.arange(unit * per_unit, (unit + 1) * per_unit)
         for expert in experts[copied_UE[unit, experts]]:
-            rank = inside[np.lexsort((rows_R[inside], free_R[inside] == 0))[0]]
+            rank = inside[np.lexsort(((topology.cost_R * rows_R)[inside], free_R[inside] == 0))[0]]
             copies.append((expert, rank))
             free_R[rank] -= 1
             rows_R[rank] += load_UE[unit, expert]
@@ -204,6 +231,7 @@ def _finish(problem: Problem, placement: Placement, effort: float) -> Solution:
 
         states = problem.num_experts * problem.num_ranks
         proposals = min(max(_COPY_PROPOSALS_PER_STATE * states, _LEAST_COPY_PROPOSALS), _MOST_COPY_PROPOSALS)
+        proposals = min(proposals, _MOST_COPY_PAIRS // states)
         placement = improve(problem, placement, move_owners=False, proposals=max(1, int(proposals * effort)))
     seconds = cost(problem, placement, split_exact(problem.load, placement, problem.topology))
     bound = link_bound(problem, owners_may_move=True, keep_counts=False)
@@ -222,13 +250,16 @@ def solve_joint(
     rows_per_rank_R: np.ndarray | None = None,
     hop_weight: float = 1.0,
     effort: float = 1.0,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> JointSolution:
     """Choose the owners of all layers, then every layer's copies; never costlier than the current owners with their copies.
 
     problems: one per layer, of one machine and model. pair_counts_LEE: tokens from expert i of a layer to expert j of the next,
     int [L - 1, E, E]. rows_per_rank_R: experts that every rank owns over all layers, by default the present numbers. hop_weight
-    scales the hops, 0 ignores them. effort scales the search. Deterministic. With other `rows_per_rank_R` than the present
-    numbers the result may cost more than the current owners, which are then not feasible.
+    scales the hops, 0 ignores them. effort scales the search. on_layer is called after each layer's copies. Deterministic.
+
+    With other `rows_per_rank_R` than the present numbers the result may cost more than the current owners, which then
+    are not feasible.
     """
     start = perf_counter()
     _check(problems, pair_counts_LEE, rows_per_rank_R)
@@ -252,9 +283,12 @@ def solve_joint(
         layers_s = sum(_cost_s(problem, placement) for problem, placement in zip(problems, placements, strict=True))
         answers.append((layers_s + hops_s, hops_s, placements, owner_LE))
     _, hops_s, placements, owner_LE = min(answers, key=lambda answer: answer[0])
-    layers = tuple(_finish(problem, placement, effort) for problem, placement in zip(problems, placements, strict=True))
+    layers = []
+    for problem, placement in zip(problems, placements, strict=True):
+        layers.append(_finish(problem, placement, effort))
+        on_layer()
     total_s = sum(layer.cost.total_s for layer in layers) + hops_s
     bound_s = min(sum(layer.bound.total_s for layer in layers), total_s)
     gap = 1 - bound_s / total_s if total_s else 0.0
     owners = OwnerMap(owner_LE, first.num_ranks)
-    return JointSolution(owners, layers, hops_s, total_s, bound_s, gap, perf_counter() - start)
+    return JointSolution(owners, tuple(layers), hops_s, total_s, bound_s, gap, perf_counter() - start)

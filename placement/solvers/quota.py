@@ -19,8 +19,10 @@ from ..values import Placement, Problem
 
 def _break_even_rows(problem: Problem, prices: Prices) -> int:
     """Return the rows whose compute takes as long as one copy's gathers and reduce across the slowest link it may use."""
-    stages = seconds_of(prices._replace(overlap_s=0.0), 0, 0, 0, 1, int(problem.topology.num_nodes > 1), 0, 0)
-    return min(int((stages[2] + stages[3]) / prices.work_row_s), problem.load.total) + 1
+    node_copies = problem.topology.node_unit * (problem.topology.num_nodes > 1)
+    stages = seconds_of(prices._replace(overlap_s=0.0), 0, 0, 0, 1, node_copies, 0, 0)
+    row_s = prices.work_row_s * problem.topology.least_cost
+    return min(int((stages[2] + stages[3]) / row_s), problem.load.total) + 1
 
 
 def plans_to_try(problem: Problem, prices: Prices) -> np.ndarray:

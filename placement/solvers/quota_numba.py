@@ -20,13 +20,13 @@ _price = njit(cache=True)(seconds_of)
 
 
 @njit(cache=True)
-def _pick_host(layer, rank, expert, amount, threshold, rows_R, free_R, hosts_R):
+def _pick_host(layer, rank, expert, amount, room_R, free_R, hosts_R):
     """Return the rank that can take most of `amount` rows, of equals one in the same node, then with most room; -1 for none."""
     best, best_rows, best_near, best_room = -1, 0, False, 0
     node_first = rank // layer.ranks_per_node * layer.ranks_per_node
     node_end = node_first + layer.ranks_per_node
-    for other in range(rows_R.size):
-        room = threshold - rows_R[other]
+    for other in range(room_R.size):
+        room = room_R[other]
         if room <= 0 or free_R[other] == 0 or hosts_R[other] == expert:
             continue
         rows = min(amount, room)
@@ -38,18 +38,18 @@ def _pick_host(layer, rank, expert, amount, threshold, rows_R, free_R, hosts_R):
 
 @njit(cache=True)
 def _export(layer, threshold, min_rows, copies_2C):
-    """Try to bring every rank to `threshold` rows with few copies; return their number, or -1 if that failed.
+    """Try to bring every rank to a cost of `threshold` with few copies; return their number, or -1 if that failed.
 
     Ranks above the threshold, busiest first, give rows of their largest experts to the ranks with most room. A copy takes at
     least `min_rows` rows. copies_2C receives (expert, rank) columns.
     """
     num_ranks = layer.owned_R.size
-    rows_R = layer.owned_R.copy()
+    room_R = threshold // layer.cost_R - layer.owned_R
     free_R = np.full(num_ranks, layer.slots, np.int64)
     hosts_R = np.full(num_ranks, -1, np.int64)
     count = 0
     for rank in layer.ranks:
-        need = rows_R[rank] - threshold
+        need = -room_R[rank]
         if need <= 0:
             break
         for k in range(layer.first_R[rank], layer.first_R[rank + 1]):
@@ -57,13 +57,13 @@ def _export(layer, threshold, min_rows, copies_2C):
             left = layer.totals_E[expert]
             while need > 0 and left >= min_rows:
                 amount = min(max(need, min_rows), left)
-                host = _pick_host(layer, rank, expert, amount, threshold, rows_R, free_R, hosts_R)
+                host = _pick_host(layer, rank, expert, amount, room_R, free_R, hosts_R)
                 if host < 0:
                     break
-                taken = min(amount, threshold - rows_R[host])
+                taken = min(amount, room_R[host])
                 if taken < min_rows:
                     break
-                rows_R[host] += taken
+                room_R[host] -= taken
                 free_R[host] -= 1
                 hosts_R[host] = expert
                 copies_2C[0, count] = expert
@@ -81,7 +81,7 @@ def _export(layer, threshold, min_rows, copies_2C):
 @njit(cache=True)
 def _smallest_threshold(layer, least_rows, tolerance, min_rows, copies_2C):
     """Return a small threshold that `_export` reaches: doubling steps up from `least_rows`, then bisection."""
-    low, high, step = least_rows, layer.owned_R.max(), 0
+    low, high, step = least_rows, (layer.cost_R * layer.owned_R).max(), 0
     while low < high:
         threshold = least_rows + step
         if threshold >= high:
@@ -117,7 +117,7 @@ def candidates(layer, least_rows, min_rows_P, rise_P):
     score(layer, static, copies[0, :, :0], tallies[0])
     count = 1
     # 1/400 of the mean rank: finer thresholds cost time without improving the plan.
-    tolerance = max(layer.owned_R.sum() // num_ranks // 400, 1)
+    tolerance = max(layer.owned_R.sum() // num_ranks // 400, 1) * layer.cost_R.min()
     lowest = _smallest_threshold(layer, least_rows, tolerance, min_rows_P[0], copies[count])
     for p in range(min_rows_P.size):
         size = _export(layer, lowest + lowest * rise_P[p] // 32, min_rows_P[p], copies[count])
@@ -151,7 +151,10 @@ def cheapest(prices, tallies, sizes, copies):
 
 
 class Holdings(NamedTuple):
-    """A plan to which copies are added: its holders (owners and copies), and the copies that ranks and nodes receive and send."""
+    """A plan to which copies are added: its holders (owners and copies), and the copies that ranks and nodes receive and send.
+
+    Those of nodes times the cost of their links.
+    """
 
     holds_RE: np.ndarray
     holds_NE: np.ndarray
@@ -170,8 +173,8 @@ def _add(layer, state, expert, rank):
     state.got_R[rank] += 1
     state.sent_R[owner] += 1
     if rank // per_node != owner // per_node:
-        state.got_N[rank // per_node] += 1
-        state.sent_N[owner // per_node] += 1
+        state.got_N[rank // per_node] += layer.node_cost_N[rank // per_node]
+        state.sent_N[owner // per_node] += layer.node_cost_N[owner // per_node]
 
 
 @njit(cache=True)
@@ -213,7 +216,9 @@ def _best_for_bytes(layer, load_RE, first_s_NE, state, rank, most, most_node, ro
         owner_node = owner // layer.ranks_per_node
         if state.sent_R[owner] >= most:
             continue
-        if owner_node != node and (state.got_N[node] >= most_node or state.sent_N[owner_node] >= most_node):
+        cost_N = layer.node_cost_N
+        got, sent = state.got_N[node] + cost_N[node], state.sent_N[owner_node] + cost_N[owner_node]
+        if owner_node != node and max(got, sent) > most_node:
             continue
         best, best_s = expert, saved_s
     return best
@@ -246,7 +251,7 @@ def with_further_copies(layer, load_RE, copies_2C, most_2P, least_P, min_rows, r
     sizes = np.zeros(num_plans, np.int64)
     copies = np.zeros((num_plans, 2, layer.owned_R.size * slots), np.int64)
     static = static_traffic(layer)
-    load_s_NE = _node_seconds(load_RE, layer.ranks_per_node, node_row_s)
+    load_s_NE = _node_seconds(load_RE, layer.ranks_per_node, node_row_s) * layer.node_cost_N.reshape(-1, 1)
     for p in range(num_plans):
         most, most_node, count = most_2P[0, p], most_2P[1, p], given
         copies[p, :, :given] = copies_2C
@@ -278,7 +283,7 @@ def _limits_to_try(layer, prices, tally_5):
     busiest device's copies, cost one more small group of rows instead.
     """
     num_nodes, per_node = layer.owned_R.size // layer.ranks_per_node, layer.ranks_per_node
-    group_s = prices.work_row_s * layer.half_rate_rows
+    group_s = prices.work_row_s * layer.half_rate_rows * layer.cost_R.min()
     shown_s = (prices.gathers * prices.expert_bytes + prices.gradient_bytes) / prices.device_bytes_per_s
     beside_s = prices.expert_bytes * max(tally_5[3] / prices.device_bytes_per_s, tally_5[4] / prices.node_bytes_per_s)
     # The forward's gather is hidden by the work before the layer, the backward's gather and reduce by twice that.
@@ -287,11 +292,11 @@ def _limits_to_try(layer, prices, tally_5):
     # A small margin, so that rounding excludes no copy.
     free = max(beside_s, room_s, 0.0) / prices.expert_bytes * (1 + 1e-9)
     most_2P, least_P = np.empty((2, 2), np.int64), np.array([group_s, group_s + shown_s])
-    all_copies = layer.owned_R.size * layer.slots
+    all_copies, node_copies = layer.owned_R.size * layer.slots, layer.slots * per_node * layer.node_cost_N.max()
     most_2P[0, 0] = int(min(free * prices.device_bytes_per_s, all_copies))
-    most_2P[1, 0] = int(min(free * prices.node_bytes_per_s, all_copies))
-    most_2P[0, 1], most_2P[1, 1] = tally_5[3] + layer.slots, tally_5[4] + layer.slots * per_node
-    is_tight = most_2P[0, 0] < layer.slots or (num_nodes > 1 and most_2P[1, 0] < layer.slots * per_node)
+    most_2P[1, 0] = int(min(free * prices.node_bytes_per_s, num_nodes * node_copies))
+    most_2P[0, 1], most_2P[1, 1] = tally_5[3] + layer.slots, tally_5[4] + node_copies
+    is_tight = most_2P[0, 0] < layer.slots or (num_nodes > 1 and most_2P[1, 0] < node_copies)
     return most_2P[:, : 1 + is_tight], least_P[: 1 + is_tight]
 
 

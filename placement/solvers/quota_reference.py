@@ -1,6 +1,6 @@
 """The quota planner in plain Python: the specification of its compiled routines, and the oracle of their test.
 
-export     ranks above a threshold of rows give rows of their largest experts to ranks below it, one copy a gift
+export     ranks above a threshold give rows of their largest experts to ranks below it, one copy a gift
 threshold  the smallest that an export reaches; somewhat higher ones need fewer copies
 cheapest   of these exports and of no copies at all, by the cost model under the exact split
 localize   further copies that keep tokens on their rank or node, where they save more dispatch than they cost
@@ -23,7 +23,7 @@ Copies = list[tuple[int, int]]
 
 
 class Limit(NamedTuple):
-    """Most copies on a device's link and on a node's, and the seconds of dispatch that one copy must save."""
+    """Most copies on a device's link and on a node's (times its cost), and the seconds of dispatch that one copy must save."""
 
     per_device: int
     per_node: int
@@ -68,14 +68,14 @@ def counts_of(problem: Problem, copies: Copies) -> Tally:
 
 
 def busiest_first(problem: Problem) -> list[int]:
-    """The ranks by the rows of the experts they own, most first."""
-    return sorted(range(problem.num_ranks), key=lambda rank: -problem.owned_rows_R[rank])
+    """The ranks by what the rows of their experts cost them, most first."""
+    return sorted(range(problem.num_ranks), key=lambda rank: -problem.owned_rows_R[rank] * problem.topology.cost_R[rank])
 
 
 def export(problem: Problem, threshold: int, min_rows: int) -> Copies | None:
-    """Bring every rank to `threshold` rows by copies that take at least `min_rows` each; None where that fails."""
+    """Bring every rank to a cost of `threshold` by copies that take at least `min_rows` each; None where that fails."""
     owner_E, totals_E, node_R = problem.expert_to_owner_E, problem.load.totals_E, problem.topology.node_of_rank_R
-    room_R, slots_R = (threshold - problem.owned_rows_R).tolist(), [problem.slots] * problem.num_ranks
+    room_R, slots_R = (threshold // problem.topology.cost_R - problem.owned_rows_R).tolist(), [problem.slots] * problem.num_ranks
     copies: Copies = []
     for rank in busiest_first(problem):
         excess = -room_R[rank]
@@ -99,7 +99,8 @@ def export(problem: Problem, threshold: int, min_rows: int) -> Copies | None:
 def smallest_threshold(problem: Problem, min_rows: int) -> int:
     """The smallest threshold that `export` reaches, within 1/400 of the mean rank: steps that double, then bisection."""
     low = bound = lower_bound(problem).max_rows
-    high, step, tolerance = int(problem.owned_rows_R.max()), 0, max(problem.load.total // problem.num_ranks // 400, 1)
+    high, step = int((problem.topology.cost_R * problem.owned_rows_R).max()), 0
+    tolerance = max(problem.load.total // problem.num_ranks // 400, 1) * problem.topology.least_cost
     while bound + step < high:
         if export(problem, bound + step, min_rows) is not None:
             high = bound + step
@@ -119,14 +120,15 @@ def limits_to_try(problem: Problem, counts: Tally) -> list[Limit]:
     """
     prices, topology = prices_of(problem), problem.topology
     device, node, num_copies = prices.device_bytes_per_s, prices.node_bytes_per_s, problem.num_ranks * problem.slots
-    group_s = prices.work_row_s * topology.half_rate_rows
+    group_s = prices.work_row_s * topology.half_rate_rows * topology.least_cost
     bytes_s = (prices.gathers * prices.expert_bytes + prices.gradient_bytes) / device
     beside_s = prices.expert_bytes * max(counts.device_copies / device, counts.node_copies / node)
     behind = ((prices.gathers - 1) * prices.expert_bytes + prices.gradient_bytes) / prices.expert_bytes
     under_s = min(prices.overlap_s - prices.latency_s, (2 * prices.overlap_s - prices.gathers * prices.latency_s) / behind)
     hidden = max(beside_s, under_s, 0.0) / prices.expert_bytes * (1 + 1e-9)
-    hiding = Limit(int(min(hidden * device, num_copies)), int(min(hidden * node, num_copies)), group_s)
-    node_slots = problem.slots * topology.ranks_per_node
+    node_slots = problem.slots * topology.ranks_per_node * int(topology.node_cost_N.max())
+    per_node = int(min(hidden * node, topology.num_nodes * node_slots))
+    hiding = Limit(int(min(hidden * device, num_copies)), per_node, group_s)
     shown = Limit(counts.device_copies + problem.slots, counts.node_copies + node_slots, group_s + bytes_s)
     is_tight = hiding.per_device < problem.slots or (topology.num_nodes > 1 and hiding.per_node < node_slots)
     return [hiding, shown] if is_tight else [hiding]
@@ -150,6 +152,7 @@ def localize(problem: Problem, copies: Copies, limit: Limit, min_rows: int, row_
     """
     owner_E, node_R, load_RE = problem.expert_to_owner_E.tolist(), problem.topology.node_of_rank_R, problem.load.load_RE
     load_NE, copies = load_RE.reshape(-1, problem.topology.ranks_per_node, problem.num_experts).sum(axis=1), list(copies)
+    cost_N = problem.topology.node_cost_N
     for turn in range(min(limit.per_device, problem.slots)):
         for rank in busiest_first(problem):
             if sum(host == rank for _, host in copies) > turn:
@@ -162,8 +165,9 @@ def localize(problem: Problem, copies: Copies, limit: Limit, min_rows: int, row_
             for expert, owner in enumerate(owner_E):
                 owner_node = node_R[owner]
                 is_first = all(e != expert or node_R[host] != node for e, host in holders)
-                saved_s = load_RE[rank, expert] * row_s + (load_NE[node, expert] * node_row_s if is_first else 0.0)
-                has_node_link = owner_node == node or max(entered_N[node], left_N[owner_node]) < limit.per_node
+                saved_s = load_RE[rank, expert] * row_s + (load_NE[node, expert] * node_row_s * cost_N[node] if is_first else 0.0)
+                on_links = max((entered_N[node] + 1) * cost_N[node], (left_N[owner_node] + 1) * cost_N[owner_node])
+                has_node_link = owner_node == node or on_links <= limit.per_node
                 is_open = sent_R[owner] < limit.per_device and has_node_link and (expert, rank) not in holders
                 if saved_s > best_s and is_open:
                     best, best_s = expert, saved_s

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...jit.decorators import njit
-from ..split_numba import level, prefer_local
+from ..split_numba import least_limit, level, prefer_local
 from ..values import Problem
 
 
@@ -25,6 +25,8 @@ class Layer(NamedTuple):
     totals_E: np.ndarray
     owner_E: np.ndarray
     owned_R: np.ndarray
+    cost_R: np.ndarray
+    node_cost_N: np.ndarray
     ranks: np.ndarray
     experts: np.ndarray
     first_R: np.ndarray
@@ -36,13 +38,16 @@ class Layer(NamedTuple):
 def layer_of(problem: Problem) -> Layer:
     """Convert a problem to the arrays of the compiled routines."""
     owner_E, totals_E, owned_R = problem.expert_to_owner_E, problem.load.totals_E, problem.owned_rows_R
+    cost_R, node_cost_N = problem.topology.cost_R, problem.topology.node_cost_N
     experts = np.lexsort((-totals_E, owner_E))
     return Layer(
         problem.load.load_ER,
         totals_E,
         owner_E,
         owned_R,
-        np.argsort(-owned_R, kind="stable"),
+        cost_R,
+        node_cost_N,
+        np.argsort(-cost_R * owned_R, kind="stable"),
         experts,
         np.searchsorted(owner_E[experts], np.arange(problem.num_ranks + 1)),
         problem.topology.ranks_per_node,
@@ -153,11 +158,11 @@ def _tally(layer, static, experts_M, start_M, ranks_J, rows_J, rows_R, tally_5):
             if node == owner_node:
                 rows_2N[0, node] += inside
                 rows_2N[1, node] -= total - inside
-    tally_5[0] = (rows_R + layer.half_rate_rows * groups_R).max()
+    tally_5[0] = (layer.cost_R * (rows_R + layer.half_rate_rows * groups_R)).max()
     tally_5[1] = rows_2R.max()
-    tally_5[2] = rows_2N.max()
+    tally_5[2] = (layer.node_cost_N * rows_2N).max()
     tally_5[3] = copies_2R.max()
-    tally_5[4] = copies_2N.max()
+    tally_5[4] = (layer.node_cost_N * copies_2N).max()
 
 
 @njit(cache=True)
@@ -168,7 +173,7 @@ def score(layer, static, copies_2C, tally_5):
     for m in range(experts_M.size):
         rows_R[layer.owner_E[experts_M[m]]] -= layer.totals_E[experts_M[m]]
     rows_J = np.zeros(ranks_J.size, np.int64)
-    lower_bound = max(-(-layer.owned_R.sum() // rows_R.size), rows_R.max())
+    lower_bound = max(least_limit(layer.cost_R, layer.owned_R.sum()), (layer.cost_R * rows_R).max())
     prefer_local(layer.load_ER, experts_M, start_M, ranks_J, layer.owner_E, layer.ranks_per_node, rows_J, rows_R)
-    level(start_M, ranks_J, rows_J, rows_R, lower_bound)
+    level(start_M, ranks_J, layer.cost_R, rows_J, rows_R, lower_bound)
     _tally(layer, static, experts_M, start_M, ranks_J, rows_J, rows_R, tally_5)

@@ -193,13 +193,11 @@ class CountFile:
         return len(self.array.shape) == 4
 
     @cached_property
-    def _tokens_SR(self) -> np.ndarray:
-        return self.found.tokens_SR if self._has_ranks else split_tokens(self.found.tokens_SR[:, 0], self.meta.num_ranks)
-
-    @property
     def tokens_SR(self) -> np.ndarray | None:
         """Tokens of every step and rank, int64 [S, R], where assignments were dropped; None where none was."""
-        return self._tokens_SR if self.meta.dropped else None
+        if not self.meta.dropped:
+            return None
+        return self.found.tokens_SR if self._has_ranks else split_tokens(self.found.tokens_SR[:, 0], self.meta.num_ranks)
 
     def steps(self) -> Iterator[np.ndarray]:
         """Yield every step's loads, int64 [L, R, E]."""

@@ -32,7 +32,7 @@ _RECORDED = MappingProxyType({"topk_ids_of_layer": 3, "global_physical_count": 2
 
 
 def open_arrays(path: str | os.PathLike[str], what: str) -> ArrayFile:
-    """Open a file of arrays, told by its first bytes; what cannot be read is one clear ValueError."""
+    """Open a file of arrays, recognized by its first bytes; what cannot be read is one clear ValueError."""
     try:
         with open(path, "rb") as file:
             start = file.read(8)

@@ -3,9 +3,9 @@
 Known names (S steps, L layers, R ranks, E experts, K top-k, T tokens):
     topk_ids, routed_experts (vLLM, SGLang)   ids of experts [T, L, K]; topk_ids_of_layer (SGLang) [L, T, K]
     routing_map (Megatron)                    bool [T, L, E]
-    counts, loads, tokens_per_expert, logical_count (SGLang), weight (EPLB)   loads [L, E], [S, L, E] or [S, L, R, E]
+    counts, loads, tokens_per_expert, logical_count (SGLang), weight (EPLB)   loads [L, E] or [S, L, E], others by their axes
     shares, share                             loads [..., L, E] that are taken as shares
-Other names, and files without names, are told by their dims: a last dim of --top-k is tokens, one of --experts loads.
+Other names, and files without names, are recognized by their dims: a last dim of --top-k is tokens, one of --experts loads.
 `axes` gives the order of dims where it is another: a letter for each, S for all that steps are counted along.
 """
 
@@ -61,7 +61,7 @@ _KNOWN = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the user knows of the model; it goes before what a file says. None where nothing was said."""
+    """Sizes of the model as the user gives them; they go before those of a file. None where not given."""
 
     num_experts: int | None = None
     top_k: int | None = None
@@ -156,8 +156,8 @@ def _choose(file: ArrayFile, name: str | None) -> str:
     return known[0]
 
 
-def _told_by_dims(file: ArrayFile, name: str, sizes: Sizes) -> _Kind:
-    """Tell tokens from loads by the last dim."""
+def _kind_by_dims(file: ArrayFile, name: str, sizes: Sizes) -> _Kind:
+    """Distinguish tokens from loads by the last dim."""
     member = file.members[name]
     last = member.shape[-1] if member.shape else 0
     if member.dtype.kind == "b":
@@ -185,8 +185,8 @@ def _kind_of_axes(axes: str) -> _Kind:
     )
 
 
-def _axes_of(file: ArrayFile, name: str, kind: _Kind, num_ranks: int | None) -> tuple[_Kind, str]:
-    """Return an array's kind and the order of its dims; ValueError where it cannot be told."""
+def _axes_of(file: ArrayFile, name: str, kind: _Kind) -> tuple[_Kind, str]:
+    """Return an array's kind and the order of its dims; ValueError where they are ambiguous."""
     shape, order = file.members[name].shape, kind.order
     if kind in (_TOKENS, _MAP):
         if len(shape) != len(order):
@@ -195,25 +195,11 @@ def _axes_of(file: ArrayFile, name: str, kind: _Kind, num_ranks: int | None) -> 
     if len(shape) < 2:
         raise file.error(f"{name} has dims {shape}, not [L, E] or [S, L, E]: loads are by layer and expert")
     if len(shape) == 4 and not kind.is_shares:
-        return (_RANK_LOADS, "SLRE") if _has_ranks(file, name, num_ranks) else (kind, "SSLE")
-    return kind, "S" * (len(shape) - 2) + "LE"
-
-
-def _has_ranks(file: ArrayFile, name: str, num_ranks: int | None) -> bool:
-    """Tell [S, L, R, E] from [S, S, L, E] by the first step's sums, which are the same in every layer that has any."""
-    shape = file.members[name].shape
-    first = next(file.rows(name, 1))[0]
-    if first.dtype.kind == "f" and (first != np.rint(first)).any():
-        return False
-    sums = first.sum(axis=2, dtype=np.float64)
-    by_layer, of_groups = sums[sums.any(axis=1)], sums[:, sums.any(axis=0)]
-    fits_ranks, fits_groups = bool((by_layer == by_layer[:1]).all()), bool((of_groups == of_groups[:, :1]).all())
-    if fits_ranks == fits_groups and num_ranks != shape[2]:
         raise file.error(
             f"{name} is {shape}, which may be [steps, layers, ranks, experts] or [steps, steps, layers, experts]; "
             "say which, --axes SLRE or --axes SSLE"
         )
-    return fits_ranks or not fits_groups
+    return kind, "S" * (len(shape) - 2) + "LE"
 
 
 @dataclass(frozen=True)
@@ -225,7 +211,7 @@ class _Chosen:
     notes: tuple[str, ...]
 
 
-def _arrange(file: ArrayFile, reading: Reading, sizes: Sizes, num_ranks: int | None) -> _Chosen:
+def _arrange(file: ArrayFile, reading: Reading, sizes: Sizes) -> _Chosen:
     """Choose an array, and bring its dims into order."""
     name = _choose(file, reading.array)
     member = file.members[name]
@@ -235,21 +221,21 @@ def _arrange(file: ArrayFile, reading: Reading, sizes: Sizes, num_ranks: int | N
     if 0 in member.shape or not member.shape:
         raise file.error(f"{name} is empty: {member.shape}" if member.shape else f"{name} is a single number")
     kind, axes = _KNOWN.get(name, (None, None))
-    is_told = kind is None or (len(member.shape) == 4 and not kind.is_shares)
+    is_guessed = kind is None
     if reading.axes is not None:
-        kind, axes, is_told = _kind_of_axes(reading.axes), reading.axes, False
+        kind, axes, is_guessed = _kind_of_axes(reading.axes), reading.axes, False
     elif kind is None:
-        kind = _told_by_dims(file, name, sizes)
+        kind = _kind_by_dims(file, name, sizes)
     if axes is None:
-        kind, axes = _axes_of(file, name, kind, num_ranks)
+        kind, axes = _axes_of(file, name, kind)
     if len(axes) != len(member.shape):
         raise file.error(f"{name} has dims {member.shape}, not [{', '.join(axes)}]; say what they are with --axes")
     if member.dtype.kind == "b" and kind != _MAP:
         raise file.error(f"{name} is bool, which only routing maps [T, L, E] are; convert it to numbers, or give --axes")
     arranged = Arranged(file, name, kind.order, axes)
     notes = list(file.notes) if isinstance(file, MemoryFile) else []
-    if is_told:
-        notes.append(f"{name} is read as [{', '.join(axes)}], told by its dims; if it is another, give --axes")
+    if is_guessed:
+        notes.append(f"{name} is read as [{', '.join(axes)}], by its dims; if it is another, give --axes")
     if kind in (_TOKENS, _MAP) and arranged.shape[0] < arranged.shape[1] and arranged.shape[1] > _MAX_LAYERS:
         num_tokens, num_layers, _ = arranged.shape
         raise file.error(
@@ -262,7 +248,7 @@ def _arrange(file: ArrayFile, reading: Reading, sizes: Sizes, num_ranks: int | N
 def open_foreign(file: ArrayFile, num_ranks: int | None, reading: Reading, sizes: Sizes) -> tokens.TokenFile | counts.CountFile:
     """Open a recording at `num_ranks` ranks, or at its own where it has some; it is read and checked as a whole."""
     said = read_foreign_meta(file)
-    chosen = _arrange(file, reading, sizes, num_ranks)
+    chosen = _arrange(file, reading, sizes)
     array, kind = chosen.array, chosen.kind
     if num_ranks is None and kind != _RANK_LOADS:
         raise ValueError(f"{file.path} does not say how many ranks there are; give --ranks or --topology")
@@ -330,6 +316,8 @@ def _open_counts(chosen: _Chosen, meta: TraceMeta, top_k: int | None, reading: R
     found = counts.survey(array, top_k, per_step, as_shares=chosen.kind.is_shares or reading.as_shares)
     notes = [*chosen.notes, *found.notes]
     if reading.tokens_per_step is not None and not found.are_shares:
-        notes.append(f"{array.name} is taken as counts, exactly; --tokens-per-step is for tokens and shares")
+        raise array.error(
+            f"{array.name} holds counts, which are kept as they are; leave out --tokens-per-step, or rescale them with --shares"
+        )
     meta = replace(meta, num_layers=len(found.layers) or meta.num_layers, dropped=found.is_dropped, layers=found.layers)
     return counts.CountFile(array.file.path, array, found, meta, tuple(notes))

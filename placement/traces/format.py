@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -143,12 +144,23 @@ class TraceWriter:
     `path` appears only on close, whole; a trace without steps is not written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], meta: TraceMeta, *, pair_counts_LEE: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        meta: TraceMeta,
+        *,
+        topk_ids_TLK: np.ndarray | None = None,
+        pair_counts_LEE: np.ndarray | None = None,
+    ) -> None:
         self.path = Path(path)
         self.meta = meta
         self._dtype: np.dtype[Any] = np.dtype("<i4")
         self._tokens: list[np.ndarray] = []
-        self._pairs_LEE = None if pair_counts_LEE is None else _checked_pairs(np.asarray(pair_counts_LEE), meta)
+        self._optional: dict[str, np.ndarray] = {}
+        if topk_ids_TLK is not None:
+            self._optional["topk_ids"] = _checked_topk(np.asarray(topk_ids_TLK), meta).astype("<i2")
+        if pair_counts_LEE is not None:
+            self._optional["pair_counts"] = _checked_pairs(np.asarray(pair_counts_LEE), meta).astype("<i4")
         self.num_steps = 0
         self._partial_path = self.path.with_name(self.path.name + ".partial")
         self._partial: IO[bytes] | None = open(self._partial_path, "w+b")  # noqa: SIM115 (closed by close)
@@ -164,7 +176,7 @@ class TraceWriter:
         if loads_LRE.dtype.kind not in "iu":
             raise ValueError(f"loads must be integers, got {loads_LRE.dtype}")
         if self.meta.dropped != (tokens_R is not None):
-            raise ValueError("a trace with dropped assignments takes the tokens of each rank, any other takes none")
+            raise ValueError("a trace with dropped assignments takes the tokens of each step and rank, any other takes none")
         _check_step(loads_LRE, self.meta, self.num_steps, tokens_R)
         if tokens_R is not None:
             self._tokens.append(np.array(tokens_R, dtype="<i8"))
@@ -196,11 +208,9 @@ class TraceWriter:
                     "meta": array_writer(np.array(self.meta.to_json(self.num_steps, is_wide=self._dtype.itemsize == 8))),
                     "loads": lambda member: self._copy_loads(partial, member),
                 }
-                if self._pairs_LEE is not None:
-                    members["pair_counts"] = array_writer(self._pairs_LEE.astype("<i4"))
                 if self._tokens:
-                    members["tokens"] = array_writer(np.stack(self._tokens))
-                write_npz(self.path, members)
+                    self._optional["tokens"] = np.stack(self._tokens)
+                write_npz(self.path, members | {name: array_writer(array) for name, array in self._optional.items()})
         finally:
             partial.close()
         self._partial_path.unlink()
@@ -210,7 +220,7 @@ class TraceWriter:
         if self._partial is not None:
             self._partial.close()
             self._partial = None
-            self._partial_path.unlink()
+        self._partial_path.unlink(missing_ok=True)
 
     def _copy_loads(self, partial: IO[bytes], member: IO[bytes]) -> None:
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.num_steps, *self.meta.step_shape)}
@@ -229,32 +239,29 @@ class TraceWriter:
 def write_trace(
     path: str | os.PathLike[str],
     meta: TraceMeta,
-    loads_SLRE: np.ndarray,
+    steps: Iterable[np.ndarray],
     *,
     topk_ids_TLK: np.ndarray | None = None,
     pair_counts_LEE: np.ndarray | None = None,
     tokens_SR: np.ndarray | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a whole trace at once, atomically; the optional arrays are the module docstring's."""
-    loads_SLRE = np.asarray(loads_SLRE)
-    if loads_SLRE.ndim != 4 or not loads_SLRE.shape[0] or loads_SLRE.dtype.kind not in "iu":
-        raise ValueError(f"loads must be integers [S, L, R, E] with at least one step, got {loads_SLRE.dtype} {loads_SLRE.shape}")
-    if meta.dropped != (tokens_SR is not None) or (tokens_SR is not None and len(tokens_SR) != len(loads_SLRE)):
-        raise ValueError("a trace with dropped assignments takes the tokens of each step and rank, any other takes none")
-    for step, loads_LRE in enumerate(loads_SLRE):
-        _check_step(loads_LRE, meta, step, None if tokens_SR is None else tokens_SR[step])
-    is_wide = loads_SLRE.max(initial=0) > _MAX_INT32
-    arrays = {
-        "meta": np.array(meta.to_json(loads_SLRE.shape[0], is_wide=bool(is_wide))),
-        "loads": loads_SLRE.astype("<i8" if is_wide else "<i4"),
-    }
-    if tokens_SR is not None:
-        arrays["tokens"] = np.array(tokens_SR, dtype="<i8")
-    if topk_ids_TLK is not None:
-        arrays["topk_ids"] = _checked_topk(np.asarray(topk_ids_TLK), meta).astype("<i2")
-    if pair_counts_LEE is not None:
-        arrays["pair_counts"] = _checked_pairs(np.asarray(pair_counts_LEE), meta).astype("<i4")
-    write_npz(path, {name: array_writer(array) for name, array in arrays.items()})
+    """Write a whole trace, atomically: after an error the file is as it was. `steps`: every step's loads, integers [L, R, E].
+
+    The optional arrays are the module docstring's. `on_step` is called after every step.
+    """
+    writer = TraceWriter(path, meta, topk_ids_TLK=topk_ids_TLK, pair_counts_LEE=pair_counts_LEE)
+    try:
+        tokens: Iterable[np.ndarray | None] = repeat(None) if tokens_SR is None else tokens_SR
+        for loads_LRE, tokens_R in zip(steps, tokens, strict=tokens_SR is not None):
+            writer.append(loads_LRE, tokens_R)
+            on_step()
+        if not writer.num_steps:
+            raise ValueError(f"{path} would hold no step; give at least one")
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def _checked_topk(ids: np.ndarray, meta: TraceMeta) -> np.ndarray:
@@ -347,12 +354,6 @@ class Trace:
     def num_tokens(self) -> int:
         """Single tokens recorded in `topk_ids`; 0 without them."""
         return self._file.require("topk_ids", "i", 3)[0] if self.has_topk_ids else 0
-
-    def topk_blocks(self, num_tokens: int) -> Iterator[np.ndarray]:
-        """Yield the experts of single tokens, integers [<= num_tokens, L, K], as a stream; ValueError if there are none."""
-        self._file.require("topk_ids", "i", 3)
-        for block in self._file.rows("topk_ids", num_tokens):
-            yield self._checked(_checked_topk, block)
 
     def topk_ids(self) -> np.ndarray:
         """Return the experts of single tokens, integers [T, L, K]; ValueError if there are none or more than fit in memory."""

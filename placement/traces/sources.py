@@ -27,7 +27,7 @@ MAX_LAYER_CELLS = 1 << 21
 
 
 class LoadSource(Protocol):
-    """What the laboratory plays: a meta with the number of ranks, and one step's loads after another."""
+    """What the policy simulator reads: a meta with the number of ranks, and one step's loads after another."""
 
     @property
     def path(self) -> Path:
@@ -54,29 +54,27 @@ class LoadSource(Protocol):
 
 
 @dataclass(frozen=True)
-class RankedTrace:
-    """A source of loads at another number of ranks: neighbours merged, or a rank's assignments dealt to several."""
+class ResizedSource:
+    """A source under a meta with other sizes, or at another number of ranks, which a multiple or a divisor of its own must be.
+
+    Fewer ranks merge neighbours, more distribute each rank's assignments over several.
+    """
 
     source: LoadSource
-    num_ranks: int
+    meta: TraceMeta
 
     def __post_init__(self) -> None:
-        recorded = self.source.meta.num_ranks
-        if recorded % self.num_ranks and self.num_ranks % recorded:
+        recorded, wanted = self.source.meta.num_ranks, self.meta.num_ranks
+        if recorded % wanted and wanted % recorded:
             raise ValueError(
                 f"{self.path} was recorded on {recorded} ranks without topk_ids; "
-                f"it can be played on divisors and multiples of them, not on {self.num_ranks}"
+                f"it can be played on divisors and multiples of them, not on {wanted}"
             )
 
     @property
     def path(self) -> Path:
         """The file."""
         return self.source.path
-
-    @property
-    def meta(self) -> TraceMeta:
-        """The source's, with the new number of ranks."""
-        return replace(self.source.meta, num_ranks=self.num_ranks)
 
     @property
     def num_steps(self) -> int:
@@ -91,109 +89,57 @@ class RankedTrace:
     @cached_property
     def tokens_SR(self) -> np.ndarray | None:
         """Tokens of every step and rank, int64 [S, R], where assignments were dropped; None where none was."""
-        tokens_SR = self.source.tokens_SR
+        tokens_SR, num_ranks = self.source.tokens_SR, self.meta.num_ranks
         if tokens_SR is None:
             return None
-        parts = self.num_ranks // self.source.meta.num_ranks
+        parts = num_ranks // self.source.meta.num_ranks
         if parts <= 1:
-            return tokens_SR.reshape(len(tokens_SR), self.num_ranks, -1).sum(axis=2)
-        return split_tokens(tokens_SR.ravel(), parts).reshape(len(tokens_SR), self.num_ranks)
+            return tokens_SR.reshape(len(tokens_SR), num_ranks, -1).sum(axis=2)
+        return split_tokens(tokens_SR.ravel(), parts).reshape(len(tokens_SR), num_ranks)
 
     def steps(self) -> Iterator[np.ndarray]:
         """Yield every step's loads, int64 [L, R, E]."""
         num_layers, recorded, num_experts = self.source.meta.step_shape
-        parts, tokens_SR = self.num_ranks // recorded, self.source.tokens_SR
+        num_ranks, tokens_SR = self.meta.num_ranks, self.source.tokens_SR
+        parts = num_ranks // recorded
         for step, loads_LRE in enumerate(self.source.steps()):
             if parts <= 1:
-                yield loads_LRE.reshape(num_layers, self.num_ranks, -1, num_experts).sum(axis=2)
+                yield loads_LRE.reshape(num_layers, num_ranks, -1, num_experts).sum(axis=2)
                 continue
             tokens_R = loads_LRE[0].sum(axis=1) // self.meta.top_k if tokens_SR is None else tokens_SR[step]
             counts_NE = loads_LRE.reshape(num_layers * recorded, num_experts)
             dealt = deal(counts_NE, parts, np.tile(tokens_R, num_layers), self.meta.top_k)
-            yield dealt.reshape(num_layers, self.num_ranks, num_experts)
+            yield dealt.reshape(num_layers, num_ranks, num_experts)
 
 
 def open_source(
-    path: str | os.PathLike[str],
-    num_ranks: int | None = None,
-    *,
-    tokens_per_step: int | None = None,
-    array: str | None = None,
-    shuffle_seed: int | None = None,
-    axes: str | None = None,
-    none_ids: tuple[int, ...] = (),
-    as_shares: bool = False,
-    sizes: Sizes | None = None,
+    path: str | os.PathLike[str], num_ranks: int | None = None, reading: Reading | None = None, *, sizes: Sizes | None = None
 ) -> LoadSource:
-    """Open a trace or a foreign recording at `num_ranks` ranks (a trace's own by default), or raise one clear ValueError.
-
-    tokens_per_step: of recorded tokens and of shares. The others say how a foreign recording is read: see `Reading`.
-    """
-    sizes = sizes or Sizes()
-    reading = Reading(
-        array=array,
-        axes=axes,
-        none_ids=none_ids,
-        as_shares=as_shares,
-        tokens_per_step=tokens_per_step,
-        shuffle_seed=shuffle_seed,
-    )
+    """Open a trace or a foreign recording at `num_ranks` ranks (a trace's own by default), or raise one clear ValueError."""
+    reading, sizes = reading or Reading(), sizes or Sizes()
     file = open_arrays(path, "trace")
-    if "schema" in read_foreign_meta(file) and reading.array is None:
-        source = _open_trace(file, num_ranks, reading)
-    else:
-        source = open_foreign(file, num_ranks, reading, sizes)
-        if num_ranks is not None and source.meta.num_ranks != num_ranks:
-            source = RankedTrace(source, check_positive_int("ranks", num_ranks))
+    is_trace = "schema" in read_foreign_meta(file) and reading.array is None
+    source: LoadSource = _open_trace(file, num_ranks, reading) if is_trace else open_foreign(file, num_ranks, reading, sizes)
+    source = resized(source, sizes, num_ranks)
     meta = source.meta
     if meta.num_ranks * meta.num_experts > MAX_LAYER_CELLS:
         raise ValueError(
             f"{meta.num_ranks} ranks x {meta.num_experts} experts are above the supported {MAX_LAYER_CELLS} cells a layer"
         )
-    return resized(source, sizes)
+    return source
 
 
-def resized(source: LoadSource, sizes: Sizes) -> LoadSource:
-    """Return a source whose meta says these sizes."""
+def resized(source: LoadSource, sizes: Sizes, num_ranks: int | None = None) -> LoadSource:
+    """Return a source whose meta says these sizes, at this number of ranks where one is given."""
     meta = sizes.apply(source.meta)
-    return source if meta == source.meta else _Renamed(source, meta)
-
-
-@dataclass(frozen=True)
-class _Renamed:
-    """A source under a meta with other sizes."""
-
-    source: LoadSource
-    meta: TraceMeta
-
-    @property
-    def path(self) -> Path:
-        """The source's."""
-        return self.source.path
-
-    @property
-    def num_steps(self) -> int:
-        """The source's."""
-        return self.source.num_steps
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """The source's."""
-        return self.source.notes
-
-    @property
-    def tokens_SR(self) -> np.ndarray | None:
-        """The source's."""
-        return self.source.tokens_SR
-
-    def steps(self) -> Iterator[np.ndarray]:
-        """Yield the source's steps."""
-        return self.source.steps()
+    if num_ranks is not None:
+        meta = replace(meta, num_ranks=check_positive_int("ranks", num_ranks))
+    return source if meta == source.meta else ResizedSource(source, meta)
 
 
 def pair_counts_of(source: LoadSource) -> np.ndarray | None:
-    """Return the layer-to-layer counts [L - 1, E, E] that a source recorded or can count; None where it knows no tokens."""
-    if isinstance(source, _Renamed | RankedTrace):
+    """Return the layer-to-layer counts [L - 1, E, E] that a source recorded or can count; None for one of counts alone."""
+    if isinstance(source, ResizedSource):
         return pair_counts_of(source.source)
     if isinstance(source, Trace):
         return source.pair_counts() if source.has_pair_counts else None
@@ -213,4 +159,4 @@ def _open_trace(file: ArrayFile, num_ranks: int | None, reading: Reading) -> Loa
         return TokenFile(file.path, array, cells, replace(trace.meta, num_ranks=ranks), per_step, reading.shuffle_seed)
     if is_cut_anew:
         raise ValueError(f"{file.path} has no topk_ids; its steps cannot be cut anew")
-    return trace if ranks == trace.meta.num_ranks else RankedTrace(trace, ranks)
+    return trace

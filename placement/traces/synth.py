@@ -1,4 +1,4 @@
-"""Synthetic traces: expert popularity over time, sampled step by step in the memory of one step.
+"""Synthetic traces: the workloads of workloads.py, or expert popularity over time, step by step in the memory of one step.
 
 Shape letters: L layers, R ranks, E experts, K top-k, T tokens per rank.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from ..content import check_positive_int, check_seconds
 from .format import TraceMeta
+from .workloads import WORKLOADS, Workload
 
 # A burst multiplies one expert's popularity for this many steps.
 _BURST_FACTOR = 20.0
@@ -22,7 +23,10 @@ _BURST_CHANCE = 0.2
 
 @dataclass(frozen=True)
 class SynthSpec:
-    """Parameters of a synthetic trace. `skew`: Zipf exponent; `drift`: standard deviation of a step of the log-popularities."""
+    """Parameters of a synthetic trace; of a workload (workloads.py), or by a law.
+
+    skew: Zipf exponent. drift: standard deviation of a step of the log-popularities. Workloads have neither.
+    """
 
     meta: TraceMeta
     kind: str
@@ -100,7 +104,7 @@ _LAWS: Mapping[str, _Law] = MappingProxyType(
         "one-hot": _Law(_flat, _one_hot, "one expert takes every token, the others share the rest"),
     }
 )
-KINDS = tuple(_LAWS)
+KINDS = (*_LAWS, *WORKLOADS)
 
 
 def _draw(popularity_E: np.ndarray, spec: SynthSpec, rng: np.random.Generator) -> np.ndarray:
@@ -121,6 +125,22 @@ def _draw(popularity_E: np.ndarray, spec: SynthSpec, rng: np.random.Generator) -
 
 def synthesize(spec: SynthSpec) -> Iterator[np.ndarray]:
     """Yield every step's loads, int64 [L, R, E]; deterministic for a given spec."""
+    if spec.kind in WORKLOADS:
+        meta = spec.meta
+        layers = [
+            Workload(
+                name=spec.kind,
+                num_ranks=meta.num_ranks,
+                num_experts=meta.num_experts,
+                top_k=meta.top_k,
+                tokens_per_rank=spec.tokens_per_rank,
+                seed=spec.seed,
+                layer=layer,
+            )
+            for layer in range(meta.num_layers)
+        ]
+        yield from (np.stack([layer.load_RE(step) for layer in layers]) for step in range(spec.num_steps))
+        return
     rng = np.random.default_rng(spec.seed)
     law = _LAWS[spec.kind]
     laws = law.change(law.start(spec, rng), spec, rng)

@@ -1,7 +1,6 @@
 """Adapters: MoE layers of other models.
 
-known_experts.py      The experts modules of Hugging Face transformers that are replaced, as data: the names and the layout of
-                      their weights.
+conversions.py        The names of a model's weights in checkpoints, by transformers' own conversion mapping.
 meta.py               Models built on the meta device: shapes without memory, allocated once they are sharded.
 safetensors_files.py  A checkpoint as a folder of safetensors files with an index, as transformers reads and writes it.
 save_pretrained.py    `save_pretrained` of a sharded model of transformers: files of the whole model, or a refusal; never of one

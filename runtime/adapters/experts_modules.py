@@ -1,72 +1,64 @@
 """Experts modules of Hugging Face transformers: only they are replaced, inside their block, which stays transformers' own.
 
 A block computes its router, its shared experts and its losses as before, and calls `experts(hidden_states, top_k_index,
-top_k_weights)`. Nothing here imports transformers: a module is recognized by the names of its class and file.
+top_k_weights)`. What is replaced are modules of classes that went through transformers' `use_experts_implementation`: it declares
+what they compute, and says so on each module. Nothing here imports transformers.
 
 Shape letters: E experts, D model dim, F expert ffn dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...kernels import Clamp
+from ...kernels import Activation, histogram
 from ..experts.expert import ExpertShape, ExpertTensors
 from ..sharded_experts import ExpertSource, ShardedExperts
-from .known_experts import KNOWN_EXPERTS, KnownExperts
+from .conversions import Conversions, InterfaceNaming, interleaved
 
-_PACKAGE = "transformers.models."
+_INTERFACE = "transformers.integrations.moe"
 # Where configurations keep the number of experts per token.
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
-def known_experts(module: nn.Module) -> KnownExperts | None:
-    """The entry of an experts module of transformers, or of its nearest base class; None for any other module."""
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith(_PACKAGE):
-            folder = kind.__module__.removeprefix(_PACKAGE).partition(".")[0]
-            if found := KNOWN_EXPERTS.get(f"{folder}.{kind.__name__}"):
-                return found
-    return None
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether the module's class went through transformers' `use_experts_implementation`."""
+    return {"is_transposed", "has_bias", "config"} <= vars(module).keys() and hasattr(type(module), "_apply_gate")
 
 
-def adopt(name: str, module: nn.Module, known: KnownExperts) -> tuple[ShardedExperts, ExpertSource]:
+def adopt(name: str, module: nn.Module, conversions: Conversions) -> tuple[ShardedExperts, ExpertSource]:
     """The module to put in the place of transformers' one, without weights yet, and where its weights are.
 
     Raises:
-        ValueError: the module computes something else than transformers' own.
+        ValueError: the module computes something else than the interface says.
     """
-    _check_is_own(name, module, known)
-    gate_up = getattr(module, "gate_up_proj", None)
-    if not isinstance(gate_up, nn.Parameter) or gate_up.ndim != 3:
-        kind = type(module).__name__
-        raise ValueError(
-            f"{known.name}: {name}, {kind}, has no gate_up_proj of three dimensions; install transformers 5 or newer"
-        )
-    module_: Any = module
-    E, *matrix = gate_up.shape
-    clamp = Clamp(float(module_.alpha), float(module_.limit)) if known.has_clamp else None
-    twice_F, D = reversed(matrix) if known.has_clamp else matrix
-    shape = ExpertShape(D, twice_F // 2, clamp)
-    if not gate_up.is_floating_point():
-        raise ValueError(f"{known.name}: the weights of {name} are {gate_up.dtype}; load the model without quantization")
-    config = getattr(module, "config", None)
-    top_k = next((int(getattr(config, key)) for key in _TOP_K if getattr(config, key, None)), 1)
-    experts = _TransformersExperts(shape, E, top_k, device="meta", dtype=gate_up.dtype)
-    experts.naming = known.naming
-    experts.config = config  # type: ignore[assignment]
+    what, of = f"{name}, {type(module).__name__},", vars(module)
+    has_gate, has_bias = of.get("has_gate", True), bool(of["has_bias"])
+    naming = _naming_of(name, module, conversions)
+    _check_is_own(what, module, naming)
+    theirs: dict[str, Any] = {ours: getattr(module, full.rpartition(".")[2]) for ours, full in naming.fused}
+    down = theirs["down"]
+    if not down.is_floating_point():
+        raise ValueError(f"the weights of {what} are {down.dtype}; load the model without quantization")
+    D, F = naming.from_original("down", down).shape[1:]
+    shape, top_k = ExpertShape(D, F, has_gate, has_bias), min(top_k_of(of["config"]), len(down))
+    experts = _TransformersExperts(shape, len(down), top_k, activation=_activation_of(module), device="meta", dtype=down.dtype)
+    experts.naming = naming
+    experts.config = of["config"]
     experts.train(module.training)
     _carry_hooks(module, experts)
-    theirs = {ours: getattr(module, full.removeprefix("experts.")) for ours, full in known.naming.fused}
     source = ExpertSource(
         shape,
-        E,
-        gate_up.dtype,
-        gate_up.device,
-        lambda e: ExpertTensors(**{n: known.naming.from_original(n, p.detach()[e]) for n, p in theirs.items()}),
+        len(down),
+        down.dtype,
+        down.device,
+        lambda e: ExpertTensors(**{n: naming.from_original(n, p.detach()[e]) for n, p in theirs.items()}),
         lambda e, weight: theirs[weight].requires_grad,
         tuple(theirs.values()),
     )
@@ -77,16 +69,63 @@ class _TransformersExperts(ShardedExperts):
     """Experts that are called as those of transformers are."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
-        """See `ShardedExperts.forward`."""
-        return super().forward(hidden_states, top_k_index, top_k_weights)
+        """See `ShardedExperts.forward`. The id E stands for an assignment that is dropped."""
+        counts_E = histogram(top_k_index, self.num_experts + 1)[:-1]
+        return super().forward(hidden_states, top_k_index, top_k_weights, counts_E=counts_E)
 
 
-def _check_is_own(name: str, module: nn.Module, known: KnownExperts) -> None:
-    """Refuse experts that were changed: what is replaced must compute what transformers' own does."""
-    what = f"{known.name}: {name}, {type(module).__name__},"
+def layer_name(name: str) -> str:
+    """The name of a layer whose experts module has this name: that of the block, where the experts are its child `experts`."""
+    block, _, last = name.rpartition(".")
+    return block if last == "experts" else name
+
+
+def top_k_of(config: object) -> int:
+    """Experts per token, the most where layers differ; 1 where the configuration does not say."""
+    values = next((value for key in _TOP_K if (value := getattr(config, key, None))), 1)
+    return int(max(values) if isinstance(values, list | tuple) else values)
+
+
+def _naming_of(name: str, module: nn.Module, conversions: Conversions) -> InterfaceNaming:
+    of, layer = vars(module), layer_name(name)
+    first, inside = "gate_up_proj" if of.get("has_gate", True) else "up_proj", name.removeprefix(layer).lstrip(".")
+    prefix = f"{inside}." if inside else ""
+    fused = [("gate_up", f"{prefix}{first}"), ("down", f"{prefix}down_proj")]
+    if of["has_bias"]:
+        fused += [(f"{ours}_bias", f"{full}_bias") for ours, full in fused]
+    is_plain = not of["has_bias"] and not of["is_transposed"] and of.get("is_concatenated", True)
+    return InterfaceNaming(
+        tuple(fused),
+        # Matrices apart are [out, in].
+        checkpoint_experts=conversions.experts(layer, fused[0][1], fused[1][1]) if is_plain else None,
+        conversions=conversions,
+        is_transposed=of["is_transposed"],
+        is_interleaved=not of.get("is_concatenated", True),
+    )
+
+
+def _activation_of(module: Any) -> Activation | None:
+    """What the module computes between its products; None where that is SwiGLU."""
+    if not vars(module).get("has_gate", True):
+        return module.act_fn
+    is_default = getattr(module._apply_gate, "__module__", None) == _INTERFACE
+    is_silu = is_default and (module.act_fn is nn.functional.silu or type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"))
+    if is_silu and not module.has_bias:
+        return None
+    shell = copy(module)  # the function may read what else the module holds, but weights are not kept for it
+    shell._parameters = {}
+    return shell._apply_gate if vars(module).get("is_concatenated", True) else partial(_of_interleaved, shell._apply_gate)
+
+
+def _of_interleaved(apply_gate: Callable[[Tensor], Tensor], gate_up_N2F: Tensor) -> Tensor:
+    return apply_gate(interleaved(gate_up_N2F, -1))
+
+
+def _check_is_own(what: str, module: nn.Module, naming: InterfaceNaming) -> None:
+    """Refuse experts that were changed: what is replaced must compute what the interface says."""
     if "forward" in vars(module):
         raise ValueError(f"{what} has a forward of its own on the instance, which would be lost; remove it before shard_experts")
-    if not type(module).forward.__module__.startswith(_PACKAGE):
+    if getattr(type(module).forward, "__globals__", {}).get("__name__") != _INTERFACE:
         raise ValueError(
             f"{what} overrides forward, which would be lost; override that of the block, which stays, or call register_adapter"
         )
@@ -96,19 +135,17 @@ def _check_is_own(name: str, module: nn.Module, known: KnownExperts) -> None:
             f"{what} has parametrized weights ({changed}), which experts on other ranks would lack; "
             "call torch.nn.utils.parametrize.remove_parametrizations first"
         )
-    wanted = {full.removeprefix("experts.") for _, full in known.naming.fused}
+    if vars(module).get("has_post_expert_norm"):
+        raise ValueError(
+            f"{what} normalizes every expert's output, with a weight that all its experts share, which moesaic does not compute; "
+            "write an adapter (register_adapter)"
+        )
+    wanted = {full.rpartition(".")[2] for _, full in naming.fused}
     weights = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    if weights != wanted and hasattr(module, "gate_up_proj"):
+    if weights != wanted:
         raise ValueError(
             f"{what} has the weights {', '.join(sorted(weights))} where transformers' own has {', '.join(sorted(wanted))}; undo "
             "what changed them before shard_experts, or call register_adapter"
-        )
-    if known.has_clamp:
-        return
-    activation = type(getattr(module, "act_fn", None)).__name__
-    if activation not in ("SiLU", "SiLUActivation"):
-        raise ValueError(
-            f"{known.name}: the experts' activation is {activation}, moesaic computes SiLU; set the config's hidden_act"
         )
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..layer import MoELayer
 from ..sharded_experts import ExpertSource, ShardedExperts
-from .experts_modules import adopt, carry_hooks, known_experts
-from .known_experts import KNOWN_EXPERTS
+from .conversions import Conversions
+from .experts_modules import adopt, carry_hooks, is_experts_module, layer_name
 
 
 class Adapter(Protocol):
@@ -59,8 +59,7 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     found = list(_found_in(model))
     if not found:
         seen = sorted({type(module).__name__ for module in model.modules()})
-        names = dict.fromkeys(known.name for known in KNOWN_EXPERTS.values())
-        known = ", ".join(["moesaic.MoELayer", *(adapter.name for adapter in _ADAPTERS), *names])
+        known = ", ".join(["moesaic.MoELayer", *(adapter.name for adapter in _ADAPTERS), "experts modules of transformers"])
         raise ValueError(
             f"no MoE block in {type(model).__name__}, which consists of {', '.join(seen)}; known blocks: {known}; "
             "add an adapter for yours with register_adapter(adapter)"
@@ -71,11 +70,11 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
 def _found_in(model: nn.Module) -> Iterator[FoundLayer]:
     taken: list[str] = []  # what is inside of these belongs to them
     seen: set[int] = set()  # experts that several layers share
+    conversions: Conversions | None = None
     for name, module in model.named_modules():
         if any(name.startswith(outer + ".") or not outer for outer in taken):
             continue
         adapter = next((a for a in _ADAPTERS if a.matches(module)), None)
-        known = known_experts(module)
         if isinstance(module, MoELayer):
             taken.append(name)
             if id(module.experts) not in seen:
@@ -83,23 +82,18 @@ def _found_in(model: nn.Module) -> Iterator[FoundLayer]:
                 yield FoundLayer(name, module.experts, module.experts.source())
         elif isinstance(module, ShardedExperts):
             taken.append(name)
-            yield FoundLayer(_layer_name(name), module, module.source())
+            yield FoundLayer(layer_name(name), module, module.source())
         elif adapter is not None:
             taken.append(name)
             layer = adapter.convert(module)
             carry_hooks(module, layer)
             yield FoundLayer(name, layer.experts, layer.experts.source(), module, layer)
-        elif known is not None:
+        elif is_experts_module(module):
             taken.append(name)
             _check_holders(model, name, module)
-            experts, source = adopt(name, module, known)
-            yield FoundLayer(_layer_name(name), experts, source, module, experts)
-
-
-def _layer_name(name: str) -> str:
-    """The name of a layer whose experts module has this name."""
-    block, _, last = name.rpartition(".")
-    return block if last == "experts" else name
+            conversions = conversions or Conversions.of(model)
+            experts, source = adopt(name, module, conversions)
+            yield FoundLayer(layer_name(name), experts, source, module, experts)
 
 
 def _check_holders(model: nn.Module, name: str, module: nn.Module) -> None:

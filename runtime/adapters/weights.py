@@ -9,6 +9,7 @@ Shape letters: E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ...collectives import Buffer, Transport
+from ..experts.expert import ExpertTensors
+from ..naming import ExpertNames
 from ..sharded_experts import ShardedExperts
 from ..state import expert_parameters
+from .conversions import Conversions, InterfaceNaming
 
 
 @dataclass(frozen=True)
@@ -30,30 +34,34 @@ class DenseTensor:
     checkpoint_names: tuple[str, ...]
 
 
-def dense_tensors(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> list[DenseTensor]:
+def dense_tensors(
+    model: nn.Module, layers: Mapping[str, ShardedExperts], conversions: Conversions | None = None
+) -> list[DenseTensor]:
     """Everything that the unwrapped model's state dict holds besides experts, each tensor once, in module order."""
-    experts = expert_parameters(layers)
-    names: dict[int, list[tuple[str, str]]] = {}
+    experts, conversions = expert_parameters(layers), conversions or conversions_of(layers)
+    names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in experts:
             tensors[id(tensor)] = tensor
-            names.setdefault(id(tensor), []).append(_original_names(name, layers))
-    return [DenseTensor(tensors[i], tuple(n for n, _ in both), tuple(n for _, n in both)) for i, both in names.items()]
+            names.setdefault(id(tensor), []).append(_original_name(name, layers))
+    in_checkpoints = conversions.names(name for of_tensor in names.values() for name in of_tensor)
+    return [DenseTensor(tensors[i], tuple(of), tuple(in_checkpoints[name] for name in of)) for i, of in names.items()]
 
 
-def _original_names(name: str, layers: Mapping[str, ShardedExperts]) -> tuple[str, str]:
-    """The names, in the unwrapped model and in its checkpoints, of what the wrapped model calls `name`."""
+def _original_name(name: str, layers: Mapping[str, ShardedExperts]) -> str:
+    """The name in the unwrapped model of what the wrapped model calls `name`."""
     for block, layer in layers.items():
         prefix = f"{block}." if block else ""
         if name.startswith(prefix):
-            inner = layer.naming.name_of(name.removeprefix(prefix))
-            return prefix + inner, _in_checkpoint(layer, block, inner)
-    return name, name
+            return prefix + layer.naming.name_of(name.removeprefix(prefix))
+    return name
 
 
-def _in_checkpoint(layer: ShardedExperts, block: str, inner: str) -> str:
-    return _in_block(layer.naming.block_in_checkpoint(block), inner)
+def conversions_of(layers: Mapping[str, ShardedExperts]) -> Conversions:
+    """How the model's checkpoints differ from it, to be used once: some conversions go by what they saw."""
+    namings = (layer.naming for layer in layers.values())
+    return deepcopy(next((each.conversions for each in namings if isinstance(each, InterfaceNaming)), Conversions(())))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -119,7 +127,8 @@ def checkpoint_tensors(
 
     Rank 0 writes the dense part, and the experts where checkpoints fuse those of a layer; else every rank writes its own.
     """
-    for dense in dense_tensors(model, layers):
+    conversions = conversions_of(layers)
+    for dense in dense_tensors(model, layers, conversions):
         full = whole(dense.tensor)
         if transport.rank == 0:
             yield dense.checkpoint_names[0], full
@@ -134,13 +143,20 @@ def checkpoint_tensors(
             for weight, inner in layer.naming.fused:
                 experts = gather_experts(layer, weight, transport)
                 if experts is not None:
-                    yield _in_checkpoint(layer, block, inner), layer.naming.to_original(weight, experts)
+                    yield conversions.name(_in_block(block, inner)), layer.naming.to_original(weight, experts)
         else:
             for e in runtime.owned_experts:
-                expert = runtime.bank.weights(runtime.layer, e)
-                gate, up = expert.gate_up.chunk(2)
-                for name, tensor in ((names.gate, gate), (names.up, up), (names.down, expert.down)):
-                    yield _in_checkpoint(layer, block, name.format(expert=e)), tensor
+                for inner, tensor in _matrices(names, runtime.bank.weights(runtime.layer, e)):
+                    yield conversions.name(_in_block(block, inner.format(expert=e))), tensor
+
+
+def _matrices(names: ExpertNames, expert: ExpertTensors) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of an expert that checkpoints keep apart, with their names."""
+    if names.gate is None:
+        yield names.up, expert.gate_up
+    else:
+        yield from zip((names.gate, names.up), expert.gate_up.chunk(2), strict=True)
+    yield names.down, expert.down
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,10 @@ def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str
     Raises:
         ValueError: something is missing, has another shape, or is quantized; nothing is changed then, but for the last.
     """
-    reads = [*_dense_reads(model, layers), *_expert_reads(layers, state)]
+    conversions = conversions_of(layers)
+    state = conversions.converted(state)
+    dense = dense_tensors(model, layers, conversions)
+    reads = [*_dense_reads(dense), *_expert_reads(layers, state, conversions)]
     found: list[tuple[_Read, str]] = []
     for read in reads:
         name = next((n for n in read.names if n in state), None)
@@ -186,13 +205,13 @@ def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str
         if value.dtype not in (read.target.dtype, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name!r} is {value.dtype}, a quantized weight; dequantize the checkpoint first")
         read.target.copy_(value if read.layer is None else read.layer.naming.from_original(read.weight, value))
-    places = {n for dense in dense_tensors(model, layers) for n in (*dense.names, *dense.checkpoint_names)}
-    places |= {n for block, layer in layers.items() for n in _expert_names(block, layer)}
+    places = {n for each in dense for n in (*each.names, *each.checkpoint_names)}
+    places |= {n for block, layer in layers.items() for n in _expert_names(block, layer, conversions)}
     return tuple(name for name in state if name not in places)
 
 
-def _dense_reads(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> Iterator[_Read]:
-    for dense in dense_tensors(model, layers):
+def _dense_reads(tensors: Sequence[DenseTensor]) -> Iterator[_Read]:
+    for dense in tensors:
         names, tensor = (*dense.names, *dense.checkpoint_names), dense.tensor.detach()
         if isinstance(tensor, DTensor):
             yield _Read(names, tuple(tensor.shape), _local_rows(tensor), tensor.to_local())
@@ -210,19 +229,19 @@ def _local_rows(tensor: DTensor) -> slice:
     return slice(start, start + tensor.to_local().shape[0])
 
 
-def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]) -> Iterator[_Read]:
+def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any], conversions: Conversions) -> Iterator[_Read]:
     for block, layer in layers.items():
         runtime, names = layer.runtime, layer.naming.checkpoint_experts
         for e in runtime.owned_experts:
             expert = runtime.bank.weights(runtime.layer, e)
-            if names is not None and _in_checkpoint(layer, block, names.down.format(expert=e)) in state:
-                gate, up = expert.gate_up.chunk(2)
-                for name, target in ((names.gate, gate), (names.up, up), (names.down, expert.down)):
-                    yield _Read((_in_checkpoint(layer, block, name.format(expert=e)),), tuple(target.shape), None, target)
+            apart = [] if names is None else list(_matrices(names, expert))
+            apart = [(conversions.name(_in_block(block, name.format(expert=e))), target) for name, target in apart]
+            if apart and apart[-1][0] in state:
+                yield from (_Read((name,), tuple(target.shape), None, target) for name, target in apart)
                 continue
             for weight, inner in layer.naming.fused:
                 target = getattr(expert, weight)
-                fused_names = (_in_block(block, inner), _in_checkpoint(layer, block, inner))
+                fused_names = (_in_block(block, inner), conversions.name(_in_block(block, inner)))
                 if layer.naming.state_experts is not None and not any(name in state for name in fused_names):
                     yield _Read((_names_apart(block, layer, weight)[e],), tuple(target.shape), None, target)
                     continue
@@ -230,14 +249,14 @@ def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]
                 yield _Read(fused_names, shape, e, target, layer, weight)
 
 
-def _expert_names(block: str, layer: ShardedExperts) -> Sequence[str]:
+def _expert_names(block: str, layer: ShardedExperts, conversions: Conversions) -> Sequence[str]:
     """All names that weights of a layer's experts may have."""
     names = layer.naming.checkpoint_experts
-    apart = () if names is None else (names.gate, names.up, names.down)
+    apart = () if names is None else [name for name in (names.gate, names.up, names.down) if name is not None]
     weights = () if layer.naming.state_experts is None else layer.runtime.bank.weight_names
     return [
         *(name for weight in weights for name in _names_apart(block, layer, weight)),
         *(_in_block(block, inner) for _, inner in layer.naming.fused),
-        *(_in_checkpoint(layer, block, inner) for _, inner in layer.naming.fused),
-        *(_in_checkpoint(layer, block, name.format(expert=e)) for name in apart for e in range(layer.num_experts)),
+        *(conversions.name(_in_block(block, inner)) for _, inner in layer.naming.fused),
+        *(conversions.name(_in_block(block, name.format(expert=e))) for name in apart for e in range(layer.num_experts)),
     ]

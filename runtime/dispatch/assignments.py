@@ -1,6 +1,6 @@
-"""The assignments of one rank by destination, and the exchange of dispatch metadata that describes them.
+"""The assignments of one rank by destination, those that it computes, and the exchange of dispatch metadata that describes them.
 
-Shape letters: as in handle.py; E experts, R ranks.
+Shape letters: as in handle.py; E experts, X local experts, R ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from ...collectives import RowLayout, RowPart, Transport, all_to_all_rows
 from ...kernels import on_device, split_tokens
 from ...placement import Split
-from .handle import GateRoute
-from .layouts import slices, starts
+from .handle import DispatchHandle, GateRoute, Hop
+from .layouts import bags_at, inverse, segment_transpose, slices, starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Assignments:
         """Expert by expert, tokens fill the destinations in rank order.
 
         A token that goes to a rank anyway, for an expert held only there, takes that destination's turn, so that its
-        assignments share one message. An expert with one holder gets its tokens in their own order, whoever holds it, so that
+        assignments share one message. An expert with one holder gets its tokens in their own order, on whichever rank, so that
         its gradient has the same bits on any rank.
         """
         device, sends_ER = topk_ids_TK.device, split.sends(rank)
@@ -51,14 +51,54 @@ class Assignments:
         weights_A = weights_TK.detach().float().flatten()[ids_A]
         return cls(ids_A, ids_A // topk_ids_TK.shape[1], destinations_A, weights_A, counts_R)
 
-    def gate_route(self, rank: int, rank_major_N: Tensor, computed_R: Sequence[int]) -> GateRoute:
-        """The way back of one number per assignment, where this rank computes `computed_R` of every rank's."""
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """The assignments that one rank computes: rank-major, as their metadata arrives, and expert-major, for the expert stage."""
+
+    rank: int
+    experts: tuple[int, ...]  # of this rank, ascending
+    recvs_RX: np.ndarray
+    own: slice  # the place of this rank's own assignments in rank-major order
+    rank_major_N: Tensor  # the rank-major position of every expert-major row
+    positions: Tensor  # its inverse: the expert-major position of every assignment, rank-major
+
+    @classmethod
+    def of(cls, rank: int, experts: Sequence[int], recvs_RX: np.ndarray, device: torch.device) -> Computed:
+        """Given the number from each source rank for each local expert."""
+        rank_major_N = segment_transpose(recvs_RX, device)
+        own = slices(recvs_RX.sum(axis=1).tolist())[rank]
+        return cls(rank, tuple(map(int, experts)), recvs_RX, own, rank_major_N, inverse(rank_major_N))
+
+    def handle(
+        self, assigned: Assignments, size_TK: Sequence[int], hops: tuple[Hop, ...], ids: Tensor, weights: Tensor
+    ) -> DispatchHandle:
+        """The routes of this rank's `assigned`; `ids` and `weights` are those of the assignments computed here, rank-major."""
+        num_tokens, top_k = size_TK
+        sent_ids_P, num_rows = hops[0].send_ids_P, self.positions.numel()
+        # The terms of a token's result are in rank order.
+        before = sum(part.num_rows for part in hops[0].layout.sent if part.peer < self.rank)
+        returned_P = torch.arange(num_rows, num_rows + sent_ids_P.numel(), device=sent_ids_P.device)
         sides = []
-        for counts_R in (computed_R, self.counts_R):
+        for counts_R in (self.recvs_RX.sum(axis=1).tolist(), assigned.counts_R):
             pieces = zip(starts(counts_R), counts_R, strict=True)
-            sides.append([RowPart(r, first, n) for r, (first, n) in enumerate(pieces) if r != rank])
-        own_computed, own_sent = slices(computed_R)[rank], slices(self.counts_R)[rank]
-        return GateRoute(rank_major_N, self.ids_A, RowLayout(*sides), own_computed, own_sent)
+            sides.append([RowPart(r, first, n) for r, (first, n) in enumerate(pieces) if r != self.rank])
+        own_sent = slices(assigned.counts_R)[self.rank]
+        return DispatchHandle(
+            num_tokens=num_tokens,
+            top_k=top_k,
+            hops=hops,
+            source_ids_N=ids[self.rank_major_N],
+            combine_bags_T=bags_at(
+                torch.cat([sent_ids_P[:before], ids[self.own], sent_ids_P[before:]]),
+                torch.cat([returned_P[:before], self.positions[self.own], returned_P[before:]]),
+                num_tokens,
+            ),
+            gates=GateRoute(self.rank_major_N, assigned.ids_A, RowLayout(*sides), self.own, own_sent),
+            gate_weights_N=weights[self.rank_major_N],
+            experts=self.experts,
+            group_sizes=tuple(self.recvs_RX.sum(axis=0).tolist()),
+        )
 
 
 def anchor_ranks(topk_ids_TK: Tensor, split: Split, rank: int) -> Tensor:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ...collectives import RowLayout, Transport
 from ...placement import Split
-from .assignments import Assignments, exchange_metadata
+from .assignments import Assignments, Computed, exchange_metadata
 from .handle import DispatchHandle, Hop
-from .layouts import bags_at, combine_bags, inverse, segment_transpose, slices, starts
+from .layouts import bags_at, slices, starts
 
 # Bits of a mask in one int32, which stays positive.
 _WORD_BITS = 31
@@ -48,7 +48,7 @@ def by_node_handle(
     """
     rank, num_tokens, device = transport.rank, topk_ids_TK.shape[0], topk_ids_TK.device
     recvs_RX = split.recvs(rank)[:, list(local_experts)]
-    computed_R = tuple(int(n) for n in recvs_RX.sum(axis=1))
+    computed_R = tuple(recvs_RX.sum(axis=1).tolist())
 
     # 1. Destinations of assignments, the tokens that must be sent for them, and the metadata.
     assigned = Assignments.of(topk_ids_TK, weights_TK, split, rank)
@@ -58,8 +58,8 @@ def by_node_handle(
     # 2. The token of every assignment computed here. The expert stage regroups them by expert.
     arrived = _ArrivedTokens.of(messages, computed_R, num_tokens, rank, ranks_per_node)
     ids, received_R, forwards_R = arrived.ids, arrived.received_R, arrived.forwards_R
-    rank_major_N, own = segment_transpose(recvs_RX, device), slices(computed_R)[rank]
-    positions, num_rows = inverse(rank_major_N), rank_major_N.numel()
+    computed = Computed.of(rank, local_experts, recvs_RX, device)
+    positions, num_rows = computed.positions, computed.positions.numel()
 
     # 3. The way back. A leader adds up, in rank order, what the ranks of its node return and what is computed here.
     first_forwarded = num_tokens + sum(received_R)
@@ -81,19 +81,8 @@ def by_node_handle(
         RowLayout.consecutive(forwards_R, arrived.forwarded_R),
         bags_at(ids[is_forwarded] - first_forwarded, positions[is_forwarded], sum(arrived.forwarded_R)),
     )
-    return DispatchHandle(
-        num_tokens=num_tokens,
-        top_k=topk_ids_TK.shape[1],
-        hops=(between_nodes, inside_the_node),
-        source_ids_N=ids[rank_major_N],
-        combine_bags_T=combine_bags(
-            rank, sent.num_R, sent.ids_P, ids[own], positions[own], num_rows=num_rows, num_tokens=num_tokens
-        ),
-        gates=assigned.gate_route(rank, rank_major_N, computed_R),
-        gate_weights_N=arrived.weights[rank_major_N],
-        experts=tuple(int(e) for e in local_experts),
-        group_sizes=tuple(int(n) for n in recvs_RX.sum(axis=0)),
-    )
+    hops = between_nodes, inside_the_node
+    return computed.handle(assigned, topk_ids_TK.shape, hops, ids, arrived.weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The direct route: every token goes straight to the ranks that compute it. by_node.py has the route for nodes of several ranks.
 
-Shape letters: as in handle.py; E experts, X experts of this rank, R ranks.
+Shape letters: as in handle.py; R ranks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...collectives import RowLayout, Transport
 from ...placement import Split
-from .assignments import Assignments, exchange_metadata
+from .assignments import Assignments, Computed, exchange_metadata
 from .handle import DispatchHandle, Hop
-from .layouts import bags_at, combine_bags, inverse, segment_transpose, slices, starts, without
+from .layouts import bags_at, slices, starts, without
 
 
 def direct_handle(
@@ -34,7 +34,6 @@ def direct_handle(
     """
     rank, num_tokens = transport.rank, topk_ids_TK.shape[0]
     recvs_RX = split.recvs(rank)[:, list(local_experts)]
-    computed_R = tuple(int(n) for n in recvs_RX.sum(axis=1))
 
     # 1. Destinations of assignments, and the tokens that must be sent for them.
     assigned = Assignments.of(topk_ids_TK, weights_TK, split, rank)
@@ -46,7 +45,7 @@ def direct_handle(
     messages = [_metadata(headers_R[r : r + 1], sent.local_ids_A[to], assigned.weights_A[to]) for r, to in enumerate(to_R)]
     own_tokens = assigned.tokens_A[to_R[rank]].to(torch.int32)
     own_message = _metadata(headers_R[rank : rank + 1], own_tokens, assigned.weights_A[to_R[rank]])
-    sizes_R = [1 + 2 * n if n else 0 for n in computed_R]
+    sizes_R = [1 + 2 * n if n else 0 for n in recvs_RX.sum(axis=1).tolist()]
     received = exchange_metadata(transport, messages, own_message, sizes_R, op, where)
 
     # 3. The numbers of tokens that leave and arrive: here, and nowhere else, the host waits for the device.
@@ -61,22 +60,13 @@ def direct_handle(
     first_id_R = [0 if r == rank else num_tokens + start for r, start in enumerate(starts(received_R))]
     ids = torch.cat([body[0] + first for body, first in zip(bodies, first_id_R, strict=True)]).long()
     weights = torch.cat([body[1] for body in bodies]).view(torch.float32)
-    rank_major_N, own = segment_transpose(recvs_RX, topk_ids_TK.device), slices(computed_R)[rank]
-    positions, num_rows = inverse(rank_major_N), rank_major_N.numel()
+    computed = Computed.of(rank, local_experts, recvs_RX, topk_ids_TK.device)
+    own = computed.own
 
     # 5. The way back.
-    return_bags_Q = bags_at(without(ids, own) - num_tokens, without(positions, own), sum(received_R))
-    return DispatchHandle(
-        num_tokens=num_tokens,
-        top_k=topk_ids_TK.shape[1],
-        hops=(Hop(sent_ids_P, RowLayout.consecutive(sent_R, received_R), return_bags_Q),),
-        source_ids_N=ids[rank_major_N],
-        combine_bags_T=combine_bags(rank, sent_R, sent_ids_P, ids[own], positions[own], num_rows=num_rows, num_tokens=num_tokens),
-        gates=assigned.gate_route(rank, rank_major_N, computed_R),
-        gate_weights_N=weights[rank_major_N],
-        experts=tuple(int(e) for e in local_experts),
-        group_sizes=tuple(int(n) for n in recvs_RX.sum(axis=0)),
-    )
+    return_bags_Q = bags_at(without(ids, own) - num_tokens, without(computed.positions, own), sum(received_R))
+    hop = Hop(sent_ids_P, RowLayout.consecutive(sent_R, received_R), return_bags_Q)
+    return computed.handle(assigned, topk_ids_TK.shape, (hop,), ids, weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,26 +56,3 @@ def bags_at(row_ids: Tensor, positions: Tensor, num_rows: int) -> Bags:
     """`bags_of`, where entry i stands for `positions[i]`."""
     bags = bags_of(row_ids, num_rows)
     return Bags(positions[bags.indices].to(torch.int32), bags.offsets)
-
-
-def combine_bags(
-    rank: int,
-    sent_R: Sequence[int],
-    sent_ids_P: Tensor,
-    own_tokens: Tensor,
-    own_positions: Tensor,
-    *,
-    num_rows: int,
-    num_tokens: int,
-) -> Bags:
-    """The terms of every own token's result, in rank order: rows computed here (n < N) and sent tokens that return (N + p).
-
-    `own_tokens` are computed here, at the expert-major positions `own_positions`.
-    """
-    num_before, num_sent = sum(sent_R[:rank]), sum(sent_R)
-    returned_P = torch.arange(num_rows, num_rows + num_sent, device=sent_ids_P.device)
-    return bags_at(
-        torch.cat([sent_ids_P[:num_before], own_tokens, sent_ids_P[num_before:]]),
-        torch.cat([returned_P[:num_before], own_positions, returned_P[num_before:]]),
-        num_tokens,
-    )

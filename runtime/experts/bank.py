@@ -40,7 +40,7 @@ class Bank:
             given, the master weights keep their dtype as well, since memory and copies are planned by both.
         transport: what the weights will travel on; it allocates their memory.
         replicas: the ranks that own the same experts in other groups, over which gradients are averaged; none by default.
-        ranks: who owns experts of the model, over all its banks; the ranks of `transport`, with this bank alone, by default.
+        ranks: that own experts of the model, over all its banks; the ranks of `transport`, with this bank alone, by default.
     """
 
     def __init__(

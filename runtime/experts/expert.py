@@ -12,25 +12,27 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ...kernels import Clamp, FFNWeights
+from ...kernels import FFNWeights
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """The shape of one expert: gate_up [2F, D] (gate first, then up) and down [D, F].
+    """The shape of one expert: gate_up [2F, D] (gate first, then up; without a gate up alone, [F, D]) and down [D, F].
 
-    With `clamp` it has biases besides, gate_up_bias [2F] and down_bias [D], and the activation of `kernels.clamped_ffn`.
+    With biases gate_up_bias [2F], or [F], and down_bias [D] besides.
     """
 
     dim: int
     ffn_dim: int
-    clamp: Clamp | None = None
+    has_gate: bool = True
+    has_bias: bool = False
 
     def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
         """The size of each of an expert's tensors, in the order in which they travel."""
         D, F = self.dim, self.ffn_dim
-        matrices: dict[str, tuple[int, ...]] = {"gate_up": (2 * F, D), "down": (D, F)}
-        return matrices if self.clamp is None else matrices | {"gate_up_bias": (2 * F,), "down_bias": (D,)}
+        W = 2 * F if self.has_gate else F
+        matrices: dict[str, tuple[int, ...]] = {"gate_up": (W, D), "down": (D, F)}
+        return matrices | {"gate_up_bias": (W,), "down_bias": (D,)} if self.has_bias else matrices
 
     @property
     def num_elements(self) -> int:
@@ -42,9 +44,9 @@ class ExpertShape:
 class ExpertTensors:
     """Tensors in the shape of one expert: its weights, or its gradients. Views, never copies."""
 
-    gate_up: Tensor  # [2F, D]
+    gate_up: Tensor  # [2F, D]; [F, D] without a gate
     down: Tensor  # [D, F]
-    gate_up_bias: Tensor | None = None  # [2F]
+    gate_up_bias: Tensor | None = None  # [2F]; [F] without a gate
     down_bias: Tensor | None = None  # [D]
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -63,7 +65,7 @@ def group_weights(experts: Sequence[ExpertTensors]) -> FFNWeights:
 
 
 class Expert(nn.Module):
-    """The parameters of one expert: gate_up [2F, D], down [D, F], with GPT-OSS's activation also the two biases.
+    """The parameters of one expert: those of its `ExpertShape`.
 
     They are ordinary parameters, which optimizers, schedulers, freezing and state dicts treat as any others; their memory is a
     row of the bank. The expert runs as part of its layer, with many others at once, so hooks on its forward would never be

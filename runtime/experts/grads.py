@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from ...collectives import Pending, Schedule, Transport, sparse_reduce_scatter
+from ...collectives import Pending, Schedule, sparse_reduce_scatter
 from ...kernels import FFNWeights
 from .._compat import call_after_backward, current_backward_id, will_run
-from .bank import Bank
 from .expert import ExpertTensors, group_weights
-from .slots import SlotPool
+from .replicas import PassExperts
 
 
 @dataclass(frozen=True)
@@ -35,29 +34,14 @@ class ExpertGrads:
     """The gradients of one pass: one backward at a time.
 
     Args:
-        bank, layer: the owned experts, and the layer's index in the bank.
-        pool: lends buffers for gradients of copies, and for those that arrive.
-        transport: carries the gradients.
-        where: step, layer and pass, for errors and the tags of messages.
+        of: the layer and pass.
         op: the name of the traffic.
         clock: the clock of the stage "reduce".
         wire: the dtype that gradients travel in; their own by default.
     """
 
-    def __init__(
-        self,
-        bank: Bank,
-        layer: int,
-        pool: SlotPool,
-        transport: Transport,
-        where: str,
-        op: str,
-        clock: Callable[[], AbstractContextManager[None]],
-        *,
-        wire: torch.dtype | None,
-    ):
-        self._bank, self._layer, self._pool, self._transport = bank, layer, pool, transport
-        self._where, self._op, self._clock, self._wire = where, op, clock, wire
+    def __init__(self, of: PassExperts, op: str, clock: Callable[[], AbstractContextManager[None]], *, wire: torch.dtype | None):
+        self._of, self._op, self._clock, self._wire = of, op, clock, wire
         self.backward_id = -1  # the last backward pass that reached the experts and adds to `.grad`
         self.is_trained = True  # some rank trains a weight of an expert of the layer; the same on every rank
         self._anchor: Node | None = None  # runs in those backward passes that add to `.grad`
@@ -88,10 +72,10 @@ class ExpertGrads:
         self.backward_id = current_backward_id()
         if not self.is_trained:
             return None
-        bank = self._bank
-        is_empty = bank.begin_grads(self._layer)
-        self._of_copies = {e: self._pool.acquire(like=bank.storage["gate_up"]) for e in experts if e in copies}
-        targets = [self._of_copies.get(e) or bank.grads(self._layer, e) for e in experts]
+        bank = self._of.bank
+        is_empty = bank.begin_grads(self._of.layer)
+        self._of_copies = {e: self._of.pool.acquire(like=bank.storage["gate_up"]) for e in experts if e in copies}
+        targets = [self._of_copies.get(e) or bank.grads(self._of.layer, e) for e in experts]
         return GradTargets(group_weights(targets), tuple(e in self._of_copies or is_empty[e] for e in experts))
 
     @property
@@ -103,18 +87,18 @@ class ExpertGrads:
         """Launch the reduce. The copies' weights are not needed any more, and have given their slots back."""
         if not self.is_trained:
             return
-        bank = self._bank
+        bank = self._of.bank
         with self._clock():
-            self._staging = [self._pool.acquire(bank.storage["gate_up"]) for _ in range(schedule.most_received(bank.rank))]
-            self._sums = {e: bank.grads(self._layer, e).tensors() for e in bank.owned(self._layer)}
+            self._staging = [self._of.pool.acquire(bank.storage["gate_up"]) for _ in range(schedule.most_received(bank.rank))]
+            self._sums = {e: bank.grads(self._of.layer, e).tensors() for e in bank.owned(self._of.layer)}
             self._reduce = sparse_reduce_scatter(
                 schedule,
-                self._transport,
+                self._of.transport,
                 {e: slot.tensors() for e, slot in self._of_copies.items()},
                 self._sums,
                 [slot.tensors() for slot in self._staging],
                 op=self._op,
-                where=self._where,
+                where=self._of.where,
                 wire=self._wire,
             )
 
@@ -126,14 +110,14 @@ class ExpertGrads:
             if self._reduce is not None:
                 self._reduce.wait()
             for slot in (*self._of_copies.values(), *self._staging):
-                self._pool.release(slot)
+                self._of.pool.release(slot)
             self._reduce, self._of_copies, self._staging, self._sums = None, {}, [], {}
 
     def discard(self) -> None:
         """Redirect contributions still in flight to a scratch buffer. The reduce must still be finished: peers may depend on this
         rank to forward them."""
         if self._reduce is not None:
-            scratch = self._pool.acquire(self._bank.storage["gate_up"])
+            scratch = self._of.pool.acquire(self._of.bank.storage["gate_up"])
             self._staging.append(scratch)
             self._sums |= dict.fromkeys(self._sums, scratch.tensors())  # in place: the reduce reads it as sums complete
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...collectives import Buffer, Transport
-from ...placement import Move, OwnerMap
+from ...placement import Move, OwnerMap, Topology
 from .._compat import plain_parts
 from .bank import Bank
 
@@ -312,12 +312,9 @@ def _packed(state: ExpertState, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def bytes_to_migrate(current: OwnerMap, wanted: OwnerMap, row_bytes: int) -> int:
-    """Bytes that the busiest rank sends."""
-    counts = [0] * current.num_ranks
-    for move in current.moves_to(wanted):
-        counts[move.src] += 1
-    return max(counts, default=0) * row_bytes
+def bytes_to_migrate(current: OwnerMap, wanted: OwnerMap, row_bytes: int, topology: Topology) -> float:
+    """Bytes that the busiest rank sends, or that would take it as long as the busiest link between nodes takes for its own."""
+    return row_bytes * current.most_sent(wanted, topology)
 
 
 def bytes_per_expert(states: Sequence[ExpertState]) -> int:

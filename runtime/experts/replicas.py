@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from ...collectives import Pending, Schedule, Transport, sparse_all_gather
@@ -29,51 +30,52 @@ class ReplicaState(Enum):
     """Every slot holds its expert's weights."""
 
 
+@dataclass(frozen=True, eq=False)
+class PassExperts:
+    """The experts of one layer in one pass, as their copies and gradients need them."""
+
+    bank: Bank
+    layer: int
+    """The layer's index in the bank."""
+    pool: SlotPool
+    """Lends slots for copies and gradients."""
+    transport: Transport
+    """Carries them."""
+    where: str
+    """Step, layer and pass, for errors and the tags of messages."""
+
+
 class Replicas:
     """The copies of one layer's experts with which this rank computes one pass.
 
     Args:
-        bank, layer: the owned experts, and the layer's index in the bank.
-        pool: lends the slots.
-        transport: carries the copies.
-        where: step, layer and pass, for errors and the tags of messages.
+        of: the layer and pass.
         clock: the clock of the stage "materialize".
         overlap: False waits right after every launch.
     """
 
-    def __init__(
-        self,
-        bank: Bank,
-        layer: int,
-        pool: SlotPool,
-        transport: Transport,
-        where: str,
-        clock: Callable[[], AbstractContextManager[None]],
-        *,
-        overlap: bool,
-    ):
-        self._bank, self._layer, self._pool, self._transport = bank, layer, pool, transport
-        self._where, self._clock, self._overlap = where, clock, overlap
+    def __init__(self, of: PassExperts, clock: Callable[[], AbstractContextManager[None]], *, overlap: bool):
+        self._of, self._clock, self._overlap = of, clock, overlap
         self._gathers: list[Pending] = []
-        self._version = bank.version(layer)
+        self._version = of.bank.version(of.layer)
         self.state = ReplicaState.RELEASED
         self.slots: dict[int, ExpertTensors] = {}
         """By expert."""
 
     def launch(self, experts: Sequence[int], schedule: Schedule, op: str) -> None:
         """Borrow slots for those of the experts that have none yet, and launch the gather that fills them."""
-        bank, layer = self._bank, self._layer
+        bank, layer = self._of.bank, self._of.layer
         with self._clock():
-            new = {e: self._pool.acquire(like=bank.compute_like) for e in experts if e not in self.slots}
+            new = {e: self._of.pool.acquire(like=bank.compute_like) for e in experts if e not in self.slots}
             self.slots |= new
             self.state = ReplicaState.GATHERING
             gather = sparse_all_gather(
                 schedule,
-                self._transport,
+                self._of.transport,
                 {e: bank.compute_weights(layer, e).tensors() for e in bank.owned(layer)},
                 {e: slot.tensors() for e, slot in new.items()},
                 op=op,
-                where=self._where,
+                where=self._of.where,
             )
             self._gathers.append(gather)
             if not self._overlap:
@@ -81,9 +83,9 @@ class Replicas:
 
     def launch_again(self, experts: Sequence[int], schedule: Schedule, op: str) -> None:
         """In backward: gather the copies again, unless they are here or on their way. All ranks at the same point."""
-        self._pool.release_others(self)
+        self._of.pool.release_others(self)
         if self.state is ReplicaState.RELEASED:
-            self._pool.hold_until_backward_ends(self)
+            self._of.pool.hold_until_backward_ends(self)
             self.launch(experts, schedule, op)
 
     def wait(self) -> None:
@@ -103,12 +105,12 @@ class Replicas:
         if self.state is ReplicaState.GATHERING:
             self.wait()
         for slot in self.slots.values():
-            self._pool.release(slot)
+            self._of.pool.release(slot)
         self.slots, self.state = {}, ReplicaState.RELEASED
 
     def weights(self, experts: Sequence[int]) -> FFNWeights:
         """The weights of this rank's experts, a group each: owned ones in place in the bank, copies in their slots."""
-        return group_weights([self.slots.get(e) or self._bank.compute_weights(self._layer, e) for e in experts])
+        return group_weights([self.slots.get(e) or self._of.bank.compute_weights(self._of.layer, e) for e in experts])
 
     def check_weights_unchanged(self) -> None:
         """Refuse a backward that would compute with other weights than its forward.
@@ -116,8 +118,8 @@ class Replicas:
         Raises:
             RuntimeError: the experts' weights changed since the copies were gathered.
         """
-        if self._version != self._bank.version(self._layer):
+        if self._version != self._of.bank.version(self._of.layer):
             raise RuntimeError(
-                f"{self._where}: the experts' weights changed between this forward and its backward; "
+                f"{self._of.where}: the experts' weights changed between this forward and its backward; "
                 "call backward before optimizer.step(), before handle.step() and before weights are loaded"
             )

@@ -24,8 +24,8 @@ class Holder(Protocol):
 class SlotPool:
     """Expert-sized buffers for copies of weights, and for their gradients.
 
-    [Note: who may release a slot] A slot is lent to one pass, by `Replicas` or by `ExpertGrads`, which alone gives it back:
-    once no message writes to it any more and its last use has been enqueued on the device. Copies are given back where no
+    [Note: which object may release a slot] A slot is lent to one pass, by `Replicas` or by `ExpertGrads`, which alone gives it
+    back: once no message writes to it any more and its last use has been enqueued on the device. Copies are given back where no
     backward follows the forward, after forward where backward gathers them again, and otherwise before the layer's reduce,
     which then finds free slots to receive in. A slot that is never given back, because its graph was dropped without a
     backward, is simply freed: the pool holds only the free ones.

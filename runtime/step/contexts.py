@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..agreement import Agreement
+from ...kernels import Activation
+from ..agreement import Agreement, PassId
 from ..config import DebugConfig
 from ..dispatch.handle import DispatchHandle
 from ..experts.bank import Bank
@@ -19,6 +20,7 @@ from ..routing.capacity import Capacity
 from ..stages import StageClock
 from .metrics import LayerCounters
 from .planning import LayerPlanner
+from .work_ahead import WorkAhead
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,31 +32,13 @@ class ModelContext:
     agreement: Agreement
     reduces: PendingReduces
     debug: DebugConfig
+    gather_hides: float = 1.0
+    """The share of a gather beside work that costs no time."""
 
     @property
     def wire(self) -> torch.dtype | None:
         """The dtype that gradients of copies travel in; None: their own."""
         return torch.bfloat16 if self.debug.reduce_wire == "bf16" else None
-
-
-@dataclass(frozen=True)
-class PassId:
-    """Which forward of which layer: the same on every rank."""
-
-    layer_name: str
-    number: int  # of the layer's passes in this step
-    step: int
-    plan: int
-    is_training: bool
-
-    @property
-    def where(self) -> str:
-        """Step, layer, plan and pass, for errors, profiles and the tags of messages."""
-        return f"step {self.step}, {self.layer_name}, plan {self.plan}, pass {self.number}"
-
-    def op(self, name: str) -> str:
-        """The name under which traffic is counted: that of evaluation is kept apart from that of training steps."""
-        return name if self.is_training else f"eval_{name}"
 
 
 @dataclass(eq=False)
@@ -67,7 +51,8 @@ class LayerContext:
         num_experts: E.
         model: what the model's layers share.
         bank, pool: the owned experts, and the slots, which the layers of the bank share.
-        planner, counters, capacity: the layer's own.
+        activation: of its experts; None: SwiGLU.
+        planner, work_ahead, counters, capacity: the layer's own.
         make_handle: builds the routes of tokens; `direct_handle` or `by_node_handle`.
         keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
         gradient_divisor: what this rank's gradients are divided by before those of all ranks are summed: the number of ranks, for
@@ -81,7 +66,9 @@ class LayerContext:
     model: ModelContext
     bank: Bank
     pool: SlotPool
+    activation: Activation | None
     planner: LayerPlanner
+    work_ahead: WorkAhead
     counters: LayerCounters
     capacity: Capacity
     make_handle: Callable[..., DispatchHandle]

@@ -25,29 +25,31 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ...kernels import clamped_ffn, clamped_ffn_backward, grouped_ffn, grouped_ffn_backward, histogram
+from ...kernels import activated_ffn, activated_ffn_backward, grouped_ffn, grouped_ffn_backward, histogram
 from ...placement import ExpertLoad
 from .._compat import keeps_graph
+from ..agreement import PassId
 from ..dispatch.exchange import Direction, TokenExchange, drain_unfinished
 from ..dispatch.handle import DispatchHandle
 from ..experts.grads import ExpertGrads
-from ..experts.replicas import Replicas
+from ..experts.replicas import PassExperts, Replicas
 from ..routing.router import Router, Routing
 from .autograd import Combine, Dispatch, Experts
-from .contexts import LayerContext, PassId
+from .contexts import LayerContext
 from .planning import Plan
+from .work_ahead import Moment
 
 
 class LayerPass:
     """One forward and its backward. Holds nothing that leads into the graph, so that no reference cycle keeps a graph alive."""
 
     def __init__(self, layer: LayerContext, pass_id: PassId, plan: Plan):
-        experts, where, debug = layer.model.group.experts, pass_id.where, layer.model.debug
         gathering, reducing = (partial(layer.stage, pass_id, stage) for stage in ("materialize", "reduce"))
-        place = layer.bank, layer.index, layer.pool, experts, where
+        of = PassExperts(layer.bank, layer.index, layer.pool, layer.model.group.experts, pass_id.where)
         self.layer, self.id, self.planned = layer, pass_id, plan
-        self.replicas = Replicas(*place, gathering, overlap=debug.overlap)
-        self.grads = ExpertGrads(*place, pass_id.op("reduce"), reducing, wire=layer.model.wire)
+        self.replicas = Replicas(of, gathering, overlap=layer.model.debug.overlap)
+        self.grads = ExpertGrads(of, pass_id.op("reduce"), reducing, wire=layer.model.wire)
+        self._launched: Moment | None = None
         self.is_replay = False  # an activation checkpoint repeats the forward, for a backward that is next
         self.topk_ids_TK: Tensor | None = None
         self.load: ExpertLoad | None = None
@@ -65,11 +67,16 @@ class LayerPass:
 
     def gather(self) -> None:
         """Borrow slots for this rank's copies and launch the gather that fills them. All ranks at the same point."""
+        self._launched = self._moment()
         self.replicas.launch(self._copies, self.planned.gather, self.id.op("gather"))
 
     def gather_again(self) -> None:
         """In backward: the same for copies that were released. All ranks at the same point."""
         self.replicas.launch_again(self._copies, self.planned.gather, self.id.op("regather"))
+
+    def _moment(self) -> Moment | None:
+        """Now, where the work ahead of the layer is observed: in training."""
+        return self.layer.work_ahead.moment(self.layer.bank.device) if self.id.is_training else None
 
     @property
     def _copies(self) -> tuple[int, ...]:
@@ -102,24 +109,23 @@ class LayerPass:
             self.replicas.launch(self._copies, self.planned.added, self.id.op("calibrate"))
 
     def _measure(self, counts_E: Tensor) -> ExpertLoad:
-        """Every rank's counts [R, E], and with them whether any rank trains experts of the layer."""
+        """Every rank's counts [R, E], and with them whether any rank trains experts of the layer, and what it observed."""
         layer, pass_id = self.layer, self.id
         bank, traffic = layer.bank, layer.model.group.tokens.traffic
         with self.stage("plan"):
             start_s = perf_counter()
-            gathered = layer.model.agreement.gather_counts(
-                counts_E,
-                pass_id.layer_name,
-                pass_id.number,
-                pass_id.step,
-                is_training=pass_id.is_training,
-                flags=int(bank.is_trainable(layer.index)),
-                where=pass_id.where,
-            )
+            routed = self._moment()
+            flags = int(bank.is_trainable(layer.index)) | layer.work_ahead.own_ns << 1
+            gathered = layer.model.agreement.gather_counts(counts_E, pass_id, flags=flags)
             end_s = perf_counter()
             traffic.add_wait(pass_id.op("measure"), pass_id.where, start_s, end_s, start_s, end_s)
-        self.grads.is_trained = bool(gathered.flags_R.any())
-        bank.expert_ranks.learning[pass_id.layer_name] = gathered.flags_R != 0
+        trains_R = gathered.flags_R & 1
+        self.grads.is_trained = bool(trains_R.any())
+        bank.expert_ranks.learning[pass_id.layer_name] = trains_R != 0
+        if self._launched is not None and routed is not None:
+            overlap_s = layer.work_ahead.observe(self._launched, routed, gathered.flags_R >> 1)
+            if overlap_s is not None:
+                layer.planner.set_overlap(overlap_s)
         return ExpertLoad(gathered.host_Rn)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -156,8 +162,7 @@ class LayerPass:
         if replicas.world_size > 1:
             if self.load_of_all is None:
                 counts = torch.from_numpy(load.load_RE.flatten()).to(self.layer.bank.device)
-                place = pass_id.layer_name, pass_id.number, pass_id.step
-                loads = model.agreement.gather_loads(counts, *place, is_training=pass_id.is_training, where=pass_id.where)
+                loads = model.agreement.gather_loads(counts, pass_id)
                 self.load_of_all = ExpertLoad(loads.host_Rn.reshape(-1, load.num_experts))
             load, rank = self.load_of_all, replicas.rank * load.num_ranks + rank
         return router.loss(routing, load, rank)
@@ -180,9 +185,9 @@ class LayerPass:
     def compute(self) -> tuple[Tensor, ...]:
         """Forward of `Experts`."""
         assert self.tokens is not None and self.handle is not None
-        x_ND, handle, clamp = self.tokens.take(), self.handle, self.layer.bank.shape.clamp
+        x_ND, handle, activation = self.tokens.take(), self.handle, self.layer.activation
         with self.stage("experts"):
-            run = grouped_ffn if clamp is None else partial(clamped_ffn, clamp=clamp)
+            run = grouped_ffn if activation is None else partial(activated_ffn, activation=activation)
             output = run(x_ND, handle.gate_weights_N, self.replicas.weights(handle.experts), handle.group_sizes)
         self.tokens.send_back(output.y_ND, launch=not self.is_replay)
         return x_ND, output.gate_up_N2F
@@ -220,13 +225,13 @@ class LayerPass:
         """Backward of `Experts`. Weights' gradients are written where they belong: in the bank's rows, or in copies' buffers."""
         assert self.token_grads is not None and self.handle is not None
         self.tokens = None  # that of a recomputation which ended behind the experts
-        (x_ND, gate_up_N2F), handle, clamp = saved, self.handle, self.layer.bank.shape.clamp
+        (x_ND, gate_up_N2F), handle, activation = saved, self.handle, self.layer.activation
         self.replicas.check_weights_unchanged()
         self.layer.model.reduces.make_room()
         self.replicas.wait()
         dy_ND = self.token_grads.take()
         with self.stage("experts"):
-            run = grouped_ffn_backward if clamp is None else partial(clamped_ffn_backward, clamp=clamp)
+            run = grouped_ffn_backward if activation is None else partial(activated_ffn_backward, activation=activation)
             targets = self.grads.targets(handle.experts, tuple(self.replicas.slots))
             grads = run(
                 dy_ND,
@@ -256,7 +261,7 @@ class LayerPass:
             self.grads.launch(self.planned.reduce)
             self.layer.model.reduces.add(self.grads)
         if not keeps_graph():
-            # No other backward comes. Whoever holds the loss, to print it later, holds the graph, and with it the pass.
+            # No other backward comes. A reference to the loss, kept to print it later, keeps the graph, and with it the pass.
             self.replicas.release()
             self.handle = None
         if self.after_backward is not None:

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Self
 from weakref import ref
 
+from ...kernels import Activation
 from ...placement import LayerShape, Solver, Topology, get_solver
-from ..agreement import Agreement
+from ..agreement import Agreement, PassId
 from ..config import DebugConfig, RuntimeConfig
 from ..dispatch.by_node import by_node_handle
 from ..dispatch.direct import direct_handle
@@ -20,11 +21,12 @@ from ..experts.slots import SlotPool
 from ..group import RankGroup
 from ..routing.capacity import Capacity
 from ..stages import StageClock
-from .contexts import LayerContext, ModelContext, PassId
+from .contexts import LayerContext, ModelContext
 from .layer_pass import LayerPass
 from .metrics import LayerCounters
 from .planning import LayerPlanner
 from .replay import note_forward, pass_being_recomputed
+from .work_ahead import WorkAhead
 
 
 class LayerRuntime:
@@ -38,6 +40,7 @@ class LayerRuntime:
         bank, pool: the owned experts, and the slots, which the layers of the bank share.
         solvers: place the copies, by name; of several the one that suits the layer.
         config: slots, and what `debug` says of plans and routes.
+        activation: of the experts; SwiGLU by default.
         keeps_copies: whether copies stay until backward, or are released after forward and gathered again.
         capacity: how many tokens experts take; all by default.
     """
@@ -53,6 +56,7 @@ class LayerRuntime:
         *,
         solvers: Mapping[str, Solver],
         config: RuntimeConfig,
+        activation: Activation | None = None,
         keeps_copies: bool = True,
         capacity: Capacity | None = None,
     ):
@@ -63,7 +67,7 @@ class LayerRuntime:
         self.pool = pool
         self.group = model.group
         self.agreement = model.agreement
-        self.counters = LayerCounters()
+        self.counters = LayerCounters(topology)
         owners_E = bank.owners.expert_to_owner_LE[layer]
         shape = _shape(bank, model, owners_E.size, top_k)
         timed = {solver: self.counters.timed(solve) for solver, solve in solvers.items()}
@@ -75,7 +79,9 @@ class LayerRuntime:
             model=model,
             bank=bank,
             pool=pool,
+            activation=activation,
             planner=self.planner,
+            work_ahead=WorkAhead(is_observed=_wants_work_ahead(bank, model, config), hides=model.gather_hides),
             counters=self.counters,
             capacity=capacity or Capacity(),
             make_handle=_handle_maker(model.debug, topology),
@@ -87,23 +93,15 @@ class LayerRuntime:
         self._latest: ref[LayerPass] | None = None
 
     @classmethod
-    def on_one_process(cls, bank: Bank, top_k: int, capacity: Capacity, group: RankGroup) -> Self:
+    def on_one_process(
+        cls, bank: Bank, top_k: int, capacity: Capacity, group: RankGroup, activation: Activation | None = None
+    ) -> Self:
         """A layer that is not sharded, on a bank of its own that holds every expert."""
         config, name, solvers = RuntimeConfig(policy="static", slots=0), "layer", {"static": get_solver("static")}
         agreement = Agreement(group, {name: bank.owners.num_experts})
         model = ModelContext(group, StageClock(), agreement, PendingReduces(), config.debug)
         pool = SlotPool(bank.shape, group.experts)
-        return cls(
-            name,
-            0,
-            top_k,
-            model,
-            bank,
-            pool,
-            solvers=solvers,
-            config=config,
-            capacity=capacity,
-        )
+        return cls(name, 0, top_k, model, bank, pool, solvers=solvers, config=config, capacity=capacity, activation=activation)
 
     def follow_bank(self) -> None:
         """Plan by the bank's owner map, which has changed. No pass may be under way."""
@@ -169,14 +167,27 @@ class LayerRuntime:
 
 def _shape(bank: Bank, model: ModelContext, num_experts: int, top_k: int) -> LayerShape:
     gradient_bytes = bank.storage["gate_up"].element_size()
+    # A token is sent to a rank once, however many of its experts are there. So where its K experts are on any ranks alike, one
+    # more of them adds a row to a rank if none of the K - 1 others is there: of two experts on two ranks, in one case of two.
+    num_ranks = model.group.world_size
+    row_share = (1 - 1 / num_ranks) ** (top_k - 1) if num_ranks > 1 else 1.0
     return LayerShape(
         num_experts=num_experts,
         top_k=top_k,
         dim=bank.shape.dim,
         ffn_dim=bank.shape.ffn_dim,
+        num_matrices=3 if bank.shape.has_gate else 2,
         bytes_per_element=bank.compute_dtype.itemsize,
         gradient_bytes_per_element=gradient_bytes if model.wire is None else min(gradient_bytes, model.wire.itemsize),
+        row_share=row_share,
     )
+
+
+def _wants_work_ahead(bank: Bank, model: ModelContext, config: RuntimeConfig) -> bool:
+    """Whether copies are priced by the work ahead, and travel beside it: on a device, or by a communication thread."""
+    experts = model.group.experts
+    is_beside = model.debug.overlap and (experts.thread is not None or bank.device.type != "cpu")
+    return model.debug.overlap_s == "auto" and is_beside and bool(config.slots) and experts.world_size > 1
 
 
 def _handle_maker(debug: DebugConfig, topology: Topology) -> Callable[..., DispatchHandle]:

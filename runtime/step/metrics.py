@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ...collectives import SCHEDULES, LinkCounts
 from ...jit import run_seconds
-from ...placement import ExpertLoad, Problem, Solution, Solver
+from ...placement import ExpertLoad, Problem, Solution, Solver, Topology
 from .planning import Plan
 
 # What a rank may wait for: copies of experts, the reduce of their gradients, and routed tokens (with the gathered loads).
@@ -19,7 +20,8 @@ EXPOSED = ("gather", "reduce", "tokens")
 class LayerCounters:
     """Sums over the training passes of one layer since the step began. The same on every rank, but for the seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
         self.reset()
 
     def reset(self) -> None:
@@ -76,13 +78,14 @@ class LayerCounters:
             self._num_predicted += 1
         self.load_RE = load.load_RE if self.load_RE is None else self.load_RE + load.load_RE
         self.kept_RE = kept.load_RE if self.kept_RE is None else self.kept_RE + kept.load_RE
-        self._imbalance += max_over_mean(plan.split.rows_RE.sum(axis=1))
-        self._imbalance_static += max_over_mean(owned_rows_R)
+        self._imbalance += self._topology.max_over_mean(plan.split.rows_RE.sum(axis=1))
+        self._imbalance_static += self._topology.max_over_mean(owned_rows_R)
 
     def summary(self) -> dict[str, float]:
         """Means over the step's forwards, the step's seconds; see `step_metrics` for the keys."""
         assert self.load_RE is not None and self.kept_RE is not None and self.num_forwards
         errors = {"prediction_error": self._prediction_error / self._num_predicted} if self._num_predicted else {}
+        gamma = gamma_eff(self.load_RE.sum(axis=0))
         return {
             "max_over_mean": self._imbalance / self.num_forwards,
             "max_over_mean_static": self._imbalance_static / self.num_forwards,
@@ -98,6 +101,7 @@ class LayerCounters:
             "plan_s": self.plan_s,
             "solve_s": self.solve_s,
             **errors,
+            **({} if gamma is None else {"gamma_eff": gamma}),
         }
 
 
@@ -105,6 +109,30 @@ def max_over_mean(counts: np.ndarray) -> float:
     """The busiest over the mean, 1.0 when nothing was counted."""
     total = float(counts.sum())
     return float(counts.max()) * counts.size / total if total else 1.0
+
+
+def gamma_eff(counts_E: np.ndarray) -> float | None:
+    """The effective congestion coefficient of a layer's routing: our reconstruction of arXiv 2604.04230, not its estimator.
+
+    The paper takes routing as a congestion game. We read it so: an expert of quality q that gets the share m of the assignments
+    is worth q - gamma m to tokens, and in equilibrium m_e = exp(q_e - gamma m_e) / Z. Then q_e = log m_e + gamma m_e, up to a
+    constant. Loads do not show qualities; we take their standard deviation over experts to be 1, which leaves the gamma with
+
+        var(log m) + 2 gamma cov(log m, m) + gamma^2 var(m) = 1.
+
+    It rises as loads become even: where they nearly are, gamma = E (1 / std(E m) - 1), a softmax of temperature 1 + gamma / E.
+    0: the loads differ more than such qualities do. None: all experts with tokens, which alone are counted, have as many. Read it
+    as a trend.
+
+    Example: loads 3, 1 are shares 0.75, 0.25 of experts whose qualities are 2 apart: log 3 + gamma / 2 = 2, gamma = 1.80.
+    """
+    share_E = counts_E[counts_E > 0] / max(counts_E.sum(), 1)
+    if not share_E.size or share_E.min() == share_E.max():
+        return None
+    log_E = np.log(share_E)
+    log_E, share_E = log_E - log_E.mean(), share_E - share_E.mean()
+    log_variance, covariance, variance = (a @ b / a.size for a, b in ((log_E, log_E), (log_E, share_E), (share_E, share_E)))
+    return max(math.sqrt(max(covariance**2 + variance * (1.0 - log_variance), 0.0)) - covariance, 0.0) / variance
 
 
 def exposed_metrics(layers: Mapping[str, LayerCounters]) -> dict[str, float]:
@@ -121,9 +149,11 @@ def exposed_metrics(layers: Mapping[str, LayerCounters]) -> dict[str, float]:
 def step_metrics(layers: Sequence[LayerCounters], bytes_by_op: Mapping[str, LinkCounts]) -> dict[str, float]:
     """One step as flat numbers: means over the MoE layers that ran, but for seconds, which are sums.
 
-    max_over_mean          routed tokens of the busiest rank over the mean rank, as computed (with copies)
+    max_over_mean          routed tokens of the busiest rank over the mean rank, as computed (with copies); for ranks of different
+                           speed, seconds of the busiest rank over the seconds if all ended together
     max_over_mean_static   the same had every expert stayed on its owner: plain expert parallelism on the same routing
     expert_max_over_mean   the busiest expert over the mean expert
+    gamma_eff              effective congestion coefficient, our reconstruction (see `gamma_eff`), where experts' loads differ
     copies_per_layer       copies made, over all ranks
     copies_calibrated      those of them that calibration added for the exact load
     prediction_error       share of the assignments that were predicted for another expert, where anything was predicted

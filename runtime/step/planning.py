@@ -37,7 +37,7 @@ ERROR_WINDOW = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """Who holds which experts for one forward of one layer, how they get there, and (once routed) who computes what."""
+    """The holders of experts for one forward of one layer, how copies get there, and (once routed) which rank computes what."""
 
     placement: Placement
     schedule_name: str
@@ -69,7 +69,7 @@ class LayerPlanner:
     """Plans one MoE layer, forward after forward.
 
     Args:
-        expert_to_owner_E: who owns this layer's experts.
+        expert_to_owner_E: the owners of this layer's experts.
         topology, shape: of the machine and of the layer; they turn bytes and routed tokens into seconds.
         solvers: propose the copies; of several, by name, the one that suits the layer.
         config: slots, split rule, predictor.
@@ -90,8 +90,11 @@ class LayerPlanner:
         self._debug, self._slots = config.debug, config.slots
         self._predictor = make_predictor(config.debug.predictor)
         self._split_rule = split_exact if config.debug.split == "exact" else split_local_even
+        self._solvers = solvers
         self.choice = SolverChoice(solvers, self._split_rule)
         """The solver that places the copies."""
+        self.overlap_s = 0.0 if isinstance(config.debug.overlap_s, str) else config.debug.overlap_s
+        """Seconds of other work ahead of the layer, as plans take it; see `set_overlap`."""
         self._num_plans = 0
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
         self._is_held = False
@@ -111,6 +114,12 @@ class LayerPlanner:
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, self._topology.num_ranks))
         self._is_held = False
 
+    def set_overlap(self, seconds: float) -> None:
+        """Plan from now on with so many seconds of other work ahead of the layer. All ranks in the same forward."""
+        if seconds != self.overlap_s:
+            self.overlap_s = seconds
+            self.choice = SolverChoice(self._solvers, self._split_rule)  # earlier trials were priced without
+
     def problem(self, load: ExpertLoad, forecast_error: float = 0.0) -> Problem:
         """What a solver is asked for this layer, for a load that was measured, or forecast with that error expected."""
         return Problem(
@@ -119,7 +128,7 @@ class LayerPlanner:
             topology=self._topology,
             shape=self._shape,
             slots=self._slots,
-            overlap_s=self._debug.overlap_s,
+            overlap_s=self.overlap_s,
             forecast_error=forecast_error,
         )
 
@@ -159,7 +168,7 @@ class LayerPlanner:
         return not self._errors or sum(self._errors) / len(self._errors) > CALIBRATE_ABOVE
 
     def observe(self, load: ExpertLoad) -> float | None:
-        """Learn from a measured load; return how wrong its forecast was (`prediction_error`), None if there was none."""
+        """Update the predictor with a measured load; return its forecast's `prediction_error`, None if there was no forecast."""
         error = None if self._predicted is None else prediction_error(self._predicted, load)
         if error is not None:
             self._errors.append(error)

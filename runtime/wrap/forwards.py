@@ -1,7 +1,7 @@
 """All ranks compare their places where a model's forward begins, and where its backward does; absent ranks are named.
 
 That is within the time limit. Without this the first to wait would be FSDP2, for as long as its process group allows and
-without a word on whom for. Each costs a gather of a few integers. A recomputation by activation checkpointing is no forward;
+without naming the absent rank. Each costs a gather of a few integers. A recomputation by activation checkpointing is no forward;
 and MoE layers that are called without the model's own forward compare at their own gathers, see agreement.py.
 """
 
@@ -27,14 +27,14 @@ from ..step.replay import is_recomputing
 _TORCH_DISTRIBUTED = str(Path(dist.__file__).parent)
 
 
-def meet_in_forwards(model: nn.Module, layers: Sequence[LayerRuntime], clock: StageClock) -> None:
+def compare_in_forwards(model: nn.Module, layers: Sequence[LayerRuntime], clock: StageClock) -> None:
     """Hook `model`, whose MoE layers these are, after FSDP2 has, where it does: of hooks that are put first the last runs
     first."""
     if layers[0].group.control.world_size > 1:
-        _Meetings(layers[0], clock).hook(model)
+        _Comparisons(layers[0], clock).hook(model)
 
 
-class _Meetings:
+class _Comparisons:
     """The hooks of one model."""
 
     def __init__(self, layer: LayerRuntime, clock: StageClock):

@@ -149,9 +149,10 @@ class Handle:
         self._sharded.weights_changed()
         for migrator in self._migrators:
             migrator.step(self._step, loads, optimizer)
+            self._metrics |= migrator.observed
         if self._migrators:
             latest = [migrator.decisions[-1] for migrator in self._migrators if migrator.decisions]
-            self._metrics["moved_experts"] = float(sum(d.num_moved for d in latest if d.step == self._step))
+            self._metrics["moved_experts"] = float(sum(d.moved for d in latest if d.step == self._step))
         for transport in (self._group.tokens, self._group.experts, self._group.replicas):
             transport.traffic.reset()
         self._guard.after_step(
@@ -189,7 +190,8 @@ class Handle:
     def metrics(self) -> dict[str, float]:
         """The last closed step in numbers; docs/training.md lists the keys.
 
-        With `RuntimeConfig.migration` also moved_experts: experts that changed their owner after the step.
+        With `RuntimeConfig.migration` also moved_experts: experts that changed their owner after the step; and on rank 0, some
+        steps after a migration, saved_s_observed and migration_step: what it saved until the next proposal, by the clock.
         """
         return dict(self._metrics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...placement import OwnerMap, Placement, Solver, Topology, get_solver, policy_solvers
+from ...placement.machine import Machine
 from ..adapters import FoundLayer, find_layers, replace_modules
 from ..adapters.meta import allocate_meta
 from ..adapters.save_pretrained import guard_save_pretrained
-from ..agreement import Agreement, check_same_layers
+from ..agreement import Agreement, agree_on_machine, check_same_layers
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
 from ..experts.expert_grad import ExpertRanks
@@ -25,13 +27,13 @@ from ..experts.grads import PendingReduces
 from ..experts.memory import BankSize, plan_slots
 from ..experts.slots import SlotPool
 from ..group import RankGroup, group_of_process_group, mesh_with_limit
-from ..layer import MoELayer, moe_layers
+from ..layer import moe_layers
 from ..sharded_experts import ExpertSource, ShardedExperts
 from ..stages import StageClock
 from ..step.contexts import ModelContext
 from ..step.layer_runtime import LayerRuntime
 from .dense import dense_units, gradient_divisor, holders_of, leave_dense, shard_dense
-from .forwards import meet_in_forwards
+from .forwards import compare_in_forwards
 from .handle import Handle
 from .prefetch import prefetch_in_order
 
@@ -42,6 +44,7 @@ def shard_experts(
     mesh: DeviceMesh,
     config: RuntimeConfig | None = None,
     topology: Topology | None = None,
+    machine: Machine | str | os.PathLike[str] | None = None,
     solver: Solver | None = None,
     placements: Sequence[Placement] | None = None,
 ) -> Handle:
@@ -60,7 +63,8 @@ def shard_experts(
         mesh: over all ranks. One dimension; or two, (replicate, shard), as for FSDP2: experts are shared inside each group of
             the second dimension, and gradients are averaged over the groups besides.
         config: placement policy, slots, time limit.
-        topology: rates that turn bytes and routed tokens into seconds; the preset of the device by default.
+        topology: nodes, and rates that turn bytes and routed tokens into seconds; by default as found, with those of `machine`.
+        machine: the file that `moesaic calibrate` wrote, or what `read_machine` made of it; the preset of the device by default.
         solver: places copies in place of `config.policy`.
         placements: of every MoE layer, in order: `read_plan(path).layers` of a saved plan, whose owners and copies are kept.
 
@@ -76,11 +80,15 @@ def shard_experts(
     if any(layer.experts.is_sharded for layer in found):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
     check_same_layers({layer.name: f"{layer.source.shape} x {layer.source.num_experts}" for layer in found})
+    if topology is not None and machine is not None:
+        raise ValueError("both topology and machine are given; leave out one")
+    machine = agree_on_machine(machine)
     units = dense_units(model, [layer.name for layer in found]) if config.shard_dense else []
     group = group_of_process_group(
         mesh.get_group(mesh.ndim - 1),
         timeout_s=config.timeout_s,
         topology=topology,
+        machine=machine,
         transport=config.transport,
         replicas=mesh.get_group(0) if mesh.ndim == 2 else None,
     )
@@ -95,6 +103,7 @@ def shard_experts(
         owners=owners,
         placements=placements or (),
         device=_device_of(mesh),
+        gather_hides=1.0 if machine is None else machine.gather_hides,
     )
     # Phase 2: experts move
     replace_modules(model, found)
@@ -115,7 +124,7 @@ def shard_experts(
     else:
         leave_dense(model, layers)
     check_conversions(model, banks)
-    meet_in_forwards(model, list(runtimes.values()), clock)
+    compare_in_forwards(model, list(runtimes.values()), clock)
     guard_save_pretrained(model, layers)
     return Handle(model, layers, banks, group, config, clock)
 
@@ -155,37 +164,6 @@ def _owners_of(placements: Sequence[Placement], found: Sequence[FoundLayer], gro
     return OwnerMap(np.stack([placement.expert_to_owner_E for placement in placements]), group.world_size)
 
 
-def share_experts(
-    layers: Mapping[str, MoELayer],
-    group: RankGroup,
-    *,
-    config: RuntimeConfig,
-    solver: Solver | None = None,
-    clock: StageClock,
-    owners: OwnerMap | None = None,
-    placements: Sequence[Placement] = (),
-    device: torch.device | None = None,
-) -> list[Bank]:
-    """Share the experts of unsharded layers, without a model around them; see `build_runtimes`. Returns their banks.
-
-    Raises:
-        ValueError: what was asked for cannot be; the layers are as they were then.
-    """
-    found = [FoundLayer(name, layer.experts, layer.experts.source()) for name, layer in layers.items()]
-    runtimes = build_runtimes(
-        found,
-        group,
-        config=config,
-        solvers=_solvers_of(config, solver),
-        clock=clock,
-        owners=owners,
-        placements=placements,
-        device=device,
-    )
-    share_layers(found, runtimes)
-    return list(dict.fromkeys(runtime.bank for runtime in runtimes.values()))
-
-
 def build_runtimes(
     found: Sequence[FoundLayer],
     group: RankGroup,
@@ -196,11 +174,12 @@ def build_runtimes(
     owners: OwnerMap | None = None,
     placements: Sequence[Placement] = (),
     device: torch.device | None = None,
+    gather_hides: float = 1.0,
 ) -> dict[str, LayerRuntime]:
     """What layers will run on, by name: banks, one for each shape of expert, which hold nothing yet. Layers are left alone.
 
     `owners` replaces the contiguous owner map; it needs layers of one shape. `placements`, of every layer with these owners, are
-    held for good. Experts on the meta device get memory on `device`.
+    held for good. Experts on the meta device get memory on `device`. `gather_hides`: of the machine.
 
     Raises:
         ValueError: what was asked for cannot be.
@@ -217,10 +196,21 @@ def build_runtimes(
     owner_maps = [owners or OwnerMap.contiguous(len(of), of[0].source.num_experts, group.world_size) for of in alike.values()]
     ranks = ExpertRanks(group.experts, tuple(np.sum([each.num_rows_R for each in owner_maps], axis=0).tolist()))
     agreement = Agreement(group, {layer.name: layer.source.num_experts for layer in found})
-    model = ModelContext(group, clock, agreement, PendingReduces(overlap=config.debug.overlap), config.debug)
+    model = ModelContext(group, clock, agreement, PendingReduces(overlap=config.debug.overlap), config.debug, gather_hides)
     runtimes: dict[str, LayerRuntime] = {}
     for of, size, owner_map in zip(alike.values(), sizes, owner_maps, strict=True):
-        bank = _bank_of(of[0].source, group, owner_map, config, ranks, device)
+        source = of[0].source
+        bank = Bank(
+            source.shape,
+            owner_map,
+            group.rank,
+            device=device if source.device.type == "meta" else source.device,
+            dtype=source.dtype,
+            compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else source.dtype,
+            transport=group.experts,
+            replicas=group.replicas,
+            ranks=ranks,
+        )
         pool = SlotPool(bank.shape, group.experts, slots.peak_bytes([size]))
         for index, layer in enumerate(of):
             runtimes[layer.name] = LayerRuntime(
@@ -232,6 +222,7 @@ def build_runtimes(
                 pool,
                 solvers=solvers,
                 config=replace(config, slots=slots.slots),
+                activation=layer.experts.activation,
                 keeps_copies=slots.keeps(size.layers[index]),
                 capacity=layer.experts.capacity,
             )
@@ -265,28 +256,6 @@ def _solvers_of(config: RuntimeConfig, solver: Solver | None) -> dict[str, Solve
 def _size_of(source: ExpertSource, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
     copy_bytes = source.shape.num_elements * 2 if config.compute_dtype == "bf16" else source.expert_bytes
     return BankSize(copy_bytes, source.expert_bytes, group.world_size, places)
-
-
-def _bank_of(
-    source: ExpertSource,
-    group: RankGroup,
-    owners: OwnerMap,
-    config: RuntimeConfig,
-    ranks: ExpertRanks,
-    device: torch.device | None,
-) -> Bank:
-    """A bank for experts of this kind, which holds nothing yet."""
-    return Bank(
-        source.shape,
-        owners,
-        group.rank,
-        device=device if source.device.type == "meta" else source.device,
-        dtype=source.dtype,
-        compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else source.dtype,
-        transport=group.experts,
-        replicas=group.replicas,
-        ranks=ranks,
-    )
 
 
 def _device_of(mesh: DeviceMesh) -> torch.device:

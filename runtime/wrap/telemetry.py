@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,8 @@ from .migration_policy import Decision, Migrator
 from .profile import profiled
 from .sharded_model import ShardedModel
 
+logger = logging.getLogger("moesaic.overlap")
+
 
 class Telemetry:
     """Loads, bytes, memory and decisions about owners, beside the numbers of `Handle.metrics`."""
@@ -28,6 +31,7 @@ class Telemetry:
         self._migrators = migrators
         self._layer_metrics: dict[str, dict[str, float]] = {}
         self._loads: dict[str, np.ndarray] = {}
+        self._is_overlap_observed = self._observes_overlap()
 
     def layer_metrics(self) -> dict[str, dict[str, float]]:
         """The last closed step by the layer's name; the keys are those of `Handle.metrics`, but for bytes sent."""
@@ -90,14 +94,28 @@ class Telemetry:
         """Keep the numbers of the step that ends, by layer; return those of `Handle.metrics`."""
         layers = self._sharded.layers
         counters = {name: layer.runtime.counters for name, layer in layers.items()}
-        self._layer_metrics = {name: c.summary() for name, c in counters.items() if c.num_forwards}
+        overlap_s = {name: layer.runtime.planner.overlap_s for name, layer in layers.items()}
+        self._layer_metrics = {
+            name: c.summary() | {"overlap_s": overlap_s[name]} for name, c in counters.items() if c.num_forwards
+        }
         num_ranks = self._sharded.group.world_size
         self._loads = {
             name: np.zeros((num_ranks, layers[name].num_experts), np.int64) if c.load_RE is None else c.load_RE
             for name, c in counters.items()
         }
         metrics = step_metrics(list(counters.values()), self._sent_bytes()) | exposed_metrics(counters)
-        return metrics | {key: float(count) for key, count in self.memory().items()}
+        if self._is_overlap_observed and not self._observes_overlap():
+            self._is_overlap_observed = False
+            if self._sharded.group.is_first:
+                least, most = min(overlap_s.values()), max(overlap_s.values())
+                logger.info(
+                    "gathers of copies hide under %.2g s of work ahead of a MoE layer, up to %.2g s: measured", least, most
+                )
+        return metrics | {"overlap_s": sum(overlap_s.values())} | {key: float(count) for key, count in self.memory().items()}
+
+    def _observes_overlap(self) -> bool:
+        """Whether ranks have still to agree on the work ahead of some layer."""
+        return any(layer.runtime.context.work_ahead.is_observed for layer in self._sharded.layers.values())
 
     def _sent_bytes(self) -> dict[str, LinkCounts]:
         """What this rank has sent since the last step, by operation and link class."""

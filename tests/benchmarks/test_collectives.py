@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.benchmarks.collectives import COPY, COPY_IN_STEP, MPI_OWN, OPS, CollectivesCase
+from moesaic.benchmarks.collectives_rank import COPY, COPY_IN_STEP, MPI_OWN, OPS, CollectivesCase
 from tests.helpers.cluster import skip_without_network
 from tests.helpers.mpi import mpirun
 
@@ -67,25 +67,23 @@ def test_all_transports_on_one_machine() -> None:
 
 
 def test_nodes_with_links() -> None:
-    """Two nodes of two ranks; what is not there is named and left out, and its ratio is empty."""
+    """Two nodes of two ranks; what is not there is named and left out, and its ratio is empty.
+
+    Routed tokens by both routes: values are checked before they are timed; by node no more crosses than must.
+    """
     skip_without_network()
-    arguments = "--ops sparse_gather --ranks 4 --nodes 2 --sizes 64K --rounds 1 --transports c10d,shm,hierarchical --json -"
-    done = bench(arguments + " --schedules direct,hierarchical")
+    arguments = "--ops sparse_gather,token_rows --ranks 4 --nodes 2 --sizes 64K --rounds 1 --json - "
+    done = bench(arguments + "--transports c10d,shm,hierarchical --schedules direct,hierarchical")
     assert done.returncode == 0, done.stderr
     assert "without shm at 4 ranks: the ranks are on several nodes" in done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert {(row["transport"], row["schedule"]) for row in rows} == {
-        (COPY, None),
-        *((name, schedule) for name in ("c10d", "hierarchical") for schedule in ("direct", "hierarchical")),
+    names = ("c10d", "hierarchical")
+    assert {(row["op"], row["transport"], row["schedule"]) for row in rows} == {
+        *((op, COPY, None) for op in ("sparse_gather", "token_rows")),
+        *(("sparse_gather", name, schedule) for name in names for schedule in ("direct", "hierarchical")),
+        *(("token_rows", name, route) for name in names for route in ("direct", "by_node")),
     }
     assert all(row["nodes"] == 2 and row["ratio_to_mpi"] is None for row in rows)
-
-
-def test_token_rows_by_both_routes() -> None:
-    """Values are checked before they are timed; by node no more crosses than must, directly one row for each rank there."""
-    skip_without_network()
-    rows = rows_of("--ops token_rows --ranks 4 --nodes 2 --sizes 64K --rounds 1 --transports c10d --json -")
-    assert [(row["transport"], row["schedule"]) for row in rows] == [(COPY, None), ("c10d", "direct"), ("c10d", "by_node")]
 
 
 @pytest.mark.parametrize(
@@ -117,4 +115,3 @@ def test_what_must_travel() -> None:
     assert [case.received_bytes(op, 400) for op in OPS] == [1200, 400, 400]
     assert [case.link_bytes(op, 400) for op in OPS] == [1600, 400, 400]
     assert case.link_bytes("token_rows", 400) == 2 * 2 * 400
-    assert CollectivesCase.from_json(case.to_json()) == case

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.collectives.lifetime import end_with_parent
+from moesaic.collectives.lifetime import end_with_parent, first_failure
 from tests.helpers.cluster import skip_without_network
 from tests.helpers.mpi import ROOT, mpirun
 from tests.helpers.ranks import forking
@@ -80,3 +80,9 @@ def test_a_parent_that_was_gone_before() -> None:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def test_the_first_that_fails_is_found_while_others_run() -> None:
+    later = iter([None, 0])
+    assert first_failure([lambda: None, lambda: 3]) == 3
+    assert first_failure([lambda: next(later), lambda: 0]) == 0

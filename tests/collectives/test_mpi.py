@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from moesaic.collectives import Buffer, CollectiveError
 from moesaic.collectives.transports.choose import make_transports
 from moesaic.collectives.transports.mpi import MpiTransport
-from tests.helpers.mpi import MpiPool, mpi_environment, mpirun
+from tests.helpers.mpi import mpi_environment, mpirun, run_mpi_ranks, segments
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transports import check_transport
 
@@ -23,12 +22,6 @@ def group() -> dist.ProcessGroup:
     found = dist.group.WORLD
     assert found is not None
     return found
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[MpiPool]:
-    with MpiPool(4) as four_ranks:
-        yield four_ranks
 
 
 def use_two_transports(rank: int) -> None:
@@ -46,8 +39,8 @@ def use_two_transports(rank: int) -> None:
     assert second.tolist() == [2.0] * 3
 
 
-def test_four_ranks(pool: MpiPool) -> None:
-    pool.run(use_two_transports)
+def test_four_ranks() -> None:
+    run_mpi_ranks(4, use_two_transports)
 
 
 def refuse_for_all(rank: int) -> str:
@@ -59,9 +52,9 @@ def refuse_for_all(rank: int) -> str:
     return str(failed.value)
 
 
-def test_a_rank_without_mpi4py_keeps_nobody_waiting(pool: MpiPool) -> None:
+def test_a_rank_without_mpi4py_keeps_nobody_waiting() -> None:
     """The same line on every rank."""
-    assert len(set(pool.run(refuse_for_all))) == 1
+    assert len(set(run_mpi_ranks(4, refuse_for_all))) == 1
 
 
 def wait_again_after_an_interrupt(rank: int) -> list[float]:
@@ -82,9 +75,9 @@ def wait_again_after_an_interrupt(rank: int) -> list[float]:
     return received.tolist()
 
 
-def test_an_interrupted_wait_can_be_taken_up_again(pool: MpiPool) -> None:
+def test_an_interrupted_wait_can_be_taken_up_again() -> None:
     """Until it has been, MPI may write into its buffers, and must not be left in order."""
-    assert pool.run(wait_again_after_an_interrupt)[0] == [1.0] * 3
+    assert run_mpi_ranks(4, wait_again_after_an_interrupt)[0] == [1.0] * 3
 
 
 def wait_in_vain(rank: int, timeout_s: float, sizes: list[int]) -> list[str]:
@@ -115,9 +108,9 @@ def wait_in_vain(rank: int, timeout_s: float, sizes: list[int]) -> list[str]:
     ],
     ids=["silent", "less", "more"],
 )
-def test_errors_name_who_is_to_blame(pool: MpiPool, timeout_s: float, sizes: list[int], ending: str) -> None:
+def test_errors_name_who_is_to_blame(timeout_s: float, sizes: list[int], ending: str) -> None:
     """And rank, operation, place, limit, bytes that came and those that did not; at once when asked again."""
-    messages = pool.run(wait_in_vain, timeout_s, sizes)[0]
+    messages = run_mpi_ranks(4, wait_in_vain, timeout_s, sizes)[0]
     assert messages == [f"rank 0: dispatch at step 3, blocks.0.moe {ending}"] * 2
 
 
@@ -136,8 +129,8 @@ def be_in_different_layers(rank: int) -> str:
     return message
 
 
-def test_ranks_in_different_layers_are_told_what_came(pool: MpiPool) -> None:
-    for rank, text in enumerate(pool.run(be_in_different_layers)[:2]):
+def test_ranks_in_different_layers_are_told_what_came() -> None:
+    for rank, text in enumerate(run_mpi_ranks(4, be_in_different_layers)[:2]):
         assert text == (
             f"rank {rank}: combine_backward at step 1, blocks.{1 - rank}.moe failed: rank {1 - rank} sent combine_backward at "
             f"step 1, blocks.{rank}.moe; the ranks are at different places of the program: every rank must run the same layers "
@@ -145,20 +138,20 @@ def test_ranks_in_different_layers_are_told_what_came(pool: MpiPool) -> None:
         )
 
 
-def ask_for_mpi(rank: int) -> str:
+def ask_for_mpi(rank: int) -> tuple[str, int]:
     with pytest.raises(ValueError, match="MPI") as failed:
         make_transports("mpi", group(), num_transports=1, timeout_s=5)
-    return str(failed.value)
+    return str(failed.value), os.getpid()
 
 
 def test_without_mpirun_it_is_refused() -> None:
     """The same line on every rank; and no shared memory stays behind when they are killed."""
     mpirun(2)
-    before = set(os.listdir("/dev/shm"))
-    lines = run_ranks(2, ask_for_mpi)
+    before = segments()
+    lines, pids = zip(*run_ranks(2, ask_for_mpi), strict=True)
     assert lines[0] == lines[1]
-    assert "MPI knows 1 rank(s), the process group has 2: start all ranks with one mpirun -n 2" in lines[0]
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sm_segment")]
+    assert "MPI has 1 rank(s), the process group has 2: start all ranks with one mpirun -n 2" in lines[0]
+    assert not segments(pids) - before
 
 
 FAILING = """
@@ -188,7 +181,7 @@ transport.exchange([], [Buffer(torch.zeros(4), 1)], op="combine", where="step 5"
 )
 def test_a_failed_rank_ends_the_job(early: str, making_s: int, late: str, message: str, tmp_path: Path) -> None:
     """Not zero, somebody says why, and neither a rank nor shared memory is left."""
-    before = set(os.listdir("/dev/shm"))
+    before = segments()
     script = tmp_path / "job.py"
     script.write_text(FAILING.format(early=early, making_s=making_s, late=late), encoding="utf-8")
     done = subprocess.run(
@@ -198,4 +191,4 @@ def test_a_failed_rank_ends_the_job(early: str, making_s: int, late: str, messag
     assert message in done.stdout + done.stderr
     left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sm_segment")]
+    assert not segments() - before

@@ -16,10 +16,8 @@ from moesaic.collectives import (
     account,
     choose_schedule,
     direct_gather,
-    hierarchical_gather,
     make_schedule,
     predicted_s,
-    relay_gather,
 )
 from moesaic.collectives.hops import Copies
 from moesaic.collectives.schedules.relay import chain_hops, tree_hops
@@ -173,7 +171,7 @@ def test_hierarchical_enters_each_node_once_per_expert(placement: Placement) -> 
     nodes_R = topology.node_of_rank_R
     crossings = [
         (route.item, int(nodes_R[dst]))
-        for route in hierarchical_gather(placement, topology, 1).routes
+        for route in make_schedule("hierarchical", placement, topology, 1).routes
         for src, dst in route.hops
         if nodes_R[src] != nodes_R[dst]
     ]
@@ -194,7 +192,7 @@ def test_worked_examples() -> None:
     assert direct_gather(placement).routes == (Route(0, ((0, 3), (0, 2), (0, 1))),)
     assert chain_gather(placement).routes == (Route(0, ((0, 3), (3, 2), (2, 1))),)
     assert tree_gather(placement).routes == (Route(0, ((0, 3), (3, 2), (3, 1))),)
-    assert hierarchical_gather(placement, topology, 1).routes == (Route(0, ((0, 1), (0, 3), (3, 2))),)
+    assert make_schedule("hierarchical", placement, topology, 1).routes == (Route(0, ((0, 1), (0, 3), (3, 2))),)
     assert schedule_of("element_sharded", placement).routes == (
         Route(0, ((0, 3), (3, 2), (3, 1)), 0, 1, 3),
         Route(0, ((0, 2), (2, 3), (2, 1)), 1, 2, 3),
@@ -211,7 +209,7 @@ def test_predicted_time_of_a_chain() -> None:
     """4 MB through 7 hops at 25 MB/s and 0.5 ms: 31 chunks come in and go out at a rank, the last one has 6 more hops to go."""
     placement = Placement.everywhere(np.array([0]), 8)
     topology = Topology(num_nodes=8, ranks_per_node=1, **SLOW)
-    chain = relay_gather(placement, topology, 4_000_000)
+    chain = make_schedule("relay", placement, topology, 4_000_000)
     assert chain.routes[0].num_chunks == 31
     assert predicted_s(chain, topology, 4_000_000) == pytest.approx((31 + 6) * 4_000_000 / 31 / 25e6 + (2 * 31 + 6) * 5e-4)
     direct = predicted_s(direct_gather(placement), topology, 4_000_000)
@@ -221,8 +219,9 @@ def test_predicted_time_of_a_chain() -> None:
 def test_small_items_travel_down_a_tree() -> None:
     """1 KiB to 15 others: the tree has 4 levels, the chain 15."""
     placement = Placement.everywhere(np.array([0]), 16)
-    assert relay_gather(placement, Topology.preset("cpu", 16), 1024) == tree_gather(placement)
-    assert relay_gather(placement, Topology.preset("cpu", 16), 1 << 26).routes[0].hops == chain_gather(placement).routes[0].hops
+    small, large = (make_schedule("relay", placement, Topology.preset("cpu", 16), num_bytes) for num_bytes in (1024, 1 << 26))
+    assert small == tree_gather(placement)
+    assert large.routes[0].hops == chain_gather(placement).routes[0].hops
 
 
 @settings(deadline=None)
@@ -243,7 +242,7 @@ def test_the_choice_is_the_fastest_prediction_and_no_faster_than_the_bound(place
 
 
 def test_account_of_a_hot_expert() -> None:
-    """Two nodes of two, a slow link between: hierarchical crosses once, direct twice; the choice says so in a line."""
+    """Two nodes of two, a slow link between: hierarchical crosses once, direct twice."""
     placement = Placement.everywhere(np.array([0]), 4)
     topology = Topology(num_nodes=2, ranks_per_node=2, **(SLOW | {"device_bytes_per_s": 1e9}))
     shape = LayerShape(num_experts=1, top_k=1, dim=1000, ffn_dim=1000)
@@ -253,11 +252,9 @@ def test_account_of_a_hot_expert() -> None:
     assert (direct.bound.rank_bytes, direct.bound.busiest_bytes) == (12_000_000, 36_000_000)
     choice = choose_schedule(placement, topology, shape)
     assert choice.name == "hierarchical"
-    assert choice.explain().startswith("hierarchical: predicted hierarchical 4")
     once = account(choice.schedule, topology, shape.parameters_per_expert)
     assert once.bytes == LinkCounts(0, 24_000_000, 12_000_000)
     assert once.bound.node_bytes == 12_000_000
-    assert "12000000 B across" in once.describe()
     assert LinkCounts.sent_by(1, np.array([1, 2, 4, 8]), topology) == LinkCounts(2, 1, 12)
 
 

@@ -142,7 +142,7 @@ def in_rounds(wanted: bool) -> Iterator[None]:
         yield
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     placement=placements(max_ranks=9),
     dtype=st.sampled_from(DTYPES),

@@ -20,6 +20,7 @@ from moesaic.launch.cli import cli
 from moesaic.launch.config import load_config
 from moesaic.launch.doctor.target import make_inputs
 from moesaic.launch.entry import run_command
+from moesaic.placement.machine import Machine, write_machine
 from tests.helpers.pages import PAGES, ROOT, Block, Program, blocks, commands_in_text
 from tests.launch.ranks import TINY, set_options, start_ranks, tiny_values, train_tiny, wait_for
 
@@ -29,7 +30,11 @@ PYTHON = [block for block in BLOCKS if block.language == "python" and block.page
 EXAMPLE = next(block for block in PYTHON if block.page == "README.md")
 
 # Modules that a launcher starts, as words of the moesaic command.
-MODULES = {"moesaic.launch.train": ["train"], "moesaic.benchmarks.scaling": ["bench", "scaling"]}
+MODULES = {
+    "moesaic.launch.train": ["train"],
+    "moesaic.launch.calibrate": ["calibrate"],
+    "moesaic.benchmarks.scaling": ["bench", "scaling"],
+}
 # Commands whose own tests run them, at a tiny size; here their options are read.
 TESTED_IN = {
     "bench step": "tests/benchmarks/test_step.py",
@@ -38,6 +43,7 @@ TESTED_IN = {
     "bench kernels": "tests/kernels/test_bench_kernels.py",
     "bench overlap": "tests/benchmarks/test_overlap.py",
     "bench placement": "tests/benchmarks/test_bench_placement.py",
+    "calibrate": "tests/launch/test_calibrate.py",
     "doctor": "tests/launch/test_cli.py",
     "doctor --model": "tests/launch/test_model_check.py",
     "mpirun": "tests/launch/test_mpirun.py",
@@ -93,9 +99,6 @@ def check(words: Sequence[str]) -> None:
     context = command.make_context(command.name, list(args))
     if command.name == "train":
         load_config(None, context.params["assignments"])
-    if command.name == "kernels":
-        options = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks/kernels.py").read_text(encoding="utf-8")))
-        assert {word for word in args if word.startswith("--")} <= options
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -133,6 +136,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run.toml").write_text("[train]\nsteps = 3\n")
     (folder / "mine.py").write_text(next(block.text for block in PYTHON if block.how == "saved as mine.py"))
     save_recordings(folder)
+    rates = {"device_bytes_per_s": 1e9, "latency_s": 1e-4, "flops_per_s": 1e11, "half_rate_rows": 16.0}
+    write_machine(folder / "machine.toml", Machine(num_nodes=1, ranks_per_node=8, rates=rates))
     train_tiny(1, ["train.steps=4", "train.eval_every=0"], folder)
     return folder
 

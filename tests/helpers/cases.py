@@ -1,7 +1,7 @@
 """Generated cases: shapes, owners, placements and tokens of a small MoE model on R ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +11,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic import MoELayer, RouterConfig, Routing
+from moesaic import MoELayer, RouterConfig, Routing, RuntimeConfig
 from moesaic.kernels import Clamp
-from moesaic.placement import OwnerMap, Placement, Problem, Topology, get_solver
+from moesaic.placement import OwnerMap, Placement, Problem, Solver, Topology, get_solver
+from moesaic.runtime.adapters import FoundLayer
+from moesaic.runtime.experts.bank import Bank
+from moesaic.runtime.group import RankGroup
 from moesaic.runtime.routing.capacity import DropPolicy
 from moesaic.runtime.routing.router import TopKRouter
+from moesaic.runtime.stages import StageClock
+from moesaic.runtime.wrap.shard import build_runtimes, share_layers
 
 PLACEMENTS = ("static", "everywhere", "random", "hecate", "quota")
 
@@ -113,7 +118,8 @@ class Case:
         return solve if self.placement in ("random", "everywhere") else get_solver(self.placement)
 
     def topology(self) -> Topology:
-        """Links so fast that copies pay at this size."""
+        """Links so fast that copies pay at this size; ranks of different speed where the seed is even."""
+        costs = np.random.default_rng(self.seed).integers(50, 300, self.world_size).tolist()
         return Topology(
             num_nodes=1,
             ranks_per_node=self.world_size,
@@ -122,6 +128,7 @@ class Case:
             latency_s=0.0,
             flops_per_s=1e6,
             half_rate_rows=0,
+            rank_costs=() if self.seed % 2 else tuple(costs),
         )
 
 
@@ -145,3 +152,20 @@ def cases(draw: st.DrawFn, max_world_size: int = 4, min_world_size: int = 1) -> 
         drop_policy=draw(st.sampled_from(("probs", "position"))),
         has_shared=draw(st.booleans()),
     )
+
+
+def share_experts(
+    layers: Mapping[str, MoELayer],
+    group: RankGroup,
+    *,
+    config: RuntimeConfig,
+    solver: Solver | None = None,
+    clock: StageClock | None = None,
+    **given: Any,
+) -> list[Bank]:
+    """Share the experts of layers, without a model around them and by static placement if no solver is given; their banks."""
+    found = [FoundLayer(name, layer.experts, layer.experts.source()) for name, layer in layers.items()]
+    solvers = {"given": solver or get_solver("static")}
+    runtimes = build_runtimes(found, group, config=config, solvers=solvers, clock=clock or StageClock(), **given)
+    share_layers(found, runtimes)
+    return list(dict.fromkeys(runtime.bank for runtime in runtimes.values()))

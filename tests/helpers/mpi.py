@@ -2,44 +2,53 @@
 
 import multiprocessing
 import os
-import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moesaic.collectives.lifetime import start
-from tests.helpers.ranks import LIMIT_S, RankPool, serve_rank
+from moesaic.collectives.transports.mpi import MPIRUN_ENVIRONMENT, NO_MPI, find_mpirun
+from tests.helpers.ranks import LIMIT_S, RankPool, run_ranks, serve_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def mpirun(world_size: int) -> list[str]:
     """The words that start `world_size` ranks; the calling test is skipped where there is no MPI."""
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install 'moesaic[mpi]'", exc_type=ImportError)
-    beside = Path(sys.executable).with_name("mpirun")
-    program = str(beside) if beside.exists() else shutil.which("mpirun")
+    program = find_mpirun()
     if program is None:
-        pytest.skip("mpirun is not installed: pip install 'moesaic[mpi]'")
+        pytest.skip(NO_MPI)
     return [program, "-n", str(world_size)]
 
 
 def mpi_environment() -> dict[str, str]:
     """This process's variables, and those that let Open MPI run as root and start more ranks than there are cores."""
-    return os.environ | {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMP_NUM_THREADS": "1",
-    }
+    return os.environ | MPIRUN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+
+
+def segments(of: Collection[int] = ()) -> set[Path]:
+    """Open MPI's shared memory that has a name and that no process has mapped, apart from those with the process ids `of`.
+
+    Other tests may run jobs at the same time.
+    """
+    names = {path for path in Path("/dev/shm").iterdir() if path.name.startswith("sm_segment")}
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) not in of:
+            with suppress(OSError):  # it has ended
+                maps = (process / "maps").read_text(encoding="utf-8")
+                names = {path for path in names if f"{path}\n" not in maps}
+    return {path for path in names if path.exists()}
 
 
 class MpiPool(RankPool):
-    """`world_size` ranks of one MPI job, also in one Gloo process group; a context manager."""
+    """`world_size` ranks of one MPI job, also in one Gloo process group."""
 
     def _start(self, prepare: Callable[[int], None] | None) -> None:
         assert prepare is None
@@ -68,11 +77,10 @@ class MpiPool(RankPool):
             self._mpirun.wait()
         self._folder.cleanup()
 
-    def __enter__(self) -> "MpiPool":
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
+def run_mpi_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+    """As `run_ranks`, on the ranks of one MPI job, which stays up between tests: each of its ranks imports torch itself."""
+    return run_ranks(world_size, body, *args, kind=MpiPool)
 
 
 def main(arguments: Sequence[str]) -> None:

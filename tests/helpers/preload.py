@@ -4,7 +4,13 @@ No tensor is computed here: threads that torch starts for it would not survive t
 """
 
 import numpy as np
+import torch._dynamo  # noqa: F401  # FSDP2 imports it when it is first used
 
+# Each loads its compiled routines.
+import moesaic.collectives.transports.shm_control
+import moesaic.kernels.grouped_ffn_cpu
+import moesaic.kernels.permute_cpu
+import moesaic.kernels.swiglu_cpu
 import moesaic.launch.train  # noqa: F401
 from moesaic.collectives import choose_schedule
 from moesaic.collectives.lifetime import end_with_parent

@@ -5,8 +5,11 @@ takes seconds, a fork milliseconds.
 """
 
 import atexit
+import gc
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -25,7 +28,9 @@ LIMIT_S = 120.0
 def forking() -> ForkServerContext:
     """The way to start processes: forked from the server, of which a test run has one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.preload", "hypothesis", "pytest"])
+    families = ["tests.helpers.preload_families"] if "transformers" in sys.modules else []  # where a collected file imports it
+    context.set_forkserver_preload(["tests.helpers.preload", *families, "hypothesis", "pytest"])
+    multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -92,11 +97,15 @@ def serve_rank(pipe: Connection, rank: int, world_size: int, store: str, prepare
     torch.set_num_threads(1)
     file_store = dist.FileStore(store, world_size)
     dist.init_process_group("gloo", store=file_store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    gc.freeze()
+    num_runs = 0
     while True:
         try:
             module, name, args = pipe.recv()
         except EOFError:
             return
+        num_runs += 1
+        close_groups(dist.PrefixStore(str(num_runs), file_store))  # now that no rank communicates in them any more
         try:
             torch.manual_seed(0)
             pipe.send((True, getattr(importlib.import_module(module), name)(rank, *args)))
@@ -104,18 +113,32 @@ def serve_rank(pipe: Connection, rank: int, world_size: int, store: str, prepare
             pipe.send((False, traceback.format_exc()))
 
 
-_POOLS: dict[int, RankPool] = {}
+def close_groups(store: Any) -> None:
+    """End the process groups that tests before have made: each has threads that wake a thousand times a second.
+
+    Later groups get their names, so they meet in another `store`.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    for group in [group for group in _world.pg_map if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
+    gc.collect()
+    _world.pg_map[dist.group.WORLD] = (_world.pg_map[dist.group.WORLD][0], store)
 
 
-def run_ranks(world_size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+_POOLS: dict[tuple[type[RankPool], int], RankPool] = {}
+
+
+def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, kind: type[RankPool] = RankPool) -> list[Any]:
     """Run `body(rank, *args)` on `world_size` processes that share a process group, and return the results in rank order."""
-    if world_size not in _POOLS:
-        _POOLS[world_size] = RankPool(world_size)
+    if (kind, world_size) not in _POOLS:
+        _POOLS[kind, world_size] = kind(world_size)
     try:
-        return _POOLS[world_size].run(body, *args)
+        return _POOLS[kind, world_size].run(body, *args)
     except BaseException:
         # Ranks that did not fail may still wait for the one that did: the next test gets fresh ones.
-        _POOLS.pop(world_size).stop()
+        _POOLS.pop((kind, world_size)).stop()
         raise
 
 

@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numba
 import pytest
 
 import moesaic
+from moesaic.collectives.lifetime import end_with_parent
+from tests.helpers.ranks import forking
 
 LIMIT_S = 300
 CALLER = """
@@ -68,6 +71,57 @@ except KeyboardInterrupt:
 """
 
 
+class Program:
+    """Python code in a process of its own, forked from one that has imported numba; with three text files to talk to it."""
+
+    def __init__(self, code: str, args: Sequence[str], environment: Mapping[str, str]):
+        pipes = [forking().Pipe(duplex=False) for _ in range(3)]
+        (read_in, write_in), (read_out, write_out), (read_err, write_err) = pipes
+        theirs = (read_in, write_out, write_err)
+        self._process = forking().Process(target=_run, args=(code, list(args), dict(environment), theirs), daemon=True)
+        self._process.start()
+        for pipe in theirs:
+            pipe.close()
+        self.stdin = os.fdopen(os.dup(write_in.fileno()), "w")
+        self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (read_out, read_err))
+        for pipe in (write_in, read_out, read_err):
+            pipe.close()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signum)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, said: str = "") -> tuple[str, str]:
+        """Write the last lines; return what is still to be read once the process has ended. All of that fits into pipes."""
+        if not self.stdin.closed:
+            self.stdin.write(said)
+            self.stdin.close()
+        self._process.join(LIMIT_S)
+        assert self.returncode is not None, "the process does not end"
+        return self.stdout.read(), self.stderr.read()
+
+
+def _run(code: str, args: list[str], environment: dict[str, str], pipes: Sequence[Connection]) -> None:
+    end_with_parent()
+    for number, pipe in enumerate(pipes):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    numba.config.reload_config()
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.argv = ["-c", *args]
+    sys.path.insert(0, environment["PYTHONPATH"])
+    exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
+
+
 @dataclass
 class Tiny:
     """A package with the cache's own code, in which `twice` calls `value` of another file."""
@@ -89,7 +143,7 @@ class Tiny:
             (package / f"{name}.py").write_text(text)
         unset = {"NUMBA_CACHE_DIR", "LOCAL_RANK", "RANK"}
         self.environment = {name: value for name, value in os.environ.items() if name not in unset}
-        self.environment |= {"PYTHONPATH": str(self.folder), "XDG_CACHE_HOME": str(self.cache.parent), "PYTHONUNBUFFERED": "1"}
+        self.environment |= {"PYTHONPATH": str(self.folder), "XDG_CACHE_HOME": str(self.cache.parent)}
 
     @property
     def cache(self) -> Path:
@@ -100,23 +154,16 @@ class Tiny:
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
 
-    def start(self, *args: str, program: str = PROGRAM, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", program, *args],
-            env=self.environment | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *args: str, program: str = PROGRAM, **environment: str) -> Program:
+        return Program(program, args, self.environment | environment)
 
     def run(self, *args: str, program: str = PROGRAM, **environment: str) -> tuple[int, list[str], str]:
         """What `twice(1)` is, the functions that were compiled for it, and what was said about that."""
         return result_of(self.start(*args, program=program, **environment))
 
 
-def result_of(process: subprocess.Popen) -> tuple[int, list[str], str]:
-    stdout, stderr = process.communicate(timeout=LIMIT_S)
+def result_of(process: Program) -> tuple[int, list[str], str]:
+    stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     *compiled, result = stdout.splitlines()
     return json.loads(result), compiled, stderr
@@ -128,14 +175,13 @@ def tiny(tmp_path: Path) -> Tiny:
 
 
 @pytest.fixture
-def compiling(tiny: Tiny) -> Iterator[subprocess.Popen]:
+def compiling(tiny: Tiny) -> Iterator[Program]:
     """A process that has begun to compile `twice`, and waits in the middle."""
     process = tiny.start("wait")
-    assert process.stdout is not None
     assert process.stdout.readline() == "twice\n"
     yield process
     process.kill()
-    process.communicate(timeout=LIMIT_S)
+    process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -185,10 +231,8 @@ def test_a_source_that_changes_under_a_process_spoils_nothing(tiny: Tiny) -> Non
     """It has imported a constant as it was, and compiles code with it after: that is kept under no digest."""
     program = "import sys, tiny.settings; print('settings', flush=True); sys.stdin.readline()\n" + PROGRAM
     process = tiny.start(program=program)
-    assert process.stdout is not None
     assert process.stdout.readline() == "settings\n"
     tiny.edit("settings", "STEP = 1", "STEP = 100")
-    assert process.stdin is not None
     process.stdin.write("go on\n")
     process.stdin.flush()
     value, compiled, said = result_of(process)
@@ -197,16 +241,14 @@ def test_a_source_that_changes_under_a_process_spoils_nothing(tiny: Tiny) -> Non
     assert tiny.run()[:2] == (202, ["twice", "value"])
 
 
-def test_one_process_compiles_for_all(tiny: Tiny, compiling: subprocess.Popen) -> None:
+def test_one_process_compiles_for_all(tiny: Tiny, compiling: Program) -> None:
     """Others begin while the first compiles, and load what that has made. Local rank 0 says what takes so long, in one line."""
     second = tiny.start(LOCAL_RANK="1")
     third = tiny.start(LOCAL_RANK="0")
-    assert third.stderr is not None
     line = third.stderr.readline()  # it has found nothing in the cache
     assert line.startswith("moesaic: compiling routines")
     assert str(tiny.cache) in line
     assert "moesaic doctor --warm" in line
-    assert compiling.stdin is not None
     compiling.stdin.write("go on\ngo on\n")
     compiling.stdin.flush()
     assert result_of(compiling)[:2] == (4, ["value"])
@@ -214,33 +256,30 @@ def test_one_process_compiles_for_all(tiny: Tiny, compiling: subprocess.Popen) -
     assert result_of(third) == (4, [], "")
 
 
-def test_the_next_one_compiles_when_the_first_dies(tiny: Tiny, compiling: subprocess.Popen) -> None:
+def test_the_next_one_compiles_when_the_first_dies(tiny: Tiny, compiling: Program) -> None:
     second = tiny.start()
-    assert second.stderr is not None
     assert second.stderr.readline().startswith("moesaic: compiling routines")
     compiling.kill()
     assert result_of(second)[:2] == (4, ["twice", "value"])
 
 
-def test_ctrl_c_while_compiling_leaves_no_lock(tiny: Tiny, compiling: subprocess.Popen) -> None:
+def test_ctrl_c_while_compiling_leaves_no_lock(tiny: Tiny, compiling: Program) -> None:
     """The process goes on, as a notebook does, and holds nobody up."""
     compiling.send_signal(signal.SIGINT)
-    assert compiling.stdout is not None
     assert compiling.stdout.readline() == "interrupted\n"
     assert tiny.run()[:2] == (4, ["twice", "value"])
-    assert compiling.poll() is None
+    assert compiling.returncode is None
 
 
-def test_ctrl_c_while_waiting_ends_the_wait(tiny: Tiny, compiling: subprocess.Popen) -> None:
+def test_ctrl_c_while_waiting_ends_the_wait(tiny: Tiny, compiling: Program) -> None:
     second = tiny.start()
-    assert second.stderr is not None
     second.stderr.readline()
     second.send_signal(signal.SIGINT)
-    stdout, _ = second.communicate("go on\n", timeout=LIMIT_S)
+    stdout, _ = second.communicate("go on\n")
     assert stdout == "interrupted\n"
 
 
-def test_nobody_waits_for_ever(tiny: Tiny, compiling: subprocess.Popen) -> None:
+def test_nobody_waits_for_ever(tiny: Tiny, compiling: Program) -> None:
     """One that was stopped while it compiled keeps its lock; the others compile for themselves after a while."""
     compiling.send_signal(signal.SIGSTOP)
     assert tiny.run("impatient")[:2] == (4, ["twice", "value"])

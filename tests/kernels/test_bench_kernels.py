@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +10,7 @@ from moesaic.benchmarks import kernels
 from moesaic.benchmarks.kernel_cases import Case, Shape, ffn_case, layer_case, product_cases, zipf_sizes
 from moesaic.benchmarks.kernel_memory_cases import in_turn, memory_cases, router_cases
 from moesaic.benchmarks.kernels import measure, verdict
+from moesaic.launch.entry import run_command
 
 KEYS = {"op", "shape", "dtype", "device", "achieved", "ceiling", "unit", "ratio_to_ceiling", "target", "ratio_to_torch"}
 SHAPE = Shape("tiny", D=16, F=24, group_sizes=(5, 0, 11), experts=4, top_k=2)
@@ -20,7 +21,7 @@ def test_every_case_passes_its_gate_and_fills_a_row() -> None:
     for make in (product_cases, memory_cases):
         cases += make(SHAPE, torch.float32, "cpu")
     for case in cases:
-        row = asdict(measure(case, "cpu", rounds=1))
+        row = measure(case, "cpu", rounds=1)
         assert row.keys() >= KEYS, case.op
         assert row["achieved"] > 0, case.op
         assert row["ratio_to_ceiling"] > 0, case.op
@@ -34,7 +35,7 @@ def test_a_wrong_result_is_not_timed_and_costs_no_other_row(monkeypatch: pytest.
     assert [row["op"] for row in rows] == ["grouped_gemm"]
     assert failures == ["grouped_gemm_dgrad at tiny: ValueError: differs from torch by 5.00e-01, allowed is 1e-04"]
     assert kernels.run("cpu", torch.float32, rounds=1, only="wgrad") == ([], [])
-    assert kernels.main(["--device", "cpu", "--rounds", "1"]) == 1
+    assert run_command(kernels.command, ["--device", "cpu", "--rounds", "1"]) == 1
 
 
 def test_the_verdict_names_what_misses_its_target() -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.benchmarks.network import Network
-from moesaic.collectives.lifetime import start
 from tests.launch.ranks import Rank, set_options, tiny_values
 
 # The time limit of every wait, and what starting up, noticing and ending may take beside it.
@@ -116,10 +114,7 @@ def fail(case: Case, folder: Path) -> Outcome:
     )
 
 
-Started = Rank | subprocess.Popen[bytes]
-
-
-def _start(case: Case, folder: Path, network: Network | None) -> list[Started]:
+def _start(case: Case, folder: Path, network: Network | None) -> list[Rank]:
     values = [
         *tiny_values(folder),
         "train.steps=1000000",
@@ -128,7 +123,7 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[Started]:
         f"runtime.transport={case.transport}",
         f"launch.init_method=file://{folder}/rendezvous",
     ]
-    processes: list[Started] = []
+    processes: list[Rank] = []
     for rank in range(case.world_size):
         node = network.nodes[rank // case.ranks_per_node] if network else None
         variables = {
@@ -139,23 +134,11 @@ def _start(case: Case, folder: Path, network: Network | None) -> list[Started]:
             "OMP_NUM_THREADS": "1",
         }
         path = folder / f"stderr-{rank}"
-        if node is None:
-            processes.append(Rank(set_options(values), os.environ | variables, folder, Path(os.devnull), path))
-            continue
-        with open(path, "wb") as stderr:
-            processes.append(
-                start(
-                    [*node.prefix, sys.executable, "-m", "moesaic.launch.train", *set_options(values)],
-                    env=os.environ | variables | node.environment,
-                    cwd=folder,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                )
-            )
+        processes.append(Rank(set_options(values), os.environ | variables, folder, Path(os.devnull), path, node))
     return processes
 
 
-def _wait_for_steps(metrics: Path, steps: int, processes: Sequence[Started]) -> None:
+def _wait_for_steps(metrics: Path, steps: int, processes: Sequence[Rank]) -> None:
     deadline_s = time.monotonic() + START_LIMIT_S
     while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < steps:
         assert time.monotonic() < deadline_s, "training did not begin"
@@ -165,7 +148,7 @@ def _wait_for_steps(metrics: Path, steps: int, processes: Sequence[Started]) -> 
         time.sleep(0.02)
 
 
-def _kill_all(processes: Sequence[Started]) -> None:
+def _kill_all(processes: Sequence[Rank]) -> None:
     for process in processes:
         process.kill()
         process.wait()

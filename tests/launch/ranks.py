@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from moesaic.benchmarks.network import Node
 from moesaic.collectives.lifetime import end_with_parent
 from tests.helpers.ranks import forking
 
@@ -51,13 +52,23 @@ class Rank:
     """One process of the training program, with what it prints in files.
 
     It is forked from a process that has imported the program already, which saves most of the seconds that a rank takes to start.
+    `node`: the emulated node that it runs on.
     """
 
-    def __init__(self, args: Sequence[str], environment: Mapping[str, str], cwd: Path, stdout: Path, stderr: Path):
+    def __init__(
+        self,
+        args: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: Path,
+        stdout: Path,
+        stderr: Path,
+        node: Node | None = None,
+    ):
         self.stdout, self.stderr = stdout, stderr
         for path in (stdout, stderr):
             path.write_text("")
-        self._process = forking().Process(target=_train, args=(list(args), dict(environment), cwd, stdout, stderr), daemon=True)
+        of_rank = (list(args), dict(environment), cwd, stdout, stderr, node)
+        self._process = forking().Process(target=_train, args=of_rank, daemon=True)
         self._process.start()
 
     @property
@@ -81,7 +92,7 @@ class Rank:
         self._process.kill()
 
 
-def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:
+def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path, stderr: Path, node: Node | None = None) -> None:
     """What `python -m moesaic.launch.train` does, from its arguments to its exit status."""
     end_with_parent()
     for path, number in ((stdout, 1), (stderr, 2)):
@@ -90,6 +101,8 @@ def _train(args: list[str], environment: dict[str, str], cwd: Path, stdout: Path
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
+    if node is not None:
+        node.enter()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests under nohup would have ignored
     os.chdir(cwd)
     from moesaic.launch import entry

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.launch.config import (
@@ -20,7 +20,7 @@ from moesaic.launch.config import (
     TrainConfig,
     load_config,
 )
-from moesaic.runtime import DebugConfig, RouterConfig, RuntimeConfig
+from moesaic.runtime import DebugConfig, MigrationConfig, RouterConfig, RuntimeConfig
 from moesaic.runtime.moved_options import MOVED, MovedOptionWarning
 from tests.helpers.configs import MOVED_VALUES, moved_config
 
@@ -104,6 +104,15 @@ def test_set_reads_toml_values_else_text(assignment: str, section: str, key: str
             ["unknown key 'runtime.debug.migration_efort'", "did you mean 'runtime.debug.migration_effort'?"],
         ),
         ("runtime.migration.evry=3", ["unknown key 'runtime.migration.evry'", "did you mean 'runtime.migration.every'?"]),
+        (
+            "migration.evry=3",
+            ["unknown key 'runtime.migration.evry' in --set migration.evry=3", "did you mean 'runtime.migration.every'?"],
+        ),
+        (
+            "migration.solver=mlip",
+            ["runtime.migration.solver = 'mlip'", "did you mean 'milp'?", "(from --set migration.solver=mlip)"],
+        ),
+        ("migration.time_limit_s=-1.0", ["runtime.migration.time_limit_s is -1.0", "0 (by the interval) or more"]),
         ("runtime.debug.zzz=3", ["unknown key 'runtime.debug.zzz'", "known: runtime.debug.split, runtime.debug.predictor"]),
         ("runtime.debug=3", ["'runtime.debug' in --set runtime.debug=3 is a section; set one of runtime.debug.split, "]),
         ("model=3", ["'model' in --set model=3 is a section; set one of model.dim, "]),
@@ -199,6 +208,16 @@ def test_old_names_of_options_that_moved(tmp_path: Path, name: str, value: objec
         assert message == f"runtime.{name} and {key} are both given; give {key} alone (from {sources})"
 
 
+def test_migration_has_a_short_form(tmp_path: Path) -> None:
+    """On the command line, over what a file says."""
+    path = tmp_path / "run.toml"
+    path.write_text("[runtime.migration]\nevery = 4\nsolver = 'joint'\n")
+    migration = MigrationConfig(every=20, solver="milp", time_limit_s=2.5)
+    short = ["migration.every=20", "migration.solver=milp", "migration.time_limit_s=2.5"]
+    assert load_config(path, short).runtime == RuntimeConfig(migration=migration)
+    assert load_config(path, [f"runtime.{value}" for value in short]).runtime == RuntimeConfig(migration=migration)
+
+
 def test_two_old_names_of_one_option() -> None:
     message = message_of(None, "runtime.rehome_effort=2", "runtime.debug.rehome_effort=3")
     assert message.startswith(
@@ -260,6 +279,7 @@ configs = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(config=configs)
 def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
     """The config.toml of a run is the run's configuration, to the last bit."""

@@ -10,6 +10,7 @@ import pytest
 from moesaic.launch.cli import cli
 from moesaic.launch.entry import run_command
 from moesaic.placement import Trace, read_plan
+from moesaic.placement.offline import simulate
 from tests.helpers.mutate import run_many
 from tests.launch.ranks import metrics_of, set_options, start_ranks, tiny_values, train_tiny, wait_for
 
@@ -32,6 +33,13 @@ def rows_of(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, ob
     document = json.loads(capsys.readouterr().out)
     assert {"schema", "command", "machine", "commit", "rows"} == document.keys()
     return document["rows"]
+
+
+def test_synth_makes_workloads(tmp_path: Path) -> None:
+    """By the same command as other kinds; of w5 rank 0 has no tokens, and half the experts have none."""
+    loads_SLRE = np.stack(list(Trace(synth(tmp_path / "t.npz", "--kind", "w5")).steps()))
+    assert loads_SLRE.sum(axis=3)[0, 0].tolist() == [0, 172, 170, 170]
+    assert (loads_SLRE.sum(axis=(0, 1, 2)) > 0).tolist() == [False] * 4 + [True] * 4
 
 
 def test_compare_solve_show_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +67,49 @@ def test_compare_solve_show_and_replay(tmp_path: Path, capsys: pytest.CaptureFix
     assert (replayed["knows"], replayed["solver"], replayed["nodes"]) == ("future", "eplb", 2)
     other = synth(tmp_path / "other.npz", "--seed", "1")
     assert {row["knows"] for row in rows_of(capsys, "place", "replay", other, "--plan", plan)} == {"predicted"}
+
+
+def test_migrate_every_by_its_old_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = synth(tmp_path / "t.npz", "--drift", "2", "--kind", "drifting")
+    moves = [
+        rows_of(capsys, "place", "compare", trace, "--solver", "lpt", "--knows", "exact", *every)[0]["moves"]
+        for every in ([], ["--migrate-every", "3"], ["--rehome-every", "3"])
+    ]
+    assert moves[0] > moves[1] == moves[2] > 0
+    assert run_command(cli, ["place", "compare", trace, "--solver", "lpt", "--rehome-every", "3"]) == 0
+    assert "--rehome-every is now --migrate-every" in capsys.readouterr().err
+
+
+def test_an_interrupted_comparison_prints_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the second of three steps of the first trace: status 130, and rows of two steps that say so."""
+    trace, compare = synth(tmp_path / "t.npz"), simulate.compare
+
+    def interrupted(*args: object, **options: object) -> object:
+        raise simulate.Interrupted(compare(*args, **{**options, "num_steps": 2}))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(simulate, "compare", interrupted)
+    capsys.readouterr()
+    command = ["place", "compare", trace, trace, "--solver", "static", "--knows", "exact"]
+    assert run_command(cli, [*command, "--json", "-"]) == 130
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)["rows"]
+    assert (row["num_steps"], row["interrupted"]) == (2, True)
+    assert f"{trace}: interrupted; its rows are of 2 steps" in captured.err
+    assert run_command(cli, command) == 130
+    assert capsys.readouterr().out.splitlines()[0].split()[-1] == "num_steps"
+
+
+def test_a_plan_replays_at_its_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless another is given."""
+    trace, plan = synth(tmp_path / "t.npz"), str(tmp_path / "plan.json")
+    assert run_command(cli, ["place", "solve", trace, "--solver", "quota", "--scale", "64", "-o", plan]) == 0
+    seconds = [
+        rows_of(capsys, "place", "replay", trace, "--plan", plan, *scale)[0]["step_s"]
+        for scale in ([], ["--scale", "64"], ["--scale", "1"])
+    ]
+    assert seconds[0] == seconds[1] > seconds[2]
 
 
 def test_tables_and_files_hold_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +206,9 @@ def test_recordings_are_read_as_the_options_say(tmp_path: Path, capsys: pytest.C
             "joint ends by itself; leave it",
         ),
         (["place", "replay", "t.npz", "--plan", "t.npz"], "cannot be read as JSON"),
+        (["place", "replay", "t.npz", "--plan", "t.npz", "--machine", "m.toml"], "on the machine it was solved for; leave out"),
+        (["place", "replay", "t.npz", "--plan", "t.npz", "--migrate-every", "5"], "moves no expert; leave out --migrate-every"),
+        (["place", "compare", "t.npz", "--topology", "m.json", "--machine", "m.toml"], "m.json has rates of its own; leave out"),
         (["place", "show", "none.json"], "there is no plan at none.json"),
         (["trace", "info", "t.npz", "--shares"], "is a trace, which says what it holds; leave out --axes, --none and --shares"),
         (["trace", "info", "t.npz", "--tokens-per-step", "4"], "has no topk_ids; its steps cannot be cut anew"),

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -23,10 +25,11 @@ from moesaic.launch.run.process import (
     find_process,
     from_first,
     process_group,
+    reuse_memory,
     set_threads,
     stop_with_launcher,
 )
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import forking, run_ranks
 
 CPU = LaunchConfig(device="cpu")
 
@@ -100,29 +103,30 @@ def test_threads(
     assert set_threads(process_of(0, local_world_size), LaunchConfig(num_threads=num_threads), env) == expected
 
 
+def _faults(switch: str, pipe: Connection) -> None:
+    """Page faults of the later ones of 40 steps, each of which makes two tensors above malloc's 32 MiB limit."""
+    torch.set_num_threads(1)
+    config = LaunchConfig(device="cpu", reuse_memory=switch == "on")
+    done = reuse_memory(find_process(config, {}), config)
+
+    def step() -> int:
+        torch.empty(12 << 20).fill_(1.0) + 1
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    counts = [step() for _ in range(40)]
+    pipe.send((done, counts[-1] - counts[19]))
+
+
 def test_reused_memory_is_not_faulted_in_again() -> None:
-    """Tensors above malloc's 32 MiB limit: a step's page faults vanish with the switch on, apart from the first steps'."""
-    script = """
-import resource, sys, torch
-from moesaic.launch.config import LaunchConfig
-from moesaic.launch.entry import RunError
-from moesaic.launch.run.process import find_process, reuse_memory
-config = LaunchConfig(device="cpu", reuse_memory=sys.argv[1] == "on")
-done = reuse_memory(find_process(config, {}), config)
-def step():
-    x = torch.empty(12 << 20).fill_(1.0)
-    y = x + 1
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.set_num_threads(1)
-counts = [step() for _ in range(40)]
-print(done, counts[-1] - counts[19])
-"""
+    """A step's page faults vanish with the switch on, apart from the first steps'."""
     faults = {}
     for switch in ("on", "off"):
-        command = [sys.executable, "-c", script, switch]
-        done, count = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        assert done == str(switch == "on" and platform.libc_ver()[0] == "glibc")
-        faults[switch] = int(count)
+        ours, theirs = forking().Pipe()
+        process = forking().Process(target=_faults, args=(switch, theirs))
+        process.start()
+        done, faults[switch] = ours.recv()
+        process.join()
+        assert done == (switch == "on" and platform.libc_ver()[0] == "glibc")
     if platform.libc_ver()[0] == "glibc":
         assert 10 * faults["on"] < faults["off"]
 

@@ -5,7 +5,7 @@ import os
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.launch.config import Config, LaunchConfig, ModelConfig, RunConfig, load_config
+from moesaic.launch.cli import cli
+from moesaic.launch.config import Config, LaunchConfig, ModelConfig, PlacementConfig, RunConfig, load_config
+from moesaic.launch.entry import run_command
+from moesaic.launch.run.inputs import _read_plan
 from moesaic.launch.run.process import Process
-from moesaic.launch.run.records import Records, StepRecord, create_run_folder, show
+from moesaic.launch.run.records import Records, StepRecord, create_run_folder, show, trace_meta
 from moesaic.launch.run.tensorboard import require_tensorboard
-from moesaic.placement import Trace
+from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, Trace, get_solver
 from moesaic.runtime.wrap.migration_policy import Decision
 
 
@@ -170,7 +173,9 @@ LAYERS = {
     "blocks.0.moe": {"max_over_mean": 1.2, "dead_experts": 1.0},
     "blocks.1.moe": {"max_over_mean": 1.0, "dead_experts": 0.0},
 }
-DECISION = Decision(4, 2, 0.5, 0.25, "owners move: 2 experts would save 0.5 s over 4 steps and take 0.25 s to move")
+DECISION = Decision(
+    4, "experts migrate: 2 experts would save 0.5 s over 4 steps and take 0.25 s", 2, "milp", 2.0, 1.5, 0.25, 0.75, 0.5, 0.125
+)
 
 
 class FakeWriter:
@@ -203,15 +208,35 @@ def test_layers_and_decisions(
     with Records(tmp_path, config, process_of(0), first_step=0) as records:
         loads_LRE = np.full((2, 2, 3), 2)
         records.add(record_of(1), METRICS, loads_LRE, val_loss=3.0, layers=LAYERS, decisions=[DECISION])
-        records.add(record_of(2), METRICS, loads_LRE, val_loss=None, layers=LAYERS)
+        records.add(
+            record_of(2), METRICS | {"saved_s_observed": 0.4, "migration_step": 1.0}, loads_LRE, val_loss=None, layers=LAYERS
+        )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["rehomings"] == [asdict(DECISION)]
-    assert "rehomings" not in rows[1]
+    assert rows[0]["migrations"] == [
+        {
+            "solver": "milp",
+            "moved": 2,
+            "objective": 2.0,
+            "bound": 1.5,
+            "gap": 0.25,
+            "seconds": 0.75,
+            "saved_s_predicted": 0.5,
+            "move_s": 0.125,
+            "reason": DECISION.reason,
+        }
+    ]
+    assert "migrations" not in rows[1]
+    assert (rows[1]["saved_s_observed"], rows[1]["migration_step"]) == (0.4, 1.0)
+    summary = records.summary()
+    assert summary is not None
+    assert summary.migrations == [{"step": 1, **rows[0]["migrations"][0], "saved_s_observed": 0.4}]
+    line = "2 experts, which save until the next proposal: 0.5 s predicted, 0.4 s observed (milp, gap 25.0%)"
+    assert line in str(summary)
     assert capsys.readouterr().out == f"step 1: {DECISION.reason}\n"
     layers = [{"layer": name, **summary} for name, summary in LAYERS.items()]
     assert rows[1].get("layers") == (layers if level == "detailed" else None)
     written = FakeWriter.written
-    assert (written["folder"], written["closed"], written["rehoming"]) == ("tensorboard", True, (DECISION.reason, 1))
+    assert (written["folder"], written["closed"], written["migration"]) == ("tensorboard", True, (DECISION.reason, 1))
     assert (written["step/loss"], written["step/val_loss"]) == ((3.0, 2), (3.0, 1))
     assert written.get("max_over_mean/blocks.0.moe") == ((1.2, 2) if level == "detailed" else None)
 
@@ -220,3 +245,24 @@ def test_tensorboard_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesaic.launch.run.tensorboard.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"run.tensorboard needs TensorBoard: pip install 'moesaic\[report\]', or set"):
         require_tensorboard()
+
+
+def test_the_owners_after_a_migration_are_a_plan(tmp_path: Path) -> None:
+    """With the policy's copies; what is written is what is read, by training and by `moesaic place`."""
+    config = tiny_config(tmp_path)
+    topology, shape = Topology.preset("cpu", 2), LayerShape(3, 2, 8, 8)
+    loads_LRE = np.array([[[900, 20, 3], [900, 20, 3]], [[1, 1, 90], [1, 1, 90]]]) * 100
+    problems = [
+        Problem(ExpertLoad(load_RE), np.array(owner_E), topology, shape, slots=2)
+        for load_RE, owner_E in zip(loads_LRE, ([1, 0, 0], [0, 0, 1]), strict=True)
+    ]
+    with Records(tmp_path, config, process_of(0), first_step=0) as records:
+        records.add_plan(problems, DECISION)
+    plan = _read_plan(replace(config, placement=PlacementConfig(file=str(tmp_path / "plan.json"))), trace_meta(config, 2))
+    assert [placement.expert_to_owner_E.tolist() for placement in plan.layers] == [[1, 0, 0], [0, 0, 1]]
+    assert plan.layers == tuple(get_solver("quota")(problem).placement for problem in problems)
+    figures = (plan.solver, plan.slots, plan.objective_s, plan.bound_s, plan.gap, plan.seconds, plan.moves)
+    assert figures == ("milp", 2, 2.0, 1.5, 0.25, 0.75, 2)
+    assert plan.topology == topology
+    assert [path.name for path in tmp_path.glob("plan*")] == ["plan.json"]
+    assert run_command(cli, ["place", "show", str(tmp_path / "plan.json")]) == 0

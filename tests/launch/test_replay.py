@@ -17,6 +17,7 @@ from moesaic.placement.traces.format import write_trace
 from moesaic.placement.traces.synth import SynthSpec, synthesize
 from tests.launch.ranks import metrics_of, train_tiny
 
+KEYS = {*("solver", "moved", "objective", "bound", "gap", "seconds", "saved_s_predicted", "move_s", "reason")}
 META = TraceMeta(num_layers=2, num_experts=8, top_k=2, num_ranks=2, dim=16, ffn_dim=16)
 
 
@@ -105,17 +106,20 @@ def test_a_drifting_run_stays_balanced_and_says_why_experts_move(tmp_path: Path)
     loads_SLRE = drifting(tmp_path / "t.npz", 13, 96)
     values = ["model.num_experts=8", f"train.replay={tmp_path}/t.npz", "train.steps=13", "train.eval_every=0"]
     values += ["train.micro_batches=2", "model.capacity_factor=1.2", "run.metrics=detailed"]
-    values += ["runtime.migration.every=4", "runtime.debug.migration_effort=0.05"]
+    values += ["migration.every=4", "migration.solver=milp", "migration.time_limit_s=0.2", "runtime.debug.migration_effort=0.05"]
     first, _ = train_tiny(2, values, tmp_path)
     run = tmp_path / "runs" / "demo"
     assert np.array_equal(np.stack(list(Trace(run / "trace.npz").steps())), loads_SLRE)
     rows = metrics_of(run)[1:]
-    decisions = [decision for row in rows for decision in row.get("rehomings", ())]  # type: ignore[attr-defined]
-    for decision in decisions:
-        assert decision["step"] >= 6  # asked after step 4 at the earliest
+    decisions = [(row["step"], decision) for row in rows for decision in row.get("migrations", ())]  # type: ignore[attr-defined]
+    for step, decision in decisions:
+        assert step >= 6  # asked after step 4 at the earliest
+        assert set(decision) == KEYS
+        assert decision["solver"] in ("milp", "joint") and 0 <= decision["bound"] <= decision["objective"]
         assert decision["reason"] in first.stdout
         assert " s over 4 steps and take " in decision["reason"] and "would save" in decision["reason"]
-        assert rows[decision["step"] - 1]["moved_experts"] == decision["num_moved"]
+        assert rows[int(step) - 1]["moved_experts"] == decision["moved"]
+    assert (run / "plan.json").exists() == any(decision["moved"] for _, decision in decisions)
     layers = [row["layers"] for row in rows]
     assert [[layer["layer"] for layer in each] for each in layers] == [["blocks.0.moe", "blocks.1.moe"]] * 13  # type: ignore[attr-defined]
     assert 0 < rows[5]["prediction_error"] < 1

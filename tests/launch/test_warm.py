@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -36,25 +37,53 @@ def train_watched(rank: int, world_size: int, args: Sequence[str], folder: Path)
     (folder / f"seconds-{rank}").write_text(json.dumps([status, *seconds]))
 
 
+def fork_ranks(pipe: Connection) -> None:
+    """Fork two ranks for each run that the pipe asks for, and answer when they have ended."""
+    end_with_parent()
+    import torch._dynamo  # noqa: F401  # FSDP2 imports it when it is first used
+
+    while True:
+        args, folder = pipe.recv()
+        pids = []
+        for rank in range(2):
+            if not (pid := os.fork()):
+                train_watched(rank, 2, args, folder)
+                os._exit(0)
+            pids.append(pid)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        pipe.send(True)
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Connection]:
+    """The pipe to a process that has imported what a run takes, but loaded no routine as the one of all other ranks has."""
+    starting = multiprocessing.get_context("spawn")
+    ours, theirs = starting.Pipe()
+    process = starting.Process(target=fork_ranks, args=(theirs,), daemon=True)
+    process.start()
+    yield ours
+    process.kill()
+    process.join()
+
+
 @pytest.mark.parametrize(
     "values",
     [
         (),
-        ("runtime.policy=balance", "runtime.compute_dtype=bf16", "runtime.debug.calibrate=always"),
-        ("runtime.debug.schedule=relay", "runtime.materialize=rematerialize", "train.micro_batches=3", "router.score=sigmoid"),
+        (
+            *("runtime.policy=balance", "runtime.compute_dtype=bf16", "runtime.debug.calibrate=always", "router.score=sigmoid"),
+            *("runtime.debug.schedule=relay", "runtime.materialize=rematerialize", "train.micro_batches=3"),
+        ),
     ],
-    ids=["default", "balance in bf16", "relays"],
+    ids=["default", "other routines"],
 )
-def test_nothing_is_compiled_or_loaded_in_a_step(tmp_path: Path, values: Sequence[str]) -> None:
+def test_nothing_is_compiled_or_loaded_in_a_step(launcher: Connection, tmp_path: Path, values: Sequence[str]) -> None:
     """Nor in evaluations: all of that comes before the first step, on every rank, and the first record says how long it took."""
     (tmp_path / "text.txt").write_text("".join(random.Random(0).choices(["router ", "expert ", "slot "], k=3000)))
     args = set_options([*tiny_values(tmp_path), "train.steps=5", *values, f"launch.init_method=file://{tmp_path}/rendezvous"])
-    starting = multiprocessing.get_context("spawn")  # what ranks are forked from has loaded routines already
-    ranks = [starting.Process(target=train_watched, args=(rank, 2, args, tmp_path), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(LIMIT_S)
+    launcher.send((args, tmp_path))
+    assert launcher.poll(LIMIT_S) and launcher.recv()
     seconds = []
     for rank in range(2):
         status, when_warm_s, at_end_s = json.loads((tmp_path / f"seconds-{rank}").read_text())
@@ -89,4 +118,4 @@ def test_doctor_warms_what_runs_use(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warm_stands_alone() -> None:
     done = CliRunner().invoke(doctor.command, ["--warm", "--model", "mine.py:make"])
     assert isinstance(done.exception, ValueError)
-    assert str(done.exception) == "--warm stands alone; leave out --model and --json"
+    assert str(done.exception) == "--warm stands alone; leave out --model, --machine, --families and --json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 import moesaic
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology
+from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Split, Topology
 
 
 def examples(fast: int) -> int:
@@ -30,8 +30,22 @@ class Case:
 
 @st.composite
 def topologies(draw: st.DrawFn, max_ranks: int = 6) -> Topology:
+    """Half of them of equal ranks and nodes; of the others some are a little slower, and some several times."""
     num_nodes = draw(st.integers(1, 3))
-    return Topology.preset("h100", num_nodes=num_nodes, ranks_per_node=draw(st.integers(1, max(1, max_ranks // num_nodes))))
+    topology = Topology.preset("h100", num_nodes=num_nodes, ranks_per_node=draw(st.integers(1, max(1, max_ranks // num_nodes))))
+    costs = draw(st.sampled_from([(), (), (1, 2, 3), (100, 107, 250)]))
+    if not costs:
+        return topology
+    of_ranks, of_nodes = (
+        tuple(draw(st.lists(st.sampled_from(costs), min_size=count, max_size=count)))
+        for count in (topology.num_ranks, topology.num_nodes)
+    )
+    return replace(topology, rank_costs=of_ranks, node_costs=of_nodes)
+
+
+def busiest(split: Split, topology: Topology) -> int:
+    """The largest cost of a rank's rows: their number, where ranks are equal."""
+    return max(int(cost) * int(rows) for cost, rows in zip(topology.cost_R, split.rows_R, strict=True))
 
 
 @st.composite

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.foreign import Reading, Sizes
 from moesaic.placement.traces.sources import LoadSource, open_source
 
 NUM_EXPERTS = 6
@@ -30,7 +30,7 @@ def open_saved(
     arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
     options = {name: value for name, value in given.items() if name not in arrays}
     np.savez(path, **arrays)
-    return open_source(path, num_ranks, sizes=Sizes(top_k=top_k, num_experts=experts), **options)
+    return open_source(path, num_ranks, Reading(**options), sizes=Sizes(top_k=top_k, num_experts=experts))
 
 
 def loads_of(source: LoadSource) -> np.ndarray:

@@ -9,38 +9,50 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Topology, get_solver, split_exact
+from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Split, Topology, get_solver, split_exact
 from moesaic.placement.offline.simulate import SimulatorSetting, compare
 from moesaic.placement.traces.sources import Sizes, open_source
-from tests.placement.cases import loads, problems, shared_trace, zipf_problem
+from tests.placement.cases import busiest, loads, problems, shared_trace, zipf_problem
 
 balance = get_solver("balance")
 
 
-def max_over_mean(totals_E: np.ndarray, placement: Placement) -> float:
-    """The busiest rank over the mean under the exact split; where tokens come from does not count."""
+def split_of(totals_E: np.ndarray, placement: Placement, topology: Topology) -> Split:
+    """The exact split; where tokens come from does not count."""
     load_RE = np.zeros(placement.replicas_RE.shape, dtype=np.int64)
     load_RE[0] = totals_E
-    return split_exact(ExpertLoad(load_RE), placement, Topology.preset("cpu", placement.num_ranks)).max_over_mean
+    return split_exact(ExpertLoad(load_RE), placement, topology)
+
+
+def max_over_mean(totals_E: np.ndarray, placement: Placement) -> float:
+    """The busiest rank over the mean under the exact split."""
+    return split_of(totals_E, placement, Topology.preset("cpu", placement.num_ranks)).max_over_mean
 
 
 @settings(deadline=None, max_examples=100)
-@given(load=loads(5, 7, most=4000), error=st.integers(0, 1024), seed=st.integers(0, 999), per_node=st.sampled_from([1, 5]))
-def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node):
+@given(
+    load=loads(5, 7, most=4000),
+    error=st.integers(0, 1024),
+    seed=st.integers(0, 999),
+    per_node=st.sampled_from([1, 5]),
+    rank_costs=st.sampled_from([(), (1, 2, 3, 1, 2), (100, 107, 250, 100, 100)]),
+)
+def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node, rank_costs):
     """Every load is brought to its target, and none of the copies is made when owners are already there."""
     from moesaic.placement.solvers import balance_numba
 
     owner_E = np.random.default_rng(seed).integers(0, 5, 7)
+    topology = dataclasses.replace(Topology.preset("cpu", 5), rank_costs=rank_costs)
     errors_S = np.array([0, error, error // 2])
     totals_SE = balance_numba.loads_around(load.totals_E, errors_S)
-    target_S = -(-totals_SE.sum(axis=1) // 5)
-    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, 5, 7, 1, per_node)
+    target_S = np.array([topology.least_limit(int(total)) for total in totals_SE.sum(axis=1)])
+    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, topology.cost_R, 7, 1, per_node)
     placement = Placement.with_copies(owner_E, 5, copies_2C)
     assert placement.num_copies == copies_2C.shape[1]
     for totals_E, target in zip(totals_SE, target_S, strict=True):
-        assert max_over_mean(totals_E, placement) * totals_E.sum() <= target * 5 * (1 + 1e-12)
+        assert busiest(split_of(totals_E, placement, topology), topology) <= target
     owned_SR = np.stack([np.bincount(owner_E, weights=totals_E, minlength=5) for totals_E in totals_SE])
-    assert (placement.num_copies == 0) == (owned_SR.max(axis=1) <= target_S).all()
+    assert (placement.num_copies == 0) == ((owned_SR * topology.cost_R).max(axis=1) <= target_S).all()
 
 
 @settings(deadline=None, max_examples=100)
@@ -67,7 +79,8 @@ def test_limits_hold(problem, error):
     copied_E = answer.placement.num_replicas_E > 1
     if not error:
         assert (problem.load.totals_E[copied_E] >= (problem.min_rows_per_copy or 1)).all()
-    assert split_exact(problem.load, answer.placement, problem.topology).max_rows <= problem.owned_rows_R.max()
+    split, owned_R = split_exact(problem.load, answer.placement, problem.topology), problem.owned_rows_R
+    assert busiest(split, problem.topology) <= (problem.topology.cost_R * owned_R).max()
 
 
 @pytest.mark.parametrize("num_ranks, num_experts", [(8, 64), (16, 8), (64, 8), (64, 256)])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, get_solver, split_exact
+from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, cost, get_solver, split_exact, split_local_even
+from moesaic.placement.offline.simulate import SimulatorSetting
+from moesaic.placement.solvers.baselines import hecate
 from moesaic.placement.solvers.baselines.eplb import balanced_packing, choose_owners, rebalance, replicate
 from tests.placement.cases import problems, zipf_problem
 
@@ -103,6 +105,23 @@ def test_laer_gives_the_hot_expert_the_places_on_one_node():
     placement = get_solver("laer")(problem).placement
     assert placement.replicas_RE[:, 0].all()
     assert split_exact(problem.load, placement, problem.topology).max_rows == 27
+
+
+def test_hecate_is_simulated_with_the_t_that_suits_it():
+    """Nothing hides, so t is 0 as published; the simulator takes the cheapest of several under the even split."""
+    problem = zipf_problem(4, 16, 1.2, slots=1, overlap_s=0.0)
+    problem = dataclasses.replace(problem, load=ExpertLoad(problem.load.load_RE * 100))
+
+    def even_s(degree: int) -> float:
+        placement = hecate.solve(problem, degree=degree).placement
+        return cost(problem, placement, split_local_even(problem.load, placement, problem.topology)).total_s
+
+    found = hecate.solve_with_best_degree(problem).placement
+    assert hecate.overlap_degree(problem) == 0 == get_solver("hecate")(problem).placement.num_copies
+    seconds = cost(problem, found, split_local_even(problem.load, found, problem.topology)).total_s
+    assert seconds == min(even_s(degree) for degree in (0, 1, 2, 4, 8, 16)) < even_s(0)
+    setting = SimulatorSetting(topology=problem.topology, shape=problem.shape)
+    assert setting.solver("hecate")(problem).placement == found
 
 
 def test_flexmoe_expands_the_hot_expert():

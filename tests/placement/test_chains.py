@@ -36,7 +36,7 @@ def drawn_split(problem, rng):
     kept_R = np.minimum(rows_RE, load_RE).sum(axis=1)
     work_R = rows_RE.sum(axis=1) + problem.topology.half_rate_rows * np.count_nonzero(rows_RE, axis=1)
     device_rows = max((load_RE.sum(axis=1) - kept_R).max(), (rows_RE.sum(axis=1) - kept_R).max())
-    return int(work_R.max()), int(device_rows)
+    return int((problem.topology.cost_R * work_R).max()), int(device_rows)
 
 
 @settings(deadline=None, max_examples=examples(150))
@@ -73,7 +73,7 @@ def test_refutes_just_below_the_best(problem):
     assert not refute(problem, 1, lambda: cheapest_s, lambda placement: False, np.inf)
     if problem.topology.num_nodes == 1:
         # Links of several nodes are only bounded. The program's split is fractional: rounding costs a row here and there.
-        a_row = sum(seconds_of(prices_of(problem)._replace(latency_s=0.0), 1, 2, 2, 0, 0, 0, 0))
+        a_row = sum(seconds_of(prices_of(problem)._replace(latency_s=0.0), int(problem.topology.cost_R.max()), 2, 2, 0, 0, 0, 0))
         assert refute(problem, 1, lambda: cheapest_s * (1 - 1e-3) - 2 * a_row, lambda placement: False, np.inf)
 
 

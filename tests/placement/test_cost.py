@@ -19,24 +19,26 @@ from moesaic.placement import (
     lower_bound,
     split_exact,
 )
+from tests.placement.cases import busiest as busiest_cost
 from tests.placement.cases import problems
 
 
-def busiest(flow: dict[tuple[int, int], int], place_of) -> int:
-    """The most items one place sends or receives, items that stay in the place not counted."""
+def busiest(flow: dict[tuple[int, int], int], place_of, slower_by=lambda place: 1.0) -> float:
+    """The most items one place sends or receives, as many times as it is slower; items that stay in the place not counted."""
     sent: dict[int, int] = {}
     received: dict[int, int] = {}
     for (src, dst), items in flow.items():
         if place_of(src) != place_of(dst):
             sent[place_of(src)] = sent.get(place_of(src), 0) + items
             received[place_of(dst)] = received.get(place_of(dst), 0) + items
-    return max([0, *sent.values(), *received.values()])
+    return max([0, *(items * slower_by(place) for each in (sent, received) for place, items in each.items())])
 
 
 def link_seconds(problem: Problem, flow: dict[tuple[int, int], int], item_bytes: float) -> float:
     topology = problem.topology
     device = busiest(flow, lambda rank: rank)
-    node = busiest(flow, lambda rank: rank // topology.ranks_per_node)
+    percents = topology.node_costs or [100] * topology.num_nodes
+    node = busiest(flow, lambda rank: rank // topology.ranks_per_node, lambda node: percents[node] / 100)
     if device == 0:
         return 0.0
     return topology.latency_s + item_bytes * max(device / topology.device_bytes_per_s, node / topology.node_bytes_per_s)
@@ -54,7 +56,8 @@ def test_cost_restated(problem):
     work = 0.0
     for rank in ranks:
         groups = [int(split.rows_RE[rank, e]) for e in range(problem.num_experts) if split.rows_RE[rank, e]]
-        rate = [topology.flops_per_s * n / (n + topology.half_rate_rows) for n in groups]
+        full_rate = topology.flops_per_s * (100 / topology.rank_costs[rank] if topology.rank_costs else 1)
+        rate = [full_rate * n / (n + topology.half_rate_rows) for n in groups]
         work = max(work, sum(n * shape.flops_per_row / r for n, r in zip(groups, rate, strict=True)))
     assert result.compute_s == pytest.approx(problem.backward_multiplier * work)
 
@@ -140,7 +143,7 @@ def test_bounds_are_never_above_a_solution(problem):
     assert free.total_s <= fixed.total_s
     for placement in placements_within(problem):
         split = split_exact(problem.load, placement, problem.topology)
-        assert fixed.max_rows <= split.max_rows
+        assert fixed.max_rows <= busiest_cost(split, problem.topology)
         assert fixed.total_s <= cost(problem, placement, split).total_s * (1 + 1e-12)
 
 
@@ -151,7 +154,7 @@ def test_free_owner_bound_holds_for_every_owner_map(problem):
     for owner_E in itertools.product(range(problem.num_ranks), repeat=problem.num_experts):
         placement = Placement.owners_only(np.array(owner_E), problem.num_ranks)
         split = split_exact(problem.load, placement, problem.topology)
-        assert free.max_rows <= split.max_rows
+        assert free.max_rows <= busiest_cost(split, problem.topology)
         assert free.total_s <= cost(problem, placement, split).total_s * (1 + 1e-12)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.foreign import Reading, Sizes
 from moesaic.placement.traces.sources import open_source
 from tests.placement.recordings import NUM_EXPERTS, loads_of, make_counts, make_ids, naive_loads
 
@@ -39,7 +39,7 @@ def test_plain_npy_files_are_named_by_their_file_or_told_by_dims(tmp_path, order
     np.save(tmp_path / "loads-of-today.npy", np.array(counts_SLE, order=order))
     counts = open_source(tmp_path / "loads-of-today.npy", 2, sizes=TOP_2)
     assert np.array_equal(loads_of(counts).sum(axis=2), counts_SLE)
-    assert "loads-of-today is read as [S, L, E], told by its dims" in counts.notes[0]
+    assert "loads-of-today is read as [S, L, E], by its dims" in counts.notes[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float64, torch.bfloat16])
@@ -50,7 +50,7 @@ def test_sglang_stat_dumps_are_taken_as_they_are(tmp_path, dtype):
     source = open_source(tmp_path / "dump.pt", 2, sizes=TOP_2)
     assert np.array_equal(loads_of(source).sum(axis=2), make_counts(8)[::2])
     torch.save(whole.permute(2, 0, 1), tmp_path / "alone.pt", _use_new_zipfile_serialization=False)
-    alone = open_source(tmp_path / "alone.pt", 2, axes="ESL", sizes=TOP_2)
+    alone = open_source(tmp_path / "alone.pt", 2, Reading(axes="ESL"), sizes=TOP_2)
     assert np.array_equal(loads_of(alone).sum(axis=2), make_counts(8))
 
 

@@ -113,6 +113,12 @@ def test_other_rows_per_rank():
     assert answer.owners.num_rows_R.tolist() == [5, 3]
 
 
+def test_layers_with_other_work_ahead_have_the_same_owners():
+    problems = model(0, 3, 4, Topology.preset("h100", 2), slots=1)
+    others = [dataclasses.replace(problem, overlap_s=layer * 1e-3) for layer, problem in enumerate(problems)]
+    assert solve_joint(others).owners == solve_joint(problems).owners
+
+
 def test_bad_input():
     problems = model(0, 2, 4, Topology.preset("h100", 2))
     with pytest.raises(ValueError, match="at least one layer, got none"):

@@ -1,6 +1,7 @@
 """Placement and topology files: round trips, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,18 @@ def test_round_trip(tmp_path):
             {"topology": {**json.loads(make_plan().to_json())["topology"], "flops_per_s": 0}},
             "flops_per_s must be a number from 1",
         ),
+        (
+            {"topology": {**json.loads(make_plan().to_json())["topology"], "rank_costs": [100]}},
+            "rank_costs has 1 numbers for 2 ranks; give one for each, or none",
+        ),
+        (
+            {"topology": {**json.loads(make_plan().to_json())["topology"], "rank_costs": [100, 1001]}},
+            "rank_costs has 1001 percent, at most 1000 are supported; give less",
+        ),
+        (
+            {"topology": {**json.loads(make_plan().to_json())["topology"], "node_costs": [0]}},
+            "node_costs must be an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_bad_plans_are_one_clear_line(tmp_path, change, message):
@@ -97,3 +110,17 @@ def test_topology_files(tmp_path):
     topology = json.loads(make_plan().to_json())["topology"]
     (tmp_path / "t.json").write_text(json.dumps(topology))
     assert read_topology(tmp_path / "t.json") == Topology.preset("h100", 2)
+    (tmp_path / "t.json").write_text(json.dumps(topology | {"rank_costs": [100, 250]}))
+    assert read_topology(tmp_path / "t.json") == replace(Topology.preset("h100", 2), rank_costs=(100, 250))
+
+
+def test_plans_of_unequal_ranks_and_of_older_versions(tmp_path):
+    """Older files do not say how ranks and nodes differ: they are equal."""
+    plan = make_plan()
+    slow = replace(plan, topology=replace(plan.topology, rank_costs=(100, 250), node_costs=(100,)))
+    slow.write(tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == slow != plan
+    data = json.loads(slow.to_json())
+    del data["topology"]["rank_costs"], data["topology"]["node_costs"]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert read_plan(tmp_path / "plan.json") == plan

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moesaic.placement import ExpertLoad
-from moesaic.placement.online.predict import WINDOW, make_predictor, prediction_error
+from moesaic.placement.online.predict import EMA_DECAY, SLOW_EMA_DECAY, WINDOW, EmaPredictor, make_predictor, prediction_error
 
 NAMES = ("best", "last", "window", "ema")
 
@@ -27,7 +27,7 @@ def test_a_constant_load_is_expected_again(name: str) -> None:
 
 
 def test_last_window_and_ema() -> None:
-    """Loads 0, 10, 20, ...: the last is the last, the window is the mean of five, the average lags behind both."""
+    """Loads 0, 10, 20, ...: the last is the last, the window is the mean of five, the average weighs all of them."""
     predictors = {name: make_predictor(name) for name in ("last", "window", "ema")}  # type: ignore[arg-type]
     for step in range(8):
         for predictor in predictors.values():
@@ -35,8 +35,23 @@ def test_last_window_and_ema() -> None:
     expected = {name: predictor.predict() for name, predictor in predictors.items()}
     assert expected["last"] == load(70, 100)
     assert expected["window"] == load(sum(10 * s for s in range(8 - WINDOW, 8)) // WINDOW, 100)
-    assert expected["ema"] is not None
-    assert 0 < expected["ema"].load_RE[0, 0] < 50
+    weights = [EMA_DECAY ** (7 - step) for step in range(8)]
+    assert expected["ema"] == load(round(sum(10 * s * w for s, w in enumerate(weights)) / sum(weights)), 100)
+
+
+def test_a_long_memory_forgets_the_first_load_as_any_other() -> None:
+    """After two loads it is about their mean. Where loads only jitter, `best` takes it."""
+    predictor, best = EmaPredictor(SLOW_EMA_DECAY), make_predictor("best")
+    for first in (1000, 3000):
+        predictor.observe(load(first, 1000))
+    assert predictor.predict() == load(round((0.9 * 1000 + 3000) / 1.9), 1000)
+    random = np.random.default_rng(0)
+    loads = [load(*(1000 + random.integers(-300, 300, 8))) for _ in range(40)]
+    for observed in loads:
+        best.observe(observed)
+    weights = [SLOW_EMA_DECAY ** (39 - step) for step in range(40)]
+    mean_RE = sum(w * observed.load_RE for w, observed in zip(weights, loads, strict=True)) / sum(weights)
+    assert best.predict() == ExpertLoad(np.rint(mean_RE).astype(np.int64))
 
 
 def test_best_uses_the_last_load_while_routing_drifts() -> None:

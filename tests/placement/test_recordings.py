@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesaic.placement.traces.dealing import deal, split_tokens
-from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.foreign import Reading, Sizes
 from moesaic.placement.traces.format import Trace, TraceWriter
 from moesaic.placement.traces.sources import open_source
 from tests.placement.recordings import NUM_EXPERTS, changed, loads_of, make_counts, make_ids, naive_loads, open_saved
@@ -42,24 +42,21 @@ def test_loads_by_known_names_need_no_array_option(tmp_path, name):
 
 
 def test_loads_with_source_ranks_keep_them(tmp_path):
-    """Ranks that route unevenly tell [S, L, R, E] from [S, S, L, E]; where both fit, the number of ranks does, or the user."""
+    """The user says which of the dims are ranks; without that they are refused, whatever the sums and the number of ranks."""
     counts_SLRE = np.stack([make_counts(4, tokens) for tokens in (8, 5, 9, 2)], axis=2)
-    source = open_saved(tmp_path / "t.npz", None, counts=counts_SLRE)
+    source = open_saved(tmp_path / "t.npz", None, counts=counts_SLRE, axes="SLRE")
     assert np.array_equal(loads_of(source), counts_SLRE)
-    assert "read as [S, L, R, E], told by its dims; if it is another, give --axes" in source.notes[0]
-    merged = open_saved(tmp_path / "t.npz", 2, counts=counts_SLRE.astype(np.float64))
+    merged = open_saved(tmp_path / "t.npz", 2, counts=counts_SLRE.astype(np.float64), axes="SLRE")
     assert np.array_equal(loads_of(merged), counts_SLRE.reshape(4, 3, 2, 2, 6).sum(axis=3))
     swapped = open_saved(tmp_path / "t.npz", None, counts=counts_SLRE.transpose(2, 0, 3, 1), axes="RSEL")
     assert np.array_equal(loads_of(swapped), counts_SLRE)
 
-    grouped = open_saved(tmp_path / "t.npz", 2, counts=counts_SLRE.transpose(0, 2, 1, 3))
+    grouped = open_saved(tmp_path / "t.npz", 2, counts=counts_SLRE.transpose(0, 2, 1, 3), axes="SSLE")
     assert np.array_equal(loads_of(grouped).sum(axis=2), counts_SLRE.transpose(0, 2, 1, 3).reshape(16, 3, 6))
-    assert "read as [S, S, L, E]" in grouped.notes[0]
 
-    even_SLRE = np.stack([make_counts() for _ in range(4)], axis=2)
-    assert np.array_equal(loads_of(open_saved(tmp_path / "t.npz", 4, counts=even_SLRE)), even_SLRE)
-    with pytest.raises(ValueError, match="say which, --axes SLRE or --axes SSLE"):
-        open_saved(tmp_path / "t.npz", 2, counts=even_SLRE)
+    for num_ranks in (2, 4):
+        with pytest.raises(ValueError, match="say which, --axes SLRE or --axes SSLE"):
+            open_saved(tmp_path / "t.npz", num_ranks, counts=counts_SLRE)
 
 
 def test_counts_above_int32_and_below_are_exact(tmp_path):
@@ -143,11 +140,12 @@ def test_dropped_assignments_are_counted_and_not_made_up(tmp_path, num_ranks):
 
 
 def test_whole_numbers_are_shares_only_where_the_user_or_the_name_says_so(tmp_path):
-    """What is rescaled says so in a line; what is not, keeps its sum."""
+    """What is rescaled says so in a line; what is not, keeps its sum, and takes no number of tokens."""
     counts = make_counts().astype(np.float64)
-    kept = open_saved(tmp_path / "t.npz", logical_count=counts, tokens_per_step=64)
+    kept = open_saved(tmp_path / "t.npz", logical_count=counts)
     assert np.array_equal(loads_of(kept).sum(axis=2), counts)
-    assert kept.notes == ("logical_count is taken as counts, exactly; --tokens-per-step is for tokens and shares",)
+    with pytest.raises(ValueError, match=r"logical_count holds counts, .* leave out --tokens-per-step, or rescale them"):
+        open_saved(tmp_path / "t.npz", logical_count=counts, tokens_per_step=64)
     for given in (
         {"shares": counts},
         {"share": counts},
@@ -193,7 +191,7 @@ def test_arrays_without_a_known_name_are_told_by_their_last_dim(tmp_path):
     ids_TLK, counts_SLE = make_ids(), make_counts()
     tokens = open_saved(tmp_path / "t.npz", experts=NUM_EXPERTS, arr_0=ids_TLK)
     assert np.array_equal(loads_of(tokens)[0], naive_loads(ids_TLK, 2))
-    assert "arr_0 is read as [T, L, K], told by its dims; if it is another, give --axes" in tokens.notes
+    assert "arr_0 is read as [T, L, K], by its dims; if it is another, give --axes" in tokens.notes
     assert np.array_equal(loads_of(open_saved(tmp_path / "t.npz", mine=counts_SLE, array="mine")).sum(axis=2), counts_SLE)
     with pytest.raises(ValueError, match=r"its last dim is neither --experts 7 nor --top-k 3"):
         open_saved(tmp_path / "t.npz", experts=7, top_k=3, arr_0=ids_TLK)
@@ -203,7 +201,7 @@ def test_recordings_beside_objects_are_read_and_the_objects_are_not(tmp_path):
     np.savez(tmp_path / "t.npz", counts=make_counts(), info=np.array([{"a": 1}], dtype=object))
     assert np.array_equal(loads_of(open_source(tmp_path / "t.npz", 2, sizes=Sizes(top_k=2))).sum(axis=2), make_counts())
     with pytest.raises(ValueError, match="info holds Python objects, which are never read from a file; save it as numbers"):
-        open_source(tmp_path / "t.npz", 2, array="info", sizes=Sizes(top_k=2))
+        open_source(tmp_path / "t.npz", 2, Reading(array="info"), sizes=Sizes(top_k=2))
 
 
 def test_traces_take_no_options_of_recordings(tmp_path):
@@ -213,7 +211,7 @@ def test_traces_take_no_options_of_recordings(tmp_path):
             writer.append(loads_LRE)
     for given in ({"axes": "SLE"}, {"none_ids": (255,)}, {"as_shares": True}):
         with pytest.raises(ValueError, match="is a trace, which says what it holds; leave out --axes, --none and --shares"):
-            open_source(tmp_path / "out.npz", **given)
+            open_source(tmp_path / "out.npz", reading=Reading(**given))
 
 
 def test_the_files_meta_says_what_the_user_does_not(tmp_path):

@@ -1,13 +1,16 @@
 """The policy simulator: what every run is told, how it is judged, saved plans, synthetic traces, back-tests."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Topology, Trace, TraceMeta, get_solver, split_exact, write_trace
 from moesaic.placement.offline.backtest import backtest
-from moesaic.placement.offline.simulate import Outcome, SimulatorSetting, compare, mean_loads, replay
+from moesaic.placement.offline.simulate import Interrupted, Outcome, SimulatorSetting, compare, mean_loads, replay
 from moesaic.placement.offline.solve import solve_plan
 from moesaic.placement.traces.synth import KINDS, SynthSpec, synthesize
+from moesaic.placement.traces.workloads import WORKLOADS, Workload
 
 META = TraceMeta(num_layers=2, num_experts=8, top_k=2, num_ranks=4, dim=64, ffn_dim=64)
 
@@ -42,7 +45,7 @@ def test_every_lane_sees_what_it_may(trace, setting):
         for step in range(1, 5):
             for layer in range(2):
                 known = {"predicted": steps[step - 1][layer], "exact": steps[step][layer], "future": hindsight[layer]}[what]
-                horizon = 5 if what == "future" else 1
+                horizon = 100 if what == "future" else 1
                 placement = quota(setting.problem(known, owners[layer], 1, horizon)).placement
                 ratios.append(split_exact(steps[step][layer], placement, setting.topology).max_over_mean)
                 copies.append(placement.num_copies)
@@ -80,7 +83,7 @@ def test_owners_follow_solvers_that_change_them(trace, setting):
     """A plan that stands for long moves less often, and its moves are paid in full when they happen."""
     often, rarely = (
         one(
-            compare(trace, SimulatorSetting(**{**setting.__dict__, "rehome_every": every}), ["lpt"], information=["predicted"]),
+            compare(trace, SimulatorSetting(**{**setting.__dict__, "migrate_every": every}), ["lpt"], information=["predicted"]),
             solver="lpt",
         )
         for every in (1, 10)
@@ -91,8 +94,50 @@ def test_owners_follow_solvers_that_change_them(trace, setting):
     assert often.step_s > one(compare(trace, setting, ["static"], information=["exact"]), solver="static").step_s
 
 
+def test_moves_of_a_plan_for_a_whole_run_pay(trace):
+    """A plan amortises moves over the steps of its trace, at least 100, and a run in hindsight pays that part of them."""
+    topology = Topology.preset("h100", 4)
+    setting = SimulatorSetting(topology=topology, shape=LayerShape(8, 2, 64, 64), scale=10)
+    plans = [solve_plan(trace, setting, "joint", 0, horizon=horizon) for horizon in (None, 100, 1)]
+    assert plans[0].layers == plans[1].layers
+    assert plans[0].moves > plans[2].moves == 0
+    (hindsight,) = compare(trace, setting, ["lpt"], slots=(0,), information=["future"])
+    lpt = solve_plan(trace, setting, "lpt", 0)
+    (replayed,) = replay(trace, setting, lpt, information="future")
+    # The rank that sends most, or takes most, of each layer.
+    most = sum(
+        max(np.bincount(ranks[moved], minlength=4).max() for ranks in (before_E, after_E))
+        for before_E, after_E in zip(OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE, lpt.owners.expert_to_owner_LE, strict=True)
+        if (moved := before_E != after_E).any()
+    )
+    move_s = 2 * topology.latency_s + most * 3 * 64 * 64 * 4 * 3 / topology.device_bytes_per_s
+    assert hindsight.step_s == pytest.approx(replayed.step_s + move_s / 100)
+
+
+def test_an_interrupted_comparison_keeps_whole_steps(trace, setting):
+    """Ctrl-C in the fourth step, within a layer: what there is equals a comparison of three steps."""
+    calls: list[None] = []
+
+    def interrupt() -> None:
+        calls.append(None)
+        if len(calls) == 2 * 3 + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        compare(trace, setting, ["static", "lpt"], slots=(1,), information=["exact"], on_layer=interrupt)
+    whole = compare(trace, setting, ["static", "lpt"], slots=(1,), information=["exact"], num_steps=3)
+    assert [replace(outcome, solve_s=0.0) for outcome in caught.value.outcomes] == [replace(o, solve_s=0.0) for o in whole]
+
+
 def test_one_step_and_fewer_steps(tmp_path, trace, setting):
     assert one(compare(trace, setting, ["static"], num_steps=3), knows="exact").num_steps == 2
+    first, seen = np.stack(list(trace.steps()))[:2], []
+    for loads_SLRE in (first, np.concatenate([first, 50 * first[..., ::-1]])):
+        write_trace(tmp_path / "first.npz", META, loads_SLRE)
+        source = Trace(tmp_path / "first.npz")
+        (outcome,) = compare(source, setting, ["lpt"], slots=(0,), num_steps=2, information=["future"])
+        seen.append(outcome.max_over_mean_of_layer)
+    assert seen[0] == seen[1]
     write_trace(tmp_path / "one.npz", META, next(trace.steps())[None])
     outcomes = compare(Trace(tmp_path / "one.npz"), setting, ["static"])
     assert {outcome.knows for outcome in outcomes} == {"exact", "future"}
@@ -147,7 +192,7 @@ def test_moetuner_follows_tokens_from_layer_to_layer(tmp_path, trace, setting):
     assert (first_E == second_E[followers]).mean() >= 0.5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WORKLOADS])
 def test_synthetic_traces_are_valid_and_repeatable(tmp_path, kind):
     spec = SynthSpec(META, kind, num_steps=4, tokens_per_rank=50, seed=3)
     steps = np.stack(list(synthesize(spec)))
@@ -160,6 +205,16 @@ def test_synthetic_traces_are_valid_and_repeatable(tmp_path, kind):
     assert (skew < 1.3).all() if kind == "uniform" else (skew > 1.5).all()
     if kind == "one-hot":
         assert (steps.max(axis=3) == 50).all()
+
+
+@pytest.mark.parametrize("kind", WORKLOADS)
+def test_traces_of_workloads_are_their_loads(tmp_path, kind):
+    spec = SynthSpec(META, kind, num_steps=4, tokens_per_rank=50, seed=3)
+    write_trace(tmp_path / "t.npz", META, np.stack(list(synthesize(spec))))
+    steps = np.stack(list(Trace(tmp_path / "t.npz").steps()))
+    for layer in range(2):
+        workload = Workload(name=kind, num_ranks=4, num_experts=8, top_k=2, tokens_per_rank=50, seed=3, layer=layer)
+        assert np.array_equal(steps[:, layer], [workload.load_RE(step) for step in range(4)])
 
 
 def test_wrong_synthetic_wishes():

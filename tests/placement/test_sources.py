@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from moesaic.placement.traces.dealing import apportion, deal
-from moesaic.placement.traces.foreign import Sizes
+from moesaic.placement.traces.foreign import Reading, Sizes
 from moesaic.placement.traces.format import Trace, TraceMeta, TraceWriter, write_trace
-from moesaic.placement.traces.sources import RankedTrace, open_source, pair_counts_of
+from moesaic.placement.traces.sources import ResizedSource, open_source, pair_counts_of
 from moesaic.placement.traces.tokens import TokenFile
 
 META = TraceMeta(num_layers=2, num_experts=6, top_k=2, num_ranks=4, dim=8, ffn_dim=16)
@@ -38,7 +38,7 @@ def naive_loads(ids_TLK: np.ndarray, num_ranks: int) -> np.ndarray:
 @pytest.mark.parametrize("num_ranks", [1, 3, 4, 12])
 def test_tokens_are_dealt_to_any_number_of_ranks(tmp_path, num_ranks):
     ids_TLK = make_ids()
-    source = open_source(save(tmp_path / "t.npz", topk_ids=ids_TLK), num_ranks, tokens_per_step=12)
+    source = open_source(save(tmp_path / "t.npz", topk_ids=ids_TLK), num_ranks, Reading(tokens_per_step=12))
     assert (source.num_steps, source.meta.step_shape) == (2, (2, num_ranks, 6))
     for step, loads_LRE in enumerate(source.steps()):
         assert np.array_equal(loads_LRE, naive_loads(ids_TLK[12 * step : 12 * step + 12], num_ranks))
@@ -46,16 +46,18 @@ def test_tokens_are_dealt_to_any_number_of_ranks(tmp_path, num_ranks):
 
 def test_shuffled_tokens_are_the_same_tokens(tmp_path):
     path = save(tmp_path / "t.npz", topk_ids=make_ids())
-    totals = [sum(open_source(path, 3, tokens_per_step=15, shuffle_seed=seed).steps()).sum(axis=1) for seed in (None, 0, 1)]
+    totals = [
+        sum(open_source(path, 3, Reading(tokens_per_step=15, shuffle_seed=seed)).steps()).sum(axis=1) for seed in (None, 0, 1)
+    ]
     assert np.array_equal(totals[0], totals[1])
-    first = [next(open_source(path, 3, tokens_per_step=15, shuffle_seed=seed).steps()) for seed in (0, 0, 1)]
+    first = [next(open_source(path, 3, Reading(tokens_per_step=15, shuffle_seed=seed)).steps()) for seed in (0, 0, 1)]
     assert np.array_equal(first[0], first[1])
     assert not np.array_equal(first[0], first[2])
 
 
 def test_pair_counts_follow_every_token(tmp_path):
     ids_TLK = make_ids()
-    source = open_source(save(tmp_path / "t.npz", topk_ids=ids_TLK), 2, tokens_per_step=30)
+    source = open_source(save(tmp_path / "t.npz", topk_ids=ids_TLK), 2, Reading(tokens_per_step=30))
     assert isinstance(source, TokenFile)
     expected = np.zeros((1, 6, 6), dtype=np.int64)
     for before_K, after_K in ids_TLK:
@@ -63,7 +65,7 @@ def test_pair_counts_follow_every_token(tmp_path):
             for after in after_K:
                 expected[0, before, after] += 1
     assert np.array_equal(pair_counts_of(source), expected)
-    assert np.array_equal(pair_counts_of(open_source(source.path, 2, tokens_per_step=30, sizes=Sizes(dim=4))), expected)
+    assert np.array_equal(pair_counts_of(open_source(source.path, 2, Reading(tokens_per_step=30), sizes=Sizes(dim=4))), expected)
 
 
 def test_counts_and_shares_are_dealt_evenly(tmp_path):
@@ -73,7 +75,9 @@ def test_counts_and_shares_are_dealt_evenly(tmp_path):
         assert np.array_equal(loads_LRE.sum(axis=1), counts_LE)
         assert (loads_LRE.sum(axis=2) == 4).all()
         assert (loads_LRE.max(axis=1) - loads_LRE.min(axis=1) <= 1).all()
-    shares = open_source(save(tmp_path / "s.npz", shares=counts_SLE[:, None] / 16.0), 4, tokens_per_step=8, sizes=Sizes(top_k=2))
+    shares = open_source(
+        save(tmp_path / "s.npz", shares=counts_SLE[:, None] / 16.0), 4, Reading(tokens_per_step=8), sizes=Sizes(top_k=2)
+    )
     for loads_LRE, counts_LE in zip(shares.steps(), counts_SLE, strict=True):
         assert np.array_equal(loads_LRE, deal(counts_LE, 4))
 
@@ -88,7 +92,7 @@ def test_a_trace_on_other_ranks(tmp_path):
     loads_SLRE = np.random.default_rng(0).multinomial(8, np.full(6, 1 / 6), size=(3, 2, 4))
     write_trace(tmp_path / "t.npz", META, loads_SLRE)
     merged = open_source(tmp_path / "t.npz", 2)
-    assert isinstance(merged, RankedTrace)
+    assert isinstance(merged, ResizedSource)
     assert np.array_equal(np.stack(list(merged.steps())), loads_SLRE.reshape(3, 2, 2, 2, 6).sum(axis=3))
     split = np.stack(list(open_source(tmp_path / "t.npz", 8).steps()))
     assert np.array_equal(split.reshape(3, 2, 4, 2, 6).sum(axis=3), loads_SLRE)
@@ -125,10 +129,14 @@ def test_converted_traces_keep_pair_counts_and_are_discarded_on_error(tmp_path):
             r"has no topk_ids, counts or shares \(its arrays: meta, other\); name one with --array",
         ),
         ({"topk_ids": make_ids()}, {"num_ranks": None}, "does not say how many ranks there are; give --ranks"),
-        ({"topk_ids": make_ids()}, {"tokens_per_step": 4096}, "holds 30 tokens, less than one step of 4096; lower --tokens-per-"),
+        (
+            {"topk_ids": make_ids()},
+            {"reading": Reading(tokens_per_step=4096)},
+            "holds 30 tokens, less than one step of 4096; lower --tokens-per-",
+        ),
         (
             {"topk_ids": make_ids() + 1},
-            {"tokens_per_step": 30},
+            {"reading": Reading(tokens_per_step=30)},
             r"holds expert 6 \(token \d+, layer \d\), outside 0 to 5; correct",
         ),
         ({"counts": np.full((1, 2, 6), 3)}, {}, "does not say its experts and top-k; give --experts and --top-k"),

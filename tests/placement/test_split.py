@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
+from dataclasses import replace
 
 import highspy
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, OwnerMap, Placement, Split, Topology, split_exact, split_local_even
-from tests.placement.cases import Case, cases, examples
+from tests.placement.cases import Case, busiest, cases, examples
 
 
-def hall_optimum(load: ExpertLoad, placement: Placement) -> int:
-    """The least possible maximum: some set of ranks must compute what only it can (max-flow min-cut, all sets tried)."""
+def hall_optimum(load: ExpertLoad, placement: Placement, topology: Topology) -> int:
+    """The least possible cost: some set of ranks must compute what only it can (max-flow min-cut, all sets tried)."""
     ranks = range(placement.num_ranks)
     best = 0
     for size in range(1, placement.num_ranks + 1):
         for chosen in itertools.combinations(ranks, size):
             others = [rank for rank in ranks if rank not in chosen]
             only_E = ~placement.replicas_RE[others].any(axis=0)
-            best = max(best, -(-int(load.totals_E[only_E].sum()) // size))
+            costs, rows = topology.cost_R[list(chosen)].tolist(), int(load.totals_E[only_E].sum())
+            limits = range(best, rows * max(costs) + 1)
+            best += bisect_left(limits, rows, key=lambda limit: sum(limit // cost for cost in costs)) if limits else 0
     return best
 
 
-def enumerated_optimum(load: ExpertLoad, placement: Placement) -> int:
-    """The least possible maximum by trying every integer division of every expert over its holders."""
+def enumerated_optimum(load: ExpertLoad, placement: Placement, topology: Topology) -> int:
+    """The least possible cost by trying every integer division of every expert over its holders."""
 
     def divisions(rows: int, parts: int):
         if parts == 1:
@@ -37,12 +42,12 @@ def enumerated_optimum(load: ExpertLoad, placement: Placement) -> int:
                 yield (first, *rest)
 
     holders = [np.flatnonzero(placement.replicas_RE[:, e]) for e in range(placement.num_experts)]
-    best = load.total
+    best = load.total * int(topology.cost_R.max())
     for choice in itertools.product(*(divisions(int(n), len(h)) for n, h in zip(load.totals_E, holders, strict=True))):
         rows_R = np.zeros(placement.num_ranks, dtype=np.int64)
         for ranks, rows in zip(holders, choice, strict=True):
             rows_R[ranks] += rows
-        best = min(best, int(rows_R.max()))
+        best = min(best, int((topology.cost_R * rows_R).max()))
     return best
 
 
@@ -87,7 +92,7 @@ def check_split(split: Split, case: Case) -> None:
 def test_exact_is_optimal(case):
     split = split_exact(case.load, case.placement, case.topology)
     check_split(split, case)
-    assert split.max_rows == hall_optimum(case.load, case.placement)
+    assert busiest(split, case.topology) == hall_optimum(case.load, case.placement, case.topology)
 
 
 @settings(deadline=None, max_examples=examples(60))
@@ -95,13 +100,14 @@ def test_exact_is_optimal(case):
 def test_exact_equals_enumeration(case):
     small = Case(ExpertLoad(case.load.load_RE % 4), case.placement, case.topology)
     split = split_exact(small.load, small.placement, small.topology)
-    assert split.max_rows == enumerated_optimum(small.load, small.placement)
+    assert busiest(split, small.topology) == enumerated_optimum(small.load, small.placement, small.topology)
 
 
 @settings(deadline=None, max_examples=examples(15))
 @given(cases(max_ranks=24, max_experts=40))
 def test_exact_equals_linear_program(case):
-    split = split_exact(case.load, case.placement, case.topology)
+    """Where ranks are equal: shares are then a flow, whose optimum is whole."""
+    split = split_exact(case.load, case.placement, replace(case.topology, rank_costs=()))
     check_split(split, case)
     assert split.max_rows == linear_optimum(case.load, case.placement)
 
@@ -154,6 +160,23 @@ def test_worked_example():
     ]
     assert split.max_over_mean == 8 * 3 / 16
     assert split.off_rank == 7
+
+
+@settings(deadline=None, max_examples=200)
+@given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=5), rows=st.integers(0, 50))
+def test_least_limit_is_the_first_that_suffices(costs, rows):
+    topology = replace(Topology.preset("cpu", len(costs)), rank_costs=tuple(costs))
+    expected = next(limit for limit in itertools.count() if sum(limit // cost for cost in costs) >= rows)
+    assert topology.least_limit(rows) == expected
+
+
+def test_a_slow_rank_gets_fewer_rows():
+    """1200 rows on ranks of which one takes twice as long: 480, 480 and 240, which end together."""
+    load, topology = ExpertLoad(np.full((3, 2), 200)), replace(Topology.preset("cpu", 3), rank_costs=(100, 100, 200))
+    split = split_exact(load, Placement.everywhere(np.array([2, 2]), 3), topology)
+    assert split.rows_R.tolist() == [480, 480, 240]
+    assert topology.max_over_mean(split.rows_R) == pytest.approx(1.0)
+    assert topology.max_over_mean(np.array([400, 400, 400])) == pytest.approx(800 / 480)
 
 
 def _edge(load_RE: list, owner_E: list, everywhere: bool = True) -> Case:

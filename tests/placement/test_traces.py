@@ -89,7 +89,7 @@ def test_only_a_trace_that_says_so_may_lack_assignments(tmp_path):
         write_trace(tmp_path / "t.npz", META, make_loads(2), tokens_SR=np.full((2, 4), 50))
     with (
         TraceWriter(tmp_path / "t.npz", replace(META, dropped=True)) as writer,
-        pytest.raises(ValueError, match="takes the tokens of each rank"),
+        pytest.raises(ValueError, match="takes the tokens of each step and rank"),
     ):
         writer.append(lacking[1])
     assert not list(tmp_path.iterdir())
@@ -135,6 +135,16 @@ def test_no_steps_write_no_trace_and_keep_the_old_one(tmp_path):
     TraceWriter(tmp_path / "t.npz", META).close()
     assert Trace(tmp_path / "t.npz").num_steps == 2
     assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_an_error_at_the_end_leaves_no_partial_file(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("moesaic.placement.traces.format.write_npz", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_trace(tmp_path / "t.npz", META, make_loads(2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_closing_twice_is_fine_and_appending_after_is_not(tmp_path):

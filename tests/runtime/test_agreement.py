@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moesaic import MoELayer, RuntimeConfig, shard_experts
 from moesaic.collectives import CollectiveError, LocalTransport
 from moesaic.placement import Topology
-from moesaic.runtime.agreement import HEADER_INTS, Agreement, Doing
+from moesaic.runtime.agreement import HEADER_INTS, Agreement, Doing, PassId
 from moesaic.runtime.group import RankGroup
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import ThreadTransport, ThreadWorld, run_threads
@@ -28,7 +28,7 @@ def in_layer(index: int, number: int = 0, step: int = 0, *, is_training: bool = 
 
     def act(agreement: Agreement, group: RankGroup) -> object:
         counts_E = torch.full((num_experts,), group.rank)
-        return agreement.gather_counts(counts_E, name, number, step, is_training=is_training, flags=group.rank, where="somewhere")
+        return agreement.gather_counts(counts_E, PassId(name, number, step, 0, is_training), flags=group.rank)
 
     return act
 
@@ -181,7 +181,7 @@ def test_replicas_are_named_by_their_rank_of_all() -> None:
         name, num_experts = list(LAYERS.items())[number == 3]
         counts = torch.zeros(2 * num_experts, dtype=torch.int64)
         try:
-            Agreement(mine, LAYERS).gather_loads(counts, name, 0, 0, is_training=True, where="somewhere")
+            Agreement(mine, LAYERS).gather_loads(counts, PassId(name, 0, 0, 0, True))
         except CollectiveError as error:
             return str(error)
         return ""

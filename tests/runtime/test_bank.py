@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moesaic import MoELayer, RouterConfig, RuntimeConfig
-from moesaic.placement import OwnerMap, get_solver
+from moesaic.placement import OwnerMap
 from moesaic.runtime.experts.bank import Bank
 from moesaic.runtime.experts.expert import ExpertShape
 from moesaic.runtime.group import single_rank_group
-from moesaic.runtime.stages import StageClock
-from moesaic.runtime.wrap.shard import share_experts
+from tests.helpers.cases import share_experts
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +35,7 @@ def two_layers() -> list[MoELayer]:
     torch.manual_seed(0)
     layers = [MoELayer(8, 6, 3, 1, router=RouterConfig(aux_loss_coef=0.0)) for _ in range(2)]
     named = {str(i): layer for i, layer in enumerate(layers)}
-    share_experts(named, single_rank_group(), config=RuntimeConfig(), solver=get_solver("static"), clock=StageClock())
+    share_experts(named, single_rank_group(), config=RuntimeConfig())
     return layers
 
 

@@ -303,7 +303,7 @@ def refuse_and_retry(rank: int, what: str) -> str:
     expected = run(model)
     undo = change(model.model.layers[1].mlp.experts)
     before = dict(model.named_modules()), {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"^Mixtral: model\.layers\.1\.mlp\.experts") as refused:
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts") as refused:
         sharded(model)
     assert dict(model.named_modules()) == before[0]
     after = {n: (id(p), p) for n, p in model.named_parameters()}

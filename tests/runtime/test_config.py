@@ -25,7 +25,12 @@ def choices_of(kind: type, name: str) -> tuple[Any, ...]:
 
 def choice_fields() -> list[tuple[str, type, str]]:
     """(section, class, field) of every field whose annotation lists its values."""
-    kinds = {"router": RouterConfig, "runtime": RuntimeConfig, "runtime.debug": DebugConfig}
+    kinds = {
+        "router": RouterConfig,
+        "runtime": RuntimeConfig,
+        "runtime.migration": MigrationConfig,
+        "runtime.debug": DebugConfig,
+    }
     return [
         (section, kind, name)
         for section, kind in kinds.items()
@@ -48,7 +53,7 @@ def test_choices_are_those_of_the_annotation(section: str, kind: Any, name: str)
 
 
 def test_choices_are_what_there_is_to_choose() -> None:
-    assert len(choice_fields()) == 3 + 3 + 6
+    assert len(choice_fields()) == 3 + 3 + 1 + 6
     assert choices_of(DebugConfig, "schedule") == ("auto", *SCHEDULES)
     assert choices_of(RuntimeConfig, "transport") == ("auto", *TRANSPORTS)
 
@@ -58,7 +63,7 @@ def test_what_moved() -> None:
     assert {f"runtime.{name}" for name in MOVED_VALUES} == MOVED.keys() - {"runtime.debug.rehome_effort"}
     sections = (("debug", DebugConfig), ("migration", MigrationConfig))
     new = {f"runtime.{section}.{field.name}" for section, kind in sections for field in fields(kind)}
-    assert new == set(MOVED.values())
+    assert new - {"runtime.migration.solver", "runtime.migration.time_limit_s"} == set(MOVED.values())
     assert not {field.name for field in fields(RuntimeConfig)} & MOVED_VALUES.keys()
     assert all(moved_config(name, value) != RuntimeConfig() for name, value in MOVED_VALUES.items())
 
@@ -143,6 +148,10 @@ def test_sections_are_of_their_class() -> None:
         RuntimeConfig(migration=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^runtime\.migration\.every is -1; it must be 0 \(never\) or a number of steps$"):
         MigrationConfig(every=-1)
+    with pytest.raises(
+        ValueError, match=r"^runtime\.migration\.time_limit_s is nan; it must be 0 \(by the interval\) or more, and finite$"
+    ):
+        MigrationConfig(time_limit_s=float("nan"))
 
 
 def test_values_stay_values() -> None:

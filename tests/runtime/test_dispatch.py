@@ -20,8 +20,7 @@ from moesaic.runtime.dispatch.assignments import anchor_ranks
 from moesaic.runtime.dispatch.layouts import segment_transpose
 from moesaic.runtime.group import RankGroup
 from moesaic.runtime.stages import StageClock
-from moesaic.runtime.wrap.shard import share_experts
-from tests.helpers.cases import Case, cases
+from tests.helpers.cases import Case, cases, share_experts
 from tests.helpers.configs import runtime_config
 from tests.helpers.threads import run_threads
 
@@ -95,7 +94,7 @@ def test_rows_are_shared_where_they_can_be() -> None:
     owners_E = np.array([0, 0, 1])
     placement = Placement(owners_E, np.array([[True, True, False], [True, False, True]]))
     load = ExpertLoad(np.array([[4, 2, 2], [0, 0, 0]]))
-    split = split_exact(load, placement, Case(2, 3, 2, 1, (4, 0), "static", False, False, True, 0).topology())
+    split = split_exact(load, placement, Case(2, 3, 2, 1, (4, 0), "static", False, False, True, 1).topology())
     assert split.sends(0)[0].tolist() == [2, 2]
     ids_TK = torch.tensor([[0, 1], [0, 1], [0, 2], [2, 0]])
     anchors = anchor_ranks(ids_TK, split, rank=0).flatten().tolist()

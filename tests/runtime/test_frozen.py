@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor
 from moesaic import MoELayer, RuntimeConfig, shard_experts
 from moesaic.placement import OwnerMap
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.stages import StageClock
-from moesaic.runtime.wrap.shard import share_experts
+from tests.helpers.cases import share_experts
 from tests.helpers.compare import assert_bitwise
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_net import DIM, Net
@@ -26,7 +25,7 @@ def gradients(group: RankGroup, owners_E: list[int], frozen: set[str]) -> tuple[
     for parameter in layer.parameters():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     config = RuntimeConfig(policy="static", slots=4)
-    share_experts({"moe": layer}, group, config=config, solver=everywhere, clock=StageClock(), owners=owners)
+    share_experts({"moe": layer}, group, config=config, solver=everywhere, owners=owners)
     for name, parameter in layer.experts.named_parameters():
         parameter.requires_grad_(name not in frozen)
     generator = torch.Generator().manual_seed(group.rank)

@@ -15,10 +15,8 @@ from moesaic import MoELayer, RuntimeConfig
 from moesaic.collectives import Pending
 from moesaic.collectives.progress import CommunicationThread
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.stages import StageClock
 from moesaic.runtime.wrap.prefetch import prefetch_in_order
-from moesaic.runtime.wrap.shard import share_experts
-from tests.helpers.cases import Case
+from tests.helpers.cases import Case, share_experts
 from tests.helpers.compare import assert_all_close, assert_bitwise, assert_close
 from tests.helpers.configs import runtime_config
 from tests.helpers.reference import DenseMoE
@@ -143,7 +141,6 @@ def run_program(
         group,
         config=runtime_config(slots=case.slots, **options),
         solver=case.solver(),
-        clock=StageClock(),
         owners=case.owners(),
     )
     model = program(layers, region).train()
@@ -353,7 +350,7 @@ def broken_off(group: RankGroup, case: Case, has_thread: bool, breaks: bool) -> 
     layers = case.layers()
     config = RuntimeConfig(slots=case.slots)
     named = {str(i): layer for i, layer in enumerate(layers)}
-    share_experts(named, group, config=config, solver=case.solver(), clock=StageClock(), owners=case.owners())
+    share_experts(named, group, config=config, solver=case.solver(), owners=case.owners())
     first, last = layers
     rank_loss(last(first(case.tokens(group.rank)))).backward()
     if breaks:

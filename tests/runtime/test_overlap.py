@@ -53,7 +53,7 @@ def launch_order(rank: int, overlap: bool) -> dict[str, Any]:
         return lambda *_: seen.update({name: (first._prefetched is not None, second._prefetched is not None)})
 
     def look_back(name: str) -> Any:
-        return lambda *_: seen.update({name: [grads._where.split(", ")[1] for grads in first.context.model.reduces._grads]})
+        return lambda *_: seen.update({name: [grads._of.where.split(", ")[1] for grads in first.context.model.reduces._grads]})
 
     model.blocks[0].mix.register_full_backward_pre_hook(look_back("backward of the first attention"))
     model.blocks[1].mix.register_full_backward_pre_hook(look_back("backward of the second attention"))

@@ -1,5 +1,6 @@
 """Invariants 2, 3, 5 and 6 on what planning and banks hold: one owner, one plan, no token lost, bounded memory."""
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic import RuntimeConfig
+from moesaic import MoELayer, RuntimeConfig
 from moesaic.placement import ExpertLoad, LayerShape, Placement, Problem, Topology, get_solver
 from moesaic.runtime.group import RankGroup
-from moesaic.runtime.stages import StageClock
 from moesaic.runtime.step.planning import LayerPlanner, Plan
-from moesaic.runtime.wrap.shard import share_experts
-from tests.helpers.cases import Case, cases
+from tests.helpers.cases import Case, cases, share_experts
 from tests.helpers.configs import runtime_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.threads import run_threads
@@ -27,7 +26,7 @@ from tests.runtime.test_shard import trained, wrapped
 def plans_of_three_forwards(group: RankGroup, case: Case, is_auto: bool) -> list[Plan]:
     layers = {str(i): layer for i, layer in enumerate(case.layers())}
     config, solver = RuntimeConfig(slots=case.slots, policy="auto"), None if is_auto else case.solver()
-    share_experts(layers, group, config=config, solver=solver, clock=StageClock(), owners=case.owners())
+    share_experts(layers, group, config=config, solver=solver, owners=case.owners())
     seen: list[Plan] = []
     for layer in layers.values():
         split = layer.runtime.planner.split
@@ -42,8 +41,12 @@ def plans_of_three_forwards(group: RankGroup, case: Case, is_auto: bool) -> list
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), is_auto=st.booleans())
 def test_every_rank_reaches_the_same_plan(case: Case, is_auto: bool) -> None:
-    """Invariants 3, 5 and the budget: equal plans, every assignment computed once, by a rank that holds the expert."""
-    plans_R = run_threads(case.world_size, plans_of_three_forwards, case, is_auto, topology=case.topology())
+    """Invariants 3, 5 and the budget: equal plans, every assignment computed once, by a rank that holds the expert.
+
+    Where all ranks hold all experts, each computes as many as it is fast.
+    """
+    topology = case.topology()
+    plans_R = run_threads(case.world_size, plans_of_three_forwards, case, is_auto, topology=topology)
     for plans in zip(*plans_R, strict=True):
         assert all(plan == plans[0] for plan in plans)
         placement, split = plans[0].placement, plans[0].split
@@ -52,6 +55,8 @@ def test_every_rank_reaches_the_same_plan(case: Case, is_auto: bool) -> None:
             assert split.rows_RE.sum() == sum(case.tokens_R) * case.top_k
         assert np.array_equal(split.rows_RE.sum(axis=0), split.load.totals_E)
         assert not split.rows_RE[~placement.replicas_RE].any()
+        if placement.replicas_RE.all():
+            assert (topology.cost_R * split.rows_R).max() == topology.least_limit(split.load.total)
         assert placement.copies_RE.sum(axis=1).max() <= case.slots
 
 
@@ -89,6 +94,20 @@ def test_calibration_rests_while_predictions_are_good() -> None:
         shape = LayerShape(num_experts=4, top_k=1, dim=4, ffn_dim=4)
         fixed = LayerPlanner(np.array([0, 0, 1, 1]), Topology.preset("cpu", 2), shape, {"quota": get_solver("quota")}, config)
         assert fixed.is_calibrating == (choice == "always")
+
+
+def row_bytes_of(group: RankGroup, top_k: int) -> int:
+    layer = MoELayer(8, 6, 4, top_k)
+    share_experts({"layer": layer}, group, config=RuntimeConfig(slots=1))
+    return layer.runtime.planner.problem(ExpertLoad(np.ones((group.world_size, 4), np.int64))).shape.row_bytes
+
+
+@pytest.mark.parametrize("world_size,top_k", [(1, 3), (2, 2), (3, 3), (3, 1)])
+def test_another_expert_of_a_token_sends_no_row_where_it_is_already(world_size: int, top_k: int) -> None:
+    """Against all ranks that the token's other experts can be on: a row of 8 floats where none is on rank 0."""
+    others = list(itertools.product(range(world_size), repeat=top_k - 1))
+    rows = sum(0 not in ranks for ranks in others) if world_size > 1 else len(others)
+    assert run_threads(world_size, row_bytes_of, top_k) == [round(8 * 4 * rows / len(others))] * world_size
 
 
 def count_state(rank: int) -> dict[str, int]:

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from moesaic import Handle, MoELayer, RuntimeConfig
-from moesaic.placement import get_solver
 from moesaic.runtime.group import single_rank_group
 from moesaic.runtime.naming import WeightNaming
 from moesaic.runtime.renamed_members import RenamedMemberWarning
 from moesaic.runtime.stages import StageClock
-from moesaic.runtime.wrap.shard import share_experts
+from tests.helpers.cases import share_experts
 
 OF_HANDLE = {
     "rehome": "migrate",
@@ -39,7 +38,7 @@ def make_handle() -> Handle:
     """On one process."""
     layer, config, clock = MoELayer(4, 6, 4, 2), RuntimeConfig(policy="static", slots=0), StageClock()
     group = single_rank_group()
-    banks = share_experts({"": layer}, group, config=config, solver=get_solver("static"), clock=clock)
+    banks = share_experts({"": layer}, group, config=config, clock=clock)
     return Handle(layer, {"": layer.experts}, banks, group, config, clock)
 
 

@@ -1,7 +1,7 @@
 """The layers' parity over every transport: the bodies of test_shard.py, with the transport chosen by configuration."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +11,7 @@ import pytest
 from moesaic import RuntimeConfig
 from tests.helpers.cluster import Cluster
 from tests.helpers.compare import assert_all_close
-from tests.helpers.mpi import MpiPool
+from tests.helpers.mpi import run_mpi_ranks
 from tests.helpers.ranks import run_ranks
 from tests.runtime import test_shard
 
@@ -28,12 +28,9 @@ def over(rank: int, transport: str, body: str, *args: Any) -> Any:
 @pytest.fixture(scope="module", params=["c10d", "shm", "mpi", "hierarchical"])
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """Run a body on four ranks: processes, an MPI job, or two nodes of two ranks."""
-    with ExitStack() as stack:
-        ranks: Run = partial(run_ranks, WORLD_SIZE)
-        if request.param == "mpi":
-            ranks = stack.enter_context(MpiPool(WORLD_SIZE)).run
-        elif request.param == "hierarchical":
-            ranks = stack.enter_context(Cluster(2, WORLD_SIZE // 2, bits_per_s=1e9)).run
+    ranks: Run = partial(run_mpi_ranks if request.param == "mpi" else run_ranks, WORLD_SIZE)
+    with Cluster(2, WORLD_SIZE // 2, bits_per_s=1e9) if request.param == "hierarchical" else nullcontext() as cluster:
+        ranks = cluster.run if cluster else ranks
         assert ranks(over, request.param, "") == [request.param] * WORLD_SIZE
         yield partial(ranks, over, request.param)
 
@@ -49,7 +46,7 @@ def test_gradients_and_norm_equal_one_process(run: Run, solver: str) -> None:
 
 
 def test_loss_curve_is_that_of_one_process_and_repeats(run: Run) -> None:
-    """Ten steps of SGD; a second run gives the same bits."""
-    first, second = (run("train_on_ranks", "random", "sgd", 10)[0] for _ in range(2))
+    """Ten steps of SGD; a second run, of half as many, gives the same bits."""
+    first, second = (run("train_on_ranks", "random", "sgd", steps)[0] for steps in (10, 5))
     assert first == pytest.approx(test_shard.train_on_one("sgd", 10), rel=1e-5)
-    assert first == second
+    assert first[:5] == second

@@ -1,6 +1,6 @@
-"""Hecate's heuristics (arXiv 2502.02581): sparse materialization (Algorithm 1) and heterogeneous sharding (Algorithm 2).
+"""Hecate's sparse materialization (arXiv 2502.02581, Algorithm 1).
 
-Shape letters: L layers, E experts, R ranks, N nodes.
+Shape letters: E experts, R ranks, N nodes.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from time import perf_counter
 
 import numpy as np
 
-from ...content import as_counts, check_positive_int
-from ...cost import Solution, evaluate
-from ...owners import OwnerMap
-from ...topology import Topology
+from ...content import check_positive_int
+from ...cost import Solution, cost, evaluate
+from ...split import split_local_even
 from ...values import Placement, Problem
+
+# Of the slots: the largest number of experts that are tried as t is 16 times as many.
+_MOST_DOUBLES = 5
+_CLOSED = np.iinfo(np.int64).max
 
 
 def overlap_degree(problem: Problem) -> int:
@@ -40,22 +43,24 @@ def _spread(problem: Problem, top_experts: np.ndarray, memory: int, replicas_RE:
     totals_E, per_node = problem.load.totals_E, problem.topology.ranks_per_node
     node_R = problem.topology.node_of_rank_R
     free_R = np.full(problem.num_ranks, memory, dtype=np.int64)
-    all_slots = problem.num_ranks * memory
+    free_N = free_R.reshape(-1, per_node).sum(axis=1)
+    left = all_slots = problem.num_ranks * memory
     top_load = int(totals_E[top_experts].sum())
     for expert in top_experts:
-        copies = _slots_by_load(int(totals_E[expert]), top_load, all_slots, int(free_R.sum()), problem.num_ranks - 1)
+        copies = _slots_by_load(int(totals_E[expert]), top_load, all_slots, left, problem.num_ranks - 1)
+        held_N = replicas_RE[:, expert].reshape(-1, per_node).sum(axis=1)
         for _ in range(copies):
-            open_R = (free_R > 0) & ~replicas_RE[:, expert]
-            if not open_R.any():
+            # Fewest copies in the node, then most room in the node, then most room on the device, then the lowest rank.
+            order_R = (held_N[node_R] * (all_slots + 1) - free_N[node_R]) * (memory + 1) - free_R
+            order_R[(free_R == 0) | replicas_RE[:, expert]] = _CLOSED
+            rank = int(order_R.argmin())
+            if order_R[rank] == _CLOSED:
                 break
-            held_N = replicas_RE[:, expert].reshape(-1, per_node).sum(axis=1)
-            free_N = free_R.reshape(-1, per_node).sum(axis=1)
-            # lexsort is stable and its last key is primary: fewest copies in the node, most room in the node, most room on the
-            # device.
-            order = np.lexsort((-free_R, -free_N[node_R], held_N[node_R], ~open_R))
-            rank = int(order[0])
             replicas_RE[rank, expert] = True
             free_R[rank] -= 1
+            free_N[node_R[rank]] -= 1
+            held_N[node_R[rank]] += 1
+            left -= 1
 
 
 def solve(problem: Problem, *, degree: int | None = None) -> Solution:
@@ -78,43 +83,16 @@ def solve(problem: Problem, *, degree: int | None = None) -> Solution:
     return evaluate(problem, Placement(problem.expert_to_owner_E, replicas_RE), start, "hecate")
 
 
-def hecate_owners(loads_LE: np.ndarray, topology: Topology, degree: int) -> OwnerMap:
-    """Algorithm 2: shard all layers jointly, experts without copies by load, with an equal number of bank rows per rank.
+def solve_with_best_degree(problem: Problem) -> Solution:
+    """Algorithm 1 with the t that costs least under Hecate's own even split: as many as hide, or 1, 2, 4, ... times the slots.
 
-    loads_LE: predicted load, int [L, E]. degree: t, the experts of every layer that will be materialized in any case; they fill
-    the remaining bank rows. Layers are processed by their largest uncopied expert, descending; each uncopied expert goes to the
-    least loaded node and device of its layer with a free row (tie: fewer free rows, then the lower index). Loads are compared
-    within a layer, because a layer's dispatch waits for that layer only. The paper's "filled arbitrarily" is by load here. Rows
-    per rank differ by at most one if L * E does not divide.
+    t follows from the seconds of work before the layer, which a recording does not say; so it is what suits Hecate best.
     """
-    loads_LE = as_counts("loads_LE", loads_LE, ndim=2)
-    if loads_LE.min() < 0:
-        raise ValueError(f"loads_LE must not be negative, got {int(loads_LE.min())}")
-    check_positive_int("degree", degree, minimum=0)
-    num_layers = loads_LE.shape[0]
-    base, extra = divmod(loads_LE.size, topology.num_ranks)
-    free_R = np.full(topology.num_ranks, base, dtype=np.int64)
-    free_R[:extra] += 1
-    load_LR = np.zeros((num_layers, topology.num_ranks), dtype=np.int64)
-    owner_LE = np.full(loads_LE.shape, -1, dtype=np.int64)
-    order_LE = np.argsort(-loads_LE, axis=1, kind="stable")
-    cold_LE, hot_LE = order_LE[:, degree:], order_LE[:, :degree]
+    start = perf_counter()
+    degrees = {overlap_degree(problem), *(min(problem.slots << double, problem.num_experts) for double in range(_MOST_DOUBLES))}
+    placements = [solve(problem, degree=degree).placement for degree in sorted(degrees)]
 
-    def assign(layer: int, expert: int) -> None:
-        free_N = free_R.reshape(topology.num_nodes, -1).sum(axis=1)
-        load_N = load_LR[layer].reshape(topology.num_nodes, -1).sum(axis=1)
-        node = int(np.lexsort((free_N, load_N, free_N == 0))[0])
-        ranks = np.arange(node * topology.ranks_per_node, (node + 1) * topology.ranks_per_node)
-        rank = int(ranks[np.lexsort((free_R[ranks], load_LR[layer, ranks], free_R[ranks] == 0))[0]])
-        owner_LE[layer, expert] = rank
-        free_R[rank] -= 1
-        load_LR[layer, rank] += loads_LE[layer, expert]
+    def even_cost(placement: Placement) -> float:
+        return cost(problem, placement, split_local_even(problem.load, placement, problem.topology)).total_s
 
-    largest_cold_L = np.take_along_axis(loads_LE, cold_LE, axis=1).max(axis=1, initial=0)
-    for layer in np.argsort(-largest_cold_L, kind="stable"):
-        for expert in cold_LE[layer]:
-            assign(layer, expert)
-    for layer in range(num_layers):
-        for expert in hot_LE[layer]:
-            assign(layer, expert)
-    return OwnerMap(owner_LE, topology.num_ranks)
+    return evaluate(problem, min(placements, key=even_cost), start, "hecate")

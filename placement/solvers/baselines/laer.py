@@ -52,17 +52,19 @@ def _place(problem: Problem, counts_E: np.ndarray) -> Placement:
     np.add.at(rows_R, owner_E, share_E)
     free_R = np.full(problem.num_ranks, problem.slots, dtype=np.int64)
     for expert in np.argsort(-share_E, kind="stable"):
+        held_N = np.zeros(num_nodes, dtype=np.int64)
+        held_N[node_R[owner_E[expert]]] = 1
         for _ in range(int(counts_E[expert]) - 1):
             open_R = (free_R > 0) & ~replicas_RE[:, expert]
             if not open_R.any():
                 break
-            held_N = np.bincount(node_R, weights=replicas_RE[:, expert], minlength=num_nodes)
             fewest = held_N[node_R[open_R]].min()
             open_R &= held_N[node_R] == fewest
             rank = int(np.argmin(np.where(open_R, rows_R, np.inf)))
             replicas_RE[rank, expert] = True
             rows_R[rank] += share_E[expert]
             free_R[rank] -= 1
+            held_N[node_R[rank]] += 1
     return Placement(owner_E, replicas_RE)
 
 

@@ -57,7 +57,7 @@ def limits_of(problem: Problem, work_rows: int, device_rows: int) -> Limits:
         experts,
         first_R,
         half_rate,
-        work_R - work_rows,
+        work_R - work_rows // problem.topology.cost_R,
         owned_R - own_R - device_rows,
         own_R - load_ER.sum(axis=0) + device_rows,
     )
@@ -98,7 +98,7 @@ def refute(problem: Problem, low: int, wanted_s: Callable[[], float], consider: 
         return min(price(problem, counts).total_s for counts in at_least) <= wanted_s()
 
     least, total = tallies[-1], problem.load.total
-    most_work = total + problem.topology.half_rate_rows * problem.num_experts
+    most_work = (total + problem.topology.half_rate_rows * problem.num_experts) * int(problem.topology.cost_R.max())
     waiting = [(least.work_rows, _most(lambda work: is_within(work, least.device_rows), least.work_rows, most_work))]
     num_unknown = 0
     while waiting:

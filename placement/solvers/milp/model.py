@@ -5,15 +5,15 @@ For expert e and rank r:
     group[e,r]                       e has rows at its owner r (a copy without rows never pays, so copies always count); whole,
                                      because kept[e], whether e has rows at its owner at all, is 0 or 1
     rows[e,r], own[e,r]              rows of e computed on r, and those of them that come from r itself (own_node likewise);
-                                     own is bounded by its load times the holder's variable as well, because a fractional
-                                     owner could else keep everybody's tokens at home
+                                     own is bounded by its load times the holder's variable as well: with fractional
+                                     owners, all tokens could otherwise stay on their ranks
 Minimised is cost.py's model term by term, in units of `seconds`: compute of the busiest rank, dispatch and copies and moves over
 the busiest device and node link, less what hides. The split is free here: fractional, and chosen with the whole cost in
 view. So the optimum is a lower bound on the cost of every placement under the exact split.
 
 Placements above `seconds` are cut off, which says how much work and dispatch the others can have at most (bounds.room_within),
 and with it which copies they need at least: a rank above that work must hand on experts, one that the others leave too little
-work must receive some, and a rank or node must hold experts that keep enough of its rows at home. Each is a knapsack cover, with
+work must receive some, and a rank or node must hold experts that keep enough of its rows on it. Each is a knapsack cover, with
 coefficients no larger than the need: fractions of large copies no longer do.
 """
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pulp
 
+from ...cost import prices_of
 from ...values import Placement, Problem
 from ..bounds import Room, room_within
 from ..engines import minimise
@@ -95,6 +96,11 @@ class Model:
         # Rows are counted in mean ranks, so that coefficients stay near 1.
         self._unit_rows = max(problem.load.total / problem.num_ranks, 1.0)
         self._load_RE = problem.load.load_RE / self._unit_rows
+        # Of a row, over that of the fastest rank: 1 where all ranks are as fast.
+        self._cost_R = (problem.topology.cost_R / problem.topology.least_cost).tolist()
+        # Of an item on a node link, over that on a device link.
+        slower = problem.topology.device_bytes_per_s / problem.topology.node_bytes_per_s / problem.topology.node_unit
+        self._slower_N = (slower * problem.topology.node_cost_N).tolist()
         self._latency = problem.topology.latency_s / self.seconds
         self._experts, self._ranks = range(problem.num_experts), range(problem.num_ranks)
         pairs = [(e, r) for e in self._experts for r in self._ranks]
@@ -156,8 +162,8 @@ class Model:
         overhead = topology.half_rate_rows / self._unit_rows
         for r in self._ranks:
             work = pulp.lpSum(rows[e, r] + overhead * (self.copy[e, r] + group[e, r]) for e in self._experts)
-            self._add(work <= busiest, f"busiest_{r}")
-        row_s = problem.backward_multiplier * problem.shape.flops_per_row / topology.flops_per_s
+            self._add(self._cost_R[r] * work <= busiest, f"busiest_{r}")
+        row_s = prices_of(problem).work_row_s * topology.least_cost
         return busiest * (row_s * self._unit_rows / self.seconds)
 
     def _link(self, name: str, most: float, device: Table, node: Table) -> _Link:
@@ -165,12 +171,12 @@ class Model:
 
         `most` is at least the number of items in all.
         """
-        slower = self.problem.topology.device_bytes_per_s / self.problem.topology.node_bytes_per_s
+        weights = {"device": [1.0] * self.problem.num_ranks, "node": self._slower_N}
         items, used = self._variable(f"{name}_items"), self._variable(f"{name}_used", pulp.LpBinary)
-        for table, weight, place in ((device, 1.0, "device"), (node, slower, "node")):
+        for table, place in ((device, "device"), (node, "node")):
             for (index, direction), count in table.items():
-                self._add(items >= count * weight, f"{name}_{place}_{index}_{direction}")
-        self._add(items <= used * (most * max(1.0, slower)), f"{name}_latency")
+                self._add(items >= count * weights[place][index], f"{name}_{place}_{index}_{direction}")
+        self._add(items <= used * (most * max(1.0, *self._slower_N)), f"{name}_latency")
         return _Link(items, used)
 
     def _per_item(self, item_bytes: float) -> float:
@@ -253,10 +259,14 @@ class Model:
         problem, shape, topology = self.problem, self.problem.shape, self.problem.topology
         current_E = problem.expert_to_owner_E
         device, node = {}, {}
+        latency, num_nodes = self._latency, topology.num_nodes if topology.num_nodes > 1 else 0
         for r in self._ranks:
             device[r, 0] = pulp.lpSum(1 - self.owner[e, r] for e in self._experts if current_E[e] == r)
             device[r, 1] = pulp.lpSum(self.owner[e, r] for e in self._experts if current_E[e] != r)
-        for n in range(topology.num_nodes if topology.num_nodes > 1 else 0):
+        if problem.mean_moves:
+            device = {(0, 0): pulp.lpSum(device[r, 0] for r in self._ranks) * (1 / problem.num_ranks)}
+            latency, num_nodes = 0.0, 0
+        for n in range(num_nodes):
             inside = range(n * topology.ranks_per_node, (n + 1) * topology.ranks_per_node)
             home = {e: pulp.lpSum(self.owner[e, r] for r in inside) for e in self._experts}
             node[n, 0] = pulp.lpSum(1 - home[e] for e in self._experts if int(current_E[e]) in inside)
@@ -265,7 +275,7 @@ class Model:
         link = self._link("moves", problem.num_experts, device, node)
         for (r, direction), count in device.items():
             self._add(count <= self._room.moves, f"moves_at_most_{r}_{direction}")
-        return link.time(self._per_item(state_bytes), self._latency) * (1 / problem.move_horizon_steps)
+        return link.time(self._per_item(state_bytes), latency) * (1 / problem.move_horizon_steps)
 
     def _room_within(self) -> Room:
         return room_within(self.problem, self.seconds, self.copies.low, self.copies.high, owners_may_move=self.move_owners)
@@ -279,13 +289,13 @@ class Model:
     def _cover_needs(self) -> None:
         """Bound work and dispatch, and add the covers that follow for what ranks and nodes keep, hand on and take."""
         topology, room = self.problem.topology, self._room
-        most_work, most_items = room.work_rows / self._unit_rows, room.device_rows / self._unit_rows
+        most_work, most_items = room.work_rows / topology.least_cost / self._unit_rows, room.device_rows / self._unit_rows
         self._busiest.upBound, self._dispatch.items.upBound = most_work, most_items
         for r in self._ranks:
             self._cover_kept(f"kept_{r}", [r], most_items)
-        slower, per_node = topology.device_bytes_per_s / topology.node_bytes_per_s, topology.ranks_per_node
+        per_node = topology.ranks_per_node
         for n in range(topology.num_nodes if topology.num_nodes > 1 else 0):
-            self._cover_kept(f"kept_node_{n}", list(range(n * per_node, (n + 1) * per_node)), most_items / slower)
+            self._cover_kept(f"kept_node_{n}", list(range(n * per_node, (n + 1) * per_node)), most_items / self._slower_N[n])
         if not self.move_owners:
             self._cover_work(most_work)
 
@@ -302,16 +312,17 @@ class Model:
         self._cover(name, need, items)
 
     def _cover_work(self, most_work: float) -> None:
-        """A rank that owns more than `most_work` hands experts on; one that the others cannot work for takes some."""
+        """A rank that owns more than its `most_work` hands experts on; one that the others cannot work for takes some."""
         owner_E, totals_E = self.problem.expert_to_owner_E, self._load_RE.sum(axis=0)
         work_E = totals_E + (totals_E > 0) * (self.problem.topology.half_rate_rows / self._unit_rows)
-        least_work = float(work_E.sum()) - (self.problem.num_ranks - 1) * most_work
+        rate_R = 1 / np.array(self._cost_R)
         for r in self._ranks:
+            least_work = float(work_E.sum()) - float(rate_R.sum() - rate_R[r]) * most_work
             owned = float(work_E[owner_E == r].sum())
             handed = [
                 (work_E[e], pulp.lpSum(self.copy[e, other] for other in self._ranks)) for e in self._experts if owner_E[e] == r
             ]
-            self._cover(f"handed_on_{r}", owned - most_work, handed)
+            self._cover(f"handed_on_{r}", owned - float(rate_R[r]) * most_work, handed)
             taken = [(work_E[e], self.copy[e, r]) for e in self._experts if owner_E[e] != r]
             self._cover(f"taken_{r}", least_work - owned, taken)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -286,11 +287,15 @@ def solve(
     engine: str = "highs",
     time_limit_s: float = 10.0,
     relative_gap: float = 1e-4,
+    starts: Sequence[Placement] = (),
+    searches_beside: bool = True,
 ) -> Solution:
     """Place copies, and owners too if `move_owners`; stop after `time_limit_s` or at `relative_gap`.
 
     Ctrl-C stops early, with what is found and proven by then, once there is an answer of the heuristics. The limit and the
-    answer's seconds do not count what a process pays once: imports and compilation.
+    answer's seconds do not count what a process pays once: imports and compilation. With `move_owners` the answer is no dearer
+    than any of `starts`, which keep the number of experts of every rank. `searches_beside` takes a second core, beside the
+    engine's.
     """
     check_seconds("time_limit_s", time_limit_s, positive=True)
     # Imported here so that importing the package loads no engine.
@@ -304,7 +309,7 @@ def solve(
     if move_owners:
         states = problem.num_experts * problem.num_ranks
         joint_effort = min(1.0, _JOINT_SHARE * time_limit_s * _JOINT_STATES_PER_S / states)
-        best = best_joint(problem, best, joint_effort, clock.after(_HEURISTICS_SHARE))
+        best = best_joint(problem, best, joint_effort, clock.after(_HEURISTICS_SHARE), starts)
     # Where one move alone costs too much, what is left is far easier.
     move_owners = move_owners and any(_moves_may_pay(problem, best.cost.total_s, copies) for copies in _copy_ranges(problem))
     if move_owners:
@@ -316,7 +321,7 @@ def solve(
     search_end = clock.after(_SEARCH_SHARE)
     try:
         proof.best, owner_SE = search(problem, proof.best, move_owners, effort, end=clock.end, price_end=search_end)
-        with SearchOn(problem, owner_SE, move_owners, effort) as searching:
+        with SearchOn(problem, owner_SE, move_owners, effort, is_on=searches_beside) as searching:
             if not all(proof.search_chains(tolerance, searching) for tolerance in tolerances) and not proof.is_interrupted:
                 for tolerance in tolerances:
                     proof.tighten(tolerance, searching)

@@ -82,21 +82,22 @@ def _minimise(
             stays_N[node] += own
     busiest, link = program.add_variable("busiest_rows", 0), program.add_variable("link_rows", 0)
     prices = prices_of(problem)
-    row_s = 4 * prices.row_bytes / prices.device_bytes_per_s
-    scale = max(prices.work_row_s, row_s)
-    seconds = busiest * (prices.work_row_s / scale) + link * (row_s / scale)
+    row_s, work_row_s = 4 * prices.row_bytes / prices.device_bytes_per_s, prices.work_row_s * topology.least_cost
+    scale = max(work_row_s, row_s)
+    seconds = busiest * (work_row_s / scale) + link * (row_s / scale)
     program += seconds, "seconds"
     if below_s < inf:
         program.addConstraint(seconds <= below_s / (scale * unit), "cutoff")
+    cost_R = (topology.cost_R / topology.least_cost).tolist()
     for r in ranks:
-        program.addConstraint(busiest >= holds_R[r] + group_rows_R[r], f"busiest_{r}")
+        program.addConstraint(busiest >= cost_R[r] * (holds_R[r] + group_rows_R[r]), f"busiest_{r}")
         program.addConstraint(link >= load_RE[r].sum() / unit - stays_R[r], f"sent_{r}")
         program.addConstraint(link >= holds_R[r] - stays_R[r], f"received_{r}")
-    slower = prices.device_bytes_per_s / prices.node_bytes_per_s
+    slower_N = (prices.device_bytes_per_s / prices.node_bytes_per_s * topology.node_cost_N).tolist()
     for n in range(topology.num_nodes if topology.num_nodes > 1 else 0):
         inside = np.flatnonzero(node_R == n)
-        program.addConstraint(link >= (load_RE[inside].sum() / unit - stays_N[n]) * slower, f"sent_node_{n}")
-        program.addConstraint(link >= (pulp.lpSum(holds_R[r] for r in inside) - stays_N[n]) * slower, f"received_node_{n}")
+        program.addConstraint(link >= (load_RE[inside].sum() / unit - stays_N[n]) * slower_N[n], f"sent_node_{n}")
+        program.addConstraint(link >= (pulp.lpSum(holds_R[r] for r in inside) - stays_N[n]) * slower_N[n], f"received_node_{n}")
     outcome = minimise(program, "highs", time_limit_s, _RELATIVE_GAP)
     if outcome.is_interrupted:
         raise KeyboardInterrupt

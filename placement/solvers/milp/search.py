@@ -1,6 +1,6 @@
 """What the exact planner starts from and betters: heuristics, annealing from them, and the cheapest split of what they find.
 
-Every step says when it has to be over: whoever asks has a limit of time.
+Every step takes the time at which it must end, as the planner has a time limit.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def best_owner_heuristic(problem: Problem, best: Candidate, end: float = inf) ->
     return cheapest(problem, ((_exact_s(problem, placement), placement) for placement in placements), end, best)
 
 
-def best_joint(problem: Problem, best: Candidate, effort: float, end: float = inf) -> Candidate:
-    """Return the cheaper of `best` and of what `joint` chooses for the layer by itself, whether or not that moves owners."""
+def best_joint(problem: Problem, best: Candidate, effort: float, end: float = inf, starts: Sequence[Placement] = ()) -> Candidate:
+    """Return the cheapest of `best`, of `starts`, and of what `joint` chooses for the layer, whether or not that moves owners."""
     placement = joint.solve_joint([problem], effort=effort).layers[0].placement
-    return cheapest(problem, [(_exact_s(problem, placement), placement)], end, best)
+    return cheapest(problem, [(_exact_s(problem, start), start) for start in (placement, *starts)], end, best)
 
 
 def search_owners(
@@ -120,6 +120,8 @@ def search_owners(
         problem.expert_to_owner_E[None],
         no_pairs,
         no_pairs,
+        problem.topology.cost_R,
+        problem.topology.node_cost_N,
         problem.topology.ranks_per_node,
         problem.topology.half_rate_rows,
         0.0,
@@ -169,10 +171,14 @@ def _search_copies(
 
 
 class SearchOn:
-    """Searches for better copies on and on in a thread of its own, beside the engine, which leaves the other cores alone."""
+    """Searches for better copies on and on in a thread of its own, beside the engine, which leaves the other cores alone.
 
-    def __init__(self, problem: Problem, owner_SE: Sequence[np.ndarray], move_owners: bool, effort: float):
+    Not `is_on`: finds nothing, in no time.
+    """
+
+    def __init__(self, problem: Problem, owner_SE: Sequence[np.ndarray], move_owners: bool, effort: float, *, is_on: bool = True):
         self._problem, self._owner_SE, self._move_owners, self._effort = problem, owner_SE, move_owners, effort
+        self._is_on = is_on and problem.slots > 0 and problem.num_ranks > 1
         self._found: deque[tuple[float, Placement]] = deque()
         self._is_over = threading.Event()
         self._pool = ThreadPoolExecutor(1)
@@ -194,7 +200,7 @@ class SearchOn:
 
     def _search(self) -> None:
         problem, first_E = self._problem, self._owner_SE[0]
-        for search in itertools.count(1) if problem.slots and problem.num_ranks > 1 else ():
+        for search in itertools.count(1) if self._is_on else ():
             if self._move_owners:
                 proposals = _owner_proposals(problem, self._effort)
                 owner_E = search_owners(problem, first_E, proposals, search, self._is_over.is_set)
