@@ -116,13 +116,16 @@ def serve_rank(pipe: Connection, rank: int, world_size: int, store: str, prepare
 def close_groups(store: Any) -> None:
     """End the process groups that tests before have made: each has threads that wake a thousand times a second.
 
-    Later groups get their names, so they meet in another `store`.
+    Later groups get their names, so they meet in another `store`; and torch, which keeps what DTensor operations return, takes
+    a mesh over ended groups for one over theirs.
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _world
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     for group in [group for group in _world.pg_map if group is not dist.group.WORLD]:
         dist.destroy_process_group(group)
+    _clear_sharding_prop_cache()
     gc.collect()
     _world.pg_map[dist.group.WORLD] = (_world.pg_map[dist.group.WORLD][0], store)
 
