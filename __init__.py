@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import jit as jit  # first of all: it notes when the package was imported
+
+__path__.append(str(Path(__file__).parent / "integrations"))  # moesaic.transformers
 
 __version__ = "0.1.0"
 

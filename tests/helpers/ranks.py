@@ -29,7 +29,8 @@ def forking() -> ForkServerContext:
     """The way to start processes: forked from the server, of which a test run has one."""
     context = multiprocessing.get_context("forkserver")
     families = ["tests.helpers.preload_families"] if "transformers" in sys.modules else []  # where a collected file imports it
-    context.set_forkserver_preload(["tests.helpers.preload", *families, "hypothesis", "pytest"])
+    loops = ["tests.helpers.preload_loops"] if "moesaic.transformers" in sys.modules else []
+    context.set_forkserver_preload(["tests.helpers.preload", *families, *loops, "hypothesis", "pytest"])
     multiprocessing.forkserver.ensure_running()
     return context
 

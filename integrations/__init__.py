@@ -1,0 +1,4 @@
+"""Modules for use with other packages, named after them: `integrations/transformers` is imported as `moesaic.transformers`.
+
+A folder `transformers` beside the others would hide the package of that name from every program that runs in a clone.
+"""
