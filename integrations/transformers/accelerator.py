@@ -93,6 +93,7 @@ class ShardedAccelerator(Accelerator):
         """
         with self._others_only():
             super().load_state(input_dir, *args, **options)
+        self.step = 0  # micro-batches since the last step; another world size has others
 
     @contextmanager
     def _others_only(self) -> Iterator[None]:
