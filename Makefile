@@ -9,7 +9,7 @@ VENV   := .venv
 READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
-PACKAGES := jit runtime collectives placement kernels launch benchmarks
+PACKAGES := jit runtime collectives placement kernels launch integrations benchmarks
 
 .PHONY: demo test lint warm docs clean
 

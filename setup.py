@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # Tests, and whatever else lies beside these folders, stay out.
-FOLDERS = ("jit", "runtime", "collectives", "placement", "kernels", "launch", "benchmarks")
+FOLDERS = ("jit", "runtime", "collectives", "placement", "kernels", "launch", "integrations", "benchmarks")
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -68,6 +68,7 @@ setup(
         "cbc": ["pulp[cbc]; python_version >= '3.12'"],
         "cuda12": ["nvidia-nccl-cu12"],
         "hf": ["transformers>=5.20", "safetensors>=0.5"],
+        "loops": ["transformers>=5.20", "safetensors>=0.5", "accelerate>=1.12"],
         "report": ["matplotlib>=3.9", "tensorboard>=2.18"],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6"],
         "test": [
@@ -80,6 +81,9 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.110",
+            "accelerate>=1.12",
+            "datasets>=4.0",
+            "trl>=1.16",
             "ruff>=0.12",
             "mypy>=1.15",
         ],

@@ -9,7 +9,7 @@ settings.register_profile("moesaic", deadline=None)
 settings.load_profile("moesaic")
 
 # Those with the longest files first: two workers (`pytest -n 2`), each with a file at a time, then end together.
-FOLDERS = ("launch", "runtime", "jit", "docs", "kernels", "benchmarks", "collectives", "placement")
+FOLDERS = ("launch", "runtime", "jit", "docs", "kernels", "benchmarks", "collectives", "placement", "integrations")
 
 
 class FoldersOnly:

@@ -51,7 +51,7 @@ import torch
 assert not written, written
 assert not torch.cuda.is_initialized()
 assert not torch.distributed.is_initialized()
-for module in ("numba", "triton", "pulp", "highspy", "mpi4py", "transformers"):
+for module in ("numba", "triton", "pulp", "highspy", "mpi4py", "transformers", "accelerate"):
     assert module not in sys.modules, module
 """
     done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True, check=False)

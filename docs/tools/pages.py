@@ -20,6 +20,7 @@ import moesaic
 from moesaic.launch.config import Config
 from moesaic.runtime.wrap.model_weights import ModelWeights
 from moesaic.runtime.wrap.telemetry import Telemetry
+from moesaic.transformers import attach
 
 DOCS = Path(__file__).resolve().parents[1]
 # Members without an underscore that only moesaic itself uses.
@@ -158,6 +159,7 @@ def api_page() -> str:
                 parts += _entry(member, value, level=3)
                 for inner, inner_value in _members(_PARTS[member]) if member in _PARTS else ():
                     parts += _entry(f"{member}.{inner}", inner_value, level=4)
+    parts += ["## moesaic.transformers\n", *_entry("attach", attach, level=3)]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -19,7 +19,7 @@ _GROUPS = "groups"
 
 
 def save_weights(handle: Handle, folder: Folder) -> None:
-    """Write the model into `folder` as `save_pretrained` does, over an earlier save. Collective; every rank writes its experts."""
+    """Write the model as `save_pretrained` lays it out, over an earlier save. Collective; every rank writes its experts."""
     folder = Path(folder)
     if dist.get_rank() == 0:
         for file in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
@@ -29,6 +29,11 @@ def save_weights(handle: Handle, folder: Folder) -> None:
     generation_config = getattr(handle.model, "generation_config", None)
     if dist.get_rank() == 0 and generation_config is not None:
         generation_config.save_pretrained(folder)
+
+
+def load_weights(handle: Handle, folder: Folder) -> None:
+    """Load what `save_weights` or `save_pretrained` wrote, at any world size."""
+    handle.weights.load_safetensors(Path(folder))
 
 
 def save_optimizer(handle: Handle, optimizer: torch.optim.Optimizer, folder: Folder) -> None:
@@ -45,16 +50,14 @@ def load_optimizer(handle: Handle, optimizer: torch.optim.Optimizer, folder: Fol
     """
     if not (Path(folder) / ".metadata").is_file():
         raise ValueError(
-            f"{folder} holds no optimizer state; resume from a checkpoint that this loop wrote with a handle attached"
+            f"{folder} holds no state of an optimizer; resume from a checkpoint that was saved with a handle attached"
         )
     optimizer = _inner(optimizer)
     groups = {_GROUPS: _settings_of(optimizer)}
     dcp.load(groups, checkpoint_id=folder)
-    if len(groups[_GROUPS]) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the optimizer in {folder} has {len(groups[_GROUPS])} parameter groups, this one {len(optimizer.param_groups)}; build it "
-            "as it was when the checkpoint was written"
-        )
+    here, there = len(optimizer.param_groups), len(groups[_GROUPS])
+    if here != there:
+        raise ValueError(f"the optimizer has {here} parameter groups, that of {folder} {there}; build it as for that checkpoint")
     handle.prepare_optimizer(optimizer, dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     state = handle.state_dict(optimizer)
     saved = _state_of(state)

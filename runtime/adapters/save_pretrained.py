@@ -18,11 +18,14 @@ def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]
         return
 
     def save_pretrained(save_directory: Any, *args: Any, state_dict: Mapping[str, Any] | None = None, **options: Any) -> Any:
-        """See transformers. The state dict must hold every expert; without one, all of them must be on this rank.
+        """See transformers. The state dict must hold every expert; without one, all of them must be on this rank. Ranks with
+        `is_main_process=False` write nothing.
 
         Raises:
             RuntimeError: experts are on other ranks.
         """
+        if not options.get("is_main_process", True):
+            return None
         if state_dict is None:
             state_dict = model.state_dict()
         return original(save_directory, *args, state_dict=original_names(state_dict, layers), **options)

@@ -21,7 +21,7 @@ from moesaic.runtime.wrap.model_weights import ModelWeights
 from moesaic.runtime.wrap.telemetry import Telemetry
 from tests.helpers.pages import PAGES, ROOT, commands_in_text, prose, read, spans
 
-FOLDERS_OF_USERS = ("runtime", "launch", "collectives")
+FOLDERS_OF_USERS = ("runtime", "launch", "collectives", "integrations")
 GAP = "…"
 
 

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "collectives": {"placement", "kernels", "jit"},
     "runtime": {"collectives", "placement", "kernels", "jit"},
     "launch": {"runtime", "collectives", "placement", "kernels", "jit"},
+    "integrations": {"runtime"},
     "benchmarks": {"runtime", "collectives", "placement", "kernels"},
 }
 SOURCES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+from collections.abc import Callable
 from contextlib import ExitStack, chdir, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -14,13 +15,17 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import MixtralForCausalLM
+from transformers import MixtralForCausalLM, Trainer, TrainingArguments
 
 import moesaic
 import moesaic.transformers
+from moesaic import shard_experts
+from moesaic.transformers import attach
+from tests.helpers.families import make_family_model
 from tests.helpers.ranks import run_ranks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -97,3 +102,71 @@ def test_a_loop_trains_saves_and_resumes_as_one_process_does(script: str, tmp_pa
 
 def run_stock(rank: int, script: str, folder: Path) -> Run:
     return run_example(rank, 1, script, folder, stock=True)
+
+
+def test_what_a_loop_cannot_do_is_refused_when_the_handle_is_attached() -> None:
+    """In one line, with the cure; loops and their classes stay as they were."""
+    (messages,) = run_ranks(1, refuse)
+    wanted = {
+        "model": "attach got a FSDPMixtralForCausalLM; give it a Trainer or an Accelerator",
+        "twice": "attach was called for this ShardedTrainer before; call it once",
+        "other model": "the Trainer trains a MixtralForCausalLM that is not the handle's FSDPMixtralForCausalLM; give",
+        "model_init": "model_init would build a model that is not sharded; give the Trainer the sharded one as model=",
+        "bf16": "bf16 is on, but experts compute in torch.float32; give shard_experts RuntimeConfig(compute_dtype='bf16')",
+        "bf16_full_eval": "bf16_full_eval=True would change the model after shard_experts; leave it out",
+        "auto_find_batch_size": "auto_find_batch_size=True would have one rank start anew; set per_device_train_batch_size",
+        "reentrant": "activation checkpointing with use_reentrant=True does not go with sharded experts; set it to False",
+        "lomo": "optim='lomo' steps within backward; choose another, such as adamw_torch",
+        "uneven": "even_batches is False, but all ranks run as many forwards; leave it True",
+        "old optimizer": "SGD has parameters that the sharded model has not; build it after shard_experts, from",
+        "prepared": "accelerator.prepare was called before attach; call attach(accelerator, handle) first",
+        "compile": "torch.compile is on, which Accelerate applies to the whole model; compile its blocks: block.compile()",
+    }
+    assert messages.keys() == wanted.keys()
+    for case, message in messages.items():
+        assert message.startswith(wanted[case]) and "\n" not in message, (case, message)
+
+
+def refuse(rank: int) -> dict[str, str]:
+    """By case: the message."""
+    model, other = make_family_model("mixtral"), make_family_model("mixtral")
+    old = torch.optim.SGD(other.parameters())
+    handle = shard_experts(model, mesh=dist.init_device_mesh("cpu", (1,)))
+    reset_accelerate()
+
+    def trainer(model: Any = model, optimizers: Any = (None, None), init: Any = None, **options: Any) -> Trainer:
+        reset_accelerate()
+        options = dict(output_dir="never", report_to=[], use_cpu=True) | options
+        return Trainer(model, TrainingArguments(**options), optimizers=optimizers, model_init=init)
+
+    def prepared() -> Accelerator:
+        reset_accelerate()
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(nn.Linear(2, 2))
+        return accelerator
+
+    makers: dict[str, Callable[[], Any]] = {
+        "model": lambda: model,
+        "twice": lambda: attach(trainer(), handle),
+        "other model": lambda: trainer(other),
+        "model_init": lambda: trainer(None, init=lambda: other),
+        "bf16": lambda: trainer(bf16=True),
+        "bf16_full_eval": lambda: trainer(bf16_full_eval=True),
+        "auto_find_batch_size": lambda: trainer(auto_find_batch_size=True),
+        "reentrant": lambda: trainer(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True}),
+        "lomo": lambda: trainer(optim="lomo"),
+        "uneven": lambda: trainer(accelerator_config={"even_batches": False}),
+        "old optimizer": lambda: trainer(optimizers=(old, None)),
+        "prepared": prepared,
+        "compile": lambda: trainer(torch_compile=True, torch_compile_backend="eager"),
+    }
+    messages = {}
+    for case, make in makers.items():
+        loop = make()
+        kind = type(loop)
+        with pytest.raises(ValueError) as caught:
+            attach(loop, handle)
+        assert type(loop) is kind
+        messages[case] = str(caught.value)
+    reset_accelerate()
+    return messages
