@@ -36,11 +36,11 @@ def test_a_folder_lists_what_it_holds(folder: Path) -> None:
 def test_import_costs_nothing() -> None:
     """No device is touched, no compiler loaded, no file written."""
     script = """
-import builtins, sys
+import builtins, os, sys
 written = []
 plain_open = builtins.open
 def watched(file, mode="r", *args, **kwargs):
-    if set(mode) & set("wax+"):
+    if set(mode) & set("wax+") and file != os.devnull:  # which dill opens, where torch finds it
         written.append(str(file))
     return plain_open(file, mode, *args, **kwargs)
 builtins.open = watched

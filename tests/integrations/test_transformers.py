@@ -3,8 +3,8 @@
 import os
 import re
 import runpy
-from collections.abc import Callable
-from contextlib import ExitStack, chdir, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -23,9 +23,9 @@ from transformers import MixtralForCausalLM, Trainer, TrainingArguments
 
 import moesaic
 import moesaic.transformers
-from moesaic import shard_experts
+from moesaic import MigrationConfig, RuntimeConfig, shard_experts
 from moesaic.transformers import attach
-from tests.helpers.families import make_family_model
+from tests.helpers.families import batch_ids, make_family_model
 from tests.helpers.ranks import run_ranks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -42,16 +42,29 @@ class Run:
     logits: torch.Tensor
 
 
-def run_example(rank: int, world_size: int, script: str, folder: Path, *arguments: str, stock: bool = False) -> Run:
-    """Run a script in `folder` as torchrun would; `stock`: without moesaic, which is the dumbest code that means the same."""
+@contextmanager
+def as_torchrun(rank: int, world_size: int) -> Iterator[None]:
+    """Have Accelerate take this process for one that torchrun started; printed lines go nowhere."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     environment = dict(zip(names, map(str, (rank, rank, world_size, world_size)), strict=True))
+    forget_worlds()
+    with mock.patch.dict(os.environ, environment, MASTER_ADDR="localhost", MASTER_PORT="1"), redirect_stdout(StringIO()):
+        yield
+
+
+def forget_worlds() -> None:
+    """Accelerate keeps the world of the first script that a process runs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_example(rank: int, world_size: int, script: str, folder: Path, *arguments: str, stock: bool = False) -> Run:
+    """Run a script in `folder` as torchrun would; `stock`: without moesaic, which is the dumbest code that means the same."""
     folder.mkdir(exist_ok=True)
-    reset_accelerate()
     with ExitStack() as stack:
+        stack.enter_context(as_torchrun(rank, world_size))
         stack.enter_context(chdir(folder))
         printed = stack.enter_context(redirect_stdout(StringIO()))
-        stack.enter_context(mock.patch.dict(os.environ, environment, MASTER_ADDR="localhost", MASTER_PORT="1"))
         stack.enter_context(mock.patch("sys.argv", [script, *arguments]))
         for name in ("init_process_group", "destroy_process_group"):  # this rank's group outlives the script
             stack.enter_context(mock.patch.object(dist, name))
@@ -75,12 +88,6 @@ def leave_whole(model: nn.Module, mesh: DeviceMesh) -> SimpleNamespace:
     return SimpleNamespace(parameter_groups=model.parameters)
 
 
-def reset_accelerate() -> None:
-    """Have this process forget the world that an earlier script ran in."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.mark.parametrize("script", ["hf_trainer.py", "hf_accelerate.py", "hf_sft.py"])
 def test_a_loop_trains_saves_and_resumes_as_one_process_does(script: str, tmp_path: Path) -> None:
     """Twenty steps of a global batch of 8 (clipping, schedule, accumulation, checkpointing, padding, router losses) on 2 ranks
@@ -102,6 +109,73 @@ def test_a_loop_trains_saves_and_resumes_as_one_process_does(script: str, tmp_pa
 
 def run_stock(rank: int, script: str, folder: Path) -> Run:
     return run_example(rank, 1, script, folder, stock=True)
+
+
+def test_options_of_a_trainer(tmp_path: Path) -> None:
+    """bf16, migration, the best checkpoint at the end; DDP of the dense part; one's own optimizer, where a rank owns nothing."""
+    (stock,) = run_ranks(1, train, 1, tmp_path / "stock", "stock")
+    for case, world_size, tolerance in (("bf16", 2, 0.05), ("ddp", 2, 1e-4), ("own optimizer", 4, 1e-4)):
+        losses, *_ = run_ranks(world_size, train, world_size, tmp_path / case, case)
+        assert losses == pytest.approx(stock, abs=tolerance), case
+
+
+def train(rank: int, world_size: int, folder: Path, case: str) -> list[float]:
+    """The losses of four steps of a Mixtral of one layer with 3 experts."""
+    model = make_family_model("mixtral", num_local_experts=3, num_hidden_layers=1)
+    rows = [{"input_ids": ids, "labels": ids} for ids in batch_ids(0).repeat(4, 1)]
+    with as_torchrun(rank, world_size):
+        args = TrainingArguments(
+            str(folder), max_steps=4, per_device_train_batch_size=8 // world_size, learning_rate=1e-2, logging_steps=1,
+            eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=8 // world_size, save_steps=2,
+            load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, bf16=case == "bf16",
+            report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        data = dict(train_dataset=rows, eval_dataset=rows[:8])
+        trainer = Trainer(model, args, **data)
+        if case != "stock":
+            config = RuntimeConfig(
+                compute_dtype="bf16" if case == "bf16" else "as_is",
+                migration=MigrationConfig(every=2 if case == "bf16" else 0),
+                shard_dense=case != "ddp",
+            )
+            handle = shard_experts(model, mesh=dist.init_device_mesh("cpu", (world_size,)), config=config)
+            if case == "own optimizer":
+                with pytest.raises(ValueError, match=r"^1 of 4 ranks own no expert, and would get other parameter groups"):
+                    attach(trainer, handle)
+                optimizer = torch.optim.AdamW(handle.parameter_groups(), lr=1e-2, weight_decay=0.0)
+                trainer = Trainer(model, args, optimizers=(optimizer, None), **data)
+            attach(trainer, handle)
+        trainer.train()
+        log = trainer.state.log_history
+        evaluated = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+        assert evaluated[0] > evaluated[1] + 0.1  # the greater counts as the better here, so that the last is not the best
+        if case != "stock":  # which leaves experts as they are: it takes no weights by the names of its own files
+            assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[0], abs=1e-5)
+        return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def test_what_accelerate_gives_and_takes(tmp_path: Path) -> None:
+    """On 2 ranks: the whole state dict for `save_pretrained`; two optimizers, whose steps are one of the handle."""
+    first, _ = run_ranks(2, save_by_hand, tmp_path)
+    saved = MixtralForCausalLM.from_pretrained(tmp_path).eval()(input_ids=batch_ids(1)).logits
+    torch.testing.assert_close(saved, first, rtol=0, atol=1e-5)
+
+
+def save_by_hand(rank: int, folder: Path) -> torch.Tensor:
+    with as_torchrun(rank, 2):
+        model = make_family_model("mixtral")
+        handle = shard_experts(model, mesh=dist.init_device_mesh("cpu", (2,)))
+        accelerator = attach(Accelerator(cpu=True), handle)
+        optimizers = [torch.optim.SGD(group["params"], lr=0.1) for group in handle.parameter_groups()]
+        model, *optimizers = accelerator.prepare(model, *optimizers)
+        accelerator.backward(model(input_ids=batch_ids(0), labels=batch_ids(0)).loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert handle._step == 1
+        state = accelerator.get_state_dict(model)
+        accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process, state_dict=state)
+        with torch.no_grad():
+            return model.eval()(input_ids=batch_ids(1)).logits
 
 
 def test_what_a_loop_cannot_do_is_refused_when_the_handle_is_attached() -> None:
@@ -132,15 +206,15 @@ def refuse(rank: int) -> dict[str, str]:
     model, other = make_family_model("mixtral"), make_family_model("mixtral")
     old = torch.optim.SGD(other.parameters())
     handle = shard_experts(model, mesh=dist.init_device_mesh("cpu", (1,)))
-    reset_accelerate()
+    forget_worlds()
 
     def trainer(model: Any = model, optimizers: Any = (None, None), init: Any = None, **options: Any) -> Trainer:
-        reset_accelerate()
+        forget_worlds()
         options = dict(output_dir="never", report_to=[], use_cpu=True) | options
         return Trainer(model, TrainingArguments(**options), optimizers=optimizers, model_init=init)
 
     def prepared() -> Accelerator:
-        reset_accelerate()
+        forget_worlds()
         accelerator = Accelerator(cpu=True)
         accelerator.prepare(nn.Linear(2, 2))
         return accelerator
@@ -168,5 +242,5 @@ def refuse(rank: int) -> dict[str, str]:
             attach(loop, handle)
         assert type(loop) is kind
         messages[case] = str(caught.value)
-    reset_accelerate()
+    forget_worlds()
     return messages
