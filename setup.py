@@ -68,7 +68,7 @@ setup(
         "cbc": ["pulp[cbc]; python_version >= '3.12'"],
         "cuda12": ["nvidia-nccl-cu12"],
         "hf": ["transformers>=5.20", "safetensors>=0.5"],
-        "loops": ["transformers>=5.20", "safetensors>=0.5", "accelerate>=1.12"],
+        "loops": ["transformers>=5.23", "safetensors>=0.5", "accelerate>=1.15"],
         "report": ["matplotlib>=3.9", "tensorboard>=2.18"],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6"],
         "test": [
@@ -81,7 +81,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.110",
-            "accelerate>=1.12",
+            "accelerate>=1.15",
             "datasets>=4.0",
             "trl>=1.16",
             "ruff>=0.12",

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from moesaic.runtime import Handle
 
@@ -44,7 +45,11 @@ def check_trainer(trainer: Trainer, handle: Handle) -> None:
     if trainer.model is not handle.model:
         raise ValueError(
             f"the Trainer trains a {type(trainer.model).__name__} that is not the handle's {type(handle.model).__name__}; give "
-            "shard_experts the model that the Trainer gets, adapters (peft_config) included"
+            "shard_experts the model that the Trainer gets, and leave out peft_config"
+        )
+    if getattr(trainer.model, "peft_config", None):
+        raise ValueError(
+            "the model has adapters of peft, which the Trainer would save as part of the whole; use a loop of your own"
         )
     _check_arguments(trainer.args)
     optimizer: Any = trainer.optimizer
@@ -71,8 +76,9 @@ def _check_arguments(args: TrainingArguments) -> None:
         raise ValueError("auto_find_batch_size=True would have one rank start anew; set per_device_train_batch_size")
     if args.n_gpu > 1:
         raise ValueError(f"DataParallel would run on {args.n_gpu} GPUs of one process; start a process for each, with torchrun")
-    if "lomo" in args.optim.value:
-        raise ValueError(f"optim={args.optim.value!r} steps within backward; choose another, such as adamw_torch")
+    optimizer = OptimizerNames(args.optim).value
+    if "lomo" in optimizer:
+        raise ValueError(f"optim={optimizer!r} steps within backward; choose another, such as adamw_torch")
     options = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")]
     if any(each.get("use_reentrant") for each in options):
         raise ValueError("activation checkpointing with use_reentrant=True does not go with sharded experts; set it to False")

@@ -185,6 +185,7 @@ def test_what_a_loop_cannot_do_is_refused_when_the_handle_is_attached() -> None:
         "model": "attach got a FSDPMixtralForCausalLM; give it a Trainer or an Accelerator",
         "twice": "attach was called for this ShardedTrainer before; call it once",
         "other model": "the Trainer trains a MixtralForCausalLM that is not the handle's FSDPMixtralForCausalLM; give",
+        "peft": "the model has adapters of peft, which the Trainer would save as part of the whole; use a loop of your own",
         "model_init": "model_init would build a model that is not sharded; give the Trainer the sharded one as model=",
         "bf16": "bf16 is on, but experts compute in torch.float32; give shard_experts RuntimeConfig(compute_dtype='bf16')",
         "bf16_full_eval": "bf16_full_eval=True would change the model after shard_experts; leave it out",
@@ -242,5 +243,10 @@ def refuse(rank: int) -> dict[str, str]:
             attach(loop, handle)
         assert type(loop) is kind
         messages[case] = str(caught.value)
+    adapted = make_family_model("mixtral")
+    adapted.peft_config = {"default": None}  # as peft's models have it
+    with pytest.raises(ValueError) as caught:
+        attach(trainer(adapted), shard_experts(adapted, mesh=dist.init_device_mesh("cpu", (1,))))
+    messages["peft"] = str(caught.value)
     forget_worlds()
     return messages
