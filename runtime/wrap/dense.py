@@ -104,6 +104,24 @@ def shard_dense(
     shard([model])
     model.register_forward_hook(_reshard_after_evaluation)
     when_a_module_is_added(_refuse_ddp_of_shards, lives_with=model)
+    _have_memory_for_training(model)
+
+
+def _have_memory_for_training(model: nn.Module) -> None:
+    """Where the first forward is under `inference_mode`, have FSDP2 make before it, and outside, the tensors that it makes once
+    and that training goes on with."""
+
+    @outside_graphs
+    def make(module: nn.Module, inputs: Any) -> None:
+        hook.remove()
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                for unit in module.modules():
+                    if isinstance(unit, FSDPModule):
+                        unit.unshard()
+                        unit.reshard()
+
+    hook = model.register_forward_pre_hook(make, prepend=True)
 
 
 @outside_graphs
