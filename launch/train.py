@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,15 @@ import click
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..jit import compile_seconds, run_seconds
 from ..placement import ExpertLoad
-from ..runtime import shard_experts
+from ..runtime import Handle, shard_experts
 from ..runtime.layer import moe_layers
 from ..runtime.moved_options import MovedOptionWarning
+from ..runtime.optim import Muon, muon_groups
 from .config import Config, OptimConfig, load_config
 from .entry import run_command, warnings_as_lines
 from .run.checkpoint import load_checkpoint, progress_of, save_checkpoint
@@ -115,7 +116,7 @@ class Trainer:
         self.model = model.to(process.device)
         placements = inputs.plan.layers if inputs.plan else None
         self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime, placements=placements, machine=inputs.machine)
-        self.optimizer = build_optimizer(self.handle.parameter_groups(), config.optim)
+        self.optimizer = build_optimizer(self.handle, config.optim)
 
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
@@ -285,10 +286,14 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_optimizer(parameter_groups: Iterable[Mapping[str, Sequence[nn.Parameter]]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `Handle.parameter_groups`, each split in two: matrices decay, vectors do not."""
+def build_optimizer(handle: Handle, config: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer of all parameters: matrices decay, vectors do not."""
+    if config.name == "muon":
+        groups = muon_groups(handle, adamw=["head.*"])
+        betas = (config.beta1, config.beta2)
+        return Muon(groups, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps)
     groups = []
-    for group in parameter_groups:
+    for group in handle.parameter_groups():
         for weight_decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
             parameters = [parameter for parameter in group["params"] if (parameter.ndim >= 2) == is_matrix]
             if parameters:

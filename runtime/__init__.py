@@ -20,6 +20,8 @@ layer.py            The Mixture-of-Experts layer.
 state.py            State under logical names: an expert is named by its layer and number, not by rank and row.
 adapters/           Adapters: MoE layers of other models.
 wrap/               Wrapping a model: `shard_experts`, and the handle that it returns.
+optim.py            Muon of sharded models: the momentum of a matrix made orthogonal; AdamW for what is no matrix of a hidden
+                    layer.
 """
 
 from ..collectives import CollectiveError
