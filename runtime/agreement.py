@@ -301,6 +301,13 @@ def check_same_layers(kinds: Mapping[str, object]) -> None:
             )
 
 
+def first_problem(problem: str) -> str:
+    """The problem of the first rank that has one, on every rank; empty: none has. Collective, on the default process group."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next((text for text in found if text), "")
+
+
 def agree_on_machine(machine: Machine | str | os.PathLike[str] | None) -> Machine | None:
     """The machine, read from its file on each rank. Raises `ValueError`, on every rank, unless all have the same, or none.
 

@@ -20,6 +20,7 @@ import moesaic
 import moesaic.optim
 from moesaic.launch.config import Config
 from moesaic.runtime.wrap.model_weights import ModelWeights
+from moesaic.runtime.wrap.recorder import Recorder
 from moesaic.runtime.wrap.telemetry import Telemetry
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -29,9 +30,10 @@ _INTERNAL = {
     "MoELayer": ("runtime",),
     "ShardedExperts": ("begin", "source", "share", "follow_bank"),
     "Telemetry": ("close_step",),
+    "Recorder": ("write_plan",),
 }
 # Classes of what a member holds, whose members stand below it.
-_PARTS = {"weights": ModelWeights, "telemetry": Telemetry}
+_PARTS = {"weights": ModelWeights, "telemetry": Telemetry, "record": Recorder}
 
 _GENERATED = "<!-- Printed by docs/tools/pages.py: change the code's docstrings, then run `make docs`. -->"
 

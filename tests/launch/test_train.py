@@ -204,7 +204,7 @@ def test_a_disk_that_is_full_at_the_start(
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr("moesaic.launch.run.records.TraceWriter", fail)
+    monkeypatch.setattr("moesaic.runtime.wrap.recorder.TraceWriter", fail)
     options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
     assert run_command(command, set_options(options)) == 2
     assert capsys.readouterr().err == "moesaic: [Errno 28] No space left on device: 'metrics.jsonl'\n"
