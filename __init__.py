@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         CollectiveError,
         DebugConfig,
         DriftError,
+        ExpertNames,
+        ExpertShape,
         Handle,
         MigrationConfig,
         MoELayer,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
         Routing,
         RuntimeConfig,
         ShardedExperts,
+        WeightNaming,
         register_adapter,
         shard_experts,
     )
@@ -31,6 +34,8 @@ __all__ = [
     "CollectiveError",
     "DebugConfig",
     "DriftError",
+    "ExpertNames",
+    "ExpertShape",
     "Handle",
     "MigrationConfig",
     "MoELayer",
@@ -39,6 +44,7 @@ __all__ = [
     "Routing",
     "RuntimeConfig",
     "ShardedExperts",
+    "WeightNaming",
     "register_adapter",
     "shard_experts",
 ]

@@ -27,7 +27,9 @@ optim.py            Muon of sharded models: the momentum of a matrix made orthog
 from ..collectives import CollectiveError
 from .adapters import Adapter, register_adapter
 from .config import DebugConfig, MigrationConfig, RouterConfig, RuntimeConfig
+from .experts.expert import ExpertShape
 from .layer import MoELayer
+from .naming import ExpertNames, WeightNaming
 from .routing.router import Router, Routing
 from .sharded_experts import ShardedExperts
 from .wrap.drift import DriftError
@@ -39,6 +41,8 @@ __all__ = [
     "CollectiveError",
     "DebugConfig",
     "DriftError",
+    "ExpertNames",
+    "ExpertShape",
     "Handle",
     "MigrationConfig",
     "MoELayer",
@@ -47,6 +51,7 @@ __all__ = [
     "Routing",
     "RuntimeConfig",
     "ShardedExperts",
+    "WeightNaming",
     "register_adapter",
     "shard_experts",
 ]
