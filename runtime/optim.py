@@ -165,11 +165,12 @@ def muon_groups(handle: Handle, *, adamw: Sequence[str] = ()) -> list[dict[str, 
         "adamw": {"use_muon": False},
         "vectors": {"use_muon": False, "weight_decay": 0.0},
     }
-    # That of the experts' matrices also where this rank owns none.
+    # As many groups on every rank, also where it owns no expert.
+    of_experts = ("muon", "vectors") if any(layer.shape.has_bias for layer in handle.layers.values()) else ("muon",)
     return [
         {"params": parameters, **settings[kind]}
         for (is_expert, kind), parameters in groups.items()
-        if parameters or (is_expert and kind == "muon")
+        if parameters or (is_expert and kind in of_experts)
     ]
 
 
