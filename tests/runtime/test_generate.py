@@ -26,6 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "sampled": dict(do_sample=True, top_k=8),
     "cache of a fixed size": dict(cache_implementation="static"),
     "prompts in chunks": dict(prefill_chunk_size=2),
+    "assisted, which takes one prompt": dict(prompt_lookup_num_tokens=2),
 }
 
 
@@ -39,7 +40,10 @@ def prompts(rank: int, shape: Shape) -> dict[str, Tensor]:
 
 def generated(model: Any, rank: int, shape: Shape, **way: Any) -> Tensor:
     torch.manual_seed(rank)
-    tokens: Tensor = model.generate(**prompts(rank, shape), max_new_tokens=shape[2], **way)
+    given = prompts(rank, shape)
+    if "prompt_lookup_num_tokens" in way:
+        given = {"input_ids": given["input_ids"][-1:].repeat(1, 2)}
+    tokens: Tensor = model.generate(**given, max_new_tokens=shape[2], **way)
     return tokens
 
 
