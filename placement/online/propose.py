@@ -4,8 +4,8 @@ The process reads pickled `Question`s from standard input and writes a pickled `
 of the pipes belong to this package. The parent process trains meanwhile.
 
 A layer by itself is priced with the moves of the mean rank (`Problem.mean_moves`): all layers' moves are made together, and what
-they cost is what the busiest rank sends, which is no less. First `joint` anneals over the owners of each layer, and exchanges
-pairs of experts in layers that have copies. Then the exact planner (milp/planner.py) takes the layers one by one, those first
+they cost is what the busiest rank sends, which is no less. First a tabu search finds owners of each layer, and layers that have
+copies exchange pairs of experts. Then the exact planner (milp/planner.py) takes the layers one by one, those first
 that are farthest above their bound, each with a share of the time limit. Of each layer the cheapest owners are kept; proposed is
 what costs training least, so the exact planner makes no proposal worse. As training pays what the busiest rank sends, owners are
 also proposed with the moves levelled over the ranks. Shape letters: L layers, R ranks, E experts.
@@ -113,7 +113,8 @@ def propose(question: Question) -> Proposal:
             note = _solve_layers(layers, question, start + question.time_limit_s)
         except (Exception, KeyboardInterrupt) as error:  # whatever ends an engine, joint's answer stands
             note = f"the exact planner failed: {error!r}"
-        candidates += _of_layers(layers, problems, question.effort)
+        if not np.array_equal(candidates[1].expert_to_owner_LE, [layer.owner_E for layer in layers]):
+            candidates += _of_layers(layers, problems, question.effort)
     costs_s = [question.cost_s(owners) for owners in candidates]
     objective_s = min(costs_s)
     owners = candidates[costs_s.index(objective_s)]
@@ -182,9 +183,9 @@ class _Layer:
 
 
 def _of_layers(layers: Sequence[_Layer], problems: Sequence[Problem], effort: float) -> list[OwnerMap]:
-    """The cheapest owners of each layer, and those with the moves levelled."""
+    """The cheapest owners of each layer, and owners from there on whose moves are levelled over the ranks."""
     owners = OwnerMap(np.stack([layer.owner_E for layer in layers]), problems[0].num_ranks)
-    return [owners, level_moves(problems, owners, effort=effort)]
+    return [owners, *level_moves(problems, owners, effort=effort)]
 
 
 def _solve_layers(layers: Sequence[_Layer], question: Question, end: float) -> str:

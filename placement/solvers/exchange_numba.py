@@ -27,9 +27,7 @@ _SMOOTHING, _TENURE = 0.1, 8
 
 
 class Layer(NamedTuple):
-    """Constants of a search. work_E counts `half_rate_rows` too. `others_R`: experts that other layers send; empty: moves count
-    as the mean rank's.
-    """
+    """Constants of a search. work_E counts `half_rate_rows` too. share_R: how much of an expert that a rank sends is counted."""
 
     load_ER: np.ndarray
     load_EN: np.ndarray
@@ -39,14 +37,12 @@ class Layer(NamedTuple):
     node_of_rank_R: np.ndarray
     cost_R: np.ndarray
     node_cost_N: np.ndarray
-    others_R: np.ndarray
+    share_R: np.ndarray
     prices: Prices
 
 
 class _Sums(NamedTuple):
-    """Of ranks, or nodes: work times its cost, rows computed, local rows, source rows, rows on the link; experts sent, also by
-    other layers; and in all, of this layer.
-    """
+    """Of ranks, or nodes: work times its cost, rows computed, local rows, source rows, rows on the link; experts sent, as counted."""
 
     work_R: np.ndarray
     rows_R: np.ndarray
@@ -57,8 +53,7 @@ class _Sums(NamedTuple):
     stay_N: np.ndarray
     start_N: np.ndarray
     link_N: np.ndarray
-    sent_R: np.ndarray
-    moved_1: np.ndarray
+    sent_1: np.ndarray
 
 
 @njit(cache=True, error_model="numpy")
@@ -101,9 +96,9 @@ def _seconds(prices, work, link, node, sent):
 def _best_exchange(layer, sums, owner_E, free_at_ER, step, best_s):
     """Return the pair of experts to exchange, (-1, -1) if none may be, and how many pairs were priced."""
     # Names of the arrays, as every access to a tuple's would count references.
-    load_ER, load_EN, totals_E, work_E, current_E, node_R, cost_R, node_cost_N, others_R, prices = layer
-    work_R, rows_R, stay_R, start_R, link_R, rows_N, stay_N, start_N, link_N, sent_R, moved_1 = sums
-    work_3, link_3, link_of_node_3, sent_3 = _largest_3(work_R), _largest_3(link_R), _largest_3(link_N), _largest_3(sent_R)
+    load_ER, load_EN, totals_E, work_E, current_E, node_R, cost_R, node_cost_N, share_R, prices = layer
+    work_R, rows_R, stay_R, start_R, link_R, rows_N, stay_N, start_N, link_N, sent_1 = sums
+    work_3, link_3, link_of_node_3 = _largest_3(work_R), _largest_3(link_R), _largest_3(link_N)
     mean_work, mean_link = work_R.mean(), link_R.mean()
     of_work, of_link = ((work_R - mean_work) ** 2).sum(), ((link_R - mean_link) ** 2).sum()
     chosen_s, chosen_first, chosen_second, num_priced = np.inf, -1, -1, owner_E.size
@@ -128,14 +123,8 @@ def _best_exchange(layer, sums, owner_E, free_at_ER, step, best_s):
                 rows_m = max(rows_N[m] + rows, start_N[m]) - stay_N[m] - load_EN[second, m] + load_EN[first, m]
                 rows_n = max(rows_N[n] - rows, start_N[n]) - stay_N[n] - load_EN[first, n] + load_EN[second, n]
                 node = max(_largest_other(link_N, link_of_node_3, m, n), node_cost_N[m] * rows_m, node_cost_N[n] * rows_n)
-            sent_1, sent_2 = int(home != b) - int(home != a), int(other_home != a) - int(other_home != b)
-            if others_R.size == 0:
-                sent = (moved_1[0] + sent_1 + sent_2) / cost_R.size
-            else:
-                if home == other_home:
-                    sent_1 = sent_2 = sent_1 + sent_2
-                sent = max(sent_R[home] + sent_1, sent_R[other_home] + sent_2)
-                sent = max(sent, _largest_other(sent_R, sent_3, home, other_home))
+            sent = sent_1[0] + share_R[home] * (int(home != b) - int(home != a))
+            sent += share_R[other_home] * (int(other_home != a) - int(other_home != b))
             work_off = np.sqrt(_squares(of_work, mean_work, work_R[a], work_R[b], work_a, work_b))
             link_off = np.sqrt(_squares(of_link, mean_link, link_R[a], link_R[b], link_a, link_b))
             smooth_s = _seconds(prices, work + _SMOOTHING * work_off, link + _SMOOTHING * link_off, node, sent)
@@ -156,8 +145,7 @@ def _count(layer, sums, expert, rank, sign):
     sums.rows_N[node] += sign * layer.totals_E[expert]
     sums.stay_N[node] += sign * layer.load_EN[expert, node]
     if home != rank:
-        sums.sent_R[home] += sign
-        sums.moved_1[0] += sign
+        sums.sent_1[0] += sign * layer.share_R[home]
     sums.link_R[rank] = max(sums.rows_R[rank], sums.start_R[rank]) - sums.stay_R[rank]
     if sums.link_N.size > 1:
         sums.link_N[node] = layer.node_cost_N[node] * (max(sums.rows_N[node], sums.start_N[node]) - sums.stay_N[node])
@@ -168,7 +156,6 @@ def _sums(layer, owner_E):
     """Compute all sums from scratch."""
     (num_experts, num_ranks), num_nodes = layer.load_ER.shape, layer.load_EN.shape[1]
     zero_R, zero_N = np.zeros(num_ranks), np.zeros(num_nodes)
-    sent_R = layer.others_R.copy() if layer.others_R.size else zero_R.copy()
     sums = _Sums(
         zero_R.copy(),
         zero_R.copy(),
@@ -179,7 +166,6 @@ def _sums(layer, owner_E):
         zero_N.copy(),
         layer.load_EN.sum(axis=0),
         zero_N.copy() if zero_N.size == 1 else layer.load_EN.sum(axis=0) * layer.node_cost_N,
-        sent_R,
         np.zeros(1),
     )
     for expert in range(num_experts):
@@ -189,16 +175,12 @@ def _sums(layer, owner_E):
 
 @njit(cache=True, error_model="numpy")
 def _present_s(layer, sums):
-    sent = sums.sent_R.max() if layer.others_R.size else sums.moved_1[0] / layer.cost_R.size
-    return _seconds(layer.prices, sums.work_R.max(), sums.link_R.max(), sums.link_N.max(), sent)
+    return _seconds(layer.prices, sums.work_R.max(), sums.link_R.max(), sums.link_N.max(), sums.sent_1[0])
 
 
 @njit(cache=True, error_model="numpy")
 def search(layer, owner_E, tries):
-    """Exchange owners until about so many pairs were priced; owner_E [E] becomes the best found, never worse.
-
-    Returns its seconds. Where moves count by the busiest rank, these include the moves of other layers.
-    """
+    """Exchange owners until about so many pairs were priced; owner_E [E] becomes the best found, never worse. Return its seconds."""
     state_1 = np.array([88172645463325252], np.uint64)
     sums = _sums(layer, owner_E)
     best_s, best_E = _present_s(layer, sums), owner_E.copy()

@@ -17,14 +17,13 @@ from moesaic.placement.online.propose import Proposal, Question, propose
 from tests.placement.cases import examples, loads
 
 PLANNER = "moesaic.placement.solvers.milp.planner.solve"
-SEARCHES = ("moesaic.placement.online.propose.search_owners", "moesaic.placement.online.propose.level_moves")
 CLOCK = "moesaic.placement.online.propose.run_seconds"
 
 
 def search_finds(patch: pytest.MonkeyPatch, owners: OwnerMap) -> None:
     """Instead of searches without copies."""
-    for name in SEARCHES:
-        patch.setattr(name, lambda *problems, **options: owners)
+    patch.setattr("moesaic.placement.online.propose.search_owners", lambda *problems, **options: owners)
+    patch.setattr("moesaic.placement.online.propose.level_moves", lambda *problems, **options: [])
 
 
 @st.composite
