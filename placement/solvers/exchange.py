@@ -1,8 +1,8 @@
 """Owners of layers by exchanges of experts, without copies: a tabu search of each layer (exchange_numba.py).
 
-Every rank keeps its number of each layer's experts, so what couples the layers is only that moves cost what the busiest rank sends
-over all of them. Layers are searched with the moves of the mean rank first; then again with moves that cost more from ranks that
-have sent more, in the manner of Lagrange multipliers. Shape letters: L layers, R ranks, E experts.
+Every rank keeps its number of each layer's experts, so what couples the layers is only that moves cost what the busiest rank
+sends over all of them. Layers are searched with the moves of the mean rank first; then again with moves that cost more from
+ranks that have sent more, in the manner of Lagrange multipliers. Shape letters: L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
@@ -71,6 +71,19 @@ def _layer_of(problem: Problem, share_R: np.ndarray) -> Layer:
     topology, load, totals_E = problem.topology, problem.load.load_ER, problem.load.totals_E
     load_EN = load.reshape(problem.num_experts, topology.num_nodes, topology.ranks_per_node).sum(axis=2)
     work_E = totals_E + topology.half_rate_rows * (totals_E > 0)
-    floats = (np.ascontiguousarray(array, dtype=np.float64) for array in (load, load_EN, totals_E, work_E))
-    costs = (topology.cost_R.astype(np.float64), topology.node_cost_N.astype(np.float64))
-    return Layer(*floats, problem.expert_to_owner_E.copy(), topology.node_of_rank_R.copy(), *costs, share_R, prices_of(problem))
+    return Layer(
+        _as_floats(load),
+        _as_floats(load_EN),
+        _as_floats(totals_E),
+        _as_floats(work_E),
+        problem.expert_to_owner_E.copy(),
+        topology.node_of_rank_R.copy(),
+        _as_floats(topology.cost_R),
+        _as_floats(topology.node_cost_N),
+        share_R,
+        prices_of(problem),
+    )
+
+
+def _as_floats(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float64)

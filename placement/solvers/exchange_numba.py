@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of ranks, or nodes: work times its cost, rows computed, local rows, source rows, rows on the link; experts sent, as counted."""
+    """Of ranks, or nodes: work times its cost, rows computed, local, source and link rows. Experts sent, as counted."""
 
     work_R: np.ndarray
     rows_R: np.ndarray
@@ -180,7 +180,7 @@ def _present_s(layer, sums):
 
 @njit(cache=True, error_model="numpy")
 def search(layer, owner_E, tries):
-    """Exchange owners until about so many pairs were priced; owner_E [E] becomes the best found, never worse. Return its seconds."""
+    """Exchange owners until about so many pairs were priced; owner_E [E] becomes the best found. Return its seconds."""
     state_1 = np.array([88172645463325252], np.uint64)
     sums = _sums(layer, owner_E)
     best_s, best_E = _present_s(layer, sums), owner_E.copy()

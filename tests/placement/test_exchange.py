@@ -52,11 +52,10 @@ def test_moves_are_levelled_over_the_ranks() -> None:
     """Rank 0 has both hot experts of one layer, rank 1 of the other: each can give one to rank 2 almost as well as to rank 3."""
     topology, shape = Topology.preset("h100", 4), LayerShape(8, 1, 512, 512)
     current = OwnerMap(np.tile(np.repeat(np.arange(4), 2), (2, 1)), 4)
+    loads_LE = [[9000, 9000, 10, 10, 10, 10, 10, 10], [10, 10, 9000, 9000, 400, 400, 10, 10]]
     layers = [
         Problem(ExpertLoad(np.tile(load_E, (4, 1))), owner_E, topology, shape, 0, move_horizon_steps=20, mean_moves=True)
-        for load_E, owner_E in zip(
-            [[9000, 9000, 10, 10, 10, 10, 10, 10], [10, 10, 9000, 9000, 400, 400, 10, 10]], current.expert_to_owner_LE, strict=True
-        )
+        for load_E, owner_E in zip(loads_LE, current.expert_to_owner_LE, strict=True)
     ]
     both_from_3 = OwnerMap(np.array([[0, 3, 1, 1, 2, 2, 0, 3], [0, 0, 1, 3, 2, 2, 1, 3]]), 4)
     assert current.most_sent(both_from_3, topology) == 2
