@@ -1,7 +1,7 @@
 """Compiled tabu search over the owners of one layer, without copies. Import this module lazily: it imports numba.
 
 Every step exchanges the owners of that pair of experts which is best among all pairs with one expert on the rank with most work
-or on the busiest link, or away from its present owner; also where no pair is an improvement. An expert may not return to the rank
+or on a busiest link, or away from its present owner; also where no pair is an improvement. An expert may not return to the rank
 that it left for some steps, unless that gives the best owners so far. What an exchange changes are sums of two ranks, so its
 seconds follow from these and from the largest sums of the others. Seconds are maxima, which most exchanges leave as they are:
 ranks' deviations from the mean are added with a small weight, so that exchanges which prepare an improvement are preferred.
@@ -104,7 +104,8 @@ def _best_exchange(layer, sums, owner_E, free_at_ER, step, best_s):
     chosen_s, chosen_first, chosen_second, num_priced = np.inf, -1, -1, owner_E.size
     for first in range(owner_E.size):
         a, home = owner_E[first], current_E[first]
-        if a != work_3[0] and a != link_3[0] and a == home:
+        is_busiest = a == work_3[0] or a == link_3[0] or (link_N.size > 1 and node_R[a] == link_of_node_3[0])
+        if not is_busiest and a == home:
             continue
         num_priced += owner_E.size
         for second in range(owner_E.size):
