@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         CollectiveError,
         DebugConfig,
         DriftError,
+        ExpertNames,
+        ExpertShape,
         Handle,
         MigrationConfig,
         MoELayer,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         Routing,
         RuntimeConfig,
         ShardedExperts,
+        WeightNaming,
         register_adapter,
         shard_experts,
     )
@@ -34,6 +37,8 @@ __all__ = [
     "CollectiveError",
     "DebugConfig",
     "DriftError",
+    "ExpertNames",
+    "ExpertShape",
     "Handle",
     "MigrationConfig",
     "MoELayer",
@@ -42,6 +47,7 @@ __all__ = [
     "Routing",
     "RuntimeConfig",
     "ShardedExperts",
+    "WeightNaming",
     "register_adapter",
     "shard_experts",
 ]

@@ -134,8 +134,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """[optim]: AdamW and its learning-rate schedule (linear warm-up, then cosine decay)."""
+    """[optim]: the optimizer and its learning-rate schedule (linear warm-up, then cosine decay)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon trains the matrices of experts and attention, scaled to take AdamW's learning rate; AdamW trains the rest."""
     lr: Positive = 3e-3
     """Peak learning rate."""
     min_lr_share: Share = 0.05

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,15 @@ import click
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..jit import compile_seconds, run_seconds
-from ..placement import ExpertLoad
-from ..runtime import shard_experts
+from ..runtime import Handle, shard_experts
 from ..runtime.layer import moe_layers
 from ..runtime.moved_options import MovedOptionWarning
+from ..runtime.optim import Muon, muon_groups
+from ..runtime.wrap.recorder import Recorder
 from .config import Config, OptimConfig, load_config
 from .entry import run_command, warnings_as_lines
 from .run.checkpoint import load_checkpoint, progress_of, save_checkpoint
@@ -68,9 +69,9 @@ def train(config: Config) -> int:
         folder = from_first(process, made)
         if process.is_first:
             show(_describe(config, process, trainer, folder))
-        with agreed(process, lambda: Records(folder, config, process, first_step=trainer.step)) as records:
+        with trainer.record(folder) as recorder, agreed(process, lambda: Records(recorder, config, process)) as records:
             signum = trainer.run(records)
-        summary = records.summary()
+        summary = recorder.summary()
         if summary is not None:
             stopped = f"stopped by {signal.Signals(signum).name} after step {trainer.step}\n" if signum else ""
             show(f"{stopped}{summary}")
@@ -115,20 +116,30 @@ class Trainer:
         self.model = model.to(process.device)
         placements = inputs.plan.layers if inputs.plan else None
         self.handle = shard_experts(self.model, mesh=mesh, config=config.runtime, placements=placements, machine=inputs.machine)
-        self.optimizer = build_optimizer(self.handle.parameter_groups(), config.optim)
+        self.optimizer = build_optimizer(self.handle, config.optim)
 
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         shape = BatchShape(config.train.batch_size, config.train.micro_batches, process.rank, process.world_size)
-        self.step = self._first_step = inputs.progress.step if inputs.progress else 0
+        self.step = inputs.progress.step if inputs.progress else 0
         layers = list(moe_layers(self.model).values())
         rank = process.rank % config.ranks_per_replica(process.world_size)
         self._replay = Replay(inputs.trace, layers, rank, first_step=self.step) if inputs.trace else None
-        self._num_decisions = 0  # migration decisions recorded so far
         self._compile_s = 0.0  # seconds of compilation recorded so far
         position = inputs.progress.position if inputs.progress else 0
         train, validation = (Windows(part, config.data.seq_len) for part in (self.text.train(), self.text.validation()))
         self.data = TrainingData(train, shape, seed=config.run.seed, position=position)
         self.val_batches = validation_batches(validation, shape, config.train.eval_batches)
+
+    def record(self, folder: Path) -> Recorder:
+        """The records of the run, which go on from its first step. Collective."""
+        run = self.config.run
+        return self.handle.record(
+            folder,
+            first_step=self.step,
+            layers=run.metrics == "detailed",
+            trace_every=run.trace_every,
+            tensorboard=run.tensorboard,
+        )
 
     def run(self, records: Records) -> int:
         """Train until the configured step or a stop signal; return the signal's number, or 0."""
@@ -136,12 +147,12 @@ class Trainer:
         profile_from = max(self.step, config.train.steps - config.run.profile_steps)
         with StopSignal() as stop, ExitStack() as profile:
             with self._reported():
-                records.add_validation(self.step, self.evaluate())
+                records.recorder.add_validation(self.evaluate())
             while self.step < config.train.steps:
                 if self.step == profile_from:
-                    records.folder.mkdir(parents=True, exist_ok=True)  # also on machines without rank 0
+                    records.recorder.folder.mkdir(parents=True, exist_ok=True)  # also on machines without rank 0
                     profile.enter_context(
-                        self.handle.telemetry.profile(records.folder / f"profile-rank-{self.process.rank}.json")
+                        self.handle.telemetry.profile(records.recorder.folder / f"profile-rank-{self.process.rank}.json")
                     )
                 with self._reported():
                     signum = self._train_step(records, stop)
@@ -182,8 +193,6 @@ class Trainer:
 
         # Phase 3: totals over all ranks, and whether to stop
         metrics = self.handle.metrics()
-        if "migration_step" in metrics:
-            metrics["migration_step"] += self._first_step  # the handle counts its own steps
         totals = self._agree(losses, metrics, stop.signum)
         seconds = run_seconds() - start_s
 
@@ -191,7 +200,6 @@ class Trainer:
         is_last = self.step == config.train.steps or totals.signum != 0
         val_loss = self.evaluate() if is_last or _is_due(self.step, config.train.eval_every) else None
         record = StepRecord(
-            step=self.step,
             loss=totals.loss,
             aux_loss=totals.aux_loss,
             grad_norm=grad_norm,
@@ -202,19 +210,7 @@ class Trainer:
             bytes_sent=totals.bytes_sent,
         )
         self._compile_s += record.compile_s
-        decisions = self.handle.telemetry.migrations()[self._num_decisions :]
-        self._num_decisions += len(decisions)
-        records.add(
-            record,
-            metrics,
-            self.handle.telemetry.loads(),
-            val_loss=val_loss,
-            layers=self.handle.telemetry.layer_metrics(),
-            decisions=decisions,
-        )
-        if decisions and decisions[-1].moved:
-            layers = zip(self.handle.layers.values(), self.handle.telemetry.loads(), strict=True)
-            records.add_plan([layer.runtime.planner.problem(ExpertLoad(load_RE)) for layer, load_RE in layers], decisions[-1])
+        records.add(record, metrics, val_loss=val_loss)
         if config.checkpoint.every and (is_last or _is_due(self.step, config.checkpoint.every)):
             self.save(records)
         return totals.signum
@@ -276,7 +272,7 @@ class Trainer:
     def save(self, records: Records) -> None:
         """Write a checkpoint into the run folder. Collective."""
         progress = progress_of(self.config, self.text, step=self.step, position=self.data.position)
-        folder = save_checkpoint(self.process, records.folder / "checkpoints", self.handle, self.optimizer, progress)
+        folder = save_checkpoint(self.process, records.recorder.folder / "checkpoints", self.handle, self.optimizer, progress)
         records.print_line(f"checkpoint {folder}")
 
 
@@ -285,10 +281,14 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_optimizer(parameter_groups: Iterable[Mapping[str, Sequence[nn.Parameter]]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `Handle.parameter_groups`, each split in two: matrices decay, vectors do not."""
+def build_optimizer(handle: Handle, config: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer of all parameters: matrices decay, vectors do not."""
+    if config.name == "muon":
+        groups = muon_groups(handle, adamw=["head.*"])
+        betas = (config.beta1, config.beta2)
+        return Muon(groups, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps)
     groups = []
-    for group in parameter_groups:
+    for group in handle.parameter_groups():
         for weight_decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
             parameters = [parameter for parameter in group["params"] if (parameter.ndim >= 2) == is_matrix]
             if parameters:

@@ -89,29 +89,36 @@ def _busiest(flow_RR: np.ndarray, topology: Topology) -> tuple[int, int]:
     if topology.num_nodes == 1:
         return device, 0
     nodes, per_node = topology.num_nodes, topology.ranks_per_node
-    flow_NN = flow_RR.reshape(nodes, per_node, nodes, per_node).sum(axis=(1, 3))
+    flow_NN = flow_RR.reshape(nodes, per_node, -1).sum(axis=1).reshape(nodes, nodes, per_node).sum(axis=2)
     busiest_N = np.maximum(flow_NN.sum(axis=1), flow_NN.sum(axis=0)) - np.diagonal(flow_NN)
     return device, int((topology.node_cost_N * busiest_N).max())
 
 
-def _pair_counts(src: np.ndarray, dst: np.ndarray, num_ranks: int) -> np.ndarray:
-    return np.bincount(src * num_ranks + dst, minlength=num_ranks * num_ranks).reshape(num_ranks, num_ranks)
+def _busiest_of_pairs(src: np.ndarray, dst: np.ndarray, topology: Topology) -> tuple[int, int]:
+    """The same for items that each go from one rank, `src`, to another."""
+    device = max(int(np.bincount(ranks, minlength=1).max()) for ranks in (src, dst))
+    if topology.num_nodes == 1:
+        return device, 0
+    src_node, dst_node = topology.node_of_rank_R[src], topology.node_of_rank_R[dst]
+    is_across = src_node != dst_node
+    sent_N, received_N = (np.bincount(nodes[is_across], minlength=topology.num_nodes) for nodes in (src_node, dst_node))
+    return device, int((topology.node_cost_N * np.maximum(sent_N, received_N)).max())
 
 
 def _busiest_copies(placement: Placement, topology: Topology) -> tuple[int, int]:
     ranks, experts = np.nonzero(placement.copies_RE)
-    return _busiest(_pair_counts(placement.expert_to_owner_E[experts], ranks, placement.num_ranks), topology)
+    return _busiest_of_pairs(placement.expert_to_owner_E[experts], ranks, topology)
 
 
 def tally(problem: Problem, placement: Placement, split: Split) -> Tally:
     """Count the work of the busiest rank and the traffic of the busiest links. Owners send every copy directly."""
-    num_ranks, topology = problem.num_ranks, problem.topology
+    topology = problem.topology
     groups_R = np.count_nonzero(split.rows_RE, axis=1)
     work_rows = int((topology.cost_R * (split.rows_R + topology.half_rate_rows * groups_R)).max())
     moved = np.flatnonzero(problem.expert_to_owner_E != placement.expert_to_owner_E)
-    moves_RR = _pair_counts(problem.expert_to_owner_E[moved], placement.expert_to_owner_E[moved], num_ranks)
+    before, after = problem.expert_to_owner_E[moved], placement.expert_to_owner_E[moved]
     rows, copies = _busiest(split.flow_RR, topology), _busiest_copies(placement, topology)
-    moves = (moved.size / num_ranks, 0) if problem.mean_moves else _busiest(moves_RR, topology)
+    moves = (moved.size / problem.num_ranks, 0) if problem.mean_moves else _busiest_of_pairs(before, after, topology)
     return Tally(work_rows, rows[0], rows[1], copies[0], copies[1], moves[0], moves[1])
 
 

@@ -60,16 +60,10 @@ class Split(ByContent):
     @cached_property
     def flow_RR(self) -> np.ndarray:
         """Rows of source rank s that rank d computes, over all experts, int64 [R, R], read-only."""
-        num_ranks = self.placement.num_ranks
-        _, src_G, dst_G, rows_G = self.segments_4G
-        flow_RR = np.bincount(src_G * num_ranks + dst_G, weights=rows_G, minlength=num_ranks * num_ranks)
-        flow_RR = flow_RR.astype(np.int64).reshape(num_ranks, num_ranks)
-        single = np.flatnonzero(self._is_single_E)
-        if single.size:
-            order = single[np.argsort(self.placement.expert_to_owner_E[single], kind="stable")]
-            owners, first = np.unique(self.placement.expert_to_owner_E[order], return_index=True)
-            flow_RR[:, owners] += np.add.reduceat(self.load.load_ER[order], first, axis=0).T
-        return read_only(flow_RR)
+        from .split_numba import flow
+
+        owner_E = self.placement.expert_to_owner_E
+        return read_only(flow(self.segments_4G, self.load.load_ER, owner_E, self._is_single_E))
 
     def sends(self, src: int) -> np.ndarray:
         """Return the rows of source rank `src` by expert and destination rank, int64 [E, R]."""

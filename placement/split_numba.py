@@ -248,3 +248,17 @@ def share_evenly(load_ER, experts_M, start_M, ranks_J, ranks_per_node):
                     segments_4G[3, count] = share
                     count += 1
     return segments_4G[:, :count].copy()
+
+
+@njit(cache=True)
+def flow(segments_4G, load_ER, owner_E, is_single_E):
+    """Return the rows that every rank computes by source rank, int64 [R, R]: of single experts' loads, and of segments."""
+    num_experts, num_ranks = load_ER.shape
+    flow_DS = np.zeros((num_ranks, num_ranks), np.int64)  # by destination first, so that loads are added in order of memory
+    for expert in range(num_experts):
+        if is_single_E[expert]:
+            for src in range(num_ranks):
+                flow_DS[owner_E[expert], src] += load_ER[expert, src]
+    for place in range(segments_4G.shape[1]):
+        flow_DS[segments_4G[2, place], segments_4G[1, place]] += segments_4G[3, place]
+    return np.ascontiguousarray(flow_DS.T)

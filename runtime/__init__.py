@@ -20,12 +20,16 @@ layer.py            The Mixture-of-Experts layer.
 state.py            State under logical names: an expert is named by its layer and number, not by rank and row.
 adapters/           Adapters: MoE layers of other models.
 wrap/               Wrapping a model: `shard_experts`, and the handle that it returns.
+optim.py            Muon of sharded models: the momentum of a matrix made orthogonal; AdamW for what is no matrix of a hidden
+                    layer.
 """
 
 from ..collectives import CollectiveError
 from .adapters import Adapter, register_adapter
 from .config import DebugConfig, MigrationConfig, RouterConfig, RuntimeConfig
+from .experts.expert import ExpertShape
 from .layer import MoELayer
+from .naming import ExpertNames, WeightNaming
 from .routing.router import Router, Routing
 from .sharded_experts import ShardedExperts
 from .wrap.drift import DriftError
@@ -37,6 +41,8 @@ __all__ = [
     "CollectiveError",
     "DebugConfig",
     "DriftError",
+    "ExpertNames",
+    "ExpertShape",
     "Handle",
     "MigrationConfig",
     "MoELayer",
@@ -45,6 +51,7 @@ __all__ = [
     "Routing",
     "RuntimeConfig",
     "ShardedExperts",
+    "WeightNaming",
     "register_adapter",
     "shard_experts",
 ]

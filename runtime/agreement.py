@@ -41,6 +41,9 @@ _MOST_NAMED = 8
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
+# The flag of a rank where others' forwards begin: it has none left of its own.
+_NONE_LEFT = 1
+
 _AS_MANY = (
     "give every rank as many batches and micro-batches, evaluate on all ranks or on none, run the same layers and backward "
     "passes on all, and let no rank go on alone after an exception"
@@ -142,10 +145,20 @@ class Agreement:
 
         The host waits, and no device does. Returns the forward's number, from 1.
         """
+        self._gather_forwards(step, is_training, flags=0)
+        return self._num_forwards
+
+    def begin_others_forward(self, step: int, *, is_training: bool) -> bool:
+        """The same on a rank that has no forward of its own left: whether another rank begins one, in which this one takes part.
+
+        False: no rank has one left.
+        """
+        return not self._gather_forwards(step, is_training, flags=_NONE_LEFT).flags_R.all()
+
+    def _gather_forwards(self, step: int, is_training: bool, *, flags: int) -> Gathered:
         self._num_forwards += 1
         where = f"step {step}, the beginning of forward {self._num_forwards} ({_mode(is_training)})"
-        self._gather(self._group.control, _NOTHING, Doing.FORWARD, step, is_training=is_training, where=where)
-        return self._num_forwards
+        return self._gather(self._group.control, _NOTHING, Doing.FORWARD, step, is_training=is_training, flags=flags, where=where)
 
     def begin_backward(self, step: int, forward: int) -> None:
         """The same at the beginning of the backward of a forward."""
@@ -286,6 +299,13 @@ def check_same_layers(kinds: Mapping[str, object]) -> None:
                 f"MoE layer {index} of {max(len(found[0]), len(theirs))} differs between ranks: {first} on rank 0, "
                 f"{other} on rank {rank}; build the same model on every rank"
             )
+
+
+def first_problem(problem: str) -> str:
+    """The problem of the first rank that has one, on every rank; empty: none has. Collective, on the default process group."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next((text for text in found if text), "")
 
 
 def agree_on_machine(machine: Machine | str | os.PathLike[str] | None) -> Machine | None:

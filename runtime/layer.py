@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Clamp
+from ..kernels import Activation, Clamp
 from ._compat import outside_graphs, reshaped
 from .config import RouterConfig
 from .experts.expert import ExpertShape
@@ -23,14 +23,17 @@ from .step.layer_runtime import LayerRuntime
 
 @renamed_members(family="naming")
 class MoELayer(nn.Module):
-    """An MoE feed-forward layer of SwiGLU experts, dropless by default: y = sum_k weight_k * expert_k(x) + shared(x).
+    """An MoE feed-forward layer, of SwiGLU experts and dropless by default: y = sum_k weight_k * expert_k(x) + shared(x).
 
     It runs as built on one process. `shard_experts` shares its experts among ranks; the forward below is the same then.
 
     Args:
-        dim, ffn_dim: D and F; one expert is gate_up [2F, D] and down [D, F].
+        dim, ffn_dim: D and F; one expert is gate_up [2F, D] and down [D, F]; without a gate, gate_up is [F, D].
         num_experts, top_k: E, and K of them per token.
         router: how tokens choose, or a router module of your own.
+        activation: of the experts, a function [N, 2F] to [N, F] of gate and up, or [N, F] to [N, F] without a gate; SwiGLU by
+            default.
+        has_gate: experts have one; without it give an activation.
         clamp: gives experts biases and the clamped activation of GPT-OSS, with these constants.
         shared: a module [T, D] to [T, D] that every token passes besides (shared experts).
         capacity_factor, drop_policy: an expert takes at most so many times the mean load from each rank's micro-batch; "probs"
@@ -47,6 +50,8 @@ class MoELayer(nn.Module):
         *,
         router: RouterConfig | Router | None = None,
         shared: nn.Module | None = None,
+        activation: Activation | None = None,
+        has_gate: bool = True,
         clamp: Clamp | None = None,
         capacity_factor: float = math.inf,
         drop_policy: DropPolicy = "probs",
@@ -54,6 +59,8 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if clamp is not None and (activation is not None or not has_gate):
+            raise ValueError("clamp is an activation of experts with a gate; leave out activation, and has_gate=False")
         if not isinstance(router, Router):
             router = TopKRouter(dim, num_experts, top_k, router or RouterConfig())
         self.dim = dim
@@ -64,10 +71,10 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.capacity = Capacity(capacity_factor, drop_policy)
         self.experts = ShardedExperts(
-            ExpertShape(dim, ffn_dim, has_bias=clamp is not None),
+            ExpertShape(dim, ffn_dim, has_gate=has_gate, has_bias=clamp is not None),
             num_experts,
             top_k,
-            activation=clamp,
+            activation=clamp or activation,
             capacity=self.capacity,
             device=device,
             dtype=dtype,

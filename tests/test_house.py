@@ -65,6 +65,8 @@ def test_public_names() -> None:
         "CollectiveError",
         "DebugConfig",
         "DriftError",
+        "ExpertNames",
+        "ExpertShape",
         "Handle",
         "MigrationConfig",
         "MoELayer",
@@ -73,6 +75,7 @@ def test_public_names() -> None:
         "Routing",
         "RuntimeConfig",
         "ShardedExperts",
+        "WeightNaming",
         "register_adapter",
         "shard_experts",
     ]

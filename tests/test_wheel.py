@@ -28,6 +28,6 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     others = {"tests", "examples", "docs", "build", "runs"}
     files = [path.relative_to(ROOT) for path in ROOT.glob("*/**/*.py")]
     modules = {file.as_posix() for file in files if file.parts[0] not in others and file.parts[0][0] != "."}
-    assert names == {f"moesaic/{name}" for name in modules | {"__init__.py", "py.typed", "benchmarks/gpu_kernels.sh"}}
+    assert names == {f"moesaic/{name}" for name in modules | {"__init__.py", "optim.py", "py.typed", "benchmarks/gpu_kernels.sh"}}
     assert said["Version"] == moesaic.__version__
     assert said["Keywords"] and "Programming Language :: Python :: 3.13" in said.get_all("Classifier", [])

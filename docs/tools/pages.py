@@ -17,20 +17,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import moesaic
+import moesaic.optim
+import moesaic.transformers
 from moesaic.launch.config import Config
 from moesaic.runtime.wrap.model_weights import ModelWeights
+from moesaic.runtime.wrap.recorder import Recorder
 from moesaic.runtime.wrap.telemetry import Telemetry
-from moesaic.transformers import attach
 
 DOCS = Path(__file__).resolve().parents[1]
+_MODULES = (moesaic, moesaic.optim, moesaic.transformers)
 # Members without an underscore that only moesaic itself uses.
 _INTERNAL = {
     "MoELayer": ("runtime",),
     "ShardedExperts": ("begin", "source", "share", "follow_bank"),
     "Telemetry": ("close_step",),
+    "Recorder": ("write_plan",),
 }
 # Classes of what a member holds, whose members stand below it.
-_PARTS = {"weights": ModelWeights, "telemetry": Telemetry}
+_PARTS = {"weights": ModelWeights, "telemetry": Telemetry, "record": Recorder}
 
 _GENERATED = "<!-- Printed by docs/tools/pages.py: change the code's docstrings, then run `make docs`. -->"
 
@@ -59,7 +63,8 @@ _API = f"""\
 
 # Python API
 
-The public names of `moesaic`, with their docstrings. The configuration classes have a [page of their own](configuration.md).
+The public names of `moesaic` and `moesaic.optim`, with their docstrings. The configuration classes have a
+[page of their own](configuration.md).
 Shape letters: T tokens, D model dimension, F an expert's hidden dimension, K experts per token, E experts, L layers, R ranks.
 """
 
@@ -149,18 +154,20 @@ def _sentence(text: str) -> str:
 
 def api_page() -> str:
     """api.md: signature and docstring of every public name, and of the public methods of classes."""
-    functions = [name for name in moesaic.__all__ if inspect.isfunction(getattr(moesaic, name))]
-    classes = [name for name in moesaic.__all__ if name not in functions and not name.endswith("Config")]
-    parts = [_API]
+    return "\n".join([_API, *(part for module in _MODULES for part in _module(module))]).rstrip() + "\n"
+
+
+def _module(module: types.ModuleType) -> Iterator[str]:
+    functions = [name for name in module.__all__ if inspect.isfunction(getattr(module, name))]
+    classes = [name for name in module.__all__ if name not in functions and not name.endswith("Config")]
+    prefix = module.__name__.removeprefix("moesaic").removeprefix(".")
     for name in [*functions, *classes]:
-        parts += _entry(name, getattr(moesaic, name), level=2)
+        yield from _entry(f"{prefix}.{name}".removeprefix("."), getattr(module, name), level=2)
         if name in classes:
-            for member, value in _members(getattr(moesaic, name)):
-                parts += _entry(member, value, level=3)
+            for member, value in _members(getattr(module, name)):
+                yield from _entry(member, value, level=3)
                 for inner, inner_value in _members(_PARTS[member]) if member in _PARTS else ():
-                    parts += _entry(f"{member}.{inner}", inner_value, level=4)
-    parts += ["## moesaic.transformers\n", *_entry("attach", attach, level=3)]
-    return "\n".join(parts).rstrip() + "\n"
+                    yield from _entry(f"{member}.{inner}", inner_value, level=4)
 
 
 def _members(kind: type) -> Iterator[tuple[str, Any]]:
@@ -169,7 +176,7 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
     for name, value in vars(kind).items():
         if name.startswith("_") or name in left_out or not isinstance(value, types.FunctionType | property):
             continue
-        if value.__doc__ and not value.__doc__.startswith("See `nn.Module."):
+        if value.__doc__ and not value.__doc__.startswith(("See `nn.Module.", "See `torch.")):
             yield name, value
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from ...placement.files import clear_errors, replace_text
 from ...placement.offline.records import table
 from ...placement.traces.sources import LoadSource, open_source
+from ...runtime.wrap.run_summary import add_decisions
 from .page import page, section
 from .trace import INFO_COLUMNS, inspect_trace
 from .trace_options import RANKS_OPTION, TraceOptions, trace_options
@@ -40,7 +41,7 @@ class Chart:
 
 
 _CHARTS = (
-    Chart("Loss", "nats per byte", {"training": "loss", "validation": "val_loss"}),
+    Chart("Loss", "", {"training": "loss", "validation": "val_loss"}),
     Chart("Gradient norm before clipping", "", {"norm": "grad_norm"}, is_log=True),
     Chart("Throughput", "tokens/s", {"all ranks": "tokens_per_s"}),
     Chart(
@@ -130,17 +131,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not any("loss" in record for record in records):
         raise ValueError(f"{path} has no training step yet; let the run go on")
     return records
-
-
-def add_decisions(decisions: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
-    """Add the decisions about owners of a record of metrics.jsonl, with its step; and to one of before what it did save."""
-    if "migration_step" in record:
-        for decision in decisions:
-            if decision["step"] == record["migration_step"] and decision["moved"]:
-                decision["saved_s_observed"] = record["saved_s_observed"]
-    decisions += [{"step": record["step"], **decision} for decision in record.get("migrations", ())]
-    for old in record.get("rehomings", ()):  # of runs recorded before 0.1
-        decisions.append({**old, "moved": old.get("num_moved", 0), "saved_s_predicted": old.get("saved_s", 0.0)})
 
 
 def _read_json(text: str, where: str) -> dict[str, Any]:

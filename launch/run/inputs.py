@@ -6,13 +6,13 @@ from pathlib import Path
 from ...placement import SavedPlan, Trace, TraceMeta, read_plan
 from ...placement.files import digest_of
 from ...placement.machine import Machine, read_machine
+from ...runtime.wrap.tensorboard import require_tensorboard
 from ..config import Config
 from .checkpoint import Progress, read_progress
 from .data import Text, prepare_text
 from .process import Process, agreed, check_same
 from .records import trace_meta
 from .replay import open_replay
-from .tensorboard import require_tensorboard
 
 
 @dataclass(frozen=True)

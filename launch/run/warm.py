@@ -27,6 +27,7 @@ from ...placement import (
     policy_solvers,
     split_exact,
 )
+from ...placement.solvers.exchange import search_owners
 from ...runtime import MoELayer, RuntimeConfig
 
 
@@ -45,6 +46,7 @@ def warm_all() -> float:
     assert shm_control.DONE == 0, "importing the module compiles its routines"
     warm_kernels([torch.float32, torch.float64, torch.bfloat16])
     warm_planning(list(SOLVERS.values()))
+    search_owners([_problem(Topology.preset("cpu", 2))])
     return compile_seconds() - before_s
 
 

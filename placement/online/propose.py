@@ -4,10 +4,11 @@ The process reads pickled `Question`s from standard input and writes a pickled `
 of the pipes belong to this package. The parent process trains meanwhile.
 
 A layer by itself is priced with the moves of the mean rank (`Problem.mean_moves`): all layers' moves are made together, and what
-they cost is what the busiest rank sends, which is no less. First `joint` anneals over the owners of each layer, and exchanges
-pairs of experts in layers that have copies. Then the exact planner (milp/planner.py) takes the layers one by one, those first
+they cost is what the busiest rank sends, which is no less. First a tabu search finds owners of each layer, and layers that have
+copies exchange pairs of experts. Then the exact planner (milp/planner.py) takes the layers one by one, those first
 that are farthest above their bound, each with a share of the time limit. Of each layer the cheapest owners are kept; proposed is
-what costs training least, so the exact planner makes no proposal worse. Shape letters: L layers, R ranks, E experts.
+what costs training least, so the exact planner makes no proposal worse. As training pays what the busiest rank sends, owners are
+also proposed with the moves levelled over the ranks. Shape letters: L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ...jit import run_seconds
 from ..cost import Solution, Tally, price, prices_of
 from ..owners import OwnerMap
 from ..solvers.bounds import link_bound
-from ..solvers.joint import search_owners
+from ..solvers.exchange import level_moves, search_owners
 from ..solvers.milp import planner as milp
 from ..solvers.registry import get_solver, policy_solvers
 from ..topology import Topology
@@ -106,13 +107,14 @@ def propose(question: Question) -> Proposal:
     far, rng = [layer for layer in layers if layer.may_gain_by_exchanges], np.random.default_rng(0)
     for layer in far:
         layer.exchange(rng, max(1, int(_TRIALS * question.effort) // len(far)))
-    candidates, note = [current, _of_layers(layers, current.num_ranks)], ""
+    candidates, note = [current, *_of_layers(layers, problems, question.effort)], ""
     if question.solver != "joint":
         try:
             note = _solve_layers(layers, question, start + question.time_limit_s)
         except (Exception, KeyboardInterrupt) as error:  # whatever ends an engine, joint's answer stands
             note = f"the exact planner failed: {error!r}"
-        candidates.append(_of_layers(layers, current.num_ranks))
+        if not np.array_equal(candidates[1].expert_to_owner_LE, [layer.owner_E for layer in layers]):
+            candidates += _of_layers(layers, problems, question.effort)
     costs_s = [question.cost_s(owners) for owners in candidates]
     objective_s = min(costs_s)
     owners = candidates[costs_s.index(objective_s)]
@@ -180,8 +182,10 @@ class _Layer:
         return _layer_s(self._problem, owner_E, self._policy) + price(self._problem, Tally(0, 0, 0, 0, 0, moves)).move_s
 
 
-def _of_layers(layers: Sequence[_Layer], num_ranks: int) -> OwnerMap:
-    return OwnerMap(np.stack([layer.owner_E for layer in layers]), num_ranks)
+def _of_layers(layers: Sequence[_Layer], problems: Sequence[Problem], effort: float) -> list[OwnerMap]:
+    """The cheapest owners of each layer, and owners from there on whose moves are levelled over the ranks."""
+    owners = OwnerMap(np.stack([layer.owner_E for layer in layers]), problems[0].num_ranks)
+    return [owners, *level_moves(problems, owners, effort=effort)]
 
 
 def _solve_layers(layers: Sequence[_Layer], question: Question, end: float) -> str:

@@ -35,8 +35,6 @@ _MOST_COPY_PAIRS = 200_000_000
 _COLD = 1e-5
 # Small problems have high barriers for their size; they are searched twice, first from a high temperature.
 _HOT, _HOT_SMALL, _SMALL_STATES = 1e-3, 0.3, 4096
-# Where only the experts of one layer are exchanged: a hotter search moves more experts, and gains nothing by it.
-_HOT_EVEN = 3e-4
 
 
 @dataclass(frozen=True)
@@ -135,13 +133,8 @@ def _search(
     rows_R: np.ndarray,
     hop_weight: float,
     effort: float,
-    *,
-    is_uneven: bool = True,
 ) -> np.ndarray:
-    """Anneal from the cheaper of the current owners, if they have those rows, and a greedy start; return the owners [L, E].
-
-    Not `is_uneven`: from the current owners alone, and every rank keeps its number of each layer's experts.
-    """
+    """Anneal from the cheaper of the current owners, if they have those rows, and a greedy start; return the owners [L, E]."""
     from .anneal_owners_numba import Layers, anneal
 
     first = problems[0]
@@ -162,27 +155,16 @@ def _search(
         node_s,
         prices_of(first),
     )
-    starts = [_greedy(layers.totals_LE, rows_R, layers.cost_R)] if is_uneven else []
+    starts = [_greedy(layers.totals_LE, rows_R, layers.cost_R)]
     if (np.bincount(current_LE.ravel(), minlength=rows_R.size) == rows_R).all():
         starts.insert(0, current_LE.copy())
     owner_LE = min(starts, key=lambda owners: _owned_s(problems, owners) + _hops_s(owners, pairs_LEE, first, hop_weight))
     proposals = min(max(_PROPOSALS_PER_STATE * owner_LE.size * first.num_ranks, _LEAST_PROPOSALS), _MOST_PROPOSALS)
-    last_hot = _HOT if is_uneven else _HOT_EVEN
-    for hot in [_HOT_SMALL, last_hot] if owner_LE.size * first.num_ranks <= _SMALL_STATES else [last_hot]:
+    for hot in [_HOT_SMALL, _HOT] if owner_LE.size * first.num_ranks <= _SMALL_STATES else [_HOT]:
         searched_LE = owner_LE.copy()
-        if anneal(layers, searched_LE, int(proposals * effort), is_uneven, hot, _COLD) < 0:
+        if anneal(layers, searched_LE, int(proposals * effort), True, hot, _COLD) < 0:
             owner_LE = searched_LE
     return owner_LE
-
-
-def search_owners(problems: Sequence[Problem], *, effort: float = 1.0) -> OwnerMap:
-    """Owners by the search alone, without copies and hops; every rank keeps its number of each layer's experts."""
-    first, owner_LE = problems[0], np.stack([problem.expert_to_owner_E for problem in problems])
-    no_pairs = np.zeros((0, first.num_experts, first.num_experts), dtype=np.int64)
-    if first.num_ranks > 1:
-        rows_R = np.bincount(owner_LE.ravel(), minlength=first.num_ranks)
-        owner_LE = _search(problems, no_pairs, rows_R, 0.0, effort, is_uneven=False)
-    return OwnerMap(owner_LE, first.num_ranks)
 
 
 def _owned_s(problems: Sequence[Problem], owner_LE: np.ndarray) -> float:

@@ -103,6 +103,25 @@ def shard_dense(
         shard(modules)
     shard([model])
     model.register_forward_hook(_reshard_after_evaluation)
+    when_a_module_is_added(_refuse_ddp_of_shards, lives_with=model)
+    _have_memory_for_training(model)
+
+
+def _have_memory_for_training(model: nn.Module) -> None:
+    """Where the first forward is under `inference_mode`, have FSDP2 make before it, and outside, the tensors that it makes once
+    and that training goes on with."""
+
+    @outside_graphs
+    def make(module: nn.Module, inputs: Any) -> None:
+        hook.remove()
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                for unit in module.modules():
+                    if isinstance(unit, FSDPModule):
+                        unit.unshard()
+                        unit.reshard()
+
+    hook = model.register_forward_pre_hook(make, prepend=True)
 
 
 @outside_graphs
@@ -182,14 +201,22 @@ def leave_dense(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
     model.register_forward_pre_hook(check_experts)
 
 
+def _refuse_ddp_of_shards(model: nn.Module, holder: nn.Module, child: nn.Module) -> None:
+    """Refuse DDP around the model, or around what holds it: it takes each rank's shards for copies of the same."""
+    if isinstance(holder, DistributedDataParallel) and any(inner is model for inner in child.modules()):
+        raise ValueError(
+            "DistributedDataParallel around a model whose dense part FSDP2 shards already; leave it out, or call shard_experts "
+            "with RuntimeConfig(shard_dense=False)"
+        )
+
+
 def _refuse_ddp_around(model: nn.Module, holder: nn.Module, child: nn.Module) -> None:
     """Refuse DDP around a module that holds the sharded model: it leaves out what its own module names, and copies all the
     rest."""
     if isinstance(holder, DistributedDataParallel) and child is not model and any(inner is model for inner in child.modules()):
         raise ValueError(
-            f"DistributedDataParallel around {type(child).__name__}, which holds the {type(model).__name__} that "
-            f"shard_experts was "
-            "given, would overwrite experts; call shard_experts with the module that DistributedDataParallel gets"
+            f"DistributedDataParallel around {type(child).__name__}, which holds the {type(model).__name__} that shard_experts "
+            "was given, would overwrite experts; call shard_experts with the module that DistributedDataParallel gets"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,21 @@ from .._compat import current_backward_id, outside_graphs, tensors_in
 from ..stages import StageClock
 from ..step.layer_runtime import LayerRuntime
 from ..step.replay import is_recomputing
+from .generate import generate_together
 
 _TORCH_DISTRIBUTED = str(Path(dist.__file__).parent)
 
 
 def compare_in_forwards(model: nn.Module, layers: Sequence[LayerRuntime], clock: StageClock) -> None:
     """Hook `model`, whose MoE layers these are, after FSDP2 has, where it does: of hooks that are put first the last runs
-    first."""
+    first. `generate` of a model of transformers then ends on all ranks together; see generate.py."""
     if layers[0].group.control.world_size > 1:
-        _Comparisons(layers[0], clock).hook(model)
+        comparisons = ForwardComparisons(layers[0], clock)
+        comparisons.hook(model)
+        generate_together(model, comparisons, layers[0].bank.device)
 
 
-class _Comparisons:
+class ForwardComparisons:
     """The hooks of one model."""
 
     def __init__(self, layer: LayerRuntime, clock: StageClock):
@@ -42,11 +45,18 @@ class _Comparisons:
         self._forward = 0  # the number of the last one
         self._hook: RemovableHandle | None = None
         self._is_before_fsdp = False
+        self._has_begun = False  # the next forward, which is another rank's
 
     def hook(self, model: nn.Module) -> None:
         """Have the model's forwards begin and end here."""
         self._put_first(model)
         model.register_forward_hook(self._end, prepend=True, always_call=True)
+
+    def take_part(self, model: nn.Module, forward: Callable[[], Any]) -> None:
+        """Run `forward`, one of the model, whenever another rank begins one, until all ranks are here."""
+        while self._layer.agreement.begin_others_forward(self._layer.step, is_training=model.training):
+            self._has_begun = True
+            forward()
 
     def _put_first(self, model: nn.Module) -> None:
         if self._hook is not None:
@@ -61,6 +71,9 @@ class _Comparisons:
         if isinstance(model, FSDPModule) and not self._is_before_fsdp:
             # Its user has sharded the dense part since. From the next forward on this is first again.
             self._put_first(model)
+        if self._has_begun:
+            self._has_begun = False
+            return
         self._forward = self._layer.agreement.begin_forward(self._layer.step, is_training=model.training)
 
     @outside_graphs

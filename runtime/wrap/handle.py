@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...placement import OwnerMap
-from ..agreement import Doing
+from ..agreement import Doing, first_problem
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
 from ..experts.migrate import expert_states, migrate, rounds_of
@@ -25,6 +27,7 @@ from ..state import expert_parameters, load_state, prepare_optimizer, state_of
 from .drift import DriftGuard
 from .migration_policy import Migrator
 from .model_weights import ModelWeights
+from .recorder import Recorder
 from .sharded_model import ShardedModel
 from .telemetry import Telemetry
 
@@ -268,6 +271,48 @@ class Handle:
     def telemetry(self) -> Telemetry:
         """Loads, memory, decisions about owners, profiles."""
         return self._telemetry
+
+    def record(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        first_step: int = 0,
+        layers: bool = False,
+        trace_every: int = 1,
+        tensorboard: bool = False,
+    ) -> Recorder:
+        """Records of a run in a new folder: `with handle.record("runs/x") as records`, and `records.add(loss)` after each step.
+
+        They are what `moesaic train` writes, and `moesaic report` draws. Collective.
+
+        Args:
+            first_step: steps that were done before.
+            layers: metrics.jsonl has also the numbers of every MoE layer.
+            trace_every: steps between routing loads in trace.npz; 0: none. Layers must be alike for it.
+            tensorboard: also write the numbers for TensorBoard.
+
+        Raises:
+            ValueError: the folder has records already, or cannot be written; on every rank.
+        """
+        recorder, problem = None, ""
+        try:
+            recorder = Recorder(
+                Path(folder),
+                self._sharded,
+                self._telemetry,
+                self.metrics,
+                self._config,
+                first_step=first_step,
+                layers=layers,
+                trace_every=trace_every,
+                tensorboard=tensorboard,
+            )
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problem = first_problem(problem)
+        if recorder is None or problem:
+            raise ValueError(problem)
+        return recorder
 
     def _reshard(self) -> None:
         """Give FSDP2's root its shards back; see `ShardedModel.reshard`."""

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -126,6 +127,7 @@ def shard_experts(
     check_conversions(model, banks)
     compare_in_forwards(model, list(runtimes.values()), clock)
     guard_save_pretrained(model, layers)
+    refuse_copies(model)
     return Handle(model, layers, banks, group, config, clock)
 
 
@@ -150,6 +152,18 @@ def check_conversions(model: nn.Module, banks: Sequence[Bank]) -> None:
         return type(model)._apply(model, fn, recurse)
 
     model._apply = check_and_convert  # type: ignore[method-assign]
+
+
+def refuse_copies(model: nn.Module) -> None:
+    """Refuse `copy.deepcopy` and `pickle` of the whole model with the cure, before they meet what cannot be copied in it."""
+
+    def refuse(_: object) -> NoReturn:
+        raise RuntimeError(
+            f"{type(model).__name__} is shared with other ranks and can be neither copied nor pickled: copy the model before "
+            "shard_experts, or keep a copy of handle.state_dict()"
+        )
+
+    model.__deepcopy__ = model.__reduce_ex__ = refuse  # type: ignore[assignment, method-assign]
 
 
 def _owners_of(placements: Sequence[Placement], found: Sequence[FoundLayer], group: RankGroup) -> OwnerMap:

@@ -5,10 +5,10 @@ import os
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,14 +20,18 @@ from moesaic.launch.entry import run_command
 from moesaic.launch.run.inputs import _read_plan
 from moesaic.launch.run.process import Process
 from moesaic.launch.run.records import Records, StepRecord, create_run_folder, show, trace_meta
-from moesaic.launch.run.tensorboard import require_tensorboard
 from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, Trace, get_solver
+from moesaic.runtime import RuntimeConfig
+from moesaic.runtime.experts.expert import ExpertShape
 from moesaic.runtime.wrap.migration_policy import Decision
+from moesaic.runtime.wrap.recorder import Recorder
+from moesaic.runtime.wrap.tensorboard import require_tensorboard
 
 
 def record_of(step: int) -> StepRecord:
+    """Of that step."""
     numbers = {"loss": 3.0, "aux_loss": 0.1, "grad_norm": 1.0, "lr": 0.1, "seconds": 0.5, "compile_s": 0.0, "bytes_sent": 8.0}
-    return StepRecord(step, tokens_per_s=100.0 * step, **numbers)
+    return StepRecord(tokens_per_s=100.0 * step, **numbers)
 
 
 METRICS = {
@@ -51,6 +55,37 @@ def tiny_config(folder: Path) -> Config:
 
 def process_of(rank: int) -> Process:
     return Process(rank, 2, rank, 2, None, torch.device("cpu"))
+
+
+class FakeRun:
+    """What a handle has after each step, given by hand; two layers on two ranks."""
+
+    def __init__(self, rank: int = 0):
+        self.metrics: dict[str, float] = dict(METRICS)
+        self.loads_LRE = np.full((2, 2, 3), 2)
+        self.layers: dict[str, dict[str, float]] = {}
+        self.decisions: list[Decision] = []
+        owner_E, topology, shape = np.array([0, 1, 1]), Topology.preset("cpu", 2), LayerShape(3, 2, 8, 8)
+        planner = SimpleNamespace(problem=lambda load: Problem(load, owner_E, topology, shape, slots=2))
+        layer = SimpleNamespace(num_experts=3, top_k=2, shape=ExpertShape(8, 8), runtime=SimpleNamespace(planner=planner))
+        group = SimpleNamespace(is_first=rank == 0, world_size=2)
+        self._sharded: Any = SimpleNamespace(layers={"blocks.0.moe": layer, "blocks.1.moe": layer}, group=group)
+        self._telemetry: Any = SimpleNamespace(
+            loads=lambda: self.loads_LRE, layer_metrics=lambda: self.layers, migrations=lambda: list(self.decisions)
+        )
+
+    def record(self, folder: Path, *, layers: bool = False, trace_every: int = 1, tensorboard: bool = False) -> Recorder:
+        return Recorder(
+            folder,
+            self._sharded,
+            self._telemetry,
+            lambda: dict(self.metrics),
+            RuntimeConfig(),
+            first_step=0,
+            layers=layers,
+            trace_every=trace_every,
+            tensorboard=tensorboard,
+        )
 
 
 def test_the_next_free_name_is_taken(tmp_path: Path) -> None:
@@ -81,13 +116,11 @@ def test_runs_that_start_together_get_different_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("trace_every", "steps"), [(2, [2, 4]), (0, [])])
 def test_traces_of_some_steps(tmp_path: Path, trace_every: int, steps: list[int]) -> None:
-    config = tiny_config(tmp_path)
-    config = replace(config, run=replace(config.run, trace_every=trace_every))
-    with Records(tmp_path, config, process_of(0), first_step=0) as records:
-        records.add_validation(0, 5.5)
+    run = FakeRun()
+    with run.record(tmp_path, trace_every=trace_every) as recorder:
         for step in range(1, 6):
-            loads_LRE = np.array([[[2 + step, 2, 0], [1, 1 + step, 2]]] * 2)
-            records.add(record_of(step), METRICS, loads_LRE, val_loss=None)
+            run.loads_LRE = np.array([[[2 + step, 2, 0], [1, 1 + step, 2]]] * 2)
+            recorder.write(asdict(record_of(step)))
     assert not list(tmp_path.glob("*.partial"))
     assert (tmp_path / "trace.npz").exists() == bool(steps)
     if steps:
@@ -107,13 +140,13 @@ def test_readers_that_leave_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_files_of_a_run(tmp_path: Path) -> None:
     """config.toml, one metrics line per step, the trace, and a summary of medians and means."""
-    config = tiny_config(tmp_path)
+    config, run = tiny_config(tmp_path), FakeRun()
     loads_SLRE = np.array([[[[2, 2, 0], [1, 1, 2]]] * 2, [[[4, 0, 0], [0, 2, 2]]] * 2])
-    with Records(tmp_path, config, process_of(0), first_step=0) as records:
-        records.add_validation(0, 5.5)
-        for step, loads_LRE in enumerate(loads_SLRE, start=1):
-            records.add(record_of(step), METRICS, loads_LRE, val_loss=2.5 if step == 2 else None)
-    summary = records.summary()
+    with run.record(tmp_path) as recorder, Records(recorder, config, process_of(0)) as records:
+        recorder.add_validation(5.5)
+        for step, run.loads_LRE in enumerate(loads_SLRE, start=1):
+            records.add(record_of(step), METRICS, val_loss=2.5 if step == 2 else None)
+    summary = recorder.summary()
     assert load_config(tmp_path / "config.toml") == config
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -125,20 +158,20 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert summary is not None
     assert (summary.first_val_loss, summary.last_val_loss, summary.tokens_per_s, summary.steps) == (5.5, 2.5, 150.0, 2)
     assert json.loads((tmp_path / "summary.json").read_text())["max_over_mean"] == pytest.approx(1.1)
-    assert "5.500 -> 2.500 nats per byte" in str(summary)
+    assert "validation loss        5.500 -> 2.500\n" in str(summary)
     assert "1.500 under static EP, 1.100 under FSSDP" in str(summary)
     assert "relay (75% of gathers), direct (25% of gathers)\n" in str(summary)
 
 
 def test_steps_are_not_kept(tmp_path: Path) -> None:
     """Besides what the files hold, a step leaves a number for the median behind, not its row."""
-    with Records(tmp_path, tiny_config(tmp_path), process_of(0), first_step=0) as records:
-        records.add_validation(0, 5.5)
+    run = FakeRun()
+    with run.record(tmp_path) as recorder:
 
         def add(steps: range) -> int:
             for step in steps:
-                metrics = METRICS | {f"exposed_s/{layer}": step / 7 for layer in range(50)}
-                records.add(record_of(step), metrics, np.full((2, 2, 3), 2), val_loss=None)
+                run.metrics = METRICS | {f"exposed_s/{layer}": step / 7 for layer in range(50)}
+                recorder.write(asdict(record_of(step)))
             return tracemalloc.get_traced_memory()[0]
 
         tracemalloc.start()
@@ -149,9 +182,9 @@ def test_steps_are_not_kept(tmp_path: Path) -> None:
 
 def test_an_error_loses_no_steps(tmp_path: Path) -> None:
     def stumble() -> None:
-        with Records(tmp_path, tiny_config(tmp_path), process_of(0), first_step=0) as records:
-            records.add_validation(0, 5.5)
-            records.add(record_of(1), METRICS, np.full((2, 2, 3), 2), val_loss=None)
+        with FakeRun().record(tmp_path) as recorder:
+            recorder.add_validation(5.5)
+            recorder.write(asdict(record_of(1)))
             raise RuntimeError("stumbled")
 
     with pytest.raises(RuntimeError, match="stumbled"):
@@ -161,11 +194,12 @@ def test_an_error_loses_no_steps(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with Records(tmp_path, tiny_config(tmp_path), process_of(1), first_step=0) as records:
-        records.add_validation(0, 5.5)
-        records.add(record_of(1), METRICS, np.ones((2, 2, 3), dtype=np.int64), val_loss=None)
+    config = tiny_config(tmp_path)
+    with FakeRun(rank=1).record(tmp_path) as recorder, Records(recorder, config, process_of(1)) as records:
+        recorder.add_validation(5.5)
+        records.add(record_of(1), METRICS, val_loss=None)
         records.print_line("nothing")
-    assert records.summary() is None
+    assert recorder.summary() is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,17 +234,19 @@ def test_layers_and_decisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str
 ) -> None:
     """Decisions are always written and said; layers when detailed; TensorBoard gets the same."""
-    monkeypatch.setattr("moesaic.launch.run.tensorboard.find_spec", lambda name: name)
-    monkeypatch.setattr("moesaic.launch.run.tensorboard.import_module", lambda name: SimpleNamespace(SummaryWriter=FakeWriter))
+    monkeypatch.setattr("moesaic.runtime.wrap.tensorboard.find_spec", lambda name: name)
+    monkeypatch.setattr("moesaic.runtime.wrap.tensorboard.import_module", lambda name: SimpleNamespace(SummaryWriter=FakeWriter))
     monkeypatch.setattr(FakeWriter, "written", {})
-    config = tiny_config(tmp_path)
-    config = replace(config, run=replace(config.run, metrics=level, tensorboard=True))
-    with Records(tmp_path, config, process_of(0), first_step=0) as records:
-        loads_LRE = np.full((2, 2, 3), 2)
-        records.add(record_of(1), METRICS, loads_LRE, val_loss=3.0, layers=LAYERS, decisions=[DECISION])
-        records.add(
-            record_of(2), METRICS | {"saved_s_observed": 0.4, "migration_step": 1.0}, loads_LRE, val_loss=None, layers=LAYERS
-        )
+    config, run = tiny_config(tmp_path), FakeRun()
+    run.layers = LAYERS
+    with (
+        run.record(tmp_path, layers=level == "detailed", tensorboard=True) as recorder,
+        Records(recorder, config, process_of(0)) as records,
+    ):
+        run.decisions.append(DECISION)
+        records.add(record_of(1), METRICS, val_loss=3.0)
+        run.metrics |= {"saved_s_observed": 0.4, "migration_step": 1.0}
+        records.add(record_of(2), METRICS, val_loss=None)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["migrations"] == [
         {
@@ -227,7 +263,7 @@ def test_layers_and_decisions(
     ]
     assert "migrations" not in rows[1]
     assert (rows[1]["saved_s_observed"], rows[1]["migration_step"]) == (0.4, 1.0)
-    summary = records.summary()
+    summary = recorder.summary()
     assert summary is not None
     assert summary.migrations == [{"step": 1, **rows[0]["migrations"][0], "saved_s_observed": 0.4}]
     line = "2 experts, which save until the next proposal: 0.5 s predicted, 0.4 s observed (milp, gap 25.0%)"
@@ -242,8 +278,10 @@ def test_layers_and_decisions(
 
 
 def test_tensorboard_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesaic.launch.run.tensorboard.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"run.tensorboard needs TensorBoard: pip install 'moesaic\[report\]', or set"):
+    monkeypatch.setattr("moesaic.runtime.wrap.tensorboard.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"TensorBoard is not installed: pip install 'moesaic\[report\]', or set run.tensorboard=false"
+    ):
         require_tensorboard()
 
 
@@ -256,8 +294,8 @@ def test_the_owners_after_a_migration_are_a_plan(tmp_path: Path) -> None:
         Problem(ExpertLoad(load_RE), np.array(owner_E), topology, shape, slots=2)
         for load_RE, owner_E in zip(loads_LRE, ([1, 0, 0], [0, 0, 1]), strict=True)
     ]
-    with Records(tmp_path, config, process_of(0), first_step=0) as records:
-        records.add_plan(problems, DECISION)
+    with FakeRun().record(tmp_path) as recorder:
+        recorder.write_plan(problems, DECISION)
     plan = _read_plan(replace(config, placement=PlacementConfig(file=str(tmp_path / "plan.json"))), trace_meta(config, 2))
     assert [placement.expert_to_owner_E.tolist() for placement in plan.layers] == [[1, 0, 0], [0, 0, 1]]
     assert plan.layers == tuple(get_solver("quota")(problem).placement for problem in problems)

@@ -6,6 +6,8 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,8 +113,8 @@ def test_a_launcher_that_is_killed_ends_its_ranks_at_a_step(folder: Path) -> Non
 
 
 def test_replicas_train_as_one_group(folder: Path) -> None:
-    """Four ranks as 2 x 2: the same curve as one group of four, and a trace of the first replica."""
-    values = ["train.steps=4", "train.micro_batches=3", "train.eval_every=0"]
+    """Four ranks as 2 x 2, trained by Muon: the same curve as one group of four, and a trace of the first replica."""
+    values = ["optim.name=muon", "train.steps=4", "train.micro_batches=3", "train.eval_every=0"]
     train_tiny(4, values, folder)
     first, *_ = train_tiny(4, [*values, "launch.data_parallel_replicate_degree=2"], folder)
     assert "4 rank(s) in 2 replicas on cpu" in first.stdout
@@ -202,7 +204,7 @@ def test_a_disk_that_is_full_at_the_start(
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr("moesaic.launch.run.records.TraceWriter", fail)
+    monkeypatch.setattr("moesaic.runtime.wrap.recorder.TraceWriter", fail)
     options = [value for value in tiny_values(folder) if not value.startswith("launch.num_threads")]
     assert run_command(command, set_options(options)) == 2
     assert capsys.readouterr().err == "moesaic: [Errno 28] No space left on device: 'metrics.jsonl'\n"
@@ -264,7 +266,8 @@ def test_vectors_do_not_decay() -> None:
     """With zero gradients a step shrinks matrices by lr * weight_decay and leaves vectors as they are."""
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer([{"params": list(model.parameters())}], OptimConfig(lr=0.5, weight_decay=0.1))
+    handle: Any = SimpleNamespace(parameter_groups=lambda: [{"params": list(model.parameters())}])
+    optimizer = build_optimizer(handle, OptimConfig(lr=0.5, weight_decay=0.1))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

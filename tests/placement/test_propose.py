@@ -17,8 +17,13 @@ from moesaic.placement.online.propose import Proposal, Question, propose
 from tests.placement.cases import examples, loads
 
 PLANNER = "moesaic.placement.solvers.milp.planner.solve"
-SEARCH = "moesaic.placement.online.propose.search_owners"
 CLOCK = "moesaic.placement.online.propose.run_seconds"
+
+
+def search_finds(patch: pytest.MonkeyPatch, owners: OwnerMap) -> None:
+    """Instead of searches without copies."""
+    patch.setattr("moesaic.placement.online.propose.search_owners", lambda *problems, **options: owners)
+    patch.setattr("moesaic.placement.online.propose.level_moves", lambda *problems, **options: [])
 
 
 @st.composite
@@ -117,7 +122,7 @@ def test_the_exact_planner_betters_a_joint_that_hardly_searches() -> None:
     """Hot experts end up on different ranks, proven to a gap within 1 % per layer where a layer is placed by itself."""
     question = hot_question(solver="milp", time_limit_s=20.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SEARCH, lambda *problems, **options: question.current)
+        search_finds(patch, question.current)
         assert propose(replace(question, solver="joint")).owners == question.current
         proposal = propose(question)
     assert (proposal.solver, proposal.note) == ("milp", "")
@@ -153,7 +158,7 @@ def test_a_failure_keeps_the_layers_before_it(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(PLANNER, fail_second)
     question = hot_question(solver="milp", time_limit_s=20.0)
-    monkeypatch.setattr(SEARCH, lambda *problems, **options: question.current)
+    search_finds(monkeypatch, question.current)
     proposal = propose(question)
     assert (proposal.solver, proposal.note) == ("milp", "the exact planner failed: RuntimeError('no engine')")
     is_moved = [p == asked[0] for p in question.problems]
@@ -207,7 +212,7 @@ def test_the_planner_is_given_joints_placement_and_one_thread(monkeypatch: pytes
         return get_solver("static")(problem)
 
     monkeypatch.setattr(PLANNER, solve)
-    monkeypatch.setattr(SEARCH, lambda *problems, **options: other)
+    search_finds(monkeypatch, other)
     propose(question)
     starts = [[start.expert_to_owner_E.tolist() for start in asked[layer].starts] for layer in (0, 1)]
     assert starts == [[[0, 0, 1, 1], [0, 1, 0, 1]], [[0, 0, 1, 1]]]
@@ -235,7 +240,6 @@ def test_moves_of_many_ranks_cost_what_one_sends() -> None:
 
 def test_joint_exchanges_experts_where_copies_level_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks have most tokens for each other's experts: exchanging these is better, if the search finds none."""
-    monkeypatch.setattr(SEARCH, lambda *problems, **options: question.current)
     owner_E = np.repeat(np.arange(4), 4)
     load_RE = np.where(np.array([1, 0, 2, 3])[:, None] == owner_E, 8000, 500)
     shape = LayerShape(16, 1, 512, 512, bytes_per_element=2)
@@ -243,5 +247,6 @@ def test_joint_exchanges_experts_where_copies_level_the_load(monkeypatch: pytest
         ExpertLoad(load_RE), owner_E, Topology.preset("h100", 4), shape, slots=1, overlap_s=1.0, move_horizon_steps=10**6
     )
     question = Question((problem,), "quota", 0.2)
+    search_finds(monkeypatch, question.current)
     proposal = propose(question)
     assert proposal.objective_s < 0.9 * training_s(question, question.current)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from moesaic import MoELayer, shard_experts
+from moesaic import MoELayer, RuntimeConfig, shard_experts
 from moesaic.runtime.wrap.dense import dense_units
 from tests.helpers.ranks import run_ranks
 
@@ -112,3 +112,27 @@ def forward_of(rank: int, name: str) -> bool:
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_compute_what_they_do_unsharded(name: str) -> None:
     assert run_ranks(2, forward_of, name) == [True, True]
+
+
+def refusals_of_ddp(rank: int, dense: str) -> list[str]:
+    """Of the model itself, and of a module that holds it."""
+    model = ByAttributes()
+    shard_experts(model, mesh=init_device_mesh("cpu", (2,)), config=RuntimeConfig(shard_dense=dense == "fsdp"))
+    found = []
+    for wrapped in (model, nn.Sequential(model)):
+        try:
+            nn.parallel.DistributedDataParallel(wrapped)
+            found.append("")
+        except ValueError as error:
+            found.append(str(error).removeprefix("DistributedDataParallel "))
+    return found
+
+
+@pytest.mark.parametrize("dense", ["fsdp", "ddp"])
+def test_ddp_is_refused_where_it_would_take_shards_or_experts_for_copies(dense: str) -> None:
+    sharded = "around a model whose dense part FSDP2 shards already; leave it out, or call shard_experts with "
+    sharded += "RuntimeConfig(shard_dense=False)"
+    holds = "around Sequential, which holds the ByAttributes that shard_experts was given, would overwrite "
+    holds += "experts; call shard_experts with the module that DistributedDataParallel gets"
+    expected = [sharded, sharded] if dense == "fsdp" else ["", holds]
+    assert run_ranks(2, refusals_of_ddp, dense) == [expected] * 2

@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moesaic import MoELayer, RuntimeConfig, ShardedExperts, shard_experts
+from moesaic import ExpertShape, MoELayer, RouterConfig, RuntimeConfig, ShardedExperts, shard_experts
+from moesaic.kernels import Clamp
 from moesaic.launch.doctor.families import FamilyState, check_family
 from moesaic.launch.doctor.family_models import family_names, small_model
 from moesaic.launch.run.process import Process
 from moesaic.runtime.adapters import experts_modules, find_layers
-from moesaic.runtime.experts.expert import ExpertShape
-from tests.helpers.compare import assert_bitwise, assert_close
-from tests.helpers.families import make_family_model
+from tests.helpers.compare import assert_all_close, assert_bitwise, assert_close
+from tests.helpers.families import make_family_model, random_copies
+from tests.helpers.model import rank_slice
 from tests.helpers.ranks import run_ranks
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'moesaic[hf]'")
@@ -215,6 +216,60 @@ def test_an_assignment_to_no_expert_is_dropped() -> None:
     for actual, expected in run_ranks(2, drop_on_ranks):
         assert_close("output", actual, expected)
         assert not actual[1].any()
+
+
+def squared(up: Tensor) -> Tensor:
+    return up.relu().square()
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.gelu(gate) * up
+
+
+class OtherActivations(nn.Module):
+    """Two layers of one's own: two matrices and a squared ReLU, and a gate with a GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = MoELayer(6, 5, 3, 2, activation=squared, has_gate=False, router=RouterConfig(aux_loss_coef=0.0))
+        self.gated = MoELayer(6, 5, 3, 2, activation=geglu, router=RouterConfig(aux_loss_coef=0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gated(x + self.two(x))
+
+
+def train_other_activations(rank: int) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    model = OtherActivations()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    handle = shard_experts(model, mesh=mesh, config=RuntimeConfig(policy="static", slots=2, timeout_s=60), solver=random_copies)
+    optimizer = torch.optim.SGD(handle.parameter_groups(), lr=0.3)
+    for step in range(3):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        model(rank_slice(x, rank, dist.get_world_size())).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.step()
+    return {name: tensor.clone() for name, tensor in handle.weights.state_dict().items()}
+
+
+def test_layers_of_ones_own_with_another_activation() -> None:
+    """Shared among two ranks, with copies, they train as they do unwrapped."""
+    torch.manual_seed(2)
+    model = OtherActivations()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(3):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found, _ = run_ranks(2, train_other_activations)
+    assert_all_close(found, model.state_dict())
+    for layer, size in ((model.two, (5, 6)), (model.gated, (10, 6))):
+        assert layer.experts[0].gate_up.shape == size
+    with pytest.raises(ValueError, match="clamp is an activation"):
+        MoELayer(6, 5, 3, 2, activation=geglu, clamp=Clamp(1.702, 7.0))
 
 
 def test_experts_of_ones_own_with_another_activation() -> None:

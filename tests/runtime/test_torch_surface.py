@@ -287,7 +287,7 @@ class Scaled(Way):
 
 
 class Initialized(Way):
-    """`apply` and writing to parameters in place, before and after sharding."""
+    """`apply` and writing to parameters in place, or through one vector of all experts, before and after sharding."""
 
     def after_sharding(self, model: nn.Module) -> None:
         def halve(module: nn.Module) -> None:
@@ -296,6 +296,8 @@ class Initialized(Way):
                     parameter.mul_(0.5)
 
         model.apply(halve)
+        experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(experts) * 0.5, experts)
         assert model.to("cpu") is model
 
 
@@ -432,6 +434,9 @@ def refusals(rank: int, dense: str) -> list[str]:
         lambda: copy.deepcopy(model.layers[0].moe.experts),
         lambda: pickle.dumps(model.layers[0].moe.experts),
         lambda: torch.optim.swa_utils.AveragedModel(model.layers[0].moe),
+        lambda: copy.deepcopy(model),
+        lambda: pickle.dumps(model),
+        lambda: torch.optim.swa_utils.AveragedModel(model),
         lambda: model.half(),
         lambda: expert.double(),
         lambda: expert.register_forward_hook(lambda *_: None),
@@ -454,7 +459,7 @@ def refusals(rank: int, dense: str) -> list[str]:
 def test_what_cannot_be_is_refused_in_a_line(dense: str) -> None:
     for messages in run_ranks(2, refusals, dense):
         assert all("\n" not in message for message in messages), messages
-        parts = ["copy the model before"] * 3 + ["convert the model before", "convert the whole"]
+        parts = ["copy the model before"] * 6 + ["convert the model before", "convert the whole"]
         for message, part in zip(messages, [*parts, "hook the layer", "call its layer", "build it afterwards"], strict=True):
             assert part in message
 

@@ -1,5 +1,7 @@
 """Metrics for TensorBoard, where its package is installed."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,7 +12,9 @@ from typing import Any
 def require_tensorboard() -> None:
     """Raise ValueError if the package is missing."""
     if find_spec("tensorboard") is None:
-        raise ValueError("run.tensorboard needs TensorBoard: pip install 'moesaic[report]', or set run.tensorboard=false")
+        raise ValueError(
+            "TensorBoard is not installed: pip install 'moesaic[report]', or set run.tensorboard=false (tensorboard=False)"
+        )
 
 
 class TensorBoard:
@@ -32,7 +36,7 @@ class TensorBoard:
         for decision in record.get("migrations", ()):
             self._writer.add_text("migration", decision["reason"], step)
 
-    def __enter__(self) -> "TensorBoard":
+    def __enter__(self) -> TensorBoard:
         return self
 
     def __exit__(self, *exc: object) -> None:
