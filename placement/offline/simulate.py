@@ -3,35 +3,32 @@
 A run is one solver with one kind of information:
     predicted   places from a forecast of the past, as training does
     exact       places from the load of the step itself: the value of a perfect forecast of one step
-    future      places once, from the mean over the whole trace: the value of a plan solved offline with hindsight
+    future      places once, from the mean over the whole trace, hedged against its steps: the value of a plan solved offline with
+                hindsight
 The split always uses the exact load; solvers that were published with the even split are evaluated under both. The first step,
 for which there is no forecast, is not evaluated. Shape letters: L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
 
-import inspect
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 
-from ..content import MAX_TOTAL, check_positive_int, check_seconds
 from ..cost import Solution, cost, lower_bound
-from ..online.predict import PREDICTORS, make_predictor
+from ..online.predict import make_predictor
 from ..owners import OwnerMap
-from ..solvers.baselines import hecate
-from ..solvers.registry import KEEPS_OWNERS, Solver, get_solver
+from ..solvers.registry import KEEPS_OWNERS
 from ..split import Split, split_exact, split_local_even
 from ..topology import Topology
 from ..traces.sources import LoadSource
-from ..values import ExpertLoad, LayerShape, Placement, Problem
-from .plans import MAX_RANKS, SavedPlan
+from ..values import ExpertLoad, Placement, Problem
+from .plans import SavedPlan
+from .setting import Recorded, SimulatorSetting, recorded_loads, run_steps
 
 INFORMATION = ("predicted", "exact", "future")
 # Published with tokens split evenly over their nearest replicas; EPLB leaves dispatch to its engine, which does the same.
@@ -39,67 +36,6 @@ EVENLY_SPLIT = frozenset({"hecate", "laer", "flexmoe", "eplb", "eplb_hierarchica
 SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = MappingProxyType(
     {"exact": split_exact, "even": split_local_even}
 )
-
-
-def takes_time_limit(solver: str) -> bool:
-    """Return whether a solver takes a time limit."""
-    return "time_limit_s" in inspect.signature(get_solver(solver)).parameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulatorSetting:
-    """The setting that all runs of a comparison share.
-
-    overlap_s: seconds of other work that hide the gather. migrate_every: steps between two plans of solvers that change owners,
-    over which a move is amortised; a plan for a whole run amortises it over `run_steps`. scale: factor on every recorded load.
-    time_limit_s: of one call of an exact solver.
-    """
-
-    topology: Topology
-    shape: LayerShape
-    predictor: Literal["best", "last", "window", "ema"] = "best"
-    overlap_s: float = 0.0
-    gathers: int = 1
-    backward_multiplier: int = 3
-    migrate_every: int = 1
-    scale: int = 1
-    time_limit_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.topology.num_ranks > MAX_RANKS:
-            raise ValueError(f"the topology has {self.topology.num_ranks} ranks; at most {MAX_RANKS} are supported offline")
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"unknown predictor {self.predictor!r}; known: {', '.join(PREDICTORS)}")
-        check_seconds("overlap_s", self.overlap_s)
-        check_seconds("time_limit_s", self.time_limit_s, positive=True)
-        check_positive_int("migrate_every", self.migrate_every)
-        check_positive_int("scale", self.scale)
-
-    def solver(self, name: str) -> Solver:
-        """The named solver, with the time limit if it takes one; Hecate with the t that suits it best."""
-        solve: Callable[..., Solution] = hecate.solve_with_best_degree if name == "hecate" else get_solver(name)
-        return partial(solve, time_limit_s=self.time_limit_s) if takes_time_limit(name) else solve
-
-    def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int, forecast_error: float = 0.0) -> Problem:
-        """The problem of one layer at one step."""
-        return Problem(
-            load=load,
-            expert_to_owner_E=owner_E,
-            topology=self.topology,
-            shape=self.shape,
-            slots=slots,
-            gathers=self.gathers,
-            overlap_s=self.overlap_s,
-            backward_multiplier=self.backward_multiplier,
-            move_horizon_steps=horizon,
-            forecast_error=forecast_error,
-        )
-
-    def loads(self, loads_LRE: np.ndarray) -> list[ExpertLoad]:
-        """A step's loads by layer, scaled."""
-        if int(loads_LRE.max(initial=0)) * self.scale > MAX_TOTAL:
-            raise ValueError(f"a load of {int(loads_LRE.max())} at scale {self.scale} is above {MAX_TOTAL}; lower --scale")
-        return [ExpertLoad(load_RE * self.scale) for load_RE in loads_LRE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +134,18 @@ class _Run:
         if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.migrate_every:
             return standing
         problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, forecast_error)
-        solution = self._setting.solver(self.name)(problem)
+        return self._take(layer, self._setting.solver(self.name)(problem))
+
+    def _take(self, layer: int, solution: Solution) -> Placement:
         self._solve_s += solution.seconds
         self._num_solved += 1
         self._standing[layer] = solution.placement
         return solution.placement
 
-    def solve(self, layer: int, load: ExpertLoad) -> None:
-        """Place a layer once, from this load, for all steps."""
-        self._standing[layer] = self._place(layer, load, 0.0)
+    def solve(self, layer: int, recorded: Recorded) -> None:
+        """Place a layer once, from what was recorded, for all steps."""
+        if recorded.mean.total:
+            self._take(layer, self._setting.solve_run(self.name, recorded, self._owners[layer], self.slots, self.horizon))
 
     def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float) -> None:
         """Place one layer from the known load, given its expected error, and evaluate the placement on the actual load."""
@@ -260,8 +199,6 @@ class _Run:
         )
 
 
-# Another step's loads, at most MAX_TOTAL, still fit int64.
-_MAX_SUM = 1 << 62
 _BYTES = ("dispatch_bytes_in_node", "dispatch_bytes_cross_node", "copy_bytes_in_node", "copy_bytes_cross_node", "move_bytes")
 
 
@@ -294,32 +231,6 @@ def _check_matches(source: LoadSource, setting: SimulatorSetting) -> None:
         raise ValueError(f"the trace is of {meta.num_ranks} ranks, the topology has {topology.num_ranks}; give matching ones")
     if meta.num_experts != shape.num_experts:
         raise ValueError(f"the trace has {meta.num_experts} experts, the shape says {shape.num_experts}; give matching ones")
-
-
-def attention_s(source: LoadSource, setting: SimulatorSetting) -> float:
-    """Predict the seconds of work before an MoE layer that hide its gather: the four projections of attention, forward.
-
-    A lower estimate: attention scores, norms and other dense work are not included. Tokens per rank are those of the first step.
-    """
-    first_LRE = next(source.steps())
-    tokens = setting.scale * int(first_LRE.sum(axis=(1, 2)).max()) / source.meta.top_k / source.meta.num_ranks
-    return 8 * setting.shape.dim**2 * tokens / setting.topology.flops_per_s
-
-
-def mean_loads(source: LoadSource, setting: SimulatorSetting, num_steps: int | None = None) -> list[ExpertLoad]:
-    """Return every layer's mean load over the first `num_steps` of a source, by default all, rounded and scaled."""
-    sum_LRE = np.zeros(source.meta.step_shape, dtype=np.int64)
-    steps = min(source.num_steps, num_steps or source.num_steps)
-    for loads_LRE in islice(source.steps(), steps):
-        sum_LRE += loads_LRE
-        if sum_LRE.max(initial=0) > _MAX_SUM:
-            raise ValueError(f"loads sum to {int(sum_LRE.max())} up to a step, above {_MAX_SUM}; divide the recording's counts")
-    return setting.loads(np.rint(sum_LRE / steps).astype(np.int64))
-
-
-def run_steps(num_steps: int) -> int:
-    """Steps over which a plan for a whole run amortises its moves: those of its trace, which may show a part of the run only."""
-    return max(num_steps, Problem.move_horizon_steps)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -364,10 +275,10 @@ def compare(
         for name in solvers
     ]
     try:
-        for layer, load in enumerate(mean_loads(source, setting, steps) if "future" in kinds else ()):
+        for layer, recorded in enumerate(recorded_loads(source, setting, steps) if "future" in kinds else ()):
             for run in runs:
                 if run.information == "future":
-                    run.solve(layer, load)
+                    run.solve(layer, recorded)
             on_layer()
         _play(source, setting, runs, range(int("predicted" in kinds), steps), on_layer)
     except KeyboardInterrupt:

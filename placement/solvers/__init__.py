@@ -10,12 +10,15 @@ static.py               Static expert parallelism: the placement without copies.
 anneal_owners_numba.py  Simulated annealing over owners, of one layer or of many jointly, without copies.
 balance_numba.py        Compiled routines of the balance planner.
 anneal_copies_numba.py  Simulated annealing over copies and owners, priced under the exact split: the exact planner's incumbents.
+hedge_numba.py          Compiled pricing of plans for several loads.
 quota_numba.py          Compiled routines of the quota planner: copies for balance, further copies that save dispatch bytes, the
                         cheapest plan.
 baselines/              Baselines: solvers of other systems, as published, and placements that only exchange owners.
 balance.py              The balance planner: fewest rows on the busiest rank, then few copies at any cost, robust to forecast
                         errors.
 quota.py                The quota planner, for every step: a threshold search with few copies, priced in seconds.
+hedge.py                Plans that withstand several loads: of several solvers' copies, and of copies for all loads, those of the
+                        fewest mean seconds.
 joint.py                Owners of all layers together: any number of a layer's experts per rank, the same rows per rank over all
                         layers.
 quota_reference.py      The quota planner in plain Python: the specification of its compiled routines, and the oracle of their

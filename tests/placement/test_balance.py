@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Split, Topology, get_solver, split_exact
-from moesaic.placement.offline.simulate import SimulatorSetting, compare
+from moesaic.placement.offline.setting import SimulatorSetting
+from moesaic.placement.offline.simulate import compare
 from moesaic.placement.traces.sources import Sizes, open_source
 from tests.placement.cases import busiest, loads, problems, shared_trace, zipf_problem
 
@@ -46,7 +47,7 @@ def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node, r
     errors_S = np.array([0, error, error // 2])
     totals_SE = balance_numba.loads_around(load.totals_E, errors_S)
     target_S = np.array([topology.least_limit(int(total)) for total in totals_SE.sum(axis=1)])
-    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, topology.cost_R, 7, 1, per_node)
+    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, topology.cost_R, 7, 1, per_node, 99)
     placement = Placement.with_copies(owner_E, 5, copies_2C)
     assert placement.num_copies == copies_2C.shape[1]
     for totals_E, target in zip(totals_SE, target_S, strict=True):

@@ -7,7 +7,8 @@ import pytest
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Topology, Trace, TraceMeta, get_solver, split_exact, write_trace
 from moesaic.placement.offline.backtest import backtest
-from moesaic.placement.offline.simulate import Interrupted, Outcome, SimulatorSetting, compare, mean_loads, replay
+from moesaic.placement.offline.setting import SimulatorSetting, recorded_loads
+from moesaic.placement.offline.simulate import Interrupted, Outcome, compare, replay
 from moesaic.placement.offline.solve import solve_plan
 from moesaic.placement.traces.synth import KINDS, SynthSpec, synthesize
 from moesaic.placement.traces.workloads import WORKLOADS, Workload
@@ -39,14 +40,18 @@ def test_every_lane_sees_what_it_may(trace, setting):
     outcomes = compare(trace, setting, ["quota"], slots=(1,))
     quota, owners = get_solver("quota"), OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
     steps = [[ExpertLoad(load_RE) for load_RE in loads_LRE] for loads_LRE in trace.steps()]
-    hindsight = mean_loads(trace, setting)
+    hindsight = [
+        setting.solve_run("quota", recorded, owner_E, 1, 100).placement
+        for recorded, owner_E in zip(recorded_loads(trace, setting), owners, strict=True)
+    ]
     for what in ("predicted", "exact", "future"):
         ratios, copies = [], []
         for step in range(1, 5):
             for layer in range(2):
-                known = {"predicted": steps[step - 1][layer], "exact": steps[step][layer], "future": hindsight[layer]}[what]
-                horizon = 100 if what == "future" else 1
-                placement = quota(setting.problem(known, owners[layer], 1, horizon)).placement
+                placement = hindsight[layer]
+                if what != "future":
+                    known = steps[step - (what == "predicted")][layer]
+                    placement = quota(setting.problem(known, owners[layer], 1, 1)).placement
                 ratios.append(split_exact(steps[step][layer], placement, setting.topology).max_over_mean)
                 copies.append(placement.num_copies)
         found = one(outcomes, knows=what)
@@ -236,7 +241,7 @@ def test_loads_that_leave_the_range_of_integers_are_refused(tmp_path):
         compare(Trace(tmp_path / "t.npz"), setting, ["static"], information=("exact",), num_steps=1)
     write_trace(tmp_path / "t.npz", meta, np.full((1100, 1, 1, 2), 2**52))
     with pytest.raises(ValueError, match=r"loads sum to \d+ up to a step, above 4611686018427387904; divide the recording's"):
-        mean_loads(Trace(tmp_path / "t.npz"), setting)
+        recorded_loads(Trace(tmp_path / "t.npz"), setting)
 
 
 def test_backtest_errors_by_hand(tmp_path):
