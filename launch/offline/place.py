@@ -132,7 +132,9 @@ def command() -> None:
 @click.option("--topology", "topologies", multiple=True, metavar="NxM", help="Nodes x ranks per node; repeatable.")
 @click.option("--slots", type=click.IntRange(min=0), multiple=True, default=(2,), help="Repeatable.")
 @click.option("--solver", "solvers", multiple=True, metavar="NAME", help=f"Repeatable; by default {', '.join(COMPARED)}.")
-@click.option("--knows", type=click.Choice(simulate.INFORMATION), multiple=True, default=simulate.INFORMATION, help="Repeatable.")
+@click.option(
+    "--knows", type=click.Choice(simulate.INFORMATION), multiple=True, default=simulate.COMPARED_INFORMATION, help="Repeatable."
+)
 @click.option("--predictor", type=click.Choice(sorted(PREDICTORS)), default="best")
 @click.option("--steps", type=Count, metavar="N", help="Simulate the first N steps only.")
 @click.option("--picture", "picture_path", metavar="FILE.html", help="Draw bars and a heat map by layer, as one HTML file.")
@@ -152,7 +154,8 @@ def compare_command(
 ) -> int:
     """Simulate every solver over whole traces as in training, beside perfect foresight, hindsight and the lower bound.
 
-    knows: `predicted` places from past loads, `exact` from the load of the step itself, `future` once from all steps together.
+    knows: `predicted` places from past loads, `calibrated` adds copies once the load is known where that pays, `exact` places
+    from the load of the step itself, `future` once from all steps together.
     Ctrl-C ends it with the rows of the steps so far; while milp solves, it ends the solving of that layer.
     """
     options = TraceOptions.take(given)

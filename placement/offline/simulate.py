@@ -2,6 +2,7 @@
 
 A run is one solver with one kind of information:
     predicted   places from a forecast of the past, as training does
+    calibrated  the same, and adds copies once the load is known, where training would (`online/calibrate.py`)
     exact       places from the load of the step itself: the value of a perfect forecast of one step
     future      places once, from the mean over the whole trace, hedged against its steps: the value of a plan solved offline with
                 hindsight
@@ -20,7 +21,8 @@ from types import MappingProxyType
 import numpy as np
 
 from ..cost import Solution, cost, lower_bound
-from ..online.predict import make_predictor
+from ..online.calibrate import CalibrationSwitch, calibrate, calibrated_s, unhedged_if_calibrated
+from ..online.predict import make_predictor, prediction_error
 from ..owners import OwnerMap
 from ..solvers.registry import KEEPS_OWNERS
 from ..split import Split, split_exact, split_local_even
@@ -30,7 +32,10 @@ from ..values import ExpertLoad, Placement, Problem
 from .plans import SavedPlan
 from .setting import Recorded, SimulatorSetting, recorded_loads, run_steps
 
-INFORMATION = ("predicted", "exact", "future")
+INFORMATION = ("predicted", "calibrated", "exact", "future")
+# What runs are simulated unless told otherwise, and those that place from forecasts.
+COMPARED_INFORMATION = ("predicted", "exact", "future")
+_FROM_FORECASTS = frozenset({"predicted", "calibrated"})
 # Published with tokens split evenly over their nearest replicas; EPLB leaves dispatch to its engine, which does the same.
 EVENLY_SPLIT = frozenset({"hecate", "laer", "flexmoe", "eplb", "eplb_hierarchical"})
 SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = MappingProxyType(
@@ -124,7 +129,7 @@ class _Run:
         self._standing = list(placements)
         self._solve_s, self._num_solved = seconds, len(placements)
 
-    def _place(self, layer: int, known: ExpertLoad | None, forecast_error: float) -> Placement:
+    def _place(self, layer: int, known: ExpertLoad | None, forecast_error: float, is_calibrating: bool) -> Placement:
         standing = self._standing[layer]
         self._age[layer] += 1
         if known is None and standing is not None:
@@ -134,6 +139,8 @@ class _Run:
         if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.migrate_every:
             return standing
         problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, forecast_error)
+        if is_calibrating:
+            problem = unhedged_if_calibrated(problem)
         return self._take(layer, self._setting.solver(self.name)(problem))
 
     def _take(self, layer: int, solution: Solution) -> Placement:
@@ -147,9 +154,12 @@ class _Run:
         if recorded.mean.total:
             self._take(layer, self._setting.solve_run(self.name, recorded, self._owners[layer], self.slots, self.horizon))
 
-    def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float) -> None:
+    def play(
+        self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float, is_calibrating: bool = False
+    ) -> None:
         """Place one layer from the known load, given its expected error, and evaluate the placement on the actual load."""
-        placement = self._place(layer, known, forecast_error)
+        is_calibrating = is_calibrating and self.information == "calibrated" and self.slots > 0
+        placement = self._place(layer, known, forecast_error, is_calibrating)
         problem = self._setting.problem(actual, self._owners[layer], self.slots, self.horizon)
         bound = lower_bound(problem, owners_may_move=self.name not in KEEPS_OWNERS)
         moves = int(np.count_nonzero(placement.expert_to_owner_E != self._owners[layer]))
@@ -158,7 +168,10 @@ class _Run:
             seconds = cost(problem, placement, split)
             # When a move happens it is charged in full, or the part of the run that is simulated; the solver amortises it.
             total_s = seconds.total_s + seconds.move_s * (self.paid_steps - 1)
-            values = _traffic(problem, placement, split, moves)
+            if is_calibrating:
+                more = calibrate(problem, split, self._setting.solver(self.name), SPLITS[score.split])
+                total_s, split = (total_s, split) if more is None else (calibrated_s(problem, split, more), more)
+            values = _traffic(problem, split.placement, split, moves)
             values["step_s"] = total_s
             values["gap"] = max(0.0, 1.0 - bound.total_s / total_s) if total_s > 0 else 0.0
             values["bound"] = problem.topology.over_mean(bound.max_rows, actual.total)
@@ -247,7 +260,7 @@ def compare(
     solvers: Sequence[str],
     *,
     slots: Sequence[int] = (2,),
-    information: Sequence[str] = INFORMATION,
+    information: Sequence[str] = COMPARED_INFORMATION,
     num_steps: int | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
@@ -258,7 +271,7 @@ def compare(
     """
     _check_matches(source, setting)
     steps = min(source.num_steps, num_steps or source.num_steps)
-    kinds = [kind for kind in INFORMATION if kind in information and (kind != "predicted" or steps > 1)]
+    kinds = [kind for kind in INFORMATION if kind in information and (kind not in _FROM_FORECASTS or steps > 1)]
     owners = OwnerMap.contiguous(source.meta.num_layers, source.meta.num_experts, source.meta.num_ranks)
     runs = [
         _Run(
@@ -273,6 +286,7 @@ def compare(
         for budget in slots
         for kind in kinds
         for name in solvers
+        if kind != "calibrated" or name in KEEPS_OWNERS
     ]
     try:
         for layer, recorded in enumerate(recorded_loads(source, setting, steps) if "future" in kinds else ()):
@@ -280,7 +294,7 @@ def compare(
                 if run.information == "future":
                     run.solve(layer, recorded)
             on_layer()
-        _play(source, setting, runs, range(int("predicted" in kinds), steps), on_layer)
+        _play(source, setting, runs, range(int(not _FROM_FORECASTS.isdisjoint(kinds)), steps), on_layer)
     except KeyboardInterrupt:
         raise Interrupted([outcome for run in runs for outcome in run.outcomes()]) from None
     return [outcome for run in runs for outcome in run.outcomes()]
@@ -308,12 +322,16 @@ def _play(
 ) -> None:
     """Advance all runs over the source, up to the last evaluated step."""
     predictors = [make_predictor(setting.predictor) for _ in range(source.meta.num_layers)]
+    switches = [CalibrationSwitch() for _ in range(source.meta.num_layers)]
     for step, loads_LRE in enumerate(islice(source.steps(), judged.stop)):
         for layer, (predictor, actual) in enumerate(zip(predictors, setting.loads(loads_LRE), strict=True)):
-            known = {"predicted": predictor.predict(), "exact": actual}
+            forecast = predictor.predict()
             for run in runs if step in judged else ():
-                error = predictor.expected_error() if run.information == "predicted" else 0.0
-                run.play(layer, None if run.is_fixed else known[run.information], actual, error)
+                is_forecast = run.information in _FROM_FORECASTS
+                known = None if run.is_fixed else forecast if is_forecast else actual
+                run.play(layer, known, actual, predictor.expected_error() if is_forecast else 0.0, switches[layer].is_on)
+            if forecast is not None:
+                switches[layer].observe(prediction_error(forecast, actual))
             predictor.observe(actual)
             on_layer()
         for run in runs:

@@ -34,28 +34,29 @@ _FORECAST_PARTS, _OTHER_PARTS = 100, 64
 _UNCERTAIN_SHARE = 15 / 16
 
 
-def solve(problem: Problem, effort: int = 1) -> Solution:
+def solve(problem: Problem, most_sampled: int | None = None) -> Solution:
     """Copy experts until the load, and those that may come instead, can be split evenly: `scenarios_SE`, and sampled loads.
 
-    effort: a factor on the number of sampled loads.
+    most_sampled: the number of the latter, by default one for which there is time in training.
     """
     start = perf_counter()
-    copies_2C = copies_for(problem, loads_of(problem, effort))
+    copies_2C = copies_for(problem, loads_of(problem, most_sampled))
     placement = Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, copies_2C)
     return evaluate(problem, placement, start, "balance")
 
 
-def loads_of(problem: Problem, effort: int = 1) -> np.ndarray:
+def loads_of(problem: Problem, most_sampled: int | None = None) -> np.ndarray:
     """The loads to hedge against, int64 [S, E]: the problem's, its scenarios, and sampled loads if the forecast has an error.
 
-    effort: a factor on the number of sampled loads.
+    most_sampled: the number of the latter, by default one for which there is time in training.
     """
     # Imported here so that importing the package compiles nothing.
     from . import balance_numba
 
     totals_E, num_sampled = problem.load.totals_E, 0
     if problem.forecast_error > 0:
-        num_sampled = effort * max(_LEAST_LOADS, min(_MOST_LOADS, _LOADS_TIMES_RANKS // problem.num_ranks))
+        in_training = max(_LEAST_LOADS, min(_MOST_LOADS, _LOADS_TIMES_RANKS // problem.num_ranks))
+        num_sampled = most_sampled or in_training
     sampled_SE = balance_numba.loads_around(totals_E, np.full(1 + num_sampled, round(1024 * _ERRORS * problem.forecast_error)))
     scenarios_SE = totals_E[None][:0] if problem.scenarios_SE is None else problem.scenarios_SE
     return np.concatenate([totals_E[None], scenarios_SE, sampled_SE[1:]])

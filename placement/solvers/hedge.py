@@ -23,8 +23,8 @@ from .baselines import eplb, laer
 
 # Lengths of the list of copies that are tried, at equal distances; and most loads that candidates are priced for.
 _CUTS, _MOST_PRICED = 8, 96
-# Factor on the number of loads that `balance` samples in training: offline there is time.
-_EFFORT = 3
+# Loads that `balance` samples, and the most cells of their splits, [S, R, E], of 8 bytes.
+_SAMPLED, _MOST_CELLS = 1024, 1 << 24
 
 HEDGED: Mapping[str, tuple[Callable[[Problem], Solution], ...]] = MappingProxyType(
     {"quota": (laer.solve,), "joint": (quota.solve, laer.solve, eplb.solve), "milp": (quota.solve, laer.solve, eplb.solve)}
@@ -38,7 +38,7 @@ def solve_hedged(problem: Problem, name: str, solver: Callable[[Problem], Soluti
     The answer's cost, bound and gap are for `problem.load`.
     """
     if problem.scenarios_SE is not None and name == "balance":
-        return balance.solve(problem, _EFFORT)
+        return balance.solve(problem, _num_sampled(problem))
     if problem.scenarios_SE is None or name not in HEDGED:
         return solver(problem)
     sure = replace(problem, scenarios_SE=None, forecast_error=0.0)
@@ -47,6 +47,10 @@ def solve_hedged(problem: Problem, name: str, solver: Callable[[Problem], Soluti
     # A rank keeps its number of experts, as bounds and memory assume.
     kept = [p for p in others if (np.bincount(p.expert_to_owner_E, minlength=problem.num_ranks) == owned_R).all()]
     return hedged(problem, found, [found.placement, *kept])
+
+
+def _num_sampled(problem: Problem) -> int:
+    return max(min(_SAMPLED, _MOST_CELLS // problem.load.load_RE.size), 1)
 
 
 def hedged(problem: Problem, found: Solution, starts: Sequence[Placement]) -> Solution:
@@ -62,7 +66,7 @@ def hedged(problem: Problem, found: Solution, starts: Sequence[Placement]) -> So
 
 def hedge(problem: Problem, starts: Sequence[Placement]) -> Placement:
     """Return the placement of the fewest mean seconds over the problem's loads: of `starts` and other copies on their owners."""
-    totals_SE = balance.loads_of(problem, _EFFORT)
+    totals_SE = balance.loads_of(problem, _num_sampled(problem))
     best: tuple[float, Placement] | None = None
     for owners in dict.fromkeys(start.expert_to_owner_E.tobytes() for start in starts):
         placed = [start for start in starts if start.expert_to_owner_E.tobytes() == owners]

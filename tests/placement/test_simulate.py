@@ -5,11 +5,28 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Topology, Trace, TraceMeta, get_solver, split_exact, write_trace
+from moesaic.placement import (
+    CalibrationSwitch,
+    ExpertLoad,
+    LayerShape,
+    OwnerMap,
+    Topology,
+    Trace,
+    TraceMeta,
+    calibrate,
+    cost,
+    get_solver,
+    make_predictor,
+    prediction_error,
+    split_exact,
+    unhedged_if_calibrated,
+    write_trace,
+)
 from moesaic.placement.offline.backtest import backtest
 from moesaic.placement.offline.setting import SimulatorSetting, recorded_loads
 from moesaic.placement.offline.simulate import Interrupted, Outcome, compare, replay
 from moesaic.placement.offline.solve import solve_plan
+from moesaic.placement.online.calibrate import calibrated_s
 from moesaic.placement.traces.synth import KINDS, SynthSpec, synthesize
 from moesaic.placement.traces.workloads import WORKLOADS, Workload
 
@@ -61,6 +78,36 @@ def test_every_lane_sees_what_it_may(trace, setting):
         assert found.copies == pytest.approx(np.mean(copies))
         assert found.num_steps == 4
     assert one(outcomes, knows="exact").max_over_mean <= one(outcomes, knows="predicted").max_over_mean
+
+
+def test_a_calibrated_run_adds_copies_where_training_would(trace, setting):
+    """Against a plain loop: planned without hedging while forecasts are bad, and copies added once the load is known."""
+    setting = replace(setting, overlap_s=1e-5, scale=4096)
+    outcomes = compare(trace, setting, ["quota", "balance", "eplb"], slots=(1,), information=("predicted", "calibrated"))
+    assert {outcome.solver for outcome in outcomes if outcome.knows == "calibrated"} == {"quota", "balance"}
+    owners = OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
+    steps = [setting.loads(loads_LRE) for loads_LRE in trace.steps()]
+    solve, seconds, ratios, added = get_solver("balance"), 0.0, [], 0
+    for layer in range(2):
+        predictor, switch = make_predictor("last"), CalibrationSwitch()
+        predictor.observe(steps[0][layer])
+        for step in range(1, 5):
+            forecast, actual = predictor.predict(), steps[step][layer]
+            problem = setting.problem(actual, owners[layer], 1, 1)
+            planned = setting.problem(forecast, owners[layer], 1, 1, predictor.expected_error())
+            if switch.is_on:
+                planned = unhedged_if_calibrated(planned)
+            split = split_exact(actual, solve(planned).placement, setting.topology)
+            more = calibrate(problem, split, solve, split_exact) if switch.is_on else None
+            added += more is not None
+            seconds += cost(problem, split.placement, split).total_s if more is None else calibrated_s(problem, split, more)
+            ratios.append((more or split).max_over_mean)
+            switch.observe(prediction_error(forecast, actual))
+            predictor.observe(actual)
+    found = one(outcomes, solver="balance", knows="calibrated")
+    assert added
+    assert found.max_over_mean == pytest.approx(np.mean(ratios))
+    assert found.step_s == pytest.approx(seconds / 4)
 
 
 def test_bounds_shares_and_bytes(trace, setting):
