@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import MappingProxyType
 
@@ -99,6 +99,15 @@ class _Score:
         self.cells = []
 
 
+@dataclass(frozen=True)
+class _Doubt:
+    """What a run is told about the load that it places from: of a forecast, its expected error and the scenarios beside it."""
+
+    error: float = 0.0
+    scenarios_SE: np.ndarray | None = None
+    is_calibrating: bool = False
+
+
 class _Run:
     """One solver with one kind of information: its present owners and its scores."""
 
@@ -129,7 +138,7 @@ class _Run:
         self._standing = list(placements)
         self._solve_s, self._num_solved = seconds, len(placements)
 
-    def _place(self, layer: int, known: ExpertLoad | None, forecast_error: float, is_calibrating: bool) -> Placement:
+    def _place(self, layer: int, known: ExpertLoad | None, doubt: _Doubt, is_calibrating: bool) -> Placement:
         standing = self._standing[layer]
         self._age[layer] += 1
         if known is None and standing is not None:
@@ -138,7 +147,8 @@ class _Run:
             return Placement.owners_only(self._owners[layer], self._setting.topology.num_ranks)
         if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.migrate_every:
             return standing
-        problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, forecast_error)
+        problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, doubt.error)
+        problem = replace(problem, scenarios_SE=doubt.scenarios_SE)
         if is_calibrating:
             problem = unhedged_if_calibrated(problem)
         return self._take(layer, self._setting.solver(self.name)(problem))
@@ -154,12 +164,10 @@ class _Run:
         if recorded.mean.total:
             self._take(layer, self._setting.solve_run(self.name, recorded, self._owners[layer], self.slots, self.horizon))
 
-    def play(
-        self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float, is_calibrating: bool = False
-    ) -> None:
-        """Place one layer from the known load, given its expected error, and evaluate the placement on the actual load."""
-        is_calibrating = is_calibrating and self.information == "calibrated" and self.slots > 0
-        placement = self._place(layer, known, forecast_error, is_calibrating)
+    def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, doubt: _Doubt) -> None:
+        """Place one layer from the known load, given the doubt about it, and evaluate the placement on the actual load."""
+        is_calibrating = doubt.is_calibrating and self.information == "calibrated" and self.slots > 0
+        placement = self._place(layer, known, doubt, is_calibrating)
         problem = self._setting.problem(actual, self._owners[layer], self.slots, self.horizon)
         bound = lower_bound(problem, owners_may_move=self.name not in KEEPS_OWNERS)
         moves = int(np.count_nonzero(placement.expert_to_owner_E != self._owners[layer]))
@@ -326,10 +334,11 @@ def _play(
     for step, loads_LRE in enumerate(islice(source.steps(), judged.stop)):
         for layer, (predictor, actual) in enumerate(zip(predictors, setting.loads(loads_LRE), strict=True)):
             forecast = predictor.predict()
+            doubt = _Doubt(predictor.expected_error(), predictor.scenarios(), switches[layer].is_on)
             for run in runs if step in judged else ():
                 is_forecast = run.information in _FROM_FORECASTS
                 known = None if run.is_fixed else forecast if is_forecast else actual
-                run.play(layer, known, actual, predictor.expected_error() if is_forecast else 0.0, switches[layer].is_on)
+                run.play(layer, known, actual, doubt if is_forecast else _Doubt())
             if forecast is not None:
                 switches[layer].observe(prediction_error(forecast, actual))
             predictor.observe(actual)

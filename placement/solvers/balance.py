@@ -29,18 +29,18 @@ _ERRORS = 2.5
 # A rank counts as balanced up to mean + mean / parts rows: for the forecast, and for the sampled loads. Further copies would have
 # no measurable effect.
 _FORECAST_PARTS, _OTHER_PARTS = 100, 64
-# Share of all slots used where the forecast may be wrong and only sampled loads say how; the rest stays free, which limits the
-# number of copies. Scenarios have come once, so all slots are used for them.
-_UNCERTAIN_SHARE = 15 / 16
+# In training, one slot in so many stays free where the forecast may be wrong, which limits the number of copies.
+_FREE_SLOTS = 16
 
 
 def solve(problem: Problem, most_sampled: int | None = None) -> Solution:
     """Copy experts until the load, and those that may come instead, can be split evenly: `scenarios_SE`, and sampled loads.
 
-    most_sampled: the number of the latter, by default one for which there is time in training.
+    most_sampled: the number of the latter; by default one for which there is time in training, and some slots stay free.
     """
     start = perf_counter()
-    copies_2C = copies_for(problem, loads_of(problem, most_sampled))
+    num_free = problem.slots * problem.num_ranks // _FREE_SLOTS if problem.forecast_error > 0 and most_sampled is None else 0
+    copies_2C = copies_for(problem, loads_of(problem, most_sampled), num_free=num_free)
     placement = Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, copies_2C)
     return evaluate(problem, placement, start, "balance")
 
@@ -62,21 +62,20 @@ def loads_of(problem: Problem, most_sampled: int | None = None) -> np.ndarray:
     return np.concatenate([totals_E[None], scenarios_SE, sampled_SE[1:]])
 
 
-def copies_for(problem: Problem, totals_SE: np.ndarray, most_sent: int | None = None) -> np.ndarray:
+def copies_for(problem: Problem, totals_SE: np.ndarray, most_sent: int | None = None, num_free: int = 0) -> np.ndarray:
     """Return the copies with which loads can be split evenly, in the order of their use, int64 [2, C] as (expert, rank) columns.
 
-    totals_SE: the forecast first. most_sent: limits the copies that one rank sends.
+    totals_SE: the forecast first. most_sent: limits the copies that one rank sends. num_free: slots that stay free.
     """
     # Imported here so that importing the package compiles nothing.
     from . import balance_numba
 
     topology, num_places = problem.topology, problem.slots * problem.num_ranks
-    is_guess = problem.forecast_error > 0 and problem.scenarios_SE is None
     mean_S = np.array([topology.least_limit(total) for total in totals_SE.sum(axis=1).tolist()])
     return balance_numba.choose_copies(
         totals_SE,
         mean_S + mean_S // np.where(np.arange(mean_S.size) == 0, _FORECAST_PARTS, _OTHER_PARTS),
-        int(num_places * _UNCERTAIN_SHARE) if is_guess else num_places,
+        num_places - num_free,
         problem.expert_to_owner_E,
         topology.cost_R,
         problem.slots,

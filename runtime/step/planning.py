@@ -136,6 +136,7 @@ class LayerPlanner:
         predicted = self._predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
             forecast = self.problem(predicted, self._predictor.expected_error())
+            forecast = replace(forecast, scenarios_SE=self._predictor.scenarios())
             if self.is_calibrating:
                 forecast = unhedged_if_calibrated(forecast)
             placement = self.choice.solve(forecast, is_observed=is_training)

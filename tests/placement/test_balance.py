@@ -132,6 +132,17 @@ def test_a_forecast_that_was_wrong_is_withstood():
     assert mean_careful <= 0.5 * mean_sure
 
 
+def test_scenarios_are_withstood():
+    """Loads that came before, each with another rank's expert surging, are levelled better than by sampled loads alone."""
+    problem = dataclasses.replace(zipf_problem(8, 64, 0.0, slots=1), forecast_error=0.01)
+    surges_SE = np.tile(problem.load.totals_E, (8, 1))
+    surges_SE[np.arange(8), 8 * np.arange(8) + 5] *= 8
+    told = dataclasses.replace(problem, scenarios_SE=np.tile(surges_SE, (2, 1)))
+    mean = [np.mean([max_over_mean(totals_E, balance(p).placement) for totals_E in surges_SE]) for p in (problem, told)]
+    assert balance(told).placement.num_copies == 8
+    assert mean[1] <= mean[0] - 0.05
+
+
 @pytest.mark.parametrize("num_ranks", [8, 16, 32, 64])
 def test_few_large_experts_of_real_routing_are_balanced(num_ranks):
     """Mixtral's eight experts over up to 64 ranks, given the load: max/mean at most 1.03 in every layer and domain."""

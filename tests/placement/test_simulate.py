@@ -95,6 +95,7 @@ def test_a_calibrated_run_adds_copies_where_training_would(trace, setting):
             forecast, actual = predictor.predict(), steps[step][layer]
             problem = setting.problem(actual, owners[layer], 1, 1)
             planned = setting.problem(forecast, owners[layer], 1, 1, predictor.expected_error())
+            planned = replace(planned, scenarios_SE=predictor.scenarios())
             if switch.is_on:
                 planned = unhedged_if_calibrated(planned)
             split = split_exact(actual, solve(planned).placement, setting.topology)
