@@ -17,7 +17,7 @@ from ...placement.offline.plans import SavedPlan, read_plan, read_topology
 from ...placement.offline.setting import SimulatorSetting, attention_s, takes_time_limit
 from ...placement.offline.solve import solve_plan
 from ...placement.online.predict import PREDICTORS
-from ...placement.solvers.registry import SOLVERS, get_solver
+from ...placement.solvers.registry import SOLVERS, get_solver, policy_solvers
 from ...placement.topology import Topology, parse_nodes
 from ...placement.traces.sources import LoadSource, resized
 from ...placement.values import LayerShape
@@ -131,7 +131,9 @@ def command() -> None:
 @click.argument("paths", metavar="TRACE...", nargs=-1, required=True)
 @click.option("--topology", "topologies", multiple=True, metavar="NxM", help="Nodes x ranks per node; repeatable.")
 @click.option("--slots", type=click.IntRange(min=0), multiple=True, default=(2,), help="Repeatable.")
-@click.option("--solver", "solvers", multiple=True, metavar="NAME", help=f"Repeatable; by default {', '.join(COMPARED)}.")
+@click.option(
+    "--solver", "solvers", multiple=True, metavar="NAME", help=f"Repeatable, also auto; by default {', '.join(COMPARED)}."
+)
 @click.option(
     "--knows", type=click.Choice(simulate.INFORMATION), multiple=True, default=simulate.COMPARED_INFORMATION, help="Repeatable."
 )
@@ -160,7 +162,7 @@ def compare_command(
     """
     options = TraceOptions.take(given)
     names = solvers or COMPARED
-    for name in names:
+    for name in itertools.chain.from_iterable(policy_solvers(name) for name in names):
         get_solver(name)
     records: list[dict[str, Any]] = []
     panels: dict[str, list[simulate.Outcome]] = {}

@@ -16,15 +16,17 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from time import perf_counter
 from types import MappingProxyType
 
 import numpy as np
 
-from ..cost import Solution, cost, lower_bound
+from ..cost import cost, lower_bound
 from ..online.calibrate import CalibrationSwitch, calibrate, calibrated_s, unhedged_if_calibrated
+from ..online.choose import SolverChoice
 from ..online.predict import make_predictor, prediction_error
 from ..owners import OwnerMap
-from ..solvers.registry import KEEPS_OWNERS
+from ..solvers.registry import keeps_owners, policy_solvers
 from ..split import Split, split_exact, split_local_even
 from ..topology import Topology
 from ..traces.sources import LoadSource
@@ -128,6 +130,7 @@ class _Run:
         self._owners = list(owners.expert_to_owner_LE)
         self._standing: list[Placement | None] = [None] * owners.num_layers
         self._age = [0] * owners.num_layers
+        self._choices: dict[int, SolverChoice] = {}
         self._solve_s, self._num_solved = 0.0, 0
         splits = ("exact", "even") if name in EVENLY_SPLIT and slots else ("exact",)
         self.scores = [_Score(split, owners.num_layers) for split in splits]
@@ -145,31 +148,42 @@ class _Run:
             return standing
         if known is None or not known.total:
             return Placement.owners_only(self._owners[layer], self._setting.topology.num_ranks)
-        if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.migrate_every:
+        if standing is not None and not keeps_owners(self.name) and self._age[layer] % self._setting.migrate_every:
             return standing
         problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, doubt.error)
         problem = replace(problem, scenarios_SE=doubt.scenarios_SE)
         if is_calibrating:
             problem = unhedged_if_calibrated(problem)
-        return self._take(layer, self._setting.solver(self.name)(problem))
+        start = perf_counter()
+        placement = self._choice(layer).solve(problem)
+        return self._take(layer, placement, perf_counter() - start)
 
-    def _take(self, layer: int, solution: Solution) -> Placement:
-        self._solve_s += solution.seconds
+    def _choice(self, layer: int) -> SolverChoice:
+        """The run's solver, or the choice between those of `auto`."""
+        if layer not in self._choices:
+            solvers = {name: self._setting.solver(name) for name in policy_solvers(self.name)}
+            self._choices[layer] = SolverChoice(solvers, split_exact)
+        return self._choices[layer]
+
+    def _take(self, layer: int, placement: Placement, seconds: float) -> Placement:
+        self._solve_s += seconds
         self._num_solved += 1
-        self._standing[layer] = solution.placement
-        return solution.placement
+        self._standing[layer] = placement
+        return placement
 
     def solve(self, layer: int, recorded: Recorded) -> None:
-        """Place a layer once, from what was recorded, for all steps."""
+        """Place a layer once, from what was recorded; `auto` as `quota`, which then prices copies as of `balance`."""
         if recorded.mean.total:
-            self._take(layer, self._setting.solve_run(self.name, recorded, self._owners[layer], self.slots, self.horizon))
+            name = policy_solvers(self.name)[0]
+            found = self._setting.solve_run(name, recorded, self._owners[layer], self.slots, self.horizon)
+            self._take(layer, found.placement, found.seconds)
 
     def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, doubt: _Doubt) -> None:
         """Place one layer from the known load, given the doubt about it, and evaluate the placement on the actual load."""
         is_calibrating = doubt.is_calibrating and self.information == "calibrated" and self.slots > 0
         placement = self._place(layer, known, doubt, is_calibrating)
         problem = self._setting.problem(actual, self._owners[layer], self.slots, self.horizon)
-        bound = lower_bound(problem, owners_may_move=self.name not in KEEPS_OWNERS)
+        bound = lower_bound(problem, owners_may_move=not keeps_owners(self.name))
         moves = int(np.count_nonzero(placement.expert_to_owner_E != self._owners[layer]))
         for score in self.scores:
             split = SPLITS[score.split](actual, placement, self._setting.topology)
@@ -177,13 +191,15 @@ class _Run:
             # When a move happens it is charged in full, or the part of the run that is simulated; the solver amortises it.
             total_s = seconds.total_s + seconds.move_s * (self.paid_steps - 1)
             if is_calibrating:
-                more = calibrate(problem, split, self._setting.solver(self.name), SPLITS[score.split])
+                more = calibrate(problem, split, self._choice(layer).solver, SPLITS[score.split])
                 total_s, split = (total_s, split) if more is None else (calibrated_s(problem, split, more), more)
             values = _traffic(problem, split.placement, split, moves)
             values["step_s"] = total_s
             values["gap"] = max(0.0, 1.0 - bound.total_s / total_s) if total_s > 0 else 0.0
             values["bound"] = problem.topology.over_mean(bound.max_rows, actual.total)
             score.cells.append((values, problem.topology.max_over_mean(split.rows_R)))
+        if layer in self._choices:
+            self._choices[layer].observe(problem)
         self._owners[layer] = placement.expert_to_owner_E
 
     def end_step(self) -> None:
@@ -294,7 +310,7 @@ def compare(
         for budget in slots
         for kind in kinds
         for name in solvers
-        if kind != "calibrated" or name in KEEPS_OWNERS
+        if kind != "calibrated" or keeps_owners(name)
     ]
     try:
         for layer, recorded in enumerate(recorded_loads(source, setting, steps) if "future" in kinds else ()):

@@ -29,7 +29,8 @@ _ERRORS = 2.5
 # A rank counts as balanced up to mean + mean / parts rows: for the forecast, and for the sampled loads. Further copies would have
 # no measurable effect.
 _FORECAST_PARTS, _OTHER_PARTS = 100, 64
-# In training, one slot in so many stays free where the forecast may be wrong, which limits the number of copies.
+# In training, one slot in so many stays free where the forecast may be wrong and only sampled loads say how, which limits the
+# number of copies. Scenarios came, or nearly: for them a single slot does.
 _FREE_SLOTS = 16
 
 
@@ -40,6 +41,7 @@ def solve(problem: Problem, most_sampled: int | None = None) -> Solution:
     """
     start = perf_counter()
     num_free = problem.slots * problem.num_ranks // _FREE_SLOTS if problem.forecast_error > 0 and most_sampled is None else 0
+    num_free = num_free if problem.scenarios_SE is None else min(num_free, 1)
     copies_2C = copies_for(problem, loads_of(problem, most_sampled), num_free=num_free)
     placement = Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, copies_2C)
     return evaluate(problem, placement, start, "balance")

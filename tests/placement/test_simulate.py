@@ -10,6 +10,7 @@ from moesaic.placement import (
     ExpertLoad,
     LayerShape,
     OwnerMap,
+    SolverChoice,
     Topology,
     Trace,
     TraceMeta,
@@ -109,6 +110,26 @@ def test_a_calibrated_run_adds_copies_where_training_would(trace, setting):
     assert added
     assert found.max_over_mean == pytest.approx(np.mean(ratios))
     assert found.step_s == pytest.approx(seconds / 4)
+
+
+def test_auto_places_each_layer_as_the_solver_that_pays(trace, setting):
+    """Against the choice of training, step after step; and it is one of its two solvers in every step."""
+    outcomes = compare(trace, setting, ["auto", "quota", "balance"], slots=(1,), information=("predicted", "future"))
+    owners = OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
+    steps = [setting.loads(loads_LRE) for loads_LRE in trace.steps()]
+    solvers, seconds = {name: get_solver(name) for name in ("quota", "balance")}, 0.0
+    for layer in range(2):
+        predictor, choice = make_predictor("last"), SolverChoice(solvers, split_exact)
+        predictor.observe(steps[0][layer])
+        for step in range(1, 5):
+            planned = setting.problem(predictor.predict(), owners[layer], 1, 1, predictor.expected_error())
+            placement = choice.solve(replace(planned, scenarios_SE=predictor.scenarios()))
+            actual = setting.problem(steps[step][layer], owners[layer], 1, 1)
+            seconds += cost(actual, placement, split_exact(actual.load, placement, setting.topology)).total_s
+            choice.observe(actual)
+            predictor.observe(actual.load)
+    assert one(outcomes, solver="auto", knows="predicted").step_s == pytest.approx(seconds / 4)
+    assert one(outcomes, solver="auto", knows="future").step_s == one(outcomes, solver="quota", knows="future").step_s
 
 
 def test_bounds_shares_and_bytes(trace, setting):
