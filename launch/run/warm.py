@@ -7,6 +7,7 @@ types of the arguments, not on sizes. Any other routine is compiled at its first
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from ...placement import (
     policy_solvers,
     split_exact,
 )
+from ...placement.solvers.hedge import solve_hedged
 from ...runtime import MoELayer, RuntimeConfig
 
 
@@ -45,6 +47,8 @@ def warm_all() -> float:
     assert shm_control.DONE == 0, "importing the module compiles its routines"
     warm_kernels([torch.float32, torch.float64, torch.bfloat16])
     warm_planning(list(SOLVERS.values()))
+    problem = _problem(Topology.preset("cpu", 2))
+    solve_hedged(replace(problem, scenarios_SE=problem.load.totals_E[None]), "quota", get_solver("quota"))
     return compile_seconds() - before_s
 
 

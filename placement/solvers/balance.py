@@ -75,7 +75,7 @@ def copies_for(problem: Problem, totals_SE: np.ndarray, most_sent: int | None = 
     topology, num_places = problem.topology, problem.slots * problem.num_ranks
     mean_S = np.array([topology.least_limit(total) for total in totals_SE.sum(axis=1).tolist()])
     return balance_numba.choose_copies(
-        totals_SE,
+        np.array(totals_SE),  # a read-only array would be compiled for anew
         mean_S + mean_S // np.where(np.arange(mean_S.size) == 0, _FORECAST_PARTS, _OTHER_PARTS),
         num_places - num_free,
         problem.expert_to_owner_E,

@@ -96,7 +96,7 @@ def _best_copies(problem: Problem, starts: Sequence[Placement], totals_SE: np.nd
     copies_P2C = np.zeros((len(copies), 2, max(sizes_P.max(), 1)), dtype=np.int64)
     for table_2C, copies_2C in zip(copies_P2C, copies, strict=True):
         table_2C[:, : copies_2C.shape[1]] = copies_2C
-    priced_SE = totals_SE[:: -(-len(totals_SE) // _MOST_PRICED)]
+    priced_SE = np.ascontiguousarray(totals_SE[:: -(-len(totals_SE) // _MOST_PRICED)])
     layer = score_numba.layer_of(moved)
     seconds_P = hedge_numba.seconds_of_plans(layer, priced_SE, prices_of(moved), copies_P2C, sizes_P) / len(priced_SE)
     best = min(range(len(copies)), key=lambda p: (seconds_P[p], sizes_P[p], p))
