@@ -18,7 +18,7 @@ offline/        Placement offline, on recorded traces: the policy simulator, pla
 
 from .cost import Bound, Cost, Solution, cost, lower_bound
 from .offline.plans import SavedPlan, read_plan
-from .online.calibrate import added_copies, calibrate
+from .online.calibrate import CalibrationSwitch, added_copies, calibrate, unhedged_if_calibrated
 from .online.choose import SolverChoice
 from .online.predict import PREDICTORS, Predictor, make_predictor, prediction_error
 from .owners import Move, OwnerMap
@@ -35,6 +35,7 @@ __all__ = [
     "PREDICTORS",
     "SOLVERS",
     "Bound",
+    "CalibrationSwitch",
     "Cost",
     "ExpertLoad",
     "Hops",
@@ -68,5 +69,6 @@ __all__ = [
     "split_exact",
     "split_local_even",
     "tune_owners",
+    "unhedged_if_calibrated",
     "write_trace",
 ]

@@ -191,7 +191,8 @@ class Problem(ByContent):
     of a forward (3, or 4 with recompute). min_rows_per_copy: fewest rows that a solver may move to a copy, None for its own
     choice. move_horizon_steps: steps over which a change of owner is amortised. state_multiplier: bytes moved when an expert
     changes its owner, over the bytes of its fp32 weights (3 with both Adam moments). forecast_error: expected total variation
-    distance, 0 to 1, of the actual load from `load`; 0 where the load is exact. mean_moves: moves are made with those of other
+    distance, 0 to 1, of the actual load from `load`; 0 where the load is exact. scenarios_SE: int64 [S, E], assignments of every
+    expert in loads that may come instead, such as recorded ones; None without. mean_moves: moves are made with those of other
     layers, so the mean rank's count, without latency; else the busiest rank's.
     """
 
@@ -207,6 +208,7 @@ class Problem(ByContent):
     move_horizon_steps: int = 100
     state_multiplier: float = 3.0
     forecast_error: float = 0.0
+    scenarios_SE: np.ndarray | None = None
     mean_moves: bool = False
 
     def __post_init__(self) -> None:
@@ -235,6 +237,14 @@ class Problem(ByContent):
         if not 0 <= self.forecast_error <= 1:
             raise ValueError(f"forecast_error must be a distance from 0 to 1, got {self.forecast_error!r}")
         freeze(self, "expert_to_owner_E", owner_E)
+        if self.scenarios_SE is not None:
+            scenarios_SE = as_counts("scenarios_SE", self.scenarios_SE, ndim=2)
+            if scenarios_SE.shape[1] != num_experts or scenarios_SE.min() < 0:
+                raise ValueError(
+                    f"scenarios_SE is {scenarios_SE.shape}, with {scenarios_SE.min()} as its least count; "
+                    f"give counts of at least 0 for {num_experts} experts"
+                )
+            freeze(self, "scenarios_SE", scenarios_SE)
 
     @property
     def num_ranks(self) -> int:

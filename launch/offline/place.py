@@ -14,9 +14,10 @@ from ...placement.files import clear_errors, digest_of
 from ...placement.machine import topology_of
 from ...placement.offline import simulate
 from ...placement.offline.plans import SavedPlan, read_plan, read_topology
+from ...placement.offline.setting import SimulatorSetting, attention_s, takes_time_limit
 from ...placement.offline.solve import solve_plan
 from ...placement.online.predict import PREDICTORS
-from ...placement.solvers.registry import SOLVERS, get_solver
+from ...placement.solvers.registry import SOLVERS, get_solver, policy_solvers
 from ...placement.topology import Topology, parse_nodes
 from ...placement.traces.sources import LoadSource, resized
 from ...placement.values import LayerShape
@@ -83,13 +84,13 @@ def _open(
     return options.open(path, topology.num_ranks, json_path), topology
 
 
-def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], predictor: str = "best") -> simulate.SimulatorSetting:
+def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], predictor: str = "best") -> SimulatorSetting:
     """The simulator's setting, from the options and the trace."""
     meta = source.meta
     if not meta.dim or not meta.ffn_dim:
         raise ValueError("the trace does not say the sizes of an expert, which price a placement; give --dim and --ffn-dim")
     sizes = {name: getattr(meta, name) for name in ("num_experts", "top_k", "dim", "ffn_dim", "num_matrices")}
-    setting = simulate.SimulatorSetting(
+    setting = SimulatorSetting(
         topology=topology,
         shape=LayerShape(**sizes, bytes_per_element=given["element_bytes"]),
         predictor=predictor,  # type: ignore[arg-type]  # checked by click and by the setting
@@ -100,13 +101,13 @@ def _setting(source: LoadSource, topology: Topology, given: dict[str, Any], pred
         time_limit_s=10.0 if given["time_limit_s"] is None else given["time_limit_s"],
         overlap_s=given["overlap_s"] or 0.0,
     )
-    return setting if given["overlap_s"] is not None else replace(setting, overlap_s=simulate.attention_s(source, setting))
+    return setting if given["overlap_s"] is not None else replace(setting, overlap_s=attention_s(source, setting))
 
 
 def _records(
     path: str,
     source: LoadSource,
-    setting: simulate.SimulatorSetting,
+    setting: SimulatorSetting,
     outcomes: Sequence[simulate.Outcome],
     *,
     is_interrupted: bool = False,
@@ -130,8 +131,12 @@ def command() -> None:
 @click.argument("paths", metavar="TRACE...", nargs=-1, required=True)
 @click.option("--topology", "topologies", multiple=True, metavar="NxM", help="Nodes x ranks per node; repeatable.")
 @click.option("--slots", type=click.IntRange(min=0), multiple=True, default=(2,), help="Repeatable.")
-@click.option("--solver", "solvers", multiple=True, metavar="NAME", help=f"Repeatable; by default {', '.join(COMPARED)}.")
-@click.option("--knows", type=click.Choice(simulate.INFORMATION), multiple=True, default=simulate.INFORMATION, help="Repeatable.")
+@click.option(
+    "--solver", "solvers", multiple=True, metavar="NAME", help=f"Repeatable, also auto; by default {', '.join(COMPARED)}."
+)
+@click.option(
+    "--knows", type=click.Choice(simulate.INFORMATION), multiple=True, default=simulate.COMPARED_INFORMATION, help="Repeatable."
+)
 @click.option("--predictor", type=click.Choice(sorted(PREDICTORS)), default="best")
 @click.option("--steps", type=Count, metavar="N", help="Simulate the first N steps only.")
 @click.option("--picture", "picture_path", metavar="FILE.html", help="Draw bars and a heat map by layer, as one HTML file.")
@@ -151,12 +156,13 @@ def compare_command(
 ) -> int:
     """Simulate every solver over whole traces as in training, beside perfect foresight, hindsight and the lower bound.
 
-    knows: `predicted` places from past loads, `exact` from the load of the step itself, `future` once from all steps together.
+    knows: `predicted` places from past loads, `calibrated` adds copies once the load is known where that pays, `exact` places
+    from the load of the step itself, `future` once from all steps together.
     Ctrl-C ends it with the rows of the steps so far; while milp solves, it ends the solving of that layer.
     """
     options = TraceOptions.take(given)
     names = solvers or COMPARED
-    for name in names:
+    for name in itertools.chain.from_iterable(policy_solvers(name) for name in names):
         get_solver(name)
     records: list[dict[str, Any]] = []
     panels: dict[str, list[simulate.Outcome]] = {}
@@ -205,8 +211,8 @@ def solve_command(path: str, text: str | None, slots: int, solver: str, current_
     """Solve one placement for a whole trace, and save it as a plan for `moesaic train --set placement.file=`."""
     options = TraceOptions.take(given)
     get_solver(solver)
-    if given["time_limit_s"] is not None and not simulate.takes_time_limit(solver):
-        limited = " or ".join(name for name in SOLVERS if simulate.takes_time_limit(name))
+    if given["time_limit_s"] is not None and not takes_time_limit(solver):
+        limited = " or ".join(name for name in SOLVERS if takes_time_limit(name))
         raise ValueError(f"--time-limit {given['time_limit_s']:g}: {solver} ends by itself; leave it out, or use {limited}")
     source, topology = _open(options, path, text, given["machine"])
     setting = _setting(source, topology, given)

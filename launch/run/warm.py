@@ -7,6 +7,7 @@ types of the arguments, not on sizes. Any other routine is compiled at its first
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from ...placement import (
     split_exact,
 )
 from ...placement.solvers.exchange import search_owners
+from ...placement.solvers.hedge import solve_hedged
 from ...runtime import MoELayer, RuntimeConfig
 
 
@@ -46,7 +48,9 @@ def warm_all() -> float:
     assert shm_control.DONE == 0, "importing the module compiles its routines"
     warm_kernels([torch.float32, torch.float64, torch.bfloat16])
     warm_planning(list(SOLVERS.values()))
-    search_owners([_problem(Topology.preset("cpu", 2))])
+    problem = _problem(Topology.preset("cpu", 2))
+    search_owners([problem])
+    solve_hedged(replace(problem, scenarios_SE=problem.load.totals_E[None]), "quota", get_solver("quota"))
     return compile_seconds() - before_s
 
 

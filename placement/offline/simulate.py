@@ -2,104 +2,47 @@
 
 A run is one solver with one kind of information:
     predicted   places from a forecast of the past, as training does
+    calibrated  the same, and adds copies once the load is known, where training would (`online/calibrate.py`)
     exact       places from the load of the step itself: the value of a perfect forecast of one step
-    future      places once, from the mean over the whole trace: the value of a plan solved offline with hindsight
+    future      places once, from the mean over the whole trace, hedged against its steps: the value of a plan solved offline with
+                hindsight
 The split always uses the exact load; solvers that were published with the even split are evaluated under both. The first step,
 for which there is no forecast, is not evaluated. Shape letters: L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
 
-import inspect
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from time import perf_counter
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 
-from ..content import MAX_TOTAL, check_positive_int, check_seconds
-from ..cost import Solution, cost, lower_bound
-from ..online.predict import PREDICTORS, make_predictor
+from ..cost import cost, lower_bound
+from ..online.calibrate import CalibrationSwitch, calibrate, calibrated_s, unhedged_if_calibrated
+from ..online.choose import SolverChoice
+from ..online.predict import make_predictor, prediction_error
 from ..owners import OwnerMap
-from ..solvers.baselines import hecate
-from ..solvers.registry import KEEPS_OWNERS, Solver, get_solver
+from ..solvers.registry import keeps_owners, policy_solvers
 from ..split import Split, split_exact, split_local_even
 from ..topology import Topology
 from ..traces.sources import LoadSource
-from ..values import ExpertLoad, LayerShape, Placement, Problem
-from .plans import MAX_RANKS, SavedPlan
+from ..values import ExpertLoad, Placement, Problem
+from .plans import SavedPlan
+from .setting import Recorded, SimulatorSetting, recorded_loads, run_steps
 
-INFORMATION = ("predicted", "exact", "future")
+INFORMATION = ("predicted", "calibrated", "exact", "future")
+# What runs are simulated unless told otherwise, and those that place from forecasts.
+COMPARED_INFORMATION = ("predicted", "exact", "future")
+_FROM_FORECASTS = frozenset({"predicted", "calibrated"})
 # Published with tokens split evenly over their nearest replicas; EPLB leaves dispatch to its engine, which does the same.
 EVENLY_SPLIT = frozenset({"hecate", "laer", "flexmoe", "eplb", "eplb_hierarchical"})
 SPLITS: Mapping[str, Callable[[ExpertLoad, Placement, Topology], Split]] = MappingProxyType(
     {"exact": split_exact, "even": split_local_even}
 )
-
-
-def takes_time_limit(solver: str) -> bool:
-    """Return whether a solver takes a time limit."""
-    return "time_limit_s" in inspect.signature(get_solver(solver)).parameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulatorSetting:
-    """The setting that all runs of a comparison share.
-
-    overlap_s: seconds of other work that hide the gather. migrate_every: steps between two plans of solvers that change owners,
-    over which a move is amortised; a plan for a whole run amortises it over `run_steps`. scale: factor on every recorded load.
-    time_limit_s: of one call of an exact solver.
-    """
-
-    topology: Topology
-    shape: LayerShape
-    predictor: Literal["best", "last", "window", "ema"] = "best"
-    overlap_s: float = 0.0
-    gathers: int = 1
-    backward_multiplier: int = 3
-    migrate_every: int = 1
-    scale: int = 1
-    time_limit_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.topology.num_ranks > MAX_RANKS:
-            raise ValueError(f"the topology has {self.topology.num_ranks} ranks; at most {MAX_RANKS} are supported offline")
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"unknown predictor {self.predictor!r}; known: {', '.join(PREDICTORS)}")
-        check_seconds("overlap_s", self.overlap_s)
-        check_seconds("time_limit_s", self.time_limit_s, positive=True)
-        check_positive_int("migrate_every", self.migrate_every)
-        check_positive_int("scale", self.scale)
-
-    def solver(self, name: str) -> Solver:
-        """The named solver, with the time limit if it takes one; Hecate with the t that suits it best."""
-        solve: Callable[..., Solution] = hecate.solve_with_best_degree if name == "hecate" else get_solver(name)
-        return partial(solve, time_limit_s=self.time_limit_s) if takes_time_limit(name) else solve
-
-    def problem(self, load: ExpertLoad, owner_E: np.ndarray, slots: int, horizon: int, forecast_error: float = 0.0) -> Problem:
-        """The problem of one layer at one step."""
-        return Problem(
-            load=load,
-            expert_to_owner_E=owner_E,
-            topology=self.topology,
-            shape=self.shape,
-            slots=slots,
-            gathers=self.gathers,
-            overlap_s=self.overlap_s,
-            backward_multiplier=self.backward_multiplier,
-            move_horizon_steps=horizon,
-            forecast_error=forecast_error,
-        )
-
-    def loads(self, loads_LRE: np.ndarray) -> list[ExpertLoad]:
-        """A step's loads by layer, scaled."""
-        if int(loads_LRE.max(initial=0)) * self.scale > MAX_TOTAL:
-            raise ValueError(f"a load of {int(loads_LRE.max())} at scale {self.scale} is above {MAX_TOTAL}; lower --scale")
-        return [ExpertLoad(load_RE * self.scale) for load_RE in loads_LRE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +101,15 @@ class _Score:
         self.cells = []
 
 
+@dataclass(frozen=True)
+class _Doubt:
+    """What a run is told about the load that it places from: of a forecast, its expected error and the scenarios beside it."""
+
+    error: float = 0.0
+    scenarios_SE: np.ndarray | None = None
+    is_calibrating: bool = False
+
+
 class _Run:
     """One solver with one kind of information: its present owners and its scores."""
 
@@ -178,6 +130,7 @@ class _Run:
         self._owners = list(owners.expert_to_owner_LE)
         self._standing: list[Placement | None] = [None] * owners.num_layers
         self._age = [0] * owners.num_layers
+        self._choices: dict[int, SolverChoice] = {}
         self._solve_s, self._num_solved = 0.0, 0
         splits = ("exact", "even") if name in EVENLY_SPLIT and slots else ("exact",)
         self.scores = [_Score(split, owners.num_layers) for split in splits]
@@ -188,42 +141,65 @@ class _Run:
         self._standing = list(placements)
         self._solve_s, self._num_solved = seconds, len(placements)
 
-    def _place(self, layer: int, known: ExpertLoad | None, forecast_error: float) -> Placement:
+    def _place(self, layer: int, known: ExpertLoad | None, doubt: _Doubt, is_calibrating: bool) -> Placement:
         standing = self._standing[layer]
         self._age[layer] += 1
         if known is None and standing is not None:
             return standing
         if known is None or not known.total:
             return Placement.owners_only(self._owners[layer], self._setting.topology.num_ranks)
-        if standing is not None and self.name not in KEEPS_OWNERS and self._age[layer] % self._setting.migrate_every:
+        if standing is not None and not keeps_owners(self.name) and self._age[layer] % self._setting.migrate_every:
             return standing
-        problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, forecast_error)
-        solution = self._setting.solver(self.name)(problem)
-        self._solve_s += solution.seconds
+        problem = self._setting.problem(known, self._owners[layer], self.slots, self.horizon, doubt.error)
+        problem = replace(problem, scenarios_SE=doubt.scenarios_SE)
+        if is_calibrating:
+            problem = unhedged_if_calibrated(problem)
+        start = perf_counter()
+        placement = self._choice(layer).solve(problem)
+        return self._take(layer, placement, perf_counter() - start)
+
+    def _choice(self, layer: int) -> SolverChoice:
+        """The run's solver, or the choice between those of `auto`."""
+        if layer not in self._choices:
+            solvers = {name: self._setting.solver(name) for name in policy_solvers(self.name)}
+            self._choices[layer] = SolverChoice(solvers, split_exact)
+        return self._choices[layer]
+
+    def _take(self, layer: int, placement: Placement, seconds: float) -> Placement:
+        self._solve_s += seconds
         self._num_solved += 1
-        self._standing[layer] = solution.placement
-        return solution.placement
+        self._standing[layer] = placement
+        return placement
 
-    def solve(self, layer: int, load: ExpertLoad) -> None:
-        """Place a layer once, from this load, for all steps."""
-        self._standing[layer] = self._place(layer, load, 0.0)
+    def solve(self, layer: int, recorded: Recorded) -> None:
+        """Place a layer once, from what was recorded; `auto` as `quota`, which then prices copies as of `balance`."""
+        if recorded.mean.total:
+            name = policy_solvers(self.name)[0]
+            found = self._setting.solve_run(name, recorded, self._owners[layer], self.slots, self.horizon)
+            self._take(layer, found.placement, found.seconds)
 
-    def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, forecast_error: float) -> None:
-        """Place one layer from the known load, given its expected error, and evaluate the placement on the actual load."""
-        placement = self._place(layer, known, forecast_error)
+    def play(self, layer: int, known: ExpertLoad | None, actual: ExpertLoad, doubt: _Doubt) -> None:
+        """Place one layer from the known load, given the doubt about it, and evaluate the placement on the actual load."""
+        is_calibrating = doubt.is_calibrating and self.information == "calibrated" and self.slots > 0
+        placement = self._place(layer, known, doubt, is_calibrating)
         problem = self._setting.problem(actual, self._owners[layer], self.slots, self.horizon)
-        bound = lower_bound(problem, owners_may_move=self.name not in KEEPS_OWNERS)
+        bound = lower_bound(problem, owners_may_move=not keeps_owners(self.name))
         moves = int(np.count_nonzero(placement.expert_to_owner_E != self._owners[layer]))
         for score in self.scores:
             split = SPLITS[score.split](actual, placement, self._setting.topology)
             seconds = cost(problem, placement, split)
             # When a move happens it is charged in full, or the part of the run that is simulated; the solver amortises it.
             total_s = seconds.total_s + seconds.move_s * (self.paid_steps - 1)
-            values = _traffic(problem, placement, split, moves)
+            if is_calibrating:
+                more = calibrate(problem, split, self._choice(layer).solver, SPLITS[score.split])
+                total_s, split = (total_s, split) if more is None else (calibrated_s(problem, split, more), more)
+            values = _traffic(problem, split.placement, split, moves)
             values["step_s"] = total_s
             values["gap"] = max(0.0, 1.0 - bound.total_s / total_s) if total_s > 0 else 0.0
             values["bound"] = problem.topology.over_mean(bound.max_rows, actual.total)
             score.cells.append((values, problem.topology.max_over_mean(split.rows_R)))
+        if layer in self._choices:
+            self._choices[layer].observe(problem)
         self._owners[layer] = placement.expert_to_owner_E
 
     def end_step(self) -> None:
@@ -260,8 +236,6 @@ class _Run:
         )
 
 
-# Another step's loads, at most MAX_TOTAL, still fit int64.
-_MAX_SUM = 1 << 62
 _BYTES = ("dispatch_bytes_in_node", "dispatch_bytes_cross_node", "copy_bytes_in_node", "copy_bytes_cross_node", "move_bytes")
 
 
@@ -296,32 +270,6 @@ def _check_matches(source: LoadSource, setting: SimulatorSetting) -> None:
         raise ValueError(f"the trace has {meta.num_experts} experts, the shape says {shape.num_experts}; give matching ones")
 
 
-def attention_s(source: LoadSource, setting: SimulatorSetting) -> float:
-    """Predict the seconds of work before an MoE layer that hide its gather: the four projections of attention, forward.
-
-    A lower estimate: attention scores, norms and other dense work are not included. Tokens per rank are those of the first step.
-    """
-    first_LRE = next(source.steps())
-    tokens = setting.scale * int(first_LRE.sum(axis=(1, 2)).max()) / source.meta.top_k / source.meta.num_ranks
-    return 8 * setting.shape.dim**2 * tokens / setting.topology.flops_per_s
-
-
-def mean_loads(source: LoadSource, setting: SimulatorSetting, num_steps: int | None = None) -> list[ExpertLoad]:
-    """Return every layer's mean load over the first `num_steps` of a source, by default all, rounded and scaled."""
-    sum_LRE = np.zeros(source.meta.step_shape, dtype=np.int64)
-    steps = min(source.num_steps, num_steps or source.num_steps)
-    for loads_LRE in islice(source.steps(), steps):
-        sum_LRE += loads_LRE
-        if sum_LRE.max(initial=0) > _MAX_SUM:
-            raise ValueError(f"loads sum to {int(sum_LRE.max())} up to a step, above {_MAX_SUM}; divide the recording's counts")
-    return setting.loads(np.rint(sum_LRE / steps).astype(np.int64))
-
-
-def run_steps(num_steps: int) -> int:
-    """Steps over which a plan for a whole run amortises its moves: those of its trace, which may show a part of the run only."""
-    return max(num_steps, Problem.move_horizon_steps)
-
-
 class Interrupted(KeyboardInterrupt):
     """A comparison was ended by Ctrl-C; `outcomes` are of the steps that were whole by then, none before the first."""
 
@@ -336,7 +284,7 @@ def compare(
     solvers: Sequence[str],
     *,
     slots: Sequence[int] = (2,),
-    information: Sequence[str] = INFORMATION,
+    information: Sequence[str] = COMPARED_INFORMATION,
     num_steps: int | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
@@ -347,7 +295,7 @@ def compare(
     """
     _check_matches(source, setting)
     steps = min(source.num_steps, num_steps or source.num_steps)
-    kinds = [kind for kind in INFORMATION if kind in information and (kind != "predicted" or steps > 1)]
+    kinds = [kind for kind in INFORMATION if kind in information and (kind not in _FROM_FORECASTS or steps > 1)]
     owners = OwnerMap.contiguous(source.meta.num_layers, source.meta.num_experts, source.meta.num_ranks)
     runs = [
         _Run(
@@ -362,14 +310,15 @@ def compare(
         for budget in slots
         for kind in kinds
         for name in solvers
+        if kind != "calibrated" or keeps_owners(name)
     ]
     try:
-        for layer, load in enumerate(mean_loads(source, setting, steps) if "future" in kinds else ()):
+        for layer, recorded in enumerate(recorded_loads(source, setting, steps) if "future" in kinds else ()):
             for run in runs:
                 if run.information == "future":
-                    run.solve(layer, load)
+                    run.solve(layer, recorded)
             on_layer()
-        _play(source, setting, runs, range(int("predicted" in kinds), steps), on_layer)
+        _play(source, setting, runs, range(int(not _FROM_FORECASTS.isdisjoint(kinds)), steps), on_layer)
     except KeyboardInterrupt:
         raise Interrupted([outcome for run in runs for outcome in run.outcomes()]) from None
     return [outcome for run in runs for outcome in run.outcomes()]
@@ -397,12 +346,17 @@ def _play(
 ) -> None:
     """Advance all runs over the source, up to the last evaluated step."""
     predictors = [make_predictor(setting.predictor) for _ in range(source.meta.num_layers)]
+    switches = [CalibrationSwitch() for _ in range(source.meta.num_layers)]
     for step, loads_LRE in enumerate(islice(source.steps(), judged.stop)):
         for layer, (predictor, actual) in enumerate(zip(predictors, setting.loads(loads_LRE), strict=True)):
-            known = {"predicted": predictor.predict(), "exact": actual}
+            forecast = predictor.predict()
+            doubt = _Doubt(predictor.expected_error(), predictor.scenarios(), switches[layer].is_on)
             for run in runs if step in judged else ():
-                error = predictor.expected_error() if run.information == "predicted" else 0.0
-                run.play(layer, None if run.is_fixed else known[run.information], actual, error)
+                is_forecast = run.information in _FROM_FORECASTS
+                known = None if run.is_fixed else forecast if is_forecast else actual
+                run.play(layer, known, actual, doubt if is_forecast else _Doubt())
+            if forecast is not None:
+                switches[layer].observe(prediction_error(forecast, actual))
             predictor.observe(actual)
             on_layer()
         for run in runs:

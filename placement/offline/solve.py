@@ -1,9 +1,12 @@
-"""Plans solved offline: one placement for a whole trace, from its mean load, layer by layer or for all layers jointly."""
+"""Plans solved offline: one placement for a whole trace, layer by layer or for all layers jointly.
+
+They are made for the trace's mean load and hedged against its steps (`solvers/hedge.py`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import MappingProxyType
 
@@ -13,11 +16,12 @@ from ...jit import run_seconds
 from ..cost import Solution, evaluate
 from ..owners import OwnerMap
 from ..solvers.baselines.moetuner import tune_owners
+from ..solvers.hedge import hedged, solve_hedged
 from ..solvers.joint import solve_joint
 from ..traces.sources import LoadSource, pair_counts_of
 from ..values import Placement, Problem
 from .plans import SavedPlan
-from .simulate import SimulatorSetting, mean_loads, run_steps
+from .setting import SimulatorSetting, recorded_loads, run_steps
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,16 @@ def _solve_layers(model: _Model, solver: str, on_layer: Callable[[], None]) -> l
     """Solve every layer separately."""
     solve, solutions = model.setting.solver(solver), []
     for problem in model.problems:
-        solutions.append(solve(problem))
+        solutions.append(solve_hedged(problem, solver, solve))
         on_layer()
     return solutions
 
 
 def _solve_joint(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
-    """Distribute experts over ranks in all layers together."""
-    return list(solve_joint(model.problems, on_layer=on_layer).layers)
+    """Distribute experts over ranks in all layers together, then hedge the copies of each."""
+    sure = [replace(problem, scenarios_SE=None, forecast_error=0.0) for problem in model.problems]
+    found = solve_joint(sure, on_layer=on_layer).layers
+    return [hedged(problem, solution, [solution.placement]) for problem, solution in zip(model.problems, found, strict=True)]
 
 
 def _tune(model: _Model, on_layer: Callable[[], None]) -> list[Solution]:
@@ -76,7 +82,7 @@ def solve_plan(
     trace_digest: str = "",
     on_layer: Callable[[], None] = lambda: None,
 ) -> SavedPlan:
-    """Solve every layer for the mean load of a source, starting from the `current` owners (contiguous blocks by default).
+    """Solve every layer for the loads of a source, starting from the `current` owners (contiguous blocks by default).
 
     horizon: steps over which moves are amortised, `run_steps` of the source by default.
     """
@@ -89,8 +95,8 @@ def solve_plan(
             f"the trace of {meta.num_layers} x {meta.num_experts} on {meta.num_ranks} ranks; give a plan for this trace"
         )
     problems = [
-        setting.problem(load, owner_E, slots, horizon or run_steps(source.num_steps))
-        for load, owner_E in zip(mean_loads(source, setting), current.expert_to_owner_LE, strict=True)
+        setting.run_problem(recorded, owner_E, slots, horizon or run_steps(source.num_steps))
+        for recorded, owner_E in zip(recorded_loads(source, setting), current.expert_to_owner_LE, strict=True)
     ]
     model, solve_all = _Model(source, setting, problems), _OVER_ALL_LAYERS.get(solver)
     solutions = solve_all(model, on_layer) if solve_all else _solve_layers(model, solver, on_layer)

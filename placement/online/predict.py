@@ -20,6 +20,9 @@ EMA_DECAY = 0.3
 SLOW_EMA_DECAY = 0.9
 # Number of past forecasts by whose error 'best' chooses a predictor.
 ERROR_WINDOW = 10
+# Number of past loads, and of past errors, that scenarios are made from; and the multiple of an error that one of them makes.
+NUM_SCENARIOS = 8
+SCENARIO_ERRORS = 2
 # Expected error before any forecast has been evaluated; recorded errors from step to step are 0.01 to 0.25.
 FIRST_ERROR = 0.1
 
@@ -93,9 +96,15 @@ class BestPredictor:
     def __init__(self, *predictors: Predictor) -> None:
         self._predictors = predictors or (LastPredictor(), EmaPredictor(), EmaPredictor(SLOW_EMA_DECAY))
         self._errors: tuple[deque[float], ...] = tuple(deque(maxlen=ERROR_WINDOW) for _ in self._predictors)
+        self._totals_SE: deque[np.ndarray] = deque(maxlen=NUM_SCENARIOS)
+        self._residuals_SE: deque[np.ndarray] = deque(maxlen=NUM_SCENARIOS)
 
     def observe(self, load: ExpertLoad) -> None:
         """Evaluate the forecasts of this load, then observe it."""
+        forecast = self.predict()
+        if forecast is not None:
+            self._residuals_SE.append(load.totals_E - forecast.totals_E)
+        self._totals_SE.append(load.totals_E)
         for predictor, errors in zip(self._predictors, self._errors, strict=True):
             predicted = predictor.predict()
             if predicted is not None:
@@ -110,6 +119,17 @@ class BestPredictor:
         """The recent mean error of that predictor; `FIRST_ERROR` before any forecast was evaluated."""
         errors = self._errors[self._best()]
         return sum(errors) / len(errors) if errors else FIRST_ERROR
+
+    def scenarios(self) -> np.ndarray | None:
+        """Loads that may come instead of the forecast, int64 [S, E]: the last ones, and the forecast with each last error.
+
+        The errors count double, as those to come may be larger. None before any forecast was evaluated.
+        """
+        forecast = self.predict()
+        if forecast is None or not self._residuals_SE:
+            return None
+        erring_SE = np.maximum(forecast.totals_E + SCENARIO_ERRORS * np.stack(self._residuals_SE), 0)
+        return np.concatenate([np.stack(self._totals_SE), erring_SE])
 
     def _best(self) -> int:
         scores = [sum(errors) for errors in self._errors]

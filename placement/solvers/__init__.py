@@ -12,6 +12,7 @@ anneal_owners_numba.py  Simulated annealing over owners, of one layer or of many
 balance_numba.py        Compiled routines of the balance planner.
 exchange_numba.py       Compiled tabu search over the owners of one layer, without copies.
 anneal_copies_numba.py  Simulated annealing over copies and owners, priced under the exact split: the exact planner's incumbents.
+hedge_numba.py          Compiled pricing of plans for several loads.
 quota_numba.py          Compiled routines of the quota planner: copies for balance, further copies that save dispatch bytes, the
                         cheapest plan.
 baselines/              Baselines: solvers of other systems, as published, and placements that only exchange owners.
@@ -20,6 +21,8 @@ balance.py              The balance planner: fewest rows on the busiest rank, th
                         errors.
 exchange.py             Owners of layers by exchanges of experts, without copies: a tabu search of each layer (exchange_numba.py).
 quota.py                The quota planner, for every step: a threshold search with few copies, priced in seconds.
+hedge.py                Plans that withstand several loads: of several solvers' copies, and of copies for all loads, those of the
+                        fewest mean seconds.
 joint.py                Owners of all layers together: any number of a layer's experts per rank, the same rows per rank over all
                         layers.
 quota_reference.py      The quota planner in plain Python: the specification of its compiled routines, and the oracle of their

@@ -26,6 +26,7 @@ class Holders(NamedTuple):
     held_RE: np.ndarray
     held_R: np.ndarray
     free_R: np.ndarray
+    sent_R: np.ndarray
 
 
 @njit(cache=True)
@@ -41,6 +42,7 @@ def _add_copy(holders, expert, rank):
     holders.held_RE[rank, holders.held_R[rank]] = expert
     holders.held_R[rank] += 1
     holders.free_R[rank] -= 1
+    holders.sent_R[holders.holder_ER[expert, 0]] += 1
 
 
 @njit(cache=True)
@@ -187,10 +189,15 @@ def _count_relief(holders, splits, s, sign, min_rows, relief_ER):
 
 
 @njit(cache=True)
-def _pick(holders, relief_ER, per_node):
-    """Return the copy (expert, rank) of most relief on a rank with a free slot, preferring the owner's node; -1 for none."""
+def _pick(holders, relief_ER, per_node, most_sent):
+    """Return the copy (expert, rank) of most relief on a rank with a free slot, preferring the owner's node; -1 for none.
+
+    An owner sends at most `most_sent` copies.
+    """
     best_expert, best_rank, best, best_near = -1, -1, 0, False
     for expert in range(relief_ER.shape[0]):
+        if holders.sent_R[holders.holder_ER[expert, 0]] >= most_sent:
+            continue
         for rank in range(relief_ER.shape[1]):
             relief = relief_ER[expert, rank]
             if relief < max(best, 1) or holders.free_R[rank] == 0:
@@ -212,6 +219,7 @@ def _start(totals_SE, target_S, owner_E, cost_R, slots):
         np.zeros((num_ranks, num_experts), np.int64),
         np.zeros(num_ranks, np.int64),
         np.full(num_ranks, slots, np.int64),
+        np.zeros(num_ranks, np.int64),
     )
     holders.holder_ER[:, 0] = owner_E
     splits = Splits(
@@ -236,11 +244,11 @@ def _start(totals_SE, target_S, owner_E, cost_R, slots):
 
 
 @njit(cache=True)
-def choose_copies(totals_SE, target_S, most, owner_E, cost_R, slots, min_rows, ranks_per_node):
+def choose_copies(totals_SE, target_S, most, owner_E, cost_R, slots, min_rows, ranks_per_node, most_sent):
     """Add copies until every load can be split to a cost of at most target_S per rank; int64 [2, C] as (expert, rank).
 
-    target_S is at least the mean. At most `most` copies in total and `slots` per rank; no copy for an expert of fewer than
-    min_rows rows.
+    target_S is at least the mean. At most `most` copies in total, `slots` per rank, and `most_sent` from one owner; no copy for
+    an expert of fewer than min_rows rows.
     """
     num_loads, num_experts = totals_SE.shape
     holders, splits = _start(totals_SE, target_S, owner_E, cost_R, slots)
@@ -252,7 +260,7 @@ def choose_copies(totals_SE, target_S, most, owner_E, cost_R, slots, min_rows, r
     copies_2C = np.empty((2, most), np.int64)
     count = 0
     while count < most:
-        expert, rank = _pick(holders, relief_ER, ranks_per_node)
+        expert, rank = _pick(holders, relief_ER, ranks_per_node, most_sent)
         if expert < 0:
             break
         # A load whose rows of the expert are not stuck, or whose stuck ranks include the host, does not change.

@@ -3,8 +3,8 @@
 The search is that of UltraEP (arXiv 2606.04101): find the smallest number of rows to which every rank can be reduced if busy
 ranks give rows of their largest experts to ranks with room. It determines the copies only; the exact split then decides how many
 rows each holder computes. Higher thresholds need fewer copies, so several plans are priced and the cheapest is taken: copies that
-cost more than they save are never made, and a balanced load keeps the static placement. quota_reference.py states the planner in
-plain Python.
+cost more than they save are never made, and a balanced load keeps the static placement. The copies that `balance` makes for this
+load are priced as well: chains of copies level few large experts better. quota_reference.py states the planner in plain Python.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..cost import Cost, Prices, Solution, lower_bound, prices_of, seconds_of, solution
 from ..values import Placement, Problem
+from . import balance
 
 
 def _break_even_rows(problem: Problem, prices: Prices) -> int:
@@ -45,5 +46,8 @@ def solve(problem: Problem) -> Solution:
     prices, bound = prices_of(problem), lower_bound(problem)
     layer = score_numba.layer_of(problem)
     plan = quota_numba.plan(layer, problem.load.load_RE, prices, bound.max_rows, plans_to_try(problem, prices))
+    if problem.slots:
+        balanced = quota_numba.plan_of(layer, prices, balance.copies_for(problem, problem.load.totals_E[None]))
+        plan = balanced if sum(balanced.stages) < sum(plan.stages) else plan
     placement = Placement.with_copies(problem.expert_to_owner_E, problem.num_ranks, plan.copies_2C)
     return solution(placement, Cost(*plan.stages), bound, time.perf_counter() - start, "quota")

@@ -323,3 +323,11 @@ def plan(layer, load_RE, prices, least_rows, plans_2P):
     plans = with_further_copies(layer, load_RE, best.copies_2C, most_2P, least_P, plans_2P[0, 0], row_s, node_row_s)
     more = cheapest(prices, *plans)
     return more if _total(more.stages) < _total(best.stages) else best
+
+
+@njit(cache=True)
+def plan_of(layer, prices, copies_2C):
+    """Return the plan of these copies."""
+    tally_5 = np.zeros(5, np.int64)
+    score(layer, static_traffic(layer), copies_2C, tally_5)
+    return Plan(copies_2C, tally_5, _price(prices, tally_5[0], tally_5[1], tally_5[2], tally_5[3], tally_5[4], 0, 0))

@@ -4,6 +4,7 @@ export     ranks above a threshold give rows of their largest experts to ranks b
 threshold  the smallest that an export reaches; somewhat higher ones need fewer copies
 cheapest   of these exports and of no copies at all, by the cost model under the exact split
 localize   further copies that keep tokens on their rank or node, where they save more dispatch than they cost
+balance    the copies of that planner instead, where they cost less
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from ..cost import Tally, cost, lower_bound, prices_of, tally
 from ..split import split_exact
 from ..values import Placement, Problem
+from . import balance
 from .quota import plans_to_try
 
 Copies = list[tuple[int, int]]
@@ -42,6 +44,10 @@ def quota_reference(problem: Problem) -> Placement:
         further = [localize(problem, best, limit, plans[0][0], *rates) for limit in limits_to_try(problem, counts)]
         more_seconds, more = cheapest(problem, further)
         best = more if more_seconds < seconds else best
+    if problem.slots:
+        balanced = list(map(tuple, balance.copies_for(problem, problem.load.totals_E[None]).T.tolist()))
+        # The first of equals is kept, however many copies it has.
+        best = min([best, balanced], key=lambda copies: cheapest(problem, [copies])[0])
     return placed(problem, best)
 
 

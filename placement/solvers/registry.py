@@ -42,6 +42,11 @@ KEEPS_OWNERS = frozenset({"static", "flexmoe", "laer", "hecate", "quota", "balan
 AUTO = ("quota", "balance")
 
 
+def keeps_owners(policy: str) -> bool:
+    """Whether a solver, or every solver of `auto`, only adds copies."""
+    return KEEPS_OWNERS.issuperset(policy_solvers(policy))
+
+
 def policy_solvers(policy: str) -> tuple[str, ...]:
     """The solvers of a policy: `auto` stands for several, every other name for itself."""
     return AUTO if policy == "auto" else (policy,)

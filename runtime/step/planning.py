@@ -4,7 +4,6 @@ Every rank plans alone and reaches the same plan: the inputs are integers that a
 the configuration, and solvers are deterministic. Nothing here is broadcast, and nothing else in the runtime plans.
 """
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from ...collectives import Account, Schedule, account, choose_schedule, direct_gather, make_schedule
 from ...placement import (
+    CalibrationSwitch,
     ExpertLoad,
     LayerShape,
     Placement,
@@ -26,13 +26,10 @@ from ...placement import (
     prediction_error,
     split_exact,
     split_local_even,
+    unhedged_if_calibrated,
 )
 from ..config import RuntimeConfig
 from ..experts.memory import staging_limit
-
-# Calibration is on while the predictions' errors (total variation of expert shares) of the last forwards have a larger mean.
-CALIBRATE_ABOVE = 0.1
-ERROR_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class LayerPlanner:
         self._plan = self._plan_of(Placement.owners_only(expert_to_owner_E, topology.num_ranks))
         self._is_held = False
         self._predicted: ExpertLoad | None = None
-        self._errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self._calibration = CalibrationSwitch()
 
     def hold(self, placement: Placement) -> None:
         """Keep this placement, of the same owners, for every forward to come; nothing is solved any more."""
@@ -139,6 +136,9 @@ class LayerPlanner:
         predicted = self._predicted = self._predictor.predict()
         if predicted is not None and predicted.total > 0:
             forecast = self.problem(predicted, self._predictor.expected_error())
+            forecast = replace(forecast, scenarios_SE=self._predictor.scenarios())
+            if self.is_calibrating:
+                forecast = unhedged_if_calibrated(forecast)
             placement = self.choice.solve(forecast, is_observed=is_training)
             if placement != self._plan.placement:
                 self._check_budget(placement)
@@ -165,13 +165,13 @@ class LayerPlanner:
             return False
         if self._debug.calibrate != "auto":
             return self._debug.calibrate == "always"
-        return not self._errors or sum(self._errors) / len(self._errors) > CALIBRATE_ABOVE
+        return self._calibration.is_on
 
     def observe(self, load: ExpertLoad) -> float | None:
         """Update the predictor with a measured load; return its forecast's `prediction_error`, None if there was no forecast."""
         error = None if self._predicted is None else prediction_error(self._predicted, load)
         if error is not None:
-            self._errors.append(error)
+            self._calibration.observe(error)
         if self.choice.is_trying:
             self.choice.observe(self.problem(load))
         self._predictor.observe(load)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Placement, Problem, Split, Topology, get_solver, split_exact
-from moesaic.placement.offline.simulate import SimulatorSetting, compare
+from moesaic.placement.offline.setting import SimulatorSetting
+from moesaic.placement.offline.simulate import compare
 from moesaic.placement.traces.sources import Sizes, open_source
 from tests.placement.cases import busiest, loads, problems, shared_trace, zipf_problem
 
@@ -46,7 +47,7 @@ def test_with_slots_enough_every_load_is_levelled(load, error, seed, per_node, r
     errors_S = np.array([0, error, error // 2])
     totals_SE = balance_numba.loads_around(load.totals_E, errors_S)
     target_S = np.array([topology.least_limit(int(total)) for total in totals_SE.sum(axis=1)])
-    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, topology.cost_R, 7, 1, per_node)
+    copies_2C = balance_numba.choose_copies(totals_SE, target_S, 99, owner_E, topology.cost_R, 7, 1, per_node, 99)
     placement = Placement.with_copies(owner_E, 5, copies_2C)
     assert placement.num_copies == copies_2C.shape[1]
     for totals_E, target in zip(totals_SE, target_S, strict=True):
@@ -129,6 +130,17 @@ def test_a_forecast_that_was_wrong_is_withstood():
         excess.append([max_over_mean(totals_E, placement) - 1 for placement in (sure, careful)])
     mean_sure, mean_careful = np.mean(excess, axis=0)
     assert mean_careful <= 0.5 * mean_sure
+
+
+def test_scenarios_are_withstood():
+    """Loads that came before, each with another rank's expert surging, are levelled better than by sampled loads alone."""
+    problem = dataclasses.replace(zipf_problem(8, 64, 0.0, slots=1), forecast_error=0.01)
+    surges_SE = np.tile(problem.load.totals_E, (8, 1))
+    surges_SE[np.arange(8), 8 * np.arange(8) + 5] *= 8
+    told = dataclasses.replace(problem, scenarios_SE=np.tile(surges_SE, (2, 1)))
+    mean = [np.mean([max_over_mean(totals_E, balance(p).placement) for totals_E in surges_SE]) for p in (problem, told)]
+    assert balance(told).placement.num_copies == 8
+    assert mean[1] <= mean[0] - 0.05
 
 
 @pytest.mark.parametrize("num_ranks", [8, 16, 32, 64])

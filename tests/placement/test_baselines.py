@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from moesaic.placement import ExpertLoad, LayerShape, Problem, Topology, cost, get_solver, split_exact, split_local_even
-from moesaic.placement.offline.simulate import SimulatorSetting
+from moesaic.placement.offline.setting import SimulatorSetting
 from moesaic.placement.solvers.baselines import hecate
 from moesaic.placement.solvers.baselines.eplb import balanced_packing, choose_owners, rebalance, replicate
 from tests.placement.cases import problems, zipf_problem

@@ -76,3 +76,18 @@ def test_error_is_the_total_variation_of_shares() -> None:
     assert prediction_error(load(1, 0), load(0, 7)) == 1.0
     assert prediction_error(load(3, 1), load(1, 1)) == pytest.approx(0.25)
     assert prediction_error(load(0, 0), load(0, 0)) == 0.0
+
+
+def test_scenarios_are_past_loads_and_past_errors_again():
+    """Against the definition, load after load: the last eight, and the forecast with each of its last eight errors, doubled."""
+    predictor, random = make_predictor("last"), np.random.default_rng(4)
+    loads_SE = random.integers(0, 100, (12, 6))
+    assert predictor.scenarios() is None
+    for step, totals_E in enumerate(loads_SE):
+        predictor.observe(ExpertLoad(totals_E[None]))
+        errors_SE = np.diff(loads_SE[: step + 1], axis=0)[-8:]
+        if not step:
+            assert predictor.scenarios() is None
+            continue
+        past_SE = loads_SE[: step + 1][-8:]
+        assert (predictor.scenarios() == np.concatenate([past_SE, np.maximum(totals_E + 2 * errors_SE, 0)])).all()

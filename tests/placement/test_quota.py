@@ -78,3 +78,11 @@ def test_further_copies_are_the_reference_s(
     )
     expected = reference.localize(problem, first, limit, min_rows, row_s, node_row_s)
     assert list(map(tuple, copies[0, :, : sizes[0]].T.tolist())) == expected
+
+
+@settings(deadline=None, max_examples=examples(200))
+@given(problem=priced_problems())
+def test_the_copies_of_balance_are_never_cheaper(problem: Problem) -> None:
+    """In quota's own seconds, for a load that is known."""
+    quota, balance = get_solver("quota")(problem), get_solver("balance")(problem)
+    assert quota.cost.total_s <= balance.cost.total_s * (1 + 1e-12)

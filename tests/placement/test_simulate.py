@@ -5,10 +5,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesaic.placement import ExpertLoad, LayerShape, OwnerMap, Topology, Trace, TraceMeta, get_solver, split_exact, write_trace
+from moesaic.placement import (
+    CalibrationSwitch,
+    ExpertLoad,
+    LayerShape,
+    OwnerMap,
+    SolverChoice,
+    Topology,
+    Trace,
+    TraceMeta,
+    calibrate,
+    cost,
+    get_solver,
+    make_predictor,
+    prediction_error,
+    split_exact,
+    unhedged_if_calibrated,
+    write_trace,
+)
 from moesaic.placement.offline.backtest import backtest
-from moesaic.placement.offline.simulate import Interrupted, Outcome, SimulatorSetting, compare, mean_loads, replay
+from moesaic.placement.offline.setting import SimulatorSetting, recorded_loads
+from moesaic.placement.offline.simulate import Interrupted, Outcome, compare, replay
 from moesaic.placement.offline.solve import solve_plan
+from moesaic.placement.online.calibrate import calibrated_s
 from moesaic.placement.traces.synth import KINDS, SynthSpec, synthesize
 from moesaic.placement.traces.workloads import WORKLOADS, Workload
 
@@ -39,14 +58,18 @@ def test_every_lane_sees_what_it_may(trace, setting):
     outcomes = compare(trace, setting, ["quota"], slots=(1,))
     quota, owners = get_solver("quota"), OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
     steps = [[ExpertLoad(load_RE) for load_RE in loads_LRE] for loads_LRE in trace.steps()]
-    hindsight = mean_loads(trace, setting)
+    hindsight = [
+        setting.solve_run("quota", recorded, owner_E, 1, 100).placement
+        for recorded, owner_E in zip(recorded_loads(trace, setting), owners, strict=True)
+    ]
     for what in ("predicted", "exact", "future"):
         ratios, copies = [], []
         for step in range(1, 5):
             for layer in range(2):
-                known = {"predicted": steps[step - 1][layer], "exact": steps[step][layer], "future": hindsight[layer]}[what]
-                horizon = 100 if what == "future" else 1
-                placement = quota(setting.problem(known, owners[layer], 1, horizon)).placement
+                placement = hindsight[layer]
+                if what != "future":
+                    known = steps[step - (what == "predicted")][layer]
+                    placement = quota(setting.problem(known, owners[layer], 1, 1)).placement
                 ratios.append(split_exact(steps[step][layer], placement, setting.topology).max_over_mean)
                 copies.append(placement.num_copies)
         found = one(outcomes, knows=what)
@@ -56,6 +79,57 @@ def test_every_lane_sees_what_it_may(trace, setting):
         assert found.copies == pytest.approx(np.mean(copies))
         assert found.num_steps == 4
     assert one(outcomes, knows="exact").max_over_mean <= one(outcomes, knows="predicted").max_over_mean
+
+
+def test_a_calibrated_run_adds_copies_where_training_would(trace, setting):
+    """Against a plain loop: planned without hedging while forecasts are bad, and copies added once the load is known."""
+    setting = replace(setting, overlap_s=1e-5, scale=4096)
+    outcomes = compare(trace, setting, ["quota", "balance", "eplb"], slots=(1,), information=("predicted", "calibrated"))
+    assert {outcome.solver for outcome in outcomes if outcome.knows == "calibrated"} == {"quota", "balance"}
+    owners = OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
+    steps = [setting.loads(loads_LRE) for loads_LRE in trace.steps()]
+    solve, seconds, ratios, added = get_solver("balance"), 0.0, [], 0
+    for layer in range(2):
+        predictor, switch = make_predictor("last"), CalibrationSwitch()
+        predictor.observe(steps[0][layer])
+        for step in range(1, 5):
+            forecast, actual = predictor.predict(), steps[step][layer]
+            problem = setting.problem(actual, owners[layer], 1, 1)
+            planned = setting.problem(forecast, owners[layer], 1, 1, predictor.expected_error())
+            planned = replace(planned, scenarios_SE=predictor.scenarios())
+            if switch.is_on:
+                planned = unhedged_if_calibrated(planned)
+            split = split_exact(actual, solve(planned).placement, setting.topology)
+            more = calibrate(problem, split, solve, split_exact) if switch.is_on else None
+            added += more is not None
+            seconds += cost(problem, split.placement, split).total_s if more is None else calibrated_s(problem, split, more)
+            ratios.append((more or split).max_over_mean)
+            switch.observe(prediction_error(forecast, actual))
+            predictor.observe(actual)
+    found = one(outcomes, solver="balance", knows="calibrated")
+    assert added
+    assert found.max_over_mean == pytest.approx(np.mean(ratios))
+    assert found.step_s == pytest.approx(seconds / 4)
+
+
+def test_auto_places_each_layer_as_the_solver_that_pays(trace, setting):
+    """Against the choice of training, step after step; and it is one of its two solvers in every step."""
+    outcomes = compare(trace, setting, ["auto", "quota", "balance"], slots=(1,), information=("predicted", "future"))
+    owners = OwnerMap.contiguous(2, 8, 4).expert_to_owner_LE
+    steps = [setting.loads(loads_LRE) for loads_LRE in trace.steps()]
+    solvers, seconds = {name: get_solver(name) for name in ("quota", "balance")}, 0.0
+    for layer in range(2):
+        predictor, choice = make_predictor("last"), SolverChoice(solvers, split_exact)
+        predictor.observe(steps[0][layer])
+        for step in range(1, 5):
+            planned = setting.problem(predictor.predict(), owners[layer], 1, 1, predictor.expected_error())
+            placement = choice.solve(replace(planned, scenarios_SE=predictor.scenarios()))
+            actual = setting.problem(steps[step][layer], owners[layer], 1, 1)
+            seconds += cost(actual, placement, split_exact(actual.load, placement, setting.topology)).total_s
+            choice.observe(actual)
+            predictor.observe(actual.load)
+    assert one(outcomes, solver="auto", knows="predicted").step_s == pytest.approx(seconds / 4)
+    assert one(outcomes, solver="auto", knows="future").step_s == one(outcomes, solver="quota", knows="future").step_s
 
 
 def test_bounds_shares_and_bytes(trace, setting):
@@ -236,7 +310,7 @@ def test_loads_that_leave_the_range_of_integers_are_refused(tmp_path):
         compare(Trace(tmp_path / "t.npz"), setting, ["static"], information=("exact",), num_steps=1)
     write_trace(tmp_path / "t.npz", meta, np.full((1100, 1, 1, 2), 2**52))
     with pytest.raises(ValueError, match=r"loads sum to \d+ up to a step, above 4611686018427387904; divide the recording's"):
-        mean_loads(Trace(tmp_path / "t.npz"), setting)
+        recorded_loads(Trace(tmp_path / "t.npz"), setting)
 
 
 def test_backtest_errors_by_hand(tmp_path):

@@ -1,5 +1,6 @@
 """Invariants 2, 3, 5 and 6 on what planning and banks hold: one owner, one plan, no token lost, bounded memory."""
 
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
@@ -94,6 +95,28 @@ def test_calibration_rests_while_predictions_are_good() -> None:
         shape = LayerShape(num_experts=4, top_k=1, dim=4, ffn_dim=4)
         fixed = LayerPlanner(np.array([0, 0, 1, 1]), Topology.preset("cpu", 2), shape, {"quota": get_solver("quota")}, config)
         assert fixed.is_calibrating == (choice == "always")
+
+
+def test_copies_hedge_only_where_no_calibration_follows() -> None:
+    """Jumping loads are placed without hedging where calibration would pay; a repeated one, or copies too slow for it, with."""
+    hot, other = (ExpertLoad(1000 * np.outer([1, 1], shares)) for shares in ([700, 100, 100, 100], [100, 100, 100, 700]))
+    for rate, is_late_copy_cheap in ((1e12, True), (1e3, False)):
+        asked: list[Problem] = []
+
+        def solver(problem: Problem, asked: list[Problem] = asked) -> Any:
+            asked.append(problem)
+            return get_solver("static")(problem)
+
+        topology = dataclasses.replace(Topology.preset("cpu", 2), device_bytes_per_s=rate)
+        shape = LayerShape(num_experts=4, top_k=1, dim=64, ffn_dim=64)
+        planner = LayerPlanner(np.array([0, 0, 1, 1]), topology, shape, {"given": solver}, RuntimeConfig(slots=2))
+        for load in (*10 * [hot, other], *8 * [hot]):
+            is_calibrating = planner.is_calibrating
+            planner.place()
+            planner.observe(load)
+            if asked:
+                assert (asked[-1].forecast_error == 0) == (is_calibrating and is_late_copy_cheap)
+        assert len(asked) == 27
 
 
 def row_bytes_of(group: RankGroup, top_k: int) -> int:
