@@ -4,8 +4,8 @@ The placement was made for a predicted load, and its copies are in flight. The s
 copies, those not yet made are added within the remaining slots, all or none: if the predicted saving exceeds the time of
 gathering them without overlap (after Hecate, arXiv 2502.02581, which adds copies by its own algorithm).
 
-Copies that hedge against a wrong forecast take the slots that calibration would fill with better ones, so a placement is not
-hedged where calibration follows and is likely to pay.
+Copies that hedge against a wrong forecast take the slots that calibration would fill. Where past loads say how forecasts err,
+they serve a step better (measured on recordings); before, a placement is not hedged where calibration is likely to pay.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ class CalibrationSwitch:
 
 
 def unhedged_if_calibrated(forecast: Problem) -> Problem:
-    """The problem of a forecast whose load will be calibrated: without its error, if calibration is likely to pay."""
+    """The problem of a forecast whose load will be calibrated: without its error, if that is all there is to hedge against and
+    calibration is likely to pay."""
     shape, topology = forecast.shape, forecast.topology
     mean_s = forecast.backward_multiplier * shape.flops_per_row / topology.flops_per_s * forecast.load.total / forecast.num_ranks
-    if forecast.forecast_error * mean_s <= _one_copy_s(forecast):
+    if forecast.scenarios_SE is not None or forecast.forecast_error * mean_s <= _one_copy_s(forecast):
         return forecast
-    return replace(forecast, forecast_error=0.0, scenarios_SE=None)
+    return replace(forecast, forecast_error=0.0)
 
 
 def _one_copy_s(problem: Problem) -> float:

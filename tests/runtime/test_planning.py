@@ -98,7 +98,8 @@ def test_calibration_rests_while_predictions_are_good() -> None:
 
 
 def test_copies_hedge_only_where_no_calibration_follows() -> None:
-    """Jumping loads are placed without hedging where calibration would pay; a repeated one, or copies too slow for it, with."""
+    """The first forecast is placed without hedging where calibration would pay; with errors to learn from, or copies too slow for
+    calibration, every one is hedged."""
     hot, other = (ExpertLoad(1000 * np.outer([1, 1], shares)) for shares in ([700, 100, 100, 100], [100, 100, 100, 700]))
     for rate, is_late_copy_cheap in ((1e12, True), (1e3, False)):
         asked: list[Problem] = []
@@ -115,7 +116,7 @@ def test_copies_hedge_only_where_no_calibration_follows() -> None:
             planner.place()
             planner.observe(load)
             if asked:
-                assert (asked[-1].forecast_error == 0) == (is_calibrating and is_late_copy_cheap)
+                assert (asked[-1].forecast_error == 0) == (is_calibrating and is_late_copy_cheap and len(asked) == 1)
         assert len(asked) == 27
 
 
