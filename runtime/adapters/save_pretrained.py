@@ -18,7 +18,7 @@ def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]
         return
 
     def save_pretrained(save_directory: Any, *args: Any, state_dict: Mapping[str, Any] | None = None, **options: Any) -> Any:
-        """See transformers. The state dict must hold every expert; without one, all of them must be on this rank. Ranks with
+        """See transformers, or peft. The state dict must hold every expert; without one, all of them must be on this rank. Ranks with
         `is_main_process=False` write nothing.
 
         Raises:
@@ -28,13 +28,18 @@ def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]
             return None
         if state_dict is None:
             state_dict = model.state_dict()
-        return original(save_directory, *args, state_dict=original_names(state_dict, layers), **options)
+        state_dict = original_names(state_dict, layers, of_adapters=hasattr(model, "peft_config"))
+        return original(save_directory, *args, state_dict=state_dict, **options)
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]
 
 
-def original_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts]) -> dict[str, Any]:
+def original_names(
+    state: Mapping[str, Any], layers: Mapping[str, ShardedExperts], *, of_adapters: bool = False
+) -> dict[str, Any]:
     """A whole state dict of the sharded model as that of the unwrapped one: all experts of a layer in one tensor.
+
+    Only adapters need to be whole, and are changed, if these are all that will be saved.
 
     Raises:
         RuntimeError: the state lacks experts, or parts of other tensors.
@@ -46,6 +51,8 @@ def original_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts
     for block, experts in layers.items():
         prefix = f"{block}.experts." if block else "experts."
         for weight, fused in experts.naming.fused:
+            if of_adapters and weight not in experts.shape.lora_sizes():
+                continue
             names = [f"{prefix}{expert}.{weight}" for expert in range(experts.num_experts)]
             found = [name for name in names if name in state]
             name = f"{block}.{fused}" if block else fused
@@ -59,9 +66,9 @@ def original_names(state: Mapping[str, Any], layers: Mapping[str, ShardedExperts
                 )
                 raise RuntimeError(
                     f"save_pretrained on this rank lacks {lacks}, which other ranks hold; call "
-                    "handle.weights.save_safetensors(folder) on every rank, or "
+                    f"handle.weights.{'save_adapter' if of_adapters else 'save_safetensors'}(folder) on every rank, or "
                     "give the state_dict that get_model_state_dict returns with full_state_dict=True"
                 )
             whole = torch.stack([state.pop(apart).detach() for apart in names])
-            state[name] = experts.naming.to_original(weight, whole).contiguous()
+            state[name] = experts.naming.fuse(weight, whole).contiguous()
     return state

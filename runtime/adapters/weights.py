@@ -90,15 +90,24 @@ def gather_experts(layer: ShardedExperts, weight: str, transport: Transport) -> 
     return whole_E
 
 
-def state_on_rank_zero(model: nn.Module, layers: Mapping[str, ShardedExperts], transport: Transport) -> dict[str, Tensor]:
-    """The state dict that the unwrapped model would have, whole, in CPU memory of rank 0; empty elsewhere. Collective."""
+def state_on_rank_zero(
+    model: nn.Module, layers: Mapping[str, ShardedExperts], transport: Transport, *, of_adapters: bool = False
+) -> dict[str, Tensor]:
+    """The state dict that the unwrapped model would have, whole, in CPU memory of rank 0; empty elsewhere. Collective.
+
+    With `of_adapters` those of LoRA, and whatever else is trained besides.
+    """
     state: dict[str, Tensor] = {}
     for dense in dense_tensors(model, layers):
+        if of_adapters and not dense.tensor.requires_grad and "lora_" not in dense.names[0]:
+            continue
         full = whole(dense.tensor)
         if transport.rank == 0:
             state |= dict.fromkeys(dense.names, full.to("cpu", copy=True))
     for block, layer in layers.items():
         for weight, inner in layer.naming.fused:
+            if of_adapters and weight not in layer.shape.lora_sizes():
+                continue
             experts = gather_experts(layer, weight, transport)
             if experts is None:
                 continue
@@ -106,7 +115,7 @@ def state_on_rank_zero(model: nn.Module, layers: Mapping[str, ShardedExperts], t
                 names = _names_apart(block, layer, weight)
                 state |= {name: experts[e].to("cpu", copy=True) for e, name in enumerate(names)}
             else:
-                state[_in_block(block, inner)] = layer.naming.to_original(weight, experts).contiguous().cpu()
+                state[_in_block(block, inner)] = layer.naming.fuse(weight, experts).contiguous().cpu()
     return state
 
 
@@ -138,12 +147,12 @@ def checkpoint_tensors(
             for weight in runtime.bank.weight_names:
                 apart = _names_apart(block, layer, weight)
                 for e in runtime.owned_experts:
-                    yield apart[e], getattr(runtime.bank.weights(runtime.layer, e), weight)
+                    yield apart[e], runtime.bank.weights(runtime.layer, e)[weight]
         elif names is None:
             for weight, inner in layer.naming.fused:
                 experts = gather_experts(layer, weight, transport)
                 if experts is not None:
-                    yield conversions.name(_in_block(block, inner)), layer.naming.to_original(weight, experts)
+                    yield conversions.name(_in_block(block, inner)), layer.naming.fuse(weight, experts)
         else:
             for e in runtime.owned_experts:
                 for inner, tensor in _matrices(names, runtime.bank.weights(runtime.layer, e)):
@@ -165,7 +174,7 @@ class _Read:
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    rows: slice | int | None  # of the stored tensor; None for all of it
+    rows: Any  # an index into the stored tensor; None for all of it
     target: Tensor
     layer: ShardedExperts | None = None  # whose original's layout the stored tensor has
     weight: str = ""
@@ -240,13 +249,14 @@ def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]
                 yield from (_Read((name,), tuple(target.shape), None, target) for name, target in apart)
                 continue
             for weight, inner in layer.naming.fused:
-                target = getattr(expert, weight)
+                target = expert[weight]
                 fused_names = (_in_block(block, inner), conversions.name(_in_block(block, inner)))
                 if layer.naming.state_experts is not None and not any(name in state for name in fused_names):
                     yield _Read((_names_apart(block, layer, weight)[e],), tuple(target.shape), None, target)
                     continue
-                shape = (runtime.num_experts, *layer.naming.to_original(weight, target).shape)
-                yield _Read(fused_names, shape, e, target, layer, weight)
+                all_experts = torch.empty(runtime.num_experts, *target.shape, device="meta")
+                shape, place = layer.naming.fuse(weight, all_experts).shape, layer.naming.place(weight, e, runtime.num_experts)
+                yield _Read(fused_names, tuple(shape), place, target, layer, weight)
 
 
 def _expert_names(block: str, layer: ShardedExperts, conversions: Conversions) -> Sequence[str]:

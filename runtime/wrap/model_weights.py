@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..adapters.safetensors_files import SafetensorsFolder, write_folder
@@ -57,6 +58,25 @@ class ModelWeights:
         save_config = getattr(getattr(sharded.model, "config", None), "save_pretrained", None)
         if group.is_first and save_config is not None:
             save_config(folder)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapters of a model of peft as its `save_pretrained` does, for `PeftModel.from_pretrained(base, folder)`.
+
+        Collective. Rank 0 holds the adapters whole, and no other weights.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        sharded = self._sharded
+        if not hasattr(sharded.model, "peft_config"):
+            raise ValueError(f"{type(sharded.model).__name__} has no adapters; give shard_experts what get_peft_model returned")
+        sharded.reshard()
+        sharded.claim()
+        if sharded.group.replicas.rank == 0:
+            state = state_on_rank_zero(sharded.model, sharded.layers, sharded.group.tokens, of_adapters=True)
+            if sharded.group.is_first:
+                sharded.model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+        dist.barrier()
 
     def load_safetensors(self, folder: str | Path) -> tuple[str, ...]:
         """Load weights from such a folder, transformers' own included; each rank reads its part only.

@@ -23,6 +23,7 @@ from ..adapters.save_pretrained import guard_save_pretrained
 from ..agreement import Agreement, agree_on_machine, check_same_layers
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
+from ..experts.expert import num_elements
 from ..experts.expert_grad import ExpertRanks
 from ..experts.grads import PendingReduces
 from ..experts.memory import BankSize, plan_slots
@@ -201,7 +202,7 @@ def build_runtimes(
     alike: dict[tuple[object, ...], list[FoundLayer]] = defaultdict(list)
     for layer in found:
         source = layer.source
-        alike[(source.shape, source.num_experts, source.dtype, source.device)].append(layer)
+        alike[(source.shape, source.num_experts, source.dtype, source.adapter_dtype, source.device)].append(layer)
     if owners is not None and len(alike) != 1:
         raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
     places = {layer.name: place for place, layer in enumerate(found)}
@@ -220,6 +221,7 @@ def build_runtimes(
             group.rank,
             device=device if source.device.type == "meta" else source.device,
             dtype=source.dtype,
+            adapter_dtype=source.adapter_dtype,
             compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else source.dtype,
             transport=group.experts,
             replicas=group.replicas,
@@ -268,8 +270,9 @@ def _solvers_of(config: RuntimeConfig, solver: Solver | None) -> dict[str, Solve
 
 
 def _size_of(source: ExpertSource, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
-    copy_bytes = source.shape.num_elements * 2 if config.compute_dtype == "bf16" else source.expert_bytes
-    return BankSize(copy_bytes, source.expert_bytes, group.world_size, places)
+    itemsize = 2 if config.compute_dtype == "bf16" else source.dtype.itemsize
+    copy_bytes = num_elements(source.shape.tensor_sizes()) * itemsize
+    return BankSize(copy_bytes, source.gradient_bytes, group.world_size, places)
 
 
 def _device_of(mesh: DeviceMesh) -> torch.device:

@@ -1,0 +1,239 @@
+"""LoRA on attention and on experts, as peft makes it, against peft on the unwrapped model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from moesaic import Handle, RuntimeConfig, shard_experts
+from moesaic.placement import OwnerMap
+from moesaic.runtime.experts.expert import num_elements
+from tests.helpers.compare import assert_all_close, assert_bitwise, assert_close
+from tests.helpers.families import batch_ids, forward, make_family_model, random_copies
+from tests.helpers.model import rank_slice
+from tests.helpers.ranks import run_ranks
+
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+
+NUM_STEPS, MIGRATES_AFTER = 10, (2, 5)
+# Gradients that are zero but for rounding must not become steps of full size.
+ADAMW = dict(lr=1e-2, eps=1e-3)
+
+
+def adapted(family: str, parameters: tuple[str, ...] = ("gate_up_proj", "down_proj"), **options: Any) -> Any:
+    """A small random model with random adapters, the same in every process."""
+    model = make_family_model(family).train()
+    targets = [f"mlp.experts.{name}" for name in parameters]
+    how = dict(r=3, lora_alpha=2, target_modules=["q_proj", "v_proj"], target_parameters=targets, init_lora_weights=False)
+    torch.manual_seed(11)
+    return peft.get_peft_model(model, peft.LoraConfig(**(how | options)))
+
+
+def shard(model: Any, **options: Any) -> Handle:
+    config = RuntimeConfig(**(dict(slots=6, timeout_s=60) | options))
+    return shard_experts(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), config=config, solver=random_copies)
+
+
+def trained(parameters: list[Any]) -> list[Any]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def gradients(model: Any, handle: Handle) -> dict[str, Tensor]:
+    """Of every parameter that has one, whole, by the names of the unwrapped model."""
+    grads = {
+        name: parameter.grad.full_tensor()
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor) and parameter.grad is not None
+    }
+    for block, layer in handle.layers.items():
+        for weight, name in layer.naming.fused:
+            everybody: list[Any] = [None] * dist.get_world_size()
+            mine = {e: layer[e].parameter(weight).grad for e in layer.runtime.owned_experts}
+            dist.all_gather_object(everybody, {e: grad.as_subclass(Tensor) for e, grad in mine.items() if grad is not None})
+            if found := {e: grad for part in everybody for e, grad in part.items()}:
+                whole = torch.stack([found[e] for e in range(layer.num_experts)])
+                grads[f"{block}.{name}"] = layer.naming.fuse(weight, whole)
+    return grads
+
+
+def exchanged(handle: Handle) -> list[OwnerMap]:
+    """The owner maps, with each layer's first and last expert in each other's place."""
+    maps = [owners.expert_to_owner_LE.copy() for owners in handle.owner_maps]
+    for owners_LE in maps:
+        owners_LE[:, [0, -1]] = owners_LE[:, [-1, 0]]
+    return [OwnerMap(owners_LE, dist.get_world_size()) for owners_LE in maps]
+
+
+def logits_and_input_gradients(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The second of the loss, by the embedded tokens, which are random."""
+    x = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(int(ids.sum()))).requires_grad_()
+    output = model(inputs_embeds=x, labels=ids, use_cache=False)
+    output.loss.backward()
+    assert x.grad is not None
+    return output.logits.detach(), x.grad
+
+
+def train_on_ranks(rank: int, family: str, materialize: Any) -> dict[str, Any]:
+    """AdamW steps while copies change and experts migrate."""
+    world_size, model = dist.get_world_size(), adapted(family)
+    handle = shard(model, materialize=materialize)
+    optimizer = torch.optim.AdamW([{"params": trained(group["params"])} for group in handle.parameter_groups()], **ADAMW)
+    grads, gathered, reduced = [], 0, 0
+    for step in range(NUM_STEPS):
+        forward(model, rank_slice(batch_ids(step), rank, world_size)).loss.backward()
+        grads.append(gradients(model, handle))
+        sent = handle._group.experts.traffic.total_bytes()
+        gathered += sum(sent.get(op, 0) for op in ("gather", "calibrate"))
+        reduced += sent.get("reduce", 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.step()
+        if step in MIGRATES_AFTER:
+            before, wanted = handle.owner_maps, exchanged(handle)
+            handle.migrate(wanted, optimizer)
+            for old, new, now in zip(before, wanted, handle.owner_maps, strict=True):
+                assert (now.expert_to_owner_LE == new.expert_to_owner_LE).all()
+                assert (now.expert_to_owner_LE != old.expert_to_owner_LE).any()
+    inputs = logits_and_input_gradients(model, rank_slice(batch_ids(0), rank, world_size))
+    (bank,) = handle._banks
+    sizes = [num_elements(sizes) for sizes in (bank.shape.tensor_sizes(), bank.shape.lora_sizes())]
+    found = {"grads": grads, "inputs": inputs, "bytes": (gathered, reduced), "sizes": sizes, "memory": handle.telemetry.memory()}
+    return found | {"scratch": len(bank.owned_grads._scratch), "state": handle.weights.state_dict()}
+
+
+def train_on_one(family: str, world_size: int) -> dict[str, Any]:
+    """The same with peft alone. The loss is the mean of the ranks' losses: the auxiliary one is a micro-batch's own."""
+    model, grads = adapted(family), []
+    optimizer = torch.optim.AdamW(trained(list(model.parameters())), **ADAMW)
+    for step in range(NUM_STEPS):
+        losses = [forward(model, rank_slice(batch_ids(step), rank, world_size)).loss for rank in range(world_size)]
+        (sum(losses) / world_size).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+        optimizer.zero_grad()
+    inputs = [logits_and_input_gradients(model, rank_slice(batch_ids(0), rank, world_size)) for rank in range(world_size)]
+    return {"grads": grads, "inputs": inputs, "state": model.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "family, world_size, materialize",
+    [
+        ("mixtral", 2, "keep"),  # matrices [out, in], SwiGLU
+        ("gpt_oss", 2, "rematerialize"),  # [in, out], gate and up interleaved, with biases and a clamp
+        ("qwen3_moe", 4, "keep"),
+        ("gpt_oss", 4, "keep"),
+    ],
+)
+def test_adapters_train_as_they_do_unwrapped(family: str, world_size: int, materialize: str) -> None:
+    """Every gradient of ten steps, then weights, logits and gradients of inputs; only gradients of adapters travel."""
+    expected, parts = train_on_one(family, world_size), run_ranks(world_size, train_on_ranks, family, materialize)
+    for rank, found in enumerate(parts):
+        assert any("lora_B" in name for name in found["grads"][0])
+        for actual, wanted in zip(found["grads"], expected["grads"], strict=True):
+            assert_all_close(actual, wanted)
+        for actual, wanted in zip(found["inputs"], expected["inputs"][rank], strict=True):
+            assert_close("logits or input gradients", actual, wanted)
+        assert found["scratch"] == 0
+    assert_all_close(parts[0]["state"], expected["state"])
+    (gathered, reduced), (all_elements, adapters) = (sum(np.array(found["bytes"]) for found in parts), parts[0]["sizes"])
+    assert gathered > 0
+    assert reduced * all_elements == gathered * adapters
+
+
+def save_and_switch_off(rank: int, family: str, folder: str) -> dict[str, Any]:
+    """Logits with the adapter, before and after; without it; the gradients while it is off; and what save_pretrained says."""
+    model = adapted(family)
+    handle = shard(model, materialize="rematerialize")
+    ids = batch_ids(0)
+    forward(model, ids).loss.backward()
+    optimizer = torch.optim.SGD(trained(handle.parameters()), lr=1.0, foreach=False)
+    optimizer.step()
+    optimizer.zero_grad()
+    handle.step()
+    handle.weights.save_adapter(folder)
+    found = {"on": forward(model, ids).logits.detach()}
+    with model.disable_adapter():
+        off = forward(model, ids)
+        found["off"] = off.logits.detach()
+        handle.step()
+    assert not any(parameter.grad is not None for parameter in handle.expert_parameters())
+    assert_bitwise({"on": forward(model, ids).logits.detach()}, {"on": found["on"]})
+    for refused in (lambda: model.save_pretrained(f"{folder}/{rank}"), model.merge_adapter):
+        with pytest.raises(RuntimeError) as error:
+            refused()
+        found.setdefault("messages", []).append(str(error.value))
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_adapters_that_are_saved_load_into_the_unwrapped_model(family: str, tmp_path: Path) -> None:
+    """As peft itself reads them; `disable_adapter` gives the base model, and nothing learns meanwhile."""
+    parts = run_ranks(2, save_and_switch_off, family, str(tmp_path))
+    base = make_family_model(family).train()
+    off = forward(base, batch_ids(0)).logits
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    on = forward(loaded, batch_ids(0)).logits
+    assert not torch.allclose(on, off, atol=1e-2)
+    for found in parts:
+        assert_close("logits", found["on"], on)
+        assert_close("logits without the adapter", found["off"], off)
+        assert "handle.weights.save_adapter(folder) on every rank" in found["messages"][0]
+        assert "peft cannot merge once experts are shared" in found["messages"][1]
+        assert not any("\n" in message for message in found["messages"])
+
+
+def refuse(rank: int) -> dict[str, str]:
+    def without_experts_lora(**options: Any) -> Any:
+        return peft.get_peft_model(make_family_model("mixtral"), peft.LoraConfig(r=2, **options))
+
+    two, off, unfrozen, merged = (adapted("mixtral") for _ in range(4))
+    two.add_adapter("second", two.peft_config["default"])
+    off.base_model.disable_adapter_layers()
+    unfrozen.requires_grad_(True)
+    merged.merge_adapter()
+    models = {
+        "two": two,
+        "off": off,
+        "unfrozen": unfrozen,
+        "merged": merged,
+        "bias": adapted("gpt_oss", ("gate_up_proj_bias",)),
+        "copy": without_experts_lora(target_modules=["q_proj"], modules_to_save=["experts"]),
+    }
+    messages = {}
+    for case, model in models.items():
+        before = {name: id(parameter) for name, parameter in model.named_parameters()}
+        with pytest.raises(ValueError) as refused:
+            shard(model)
+        messages[case] = str(refused.value)
+        assert before == {name: id(parameter) for name, parameter in model.named_parameters()}
+    model = adapted("mixtral")
+    handle = shard(model)
+    handle.expert_parameters()[0].requires_grad_(True)
+    with pytest.raises(RuntimeError) as error:
+        forward(model, batch_ids(0)).loss.backward()
+    messages["later"] = str(error.value)
+    with pytest.raises(ValueError) as no_adapter:
+        shard(make_family_model("mixtral")).weights.save_adapter("nowhere")
+    return messages | {"none": str(no_adapter.value)}
+
+
+def test_what_is_not_supported_is_refused_before_experts_move() -> None:
+    (messages,) = run_ranks(1, refuse)
+    for case, part in {
+        "two": "has the adapters ['default', 'second'], active ['default'], but experts take one",
+        "off": "disabled, but experts take one, which is active and not merged",
+        "merged": "merged, but experts take one",
+        "unfrozen": "requires a gradient, but of experts with adapters only these are trained",
+        "bias": "adapts gate_up_proj_bias, but experts take LoRA on matrices: target_parameters of ['gate_up_proj', 'down_proj']",
+        "copy": "is trained as a copy, by peft's ModulesToSaveWrapper",
+        "later": "gate_up of expert 0 requires a gradient, but of experts with adapters only these are trained; freeze it again",
+        "none": "MixtralForCausalLM has no adapters",
+    }.items():
+        assert part in messages[case], messages[case]
+        assert "\n" not in messages[case]
