@@ -93,6 +93,8 @@ class ShardedExperts(nn.Module):
         self.naming: WeightNaming = OWN_LAYER
         """The names of the weights in the model that the experts come from."""
         self.is_sharded = False
+        self.stand_ins: tuple[nn.Module, ...] = ()
+        """What takes its place, without weights, while a library saves the model by its structure; none by default."""
         self._run_on(Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype))
 
     def _run_on(self, bank: Bank) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..experts.expert import LoraShape
 from ..sharded_experts import ExpertSource, ShardedExperts
+from ..step.layer_runtime import LayerRuntime
 from .conversions import Conversions
 from .experts_modules import LoraPair, TransformersExperts, adopt, carry_hooks, first_matrix, is_experts_module
 
@@ -40,7 +41,8 @@ def adopt_adapted(name: str, outermost: nn.Module, conversions: Conversions) -> 
     pairs.sort(key=lambda pair: pair.shape.matrix != "gate_up")
     new, source = adopt(name, experts, conversions, inner_name=inner_name, pairs=pairs, kind=AdaptedExperts)
     carry_hooks(outermost, new)
-    new._active_adapter = outermost.active_adapters
+    new.stand_ins = (outermost,)
+    new._active_adapter = outermost.active_adapters  # type: ignore[assignment]
     return new, source
 
 
@@ -81,6 +83,12 @@ class AdaptedExperts(TransformersExperts, _layer.LoraLayer):
 
     adapter_layer_names = ()
     other_param_names = ()
+
+    def share(self, runtime: LayerRuntime) -> None:
+        """See `ShardedExperts.share`."""
+        super().share(runtime)
+        for wrapper in self.stand_ins:
+            wrapper.to("meta")
 
     def enable_adapters(self, enabled: bool) -> None:
         """See peft's `BaseTunerLayer`, also for what is below."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,9 +30,27 @@ def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]
         if state_dict is None:
             state_dict = model.state_dict()
         state_dict = original_names(state_dict, layers, of_adapters=hasattr(model, "peft_config"))
-        return original(save_directory, *args, state_dict=state_dict, **options)
+        with _stand_ins(model, layers):
+            return original(save_directory, *args, state_dict=state_dict, **options)
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+
+@contextmanager
+def _stand_ins(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> Iterator[None]:
+    """Have the stand-ins of experts in their place: peft saves what it finds under modules of its own."""
+    swaps = [(experts, stand_in) for experts in layers.values() for stand_in in experts.stand_ins]
+    try:
+        _replace(model, swaps)
+        yield
+    finally:
+        _replace(model, [(stand_in, experts) for experts, stand_in in swaps])
+
+
+def _replace(model: nn.Module, swaps: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    new = {id(here): there for here, there in swaps}
+    for module in list(model.modules()) if new else ():
+        module._modules.update({name: new[id(child)] for name, child in module._modules.items() if id(child) in new})
 
 
 def original_names(
