@@ -42,7 +42,7 @@ def adopt_adapted(name: str, outermost: nn.Module, conversions: Conversions) -> 
     new, source = adopt(name, experts, conversions, inner_name=inner_name, pairs=pairs, kind=AdaptedExperts)
     carry_hooks(outermost, new)
     new.stand_ins = (outermost,)
-    new._active_adapter = outermost.active_adapters  # type: ignore[assignment]
+    new._active_adapter = outermost.active_adapters
     return new, source
 
 

@@ -1,5 +1,6 @@
 """LoRA on attention and on experts, as peft makes it, against peft on the unwrapped model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from moesaic.runtime.experts.expert import num_elements
 from tests.helpers.compare import assert_all_close, assert_close
 from tests.helpers.families import batch_ids, forward, make_family_model, random_copies
 from tests.helpers.model import rank_slice
+from tests.helpers.pages import ROOT, Program
 from tests.helpers.ranks import run_ranks
+from tests.helpers.resident import peak_from_here
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
@@ -237,3 +240,57 @@ def test_what_is_not_supported_is_refused_before_experts_move() -> None:
     }.items():
         assert part in messages[case], messages[case]
         assert "\n" not in messages[case]
+
+
+BIG = dict(hidden_size=128, intermediate_size=1024, num_local_experts=16, num_hidden_layers=8, num_attention_heads=4)
+BASE, RANK = 3 * 128 * 1024, 8
+LORA = RANK * (128 + 2048 + 1024 + 128)
+
+
+def frozen_memory() -> dict[str, int]:
+    """What two AdamW steps take with a frozen base in bf16: as counted, as predicted, and by how much the process grew."""
+    torch.manual_seed(0)
+    grown_bytes = peak_from_here()
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], target_parameters=targets)
+    model = peft.get_peft_model(make_family_model("mixtral", device="meta", **BIG).to(torch.bfloat16), lora)
+    # Over Gloo, since memory that ranks show each other would count in each.
+    handle = shard(model, slots=8, materialize="rematerialize", transport="c10d")
+    for parameter in handle.parameters():
+        torch.nn.init.normal_(parameter.detach(), std=0.02)
+    optimizer = torch.optim.AdamW([{"params": trained(group["params"])} for group in handle.parameter_groups()], fused=True)
+    for step in range(2):
+        forward(model, batch_ids(step)[:1]).loss.backward()  # few tokens, whose activations are not counted
+        optimizer.step()
+        handle.step()
+    assert {p.dtype for p in handle.expert_parameters()} == {torch.bfloat16, torch.float32}
+    assert all(p.grad is None for p in handle.expert_parameters() if not p.requires_grad)
+    return handle.telemetry.memory(optimizer) | {"grown_bytes": grown_bytes()}
+
+
+def frozen_memory_twice(rank: int) -> dict[str, int]:
+    frozen_memory()  # what a first step loads and allocates for good
+    return frozen_memory()
+
+
+def test_memory_of_a_frozen_base_in_bf16() -> None:
+    """2 bytes a weight; of adapters master, copy in bf16, gradient and two moments. Slots have gradients of adapters alone."""
+    experts = 8 * 16 // 2
+    for found in run_ranks(2, frozen_memory_twice):
+        assert found["expert_bytes"] == experts * (2 * BASE + (4 + 2 + 4) * LORA)
+        assert found["optimizer_bytes"] == pytest.approx(experts * 8 * LORA, rel=1e-3)
+        assert found["slot_bytes_bound"] == 8 * 2 * (BASE + LORA) + 16 * 4 * LORA
+        assert 0 < found["slot_bytes_peak"] <= found["slot_bytes_bound"]
+        counted = found["expert_bytes"] + found["optimizer_bytes"] + found["slot_bytes_peak"]
+        assert found["grown_bytes"] == pytest.approx(counted, rel=0.07)
+
+
+def test_the_example_learns_and_saves(tmp_path: Path) -> None:
+    path = ROOT / "examples/lora.py"
+    assert path.read_text(encoding="utf-8").count("\n") <= 30
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", str(path), str(tmp_path / "adapter")]
+    output = Program(command, tmp_path, "example", cwd=ROOT).output()
+    losses = [float(loss) for loss in re.findall(r"^\d+ loss ([\d.]+)$", output, re.MULTILINE)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.3
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
