@@ -47,6 +47,11 @@ class _Scope:
     fusings: tuple[Any, ...]  # reversed
 
 
+def without_wrappers(name: str) -> str:
+    """The name in the base model of what peft's layers are around; names of adapters stay."""
+    return name if "lora_" in name else name.replace("base_layer.", "")
+
+
 class Conversions:
     """The mappings of the models of transformers in a model. They are asked for before FSDP2 gives modules other classes."""
 
@@ -67,6 +72,13 @@ class Conversions:
                     renamed, _ = renaming.rename_source_key(renamed)
                 return scope.prefix + renamed
         return name
+
+    def prefixed(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state of the one model of transformers that another one, such as peft's, holds, by its names in that."""
+        prefix = self._scopes[0].prefix if len(self._scopes) == 1 else ""
+        if not prefix or any(name.startswith(prefix) for name in state):
+            return state
+        return _Prefixed(state, prefix)
 
     def names(self, names: Iterable[str]) -> dict[str, str]:
         """`name` of several, in transformers' order: some renamings go by the names that they saw before."""
@@ -162,6 +174,27 @@ class InterfaceNaming(WeightNaming):
 def interleaved(gate_up: Tensor, dim: int) -> Tensor:
     """gate0, up0, gate1, up1, ... of gate, then up."""
     return torch.stack(gate_up.chunk(2, dim), dim=dim).flatten(dim - 1, dim)
+
+
+class _Prefixed(Mapping[str, Any]):
+    """A state whose names begin with something more."""
+
+    def __init__(self, state: Mapping[str, Any], prefix: str):
+        self._state, self._prefix = state, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        if not name.startswith(self._prefix):
+            raise KeyError(name)
+        return self._state[name.removeprefix(self._prefix)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.startswith(self._prefix) and name.removeprefix(self._prefix) in self._state
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._prefix + name for name in self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from ...kernels import Activation, gated_silu, histogram
 from ..experts.expert import ExpertShape, ExpertTensors, LoraShape
 from ..sharded_experts import ExpertSource, ShardedExperts
-from .conversions import Conversions, InterfaceNaming, interleaved
+from .conversions import Conversions, InterfaceNaming, interleaved, without_wrappers
 
 _INTERFACE = "transformers.integrations.moe"
 # Where configurations keep the number of experts per token.
@@ -145,7 +145,7 @@ def _naming_of(name: str, inner_name: str, module: nn.Module, conversions: Conve
     return InterfaceNaming(
         tuple(fused),
         # Matrices apart are [out, in].
-        checkpoint_experts=conversions.experts(layer, fused[0][1], fused[1][1]) if is_plain else None,
+        checkpoint_experts=conversions.experts(layer, *(without_wrappers(full) for _, full in fused)) if is_plain else None,
         conversions=conversions,
         is_transposed=of["is_transposed"],
         is_interleaved=not of.get("is_concatenated", True),

@@ -295,10 +295,11 @@ class Bank:
 
     @torch.no_grad()
     def load_rows(self, experts: Mapping[tuple[int, int], ExpertTensors]) -> None:
-        """Copy weights into rows: (layer, expert) to tensors, owned experts only."""
+        """Copy weights into rows: (layer, expert) to tensors, owned experts only. Those on the meta device hold nothing."""
         for (layer, expert), source in experts.items():
             for target, tensor in zip(self.weights(layer, expert).tensors(), source.tensors(), strict=True):
-                target.copy_(tensor)
+                if not tensor.is_meta:
+                    target.copy_(tensor)
 
 
 def _by_layer(rows: Mapping[tuple[int, int], int], num_layers: int) -> list[dict[int, int]]:

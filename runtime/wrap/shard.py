@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...placement import OwnerMap, Placement, Solver, Topology, get_solver, policy_solvers
 from ...placement.machine import Machine
 from ..adapters import FoundLayer, find_layers, replace_modules
-from ..adapters.meta import allocate_meta
+from ..adapters.meta import allocate_meta, initialize_adapters
 from ..adapters.save_pretrained import guard_save_pretrained
 from ..agreement import Agreement, agree_on_machine, check_same_layers
 from ..config import RuntimeConfig
@@ -58,7 +58,7 @@ def shard_experts(
 
     A model built under `torch.device("meta")` is sharded without ever being whole: each rank then allocates its own part, which
     holds nothing until `handle.weights.load_safetensors` fills it. Buffers of transformers' models that no checkpoint holds are
-    computed.
+    computed, and adapters of peft start as peft has them.
 
     Args:
         model: changed in place. Any module with MoE blocks for which there is an adapter: `MoELayer`, models of transformers.
@@ -78,6 +78,7 @@ def shard_experts(
     _check_mesh(mesh)
     solvers = _solvers_of(config, solver)
     # Phase 1: whatever may be refused, while the model is as it was
+    initialize_adapters(model, _device_of(mesh))
     found = find_layers(model)
     if any(layer.experts.is_sharded for layer in found):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
@@ -252,8 +253,7 @@ def share_layers(found: Sequence[FoundLayer], runtimes: Mapping[str, LayerRuntim
     for layer in found:
         runtime, source = runtimes[layer.name], layer.source
         bank, index = runtime.bank, runtime.layer
-        if source.device.type != "meta":
-            bank.load_rows({(index, e): source.weights(e) for e in bank.owned(index)})
+        bank.load_rows({(index, e): source.weights(e) for e in bank.owned(index)})
         for e in bank.owned(index):
             for weight in bank.weight_names:
                 bank.module_of(index, e).parameter(weight).requires_grad_(source.is_trainable(e, weight))

@@ -160,6 +160,12 @@ def save_and_switch_off(rank: int, family: str, folder: str) -> dict[str, Any]:
     optimizer.zero_grad()
     handle.step()
     handle.weights.save_adapter(folder)
+    saved = handle.weights.state_dict()
+    with torch.no_grad():
+        for parameter in trained(handle.parameters()):
+            parameter.zero_()
+    assert handle.weights.load_adapter(folder) == ()
+    assert_all_close(handle.weights.state_dict(), saved, rtol=0)
     found = {"on": forward(model, ids).logits.detach()}
     with model.disable_adapter():
         off = forward(model, ids)
@@ -294,3 +300,55 @@ def test_the_example_learns_and_saves(tmp_path: Path) -> None:
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 0.3
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def load_base(rank: int, family: str, folder: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and state of a model from the meta device that a checkpoint of the base was loaded into."""
+
+    def built() -> Handle:
+        model = make_family_model(family, device="meta").train()
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return shard(peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"], target_parameters=targets)))
+
+    handle = built()
+    assert handle.weights.load_safetensors(f"{folder}/base") == ()
+    logits, state = forward(handle.model, batch_ids(0)).logits.detach(), handle.weights.state_dict()
+    handle.weights.save_safetensors(f"{folder}/whole-{dist.get_world_size()}")
+    torch.manual_seed(3)
+    again = built()
+    assert again.weights.load_safetensors(f"{folder}/whole-{dist.get_world_size()}") == ()
+    assert_all_close(again.weights.state_dict(), state, rtol=0)
+    return logits, state
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_base_is_loaded_into_a_model_from_the_meta_device(family: str, tmp_path: Path) -> None:
+    """Its adapters start as peft has them, without effect, and alike on any number of ranks."""
+    base = make_family_model(family).train()
+    base.save_pretrained(tmp_path / "base")
+    expected = forward(base, batch_ids(0)).logits.detach()
+    (_, of_one), *parts = [*run_ranks(1, load_base, family, str(tmp_path)), *run_ranks(2, load_base, family, str(tmp_path))]
+    for logits, _ in parts:
+        assert_close("logits", logits, expected)
+    assert_all_close(parts[0][1], of_one, rtol=0)
+    plain = {name.removeprefix("base_model.model.").replace("base_layer.", ""): tensor for name, tensor in of_one.items()}
+    assert_all_close({name: tensor for name, tensor in plain.items() if "lora_" not in name}, base.state_dict(), rtol=0)
+    for name, tensor in of_one.items():
+        if "lora_A" in name:
+            assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1.0
+            assert tensor.unique().numel() > 0.9 * tensor.numel()
+        assert "lora_B" not in name or not tensor.any()
+
+
+def refuse_on_meta(rank: int) -> str:
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian")
+    model = peft.get_peft_model(make_family_model("mixtral", device="meta"), lora)
+    with pytest.raises(ValueError) as refused:
+        shard(model)
+    return str(refused.value)
+
+
+def test_adapters_that_start_otherwise_need_a_real_device() -> None:
+    (message,) = run_ranks(1, refuse_on_meta)
+    assert "is on the meta device and starts with init_lora_weights='gaussian'" in message
+    assert "\n" not in message
