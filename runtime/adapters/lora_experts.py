@@ -100,7 +100,9 @@ class AdaptedExperts(TransformersExperts, _layer.LoraLayer):
         """Train the adapter, or freeze it; there is no other."""
         wanted = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if wanted != self.active_adapters:
-            self._refuse(f"make {wanted} the active adapter")
+            raise RuntimeError(
+                f"{self.runtime.name} has the adapter {self.active_adapters} alone, and {wanted} cannot be active there"
+            )
         self._train_adapters(not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -112,29 +114,3 @@ class AdaptedExperts(TransformersExperts, _layer.LoraLayer):
         for expert in self:
             for name in self.shape.lora_sizes():
                 expert.parameter(name).requires_grad_(are_trained)
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, as all below."""
-        self._refuse("merge")
-
-    def unmerge(self) -> None:
-        """Refuse."""
-        self._refuse("unmerge")
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse."""
-        self._refuse("add an adapter")
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Refuse."""
-        self._refuse("delete an adapter")
-
-    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse."""
-        self._refuse("merge or unload adapters")
-
-    def _refuse(self, what: str) -> None:
-        raise RuntimeError(
-            f"{self.runtime.name}: peft cannot {what} once experts are shared; save the adapter (handle.weights.save_adapter), "
-            "and load it with the unwrapped model"
-        )

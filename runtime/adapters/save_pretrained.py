@@ -1,9 +1,13 @@
-"""`save_pretrained` of a sharded model of transformers: files of the whole model, or a refusal; never of one rank's experts."""
+"""`save_pretrained` of a sharded model of transformers or peft: files of the whole model, or a refusal; never of one rank's experts.
+
+And what peft cannot do any more with adapters of such a model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +38,29 @@ def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]
             return original(save_directory, *args, state_dict=state_dict, **options)
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+
+_CHANGES = {
+    "merge_adapter": "merge adapters",
+    "_unload_and_optionally_merge": "merge or unload adapters",
+    "inject_adapter": "add an adapter",
+    "delete_adapter": "delete an adapter",
+}
+
+
+def forbid_adapter_changes(model: nn.Module, layers: Mapping[str, ShardedExperts]) -> None:
+    """Have peft refuse, before it has changed any layer, what experts with adapters cannot follow once they are shared."""
+    for tuner in model.modules() if any(experts.stand_ins for experts in layers.values()) else ():
+        if hasattr(type(tuner), "merge_adapter"):
+            for method, what in _CHANGES.items():
+                setattr(tuner, method, partial(_refuse_change, what))
+
+
+def _refuse_change(what: str, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"peft cannot {what} once experts are shared; save the adapter (handle.weights.save_adapter), and do so with the "
+        "unwrapped model"
+    )
 
 
 @contextmanager

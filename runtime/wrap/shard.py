@@ -19,7 +19,7 @@ from ...placement import OwnerMap, Placement, Solver, Topology, get_solver, poli
 from ...placement.machine import Machine
 from ..adapters import FoundLayer, find_layers, replace_modules
 from ..adapters.meta import allocate_meta, initialize_adapters
-from ..adapters.save_pretrained import guard_save_pretrained
+from ..adapters.save_pretrained import forbid_adapter_changes, guard_save_pretrained
 from ..agreement import Agreement, agree_on_machine, check_same_layers
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
@@ -130,6 +130,7 @@ def shard_experts(
     compare_in_forwards(model, list(runtimes.values()), clock)
     guard_save_pretrained(model, layers)
     refuse_copies(model)
+    forbid_adapter_changes(model, layers)
     return Handle(model, layers, banks, group, config, clock)
 
 

@@ -208,10 +208,19 @@ def save_and_switch_off(rank: int, family: str, folder: str) -> dict[str, Any]:
         handle.step()
     assert not any(parameter.grad is not None for parameter in handle.expert_parameters())
     assert_close("logits", forward(model, ids).logits.detach(), found["on"])
-    for refused in (lambda: model.save_pretrained(f"{folder}/{rank}"), model.merge_adapter):
+    refused = {
+        "save the adapter": lambda: model.save_pretrained(f"{folder}/{rank}"),
+        "merge adapters": model.merge_adapter,
+        "merge or unload adapters": model.merge_and_unload,
+        "add an adapter": lambda: model.add_adapter("second", model.peft_config["default"]),
+        "delete an adapter": lambda: model.delete_adapter("default"),
+        "make it active": lambda: model.base_model.set_adapter("second"),
+    }
+    found["messages"] = {}
+    for what, call in refused.items():
         with pytest.raises(RuntimeError) as error:
-            refused()
-        found.setdefault("messages", []).append(str(error.value))
+            call()
+        found["messages"][what] = str(error.value)
     return found
 
 
@@ -229,9 +238,12 @@ def test_adapters_that_are_saved_load_into_the_unwrapped_model(family: str, tmp_
     for found in parts:
         assert_close("logits", found["on"], on)
         assert_close("logits without the adapter", found["off"], off)
-        assert "handle.weights.save_adapter(folder) on every rank" in found["messages"][0]
-        assert "peft cannot merge once experts are shared" in found["messages"][1]
-        assert not any("\n" in message for message in found["messages"])
+        messages = found["messages"]
+        assert "handle.weights.save_adapter(folder) on every rank" in messages.pop("save the adapter")
+        assert "has the adapter ['default'] alone" in messages.pop("make it active")
+        for what, message in messages.items():
+            assert f"peft cannot {what} once experts are shared" in message
+            assert "\n" not in message
 
 
 def refuse(rank: int) -> dict[str, str]:
