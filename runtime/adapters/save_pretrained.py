@@ -1,6 +1,6 @@
-"""`save_pretrained` of a sharded model of transformers or peft: files of the whole model, or a refusal; never of one rank's experts.
+"""`save_pretrained` of a sharded model: files of the whole model, or a refusal; never of one rank's experts.
 
-And what peft cannot do any more with adapters of such a model.
+Of models of transformers, and of peft, which cannot change its adapters any more.
 """
 
 from __future__ import annotations
