@@ -23,8 +23,9 @@ def guard_save_pretrained(model: nn.Module, layers: Mapping[str, ShardedExperts]
         return
 
     def save_pretrained(save_directory: Any, *args: Any, state_dict: Mapping[str, Any] | None = None, **options: Any) -> Any:
-        """See transformers, or peft. The state dict must hold every expert; without one, all of them must be on this rank. Ranks with
-        `is_main_process=False` write nothing.
+        """See transformers, or peft. The state dict must hold every expert; without one, all of them must be on this rank.
+
+        Ranks with `is_main_process=False` write nothing.
 
         Raises:
             RuntimeError: experts are on other ranks.
