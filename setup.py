@@ -77,6 +77,7 @@ setup(
             "mkdocs-material>=9.6",
             "mpi4py>=4.0",
             "openmpi>=5.0",
+            "peft>=0.21",
             "pulp[cbc]; python_version >= '3.12'",
             "pytest>=8.3",
             "pytest-xdist>=3.6",

@@ -25,11 +25,14 @@ grouped_ffn_cpu.py      The expert FFN of all groups in one compiled call, fp32 
                         activation between them.
 swiglu.py               SwiGLU with row weights: `h = silu(gate) * up * row_weight`, and its backward from the pre-activation.
 grouped_gemm.py         Ragged matrix products, one per group of rows: forward, input gradient, weight gradient.
-activated_ffn.py        The expert FFN over ragged groups with any activation, and optional biases: forward and backward.
 grouped_ffn.py          The expert FFN over ragged groups: `y = (silu(x Wg) * (x Wu) * row_weight) Wd`, forward and backward.
+low_rank.py             Ragged products with matrices to which low-rank pairs are added: `y = x (W + scale * B A).T`, never
+                        forming the sum.
+activated_ffn.py        The expert FFN over ragged groups with any activation, optional biases and low-rank pairs: forward and
+                        backward.
 """
 
-from .activated_ffn import Activation, Clamp, activated_ffn, activated_ffn_backward
+from .activated_ffn import Activation, Clamp, activated_ffn, activated_ffn_backward, gated_silu
 from .grouped_ffn import grouped_ffn, grouped_ffn_backward
 from .grouped_gemm import grouped_gemm, grouped_gemm_backward, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .histogram import histogram
@@ -38,7 +41,7 @@ from .permute import bags_of, gather_rows, sum_rows
 from .split_tokens import split_tokens
 from .swiglu import swiglu, swiglu_backward
 from .topk_gate import gate_scores, topk_gate, topk_gate_backward
-from .types import Bags, FFNWeights, Gate, GroupedFFNGrads, GroupedFFNOutput, SwigluGrads
+from .types import Bags, FFNWeights, Gate, GroupedFFNGrads, GroupedFFNOutput, LowRank, SwigluGrads
 
 __all__ = [
     "Activation",
@@ -48,11 +51,13 @@ __all__ = [
     "Gate",
     "GroupedFFNGrads",
     "GroupedFFNOutput",
+    "LowRank",
     "SwigluGrads",
     "activated_ffn",
     "activated_ffn_backward",
     "bags_of",
     "gate_scores",
+    "gated_silu",
     "gather_rows",
     "grouped_ffn",
     "grouped_ffn_backward",

@@ -53,16 +53,31 @@ class SwigluGrads:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """One pair of rank r per group: `scale * b @ a` is added to the group's matrix [O, I] (LoRA, arXiv 2106.09685).
+
+    Or views to add the gradients of pairs to.
+    """
+
+    a: Sequence[Tensor]  # [r, I]
+    b: Sequence[Tensor]  # [O, r]
+    scale: float
+
+
+@dataclass(frozen=True)
 class FFNWeights:
     """One gate_up [2F, D], or [F, D] without a gate, and one down [D, F] per group: weights, or views to add gradients to.
 
-    Biases, gate_up_bias [2F] or [F] and down_bias [D] per group, are those of `activated_ffn`; `grouped_ffn` has gates and none.
+    Biases, gate_up_bias [2F] or [F] and down_bias [D] per group, and low-rank pairs beside the matrices are those of
+    `activated_ffn`; `grouped_ffn` has gates and none of these. Gradients of frozen weights are empty sequences.
     """
 
     gate_up: Sequence[Tensor]
     down: Sequence[Tensor]
     gate_up_bias: Sequence[Tensor] = ()
     down_bias: Sequence[Tensor] = ()
+    gate_up_low_rank: LowRank | None = None
+    down_low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
         if len(self.gate_up) != len(self.down):

@@ -19,7 +19,8 @@ class LayerShape:
     """Sizes of one MoE layer.
 
     bytes_per_element: of rows and copies as sent; gradients are reduced in fp32 by default. row_share: how much of a row
-    an assignment to another rank sends, where a token is sent once to a rank that has several of its experts.
+    an assignment to another rank sends, where a token is sent once to a rank that has several of its experts. trained_share:
+    gradients of an expert over its weights, in numbers; few where only low-rank adapters are trained.
     """
 
     num_experts: int
@@ -30,6 +31,7 @@ class LayerShape:
     bytes_per_element: int = 4
     gradient_bytes_per_element: int = 4
     row_share: float = 1.0
+    trained_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "dim", "ffn_dim", "num_matrices", "bytes_per_element", "gradient_bytes_per_element"):
@@ -38,6 +40,8 @@ class LayerShape:
             raise ValueError(f"top_k {self.top_k} is above num_experts {self.num_experts}; lower top_k")
         if not 0 < self.row_share <= 1:
             raise ValueError(f"row_share must be above 0 and at most 1, got {self.row_share!r}")
+        if not self.trained_share > 0:
+            raise ValueError(f"trained_share must be above 0, got {self.trained_share!r}")
 
     @cached_property
     def parameters_per_expert(self) -> int:
@@ -52,7 +56,7 @@ class LayerShape:
     @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of one copy's gradient as reduced."""
-        return self.parameters_per_expert * self.gradient_bytes_per_element
+        return max(round(self.parameters_per_expert * self.gradient_bytes_per_element * self.trained_share), 1)
 
     @cached_property
     def row_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -50,6 +51,14 @@ class WeightNaming:
     def from_original(self, weight: str, tensor: Tensor) -> Tensor:
         """The inverse of `to_original`."""
         return tensor
+
+    def fuse(self, weight: str, tensor_E: Tensor) -> Tensor:
+        """A bank's `weight` of all experts, stacked, as the original's one tensor. May be a view."""
+        return self.to_original(weight, tensor_E)
+
+    def place(self, weight: str, expert: int, num_experts: int) -> Any:
+        """The index of one expert's part, in the original's layout, in that tensor."""
+        return expert
 
 
 # moesaic's own layer; earlier checkpoints of it have one tensor for each weight of all experts.

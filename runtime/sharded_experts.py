@@ -17,7 +17,7 @@ from ..kernels import Activation
 from ..placement import OwnerMap
 from ._compat import full_state_dict_requested, outside_graphs
 from .experts.bank import Bank
-from .experts.expert import Expert, ExpertShape, ExpertTensors
+from .experts.expert import Expert, ExpertShape, ExpertTensors, num_elements
 from .group import single_rank_group
 from .naming import OWN_LAYER, WeightNaming
 from .renamed_members import renamed_members
@@ -40,11 +40,13 @@ class ExpertSource:
     """Whether a weight of an expert is trained."""
     parameters: tuple[nn.Parameter, ...]
     """What holds them now, and will not any more."""
+    adapter_dtype: torch.dtype | None = None
+    """Of adapters; `dtype`, or there are none, by default."""
 
     @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert's master weights."""
-        return self.shape.num_elements * self.dtype.itemsize
+    def gradient_bytes(self) -> int:
+        """Bytes of one expert's gradients."""
+        return num_elements(self.shape.gradient_sizes()) * (self.adapter_dtype or self.dtype).itemsize
 
 
 @renamed_members(family="naming")
@@ -91,6 +93,8 @@ class ShardedExperts(nn.Module):
         self.naming: WeightNaming = OWN_LAYER
         """The names of the weights in the model that the experts come from."""
         self.is_sharded = False
+        self.stand_ins: tuple[nn.Module, ...] = ()
+        """What takes its place, without weights, while a library saves the model by its structure; none by default."""
         self._run_on(Bank(shape, OwnerMap.contiguous(1, num_experts, 1), 0, device=device, dtype=dtype))
 
     def _run_on(self, bank: Bank) -> None:
@@ -275,7 +279,7 @@ class ShardedExperts(nn.Module):
                 tensors = bank.weights(runtime.layer, expert).tensors()
                 sends = [Buffer(tensor, rank) for rank in receivers if rank != owner for tensor in tensors]
             elif transport.rank in receivers:
-                buffers = {name: bank.storage["gate_up"].new_empty(size) for name, size in self.shape.tensor_sizes().items()}
+                buffers = {name: rows.new_empty(rows.shape[1:]) for name, rows in bank.storage.items()}
                 recvs = [Buffer(buffer, owner) for buffer in buffers.values()]
             transport.exchange(sends, recvs, op="export", where=f"the full state dict of {runtime.name}").wait()
             found |= {
@@ -297,13 +301,14 @@ class ShardedExperts(nn.Module):
         for weight, name in self._fused_names():
             if prefix + name in state_dict:
                 fused = state_dict.pop(prefix + name)
-                if len(fused) != self.num_experts:
+                if len(fused) != self.num_experts and weight in self.shape.base_sizes():
                     error_msgs.append(
                         f"size mismatch for {prefix}{name}: it holds {len(fused)} experts, and the model has {self.num_experts}"
                     )
                     continue
                 for expert in map(int, self._modules):
-                    tensor = self.naming.from_original(weight, fused[expert])
+                    place = self.naming.place(weight, expert, self.num_experts)
+                    tensor = self.naming.from_original(weight, fused[place])
                     state_dict[f"{prefix}{expert}.{weight}"] = tensor
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         elsewhere = {

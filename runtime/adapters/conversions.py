@@ -47,6 +47,11 @@ class _Scope:
     fusings: tuple[Any, ...]  # reversed
 
 
+def without_wrappers(name: str) -> str:
+    """The name in the base model of what peft's layers are around; names of adapters stay."""
+    return name if "lora_" in name else name.replace("base_layer.", "")
+
+
 class Conversions:
     """The mappings of the models of transformers in a model. They are asked for before FSDP2 gives modules other classes."""
 
@@ -67,6 +72,13 @@ class Conversions:
                     renamed, _ = renaming.rename_source_key(renamed)
                 return scope.prefix + renamed
         return name
+
+    def prefixed(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state of the one model of transformers that another one, such as peft's, holds, by its names in that."""
+        prefix = self._scopes[0].prefix if len(self._scopes) == 1 else ""
+        if not prefix or any(name.startswith(prefix) for name in state):
+            return state
+        return _Prefixed(state, prefix)
 
     def names(self, names: Iterable[str]) -> dict[str, str]:
         """`name` of several, in transformers' order: some renamings go by the names that they saw before."""
@@ -119,33 +131,70 @@ class Conversions:
 
 @dataclass(frozen=True)
 class InterfaceNaming(WeightNaming):
-    """Names and layouts of the interface's experts: matrices [out, in] or [in, out]; gate above up, or their features in turn."""
+    """Names and layouts of the interface's experts: matrices [out, in] or [in, out]; gate above up, or their features in turn.
+
+    And those of peft's LoRA on them.
+    """
 
     conversions: Conversions = field(default_factory=lambda: Conversions(()), compare=False)
     is_transposed: bool = False
     is_interleaved: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict, compare=False)  # of LoRA, by the name of A
 
     def to_original(self, weight: str, tensor: Tensor) -> Tensor:
         """See `WeightNaming.to_original`."""
-        is_bias = weight.endswith("bias")
-        if self.is_interleaved and weight.startswith("gate_up"):
-            tensor = interleaved(tensor, -1 if is_bias else -2)
-        return tensor.mT if self.is_transposed and not is_bias else tensor
+        if self.is_interleaved and weight in ("gate_up", "gate_up_bias", "gate_up_lora_B"):
+            tensor = interleaved(tensor, -1 if weight.endswith("bias") else -2)
+        return tensor.mT if self.is_transposed and weight in ("gate_up", "down") else tensor
 
     def from_original(self, weight: str, tensor: Tensor) -> Tensor:
         """See `WeightNaming.from_original`."""
-        is_bias = weight.endswith("bias")
-        if self.is_transposed and not is_bias:
+        if self.is_transposed and weight in ("gate_up", "down"):
             tensor = tensor.mT
-        if self.is_interleaved and weight.startswith("gate_up"):
-            dim = -1 if is_bias else -2
+        if self.is_interleaved and weight in ("gate_up", "gate_up_bias", "gate_up_lora_B"):
+            dim = -1 if weight.endswith("bias") else -2
             tensor = torch.cat(tensor.unflatten(dim, (-1, 2)).unbind(dim), dim=dim)
         return tensor
+
+    def fuse(self, weight: str, tensor_E: Tensor) -> Tensor:
+        """See `WeightNaming.fuse`. In peft all A lie one above the other, [E r, in], and B is [out, r, E] in two dimensions."""
+        tensor_E = self.to_original(weight, tensor_E)
+        if weight.endswith("_lora_A"):
+            return tensor_E.flatten(0, 1)
+        return tensor_E.permute(1, 2, 0).flatten(1) if weight.endswith("_lora_B") else tensor_E
+
+    def place(self, weight: str, expert: int, num_experts: int) -> Any:
+        """See `WeightNaming.place`."""
+        if weight.endswith("_lora_A"):
+            rank = self.ranks[weight]
+            return slice(expert * rank, (expert + 1) * rank)
+        return (slice(None), slice(expert, None, num_experts)) if weight.endswith("_lora_B") else expert
 
 
 def interleaved(gate_up: Tensor, dim: int) -> Tensor:
     """gate0, up0, gate1, up1, ... of gate, then up."""
     return torch.stack(gate_up.chunk(2, dim), dim=dim).flatten(dim - 1, dim)
+
+
+class _Prefixed(Mapping[str, Any]):
+    """A state whose names begin with something more."""
+
+    def __init__(self, state: Mapping[str, Any], prefix: str):
+        self._state, self._prefix = state, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        if not name.startswith(self._prefix):
+            raise KeyError(name)
+        return self._state[name.removeprefix(self._prefix)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.startswith(self._prefix) and name.removeprefix(self._prefix) in self._state
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._prefix + name for name in self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,18 +9,19 @@ Shape letters: E experts, D model dim, F expert ffn dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...kernels import Activation, histogram
-from ..experts.expert import ExpertShape, ExpertTensors
+from ...kernels import Activation, gated_silu, histogram
+from ..experts.expert import ExpertShape, ExpertTensors, LoraShape
 from ..sharded_experts import ExpertSource, ShardedExperts
-from .conversions import Conversions, InterfaceNaming, interleaved
+from .conversions import Conversions, InterfaceNaming, interleaved, without_wrappers
 
 _INTERFACE = "transformers.integrations.moe"
 # Where configurations keep the number of experts per token.
@@ -32,40 +33,77 @@ def is_experts_module(module: nn.Module) -> bool:
     return {"is_transposed", "has_bias", "config"} <= vars(module).keys() and hasattr(type(module), "_apply_gate")
 
 
-def adopt(name: str, module: nn.Module, conversions: Conversions) -> tuple[ShardedExperts, ExpertSource]:
+def is_wrapped_by_peft(module: nn.Module) -> bool:
+    """Whether the module is one of peft around such a module, or around another one of peft around it."""
+    is_theirs = type(module).__module__.startswith("peft.") and hasattr(module, "base_layer")
+    return is_theirs and is_experts_module(module.get_base_layer())  # type: ignore[operator]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    """A low-rank pair on one matrix of all experts, as it is before they are shared."""
+
+    shape: LoraShape
+    prefix: str
+    """What its weights' names begin with in the model."""
+    weights: tuple[tuple[str, nn.Parameter], tuple[str, nn.Parameter]]
+    """A and B, with their names behind the prefix."""
+
+
+def adopt(
+    name: str,
+    module: nn.Module,
+    conversions: Conversions,
+    *,
+    inner_name: str | None = None,
+    pairs: Sequence[LoraPair] = (),
+    kind: type[TransformersExperts] | None = None,
+) -> tuple[ShardedExperts, ExpertSource]:
     """The module to put in the place of transformers' one, without weights yet, and where its weights are.
+
+    Args:
+        name: of what is replaced.
+        inner_name: of the module, where what is replaced holds it.
+        pairs: low-rank pairs on its matrices.
+        kind: of the new module.
 
     Raises:
         ValueError: the module computes something else than the interface says.
     """
     what, of = f"{name}, {type(module).__name__},", vars(module)
     has_gate, has_bias = of.get("has_gate", True), bool(of["has_bias"])
-    naming = _naming_of(name, module, conversions)
+    naming = _naming_of(name, inner_name or name, module, conversions)
     _check_is_own(what, module, naming)
     theirs: dict[str, Any] = {ours: getattr(module, full.rpartition(".")[2]) for ours, full in naming.fused}
-    down = theirs["down"]
+    down, num_experts = theirs["down"], len(theirs["down"])
     if not down.is_floating_point():
         raise ValueError(f"the weights of {what} are {down.dtype}; load the model without quantization")
     D, F = naming.from_original("down", down).shape[1:]
-    shape, top_k = ExpertShape(D, F, has_gate, has_bias), min(top_k_of(of["config"]), len(down))
-    experts = _TransformersExperts(shape, len(down), top_k, activation=_activation_of(module), device="meta", dtype=down.dtype)
-    experts.naming = naming
-    experts.config = of["config"]
-    experts.train(module.training)
-    _carry_hooks(module, experts)
+    shape, top_k = ExpertShape(D, F, has_gate, has_bias, tuple(p.shape for p in pairs)), min(top_k_of(of["config"]), num_experts)
+    activation = _activation_of(module) or (gated_silu if pairs else None)
+    new = (kind or TransformersExperts)(shape, num_experts, top_k, activation=activation, device="meta", dtype=down.dtype)
+    for pair in pairs:
+        theirs |= {ours: parameter for ours, (_, parameter) in zip(pair.shape.names, pair.weights, strict=True)}
+    new.naming = naming = _with_pairs(naming, layer_name(name), pairs)
+    new.config = of["config"]
+    new.train(module.training)
+    _carry_hooks(module, new)
     source = ExpertSource(
         shape,
-        len(down),
+        num_experts,
         down.dtype,
         down.device,
-        lambda e: ExpertTensors(**{n: naming.from_original(n, p.detach()[e]) for n, p in theirs.items()}),
+        lambda e: ExpertTensors(
+            **{n: naming.from_original(n, p.detach()[naming.place(n, e, num_experts)]) for n, p in theirs.items()}
+        ),
         lambda e, weight: theirs[weight].requires_grad,
         tuple(theirs.values()),
+        pairs[0].weights[0][1].dtype if pairs else None,
     )
-    return experts, source
+    return new, source
 
 
-class _TransformersExperts(ShardedExperts):
+class TransformersExperts(ShardedExperts):
     """Experts that are called as those of transformers are."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
@@ -86,22 +124,42 @@ def top_k_of(config: object) -> int:
     return int(max(values) if isinstance(values, list | tuple) else values)
 
 
-def _naming_of(name: str, module: nn.Module, conversions: Conversions) -> InterfaceNaming:
+def first_matrix(module: nn.Module) -> str:
+    """What the module calls the matrices before the activation."""
+    return "gate_up_proj" if vars(module).get("has_gate", True) else "up_proj"
+
+
+def _inside(layer: str, name: str) -> str:
+    """What names of the weights of module `name` begin with inside of its layer."""
+    inside = name.removeprefix(layer).lstrip(".")
+    return f"{inside}." if inside else ""
+
+
+def _naming_of(name: str, inner_name: str, module: nn.Module, conversions: Conversions) -> InterfaceNaming:
     of, layer = vars(module), layer_name(name)
-    first, inside = "gate_up_proj" if of.get("has_gate", True) else "up_proj", name.removeprefix(layer).lstrip(".")
-    prefix = f"{inside}." if inside else ""
-    fused = [("gate_up", f"{prefix}{first}"), ("down", f"{prefix}down_proj")]
+    prefix = _inside(layer, inner_name)
+    fused = [("gate_up", f"{prefix}{first_matrix(module)}"), ("down", f"{prefix}down_proj")]
     if of["has_bias"]:
         fused += [(f"{ours}_bias", f"{full}_bias") for ours, full in fused]
     is_plain = not of["has_bias"] and not of["is_transposed"] and of.get("is_concatenated", True)
     return InterfaceNaming(
         tuple(fused),
         # Matrices apart are [out, in].
-        checkpoint_experts=conversions.experts(layer, fused[0][1], fused[1][1]) if is_plain else None,
+        checkpoint_experts=conversions.experts(layer, *(without_wrappers(full) for _, full in fused)) if is_plain else None,
         conversions=conversions,
         is_transposed=of["is_transposed"],
         is_interleaved=not of.get("is_concatenated", True),
     )
+
+
+def _with_pairs(naming: InterfaceNaming, layer: str, pairs: Sequence[LoraPair]) -> InterfaceNaming:
+    names = [
+        (ours, _inside(layer, pair.prefix) + inner)
+        for pair in pairs
+        for ours, (inner, _) in zip(pair.shape.names, pair.weights, strict=True)
+    ]
+    ranks = {pair.shape.names[0]: pair.shape.rank for pair in pairs}
+    return replace(naming, fused=(*naming.fused, *names), ranks=ranks)
 
 
 def _activation_of(module: Any) -> Activation | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from ..layer import MoELayer
 from ..sharded_experts import ExpertSource, ShardedExperts
 from .conversions import Conversions
-from .experts_modules import adopt, carry_hooks, is_experts_module, layer_name
+from .experts_modules import adopt, carry_hooks, is_experts_module, is_wrapped_by_peft, layer_name
 
 
 class Adapter(Protocol):
@@ -88,6 +89,11 @@ def _found_in(model: nn.Module) -> Iterator[FoundLayer]:
             layer = adapter.convert(module)
             carry_hooks(module, layer)
             yield FoundLayer(name, layer.experts, layer.experts.source(), module, layer)
+        elif is_wrapped_by_peft(module):
+            taken.append(name)
+            conversions = conversions or Conversions.of(model)
+            experts, source = import_module(".lora_experts", __package__).adopt_adapted(name, module, conversions)
+            yield FoundLayer(layer_name(name), experts, source, module, experts)
         elif is_experts_module(module):
             taken.append(name)
             _check_holders(model, name, module)
@@ -97,14 +103,14 @@ def _found_in(model: nn.Module) -> Iterator[FoundLayer]:
 
 
 def _check_holders(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Refuse experts inside of a module that changes their weights while it runs, as LoRA on fused experts does."""
+    """Refuse experts of which there is no holder, or of which peft trains a copy."""
     if not name:
         raise ValueError(f"the model is nothing but {type(module).__name__}; give the model that holds it")
     holder = model.get_submodule(name.rpartition(".")[0])
-    if type(holder).__module__.startswith("peft.") and getattr(holder, "base_layer", None) is module:
+    if type(holder).__module__.startswith("peft."):
         raise ValueError(
-            f"{name} has adapters on the experts' weights (peft's target_parameters), which experts on other ranks would lack; "
-            "leave them to attention, the router and shared experts, or merge them before shard_experts"
+            f"{name} is trained as a copy, by peft's {type(holder).__name__}, with the original beside it; use target_parameters "
+            "for LoRA on experts, or train the experts without peft"
         )
 
 

@@ -8,9 +8,10 @@ Shape letters: E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..experts.expert import ExpertTensors
 from ..naming import ExpertNames
 from ..sharded_experts import ShardedExperts
 from ..state import expert_parameters
-from .conversions import Conversions, InterfaceNaming
+from .conversions import Conversions, InterfaceNaming, without_wrappers
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def dense_tensors(
         if id(tensor) not in experts:
             tensors[id(tensor)] = tensor
             names.setdefault(id(tensor), []).append(_original_name(name, layers))
-    in_checkpoints = conversions.names(name for of_tensor in names.values() for name in of_tensor)
-    return [DenseTensor(tensors[i], tuple(of), tuple(in_checkpoints[name] for name in of)) for i, of in names.items()]
+    plain = without_wrappers if hasattr(model, "peft_config") else str
+    in_checkpoints = conversions.names(plain(name) for of_tensor in names.values() for name in of_tensor)
+    return [DenseTensor(tensors[i], tuple(of), tuple(in_checkpoints[plain(name)] for name in of)) for i, of in names.items()]
 
 
 def _original_name(name: str, layers: Mapping[str, ShardedExperts]) -> str:
@@ -90,15 +92,24 @@ def gather_experts(layer: ShardedExperts, weight: str, transport: Transport) -> 
     return whole_E
 
 
-def state_on_rank_zero(model: nn.Module, layers: Mapping[str, ShardedExperts], transport: Transport) -> dict[str, Tensor]:
-    """The state dict that the unwrapped model would have, whole, in CPU memory of rank 0; empty elsewhere. Collective."""
+def state_on_rank_zero(
+    model: nn.Module, layers: Mapping[str, ShardedExperts], transport: Transport, *, of_adapters: bool = False
+) -> dict[str, Tensor]:
+    """The state dict that the unwrapped model would have, whole, in CPU memory of rank 0; empty elsewhere. Collective.
+
+    With `of_adapters` those of LoRA, and whatever else is trained besides.
+    """
     state: dict[str, Tensor] = {}
     for dense in dense_tensors(model, layers):
+        if of_adapters and not dense.tensor.requires_grad and "lora_" not in dense.names[0]:
+            continue
         full = whole(dense.tensor)
         if transport.rank == 0:
             state |= dict.fromkeys(dense.names, full.to("cpu", copy=True))
     for block, layer in layers.items():
         for weight, inner in layer.naming.fused:
+            if of_adapters and weight not in layer.shape.lora_sizes():
+                continue
             experts = gather_experts(layer, weight, transport)
             if experts is None:
                 continue
@@ -106,7 +117,7 @@ def state_on_rank_zero(model: nn.Module, layers: Mapping[str, ShardedExperts], t
                 names = _names_apart(block, layer, weight)
                 state |= {name: experts[e].to("cpu", copy=True) for e, name in enumerate(names)}
             else:
-                state[_in_block(block, inner)] = layer.naming.to_original(weight, experts).contiguous().cpu()
+                state[_in_block(block, inner)] = layer.naming.fuse(weight, experts).contiguous().cpu()
     return state
 
 
@@ -138,16 +149,29 @@ def checkpoint_tensors(
             for weight in runtime.bank.weight_names:
                 apart = _names_apart(block, layer, weight)
                 for e in runtime.owned_experts:
-                    yield apart[e], getattr(runtime.bank.weights(runtime.layer, e), weight)
+                    yield apart[e], runtime.bank.weights(runtime.layer, e)[weight]
         elif names is None:
-            for weight, inner in layer.naming.fused:
-                experts = gather_experts(layer, weight, transport)
-                if experts is not None:
-                    yield conversions.name(_in_block(block, inner)), layer.naming.to_original(weight, experts)
+            yield from _fused_tensors(block, layer, layer.naming.fused, transport, conversions)
         else:
             for e in runtime.owned_experts:
                 for inner, tensor in _matrices(names, runtime.bank.weights(runtime.layer, e)):
                     yield conversions.name(_in_block(block, inner.format(expert=e))), tensor
+            yield from _fused_tensors(block, layer, _adapters_of(layer), transport, conversions)
+
+
+def _adapters_of(layer: ShardedExperts) -> list[tuple[str, str]]:
+    """Of the fused tensors, as (ours, theirs), those of LoRA, which no checkpoint keeps apart."""
+    return [(weight, inner) for weight, inner in layer.naming.fused if weight in layer.shape.lora_sizes()]
+
+
+def _fused_tensors(
+    block: str, layer: ShardedExperts, fused: Sequence[tuple[str, str]], transport: Transport, conversions: Conversions
+) -> Iterator[tuple[str, Tensor]]:
+    """These tensors of all experts of a layer, one at a time, on rank 0. Collective."""
+    for weight, inner in fused:
+        experts = gather_experts(layer, weight, transport)
+        if experts is not None:
+            yield conversions.name(_in_block(block, without_wrappers(inner))), layer.naming.fuse(weight, experts)
 
 
 def _matrices(names: ExpertNames, expert: ExpertTensors) -> Iterator[tuple[str, Tensor]]:
@@ -165,18 +189,21 @@ class _Read:
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    rows: slice | int | None  # of the stored tensor; None for all of it
+    rows: Any  # an index into the stored tensor; None for all of it
     target: Tensor
     layer: ShardedExperts | None = None  # whose original's layout the stored tensor has
     weight: str = ""
 
 
 @torch.no_grad()
-def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, ShardedExperts]) -> tuple[str, ...]:
+def load_weights(
+    state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, ShardedExperts], *, of_adapters: bool = False
+) -> tuple[str, ...]:
     """Copy this rank's part out of a whole state under the names of the unwrapped model's state dict, or of its checkpoints.
 
     Args:
         state: values are tensors, or anything that becomes one when sliced, so that files are read only where needed.
+        of_adapters: copy those of LoRA alone, also under the names of peft's files.
 
     Returns:
         Names in `state` that this model has no place for.
@@ -185,12 +212,17 @@ def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str
         ValueError: something is missing, has another shape, or is quantized; nothing is changed then, but for the last.
     """
     conversions = conversions_of(layers)
-    state = conversions.converted(state)
+    state = conversions.converted(conversions.prefixed(state) if hasattr(model, "peft_config") else state)
+    has_adapters = of_adapters or any("lora_" in name for name in state)
     dense = dense_tensors(model, layers, conversions)
     reads = [*_dense_reads(dense), *_expert_reads(layers, state, conversions)]
+    if of_adapters:
+        reads = [replace(r, names=(*r.names, _name_in_adapter(r.names[0]))) for r in reads if "lora_" in r.names[0]]
     found: list[tuple[_Read, str]] = []
     for read in reads:
         name = next((n for n in read.names if n in state), None)
+        if name is None and "lora_" in read.names[0] and not has_adapters:
+            continue  # a checkpoint of the base model leaves adapters as they are
         if name is None:
             raise ValueError(f"the state lacks {read.names[0]!r}; load one that was saved from a model of the same configuration")
         shape = tuple(state[name].shape if isinstance(state[name], Tensor) else state[name].get_shape())
@@ -205,14 +237,20 @@ def load_weights(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str
         if value.dtype not in (read.target.dtype, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name!r} is {value.dtype}, a quantized weight; dequantize the checkpoint first")
         read.target.copy_(value if read.layer is None else read.layer.naming.from_original(read.weight, value))
-    places = {n for each in dense for n in (*each.names, *each.checkpoint_names)}
+    places = {n for each in dense for n in (*each.names, *map(without_wrappers, each.names), *each.checkpoint_names)}
+    places |= {n for read in reads for n in read.names}
     places |= {n for block, layer in layers.items() for n in _expert_names(block, layer, conversions)}
     return tuple(name for name in state if name not in places)
 
 
+def _name_in_adapter(name: str) -> str:
+    """What peft's files call a tensor of LoRA: without the name of the adapter."""
+    return re.sub(r"(lora_\w+)\.[^.]+\.", r"\1.", name)
+
+
 def _dense_reads(tensors: Sequence[DenseTensor]) -> Iterator[_Read]:
     for dense in tensors:
-        names, tensor = (*dense.names, *dense.checkpoint_names), dense.tensor.detach()
+        names, tensor = (*dense.names, *map(without_wrappers, dense.names), *dense.checkpoint_names), dense.tensor.detach()
         if isinstance(tensor, DTensor):
             yield _Read(names, tuple(tensor.shape), _local_rows(tensor), tensor.to_local())
         else:
@@ -236,17 +274,25 @@ def _expert_reads(layers: Mapping[str, ShardedExperts], state: Mapping[str, Any]
             expert = runtime.bank.weights(runtime.layer, e)
             apart = [] if names is None else list(_matrices(names, expert))
             apart = [(conversions.name(_in_block(block, name.format(expert=e))), target) for name, target in apart]
+            fused: Sequence[tuple[str, str]] = layer.naming.fused
             if apart and apart[-1][0] in state:
                 yield from (_Read((name,), tuple(target.shape), None, target) for name, target in apart)
-                continue
-            for weight, inner in layer.naming.fused:
-                target = getattr(expert, weight)
-                fused_names = (_in_block(block, inner), conversions.name(_in_block(block, inner)))
+                fused = _adapters_of(layer)
+            for weight, inner in fused:
+                target = expert[weight]
+                fused_names = _fused_names(block, inner, conversions)
                 if layer.naming.state_experts is not None and not any(name in state for name in fused_names):
                     yield _Read((_names_apart(block, layer, weight)[e],), tuple(target.shape), None, target)
                     continue
-                shape = (runtime.num_experts, *layer.naming.to_original(weight, target).shape)
-                yield _Read(fused_names, shape, e, target, layer, weight)
+                all_experts = torch.empty(runtime.num_experts, *target.shape, device="meta")
+                shape, place = layer.naming.fuse(weight, all_experts).shape, layer.naming.place(weight, e, runtime.num_experts)
+                yield _Read(fused_names, tuple(shape), place, target, layer, weight)
+
+
+def _fused_names(block: str, inner: str, conversions: Conversions) -> tuple[str, ...]:
+    """Where a state may have a tensor of all experts: by its name in the model, in the model without adapters, in checkpoints."""
+    plain = _in_block(block, without_wrappers(inner))
+    return _in_block(block, inner), plain, conversions.name(plain)
 
 
 def _expert_names(block: str, layer: ShardedExperts, conversions: Conversions) -> Sequence[str]:
@@ -256,7 +302,6 @@ def _expert_names(block: str, layer: ShardedExperts, conversions: Conversions) -
     weights = () if layer.naming.state_experts is None else layer.runtime.bank.weight_names
     return [
         *(name for weight in weights for name in _names_apart(block, layer, weight)),
-        *(_in_block(block, inner) for _, inner in layer.naming.fused),
-        *(conversions.name(_in_block(block, inner)) for _, inner in layer.naming.fused),
+        *(name for _, inner in layer.naming.fused for name in _fused_names(block, inner, conversions)),
         *(conversions.name(_in_block(block, name.format(expert=e))) for name in apart for e in range(layer.num_experts)),
     ]

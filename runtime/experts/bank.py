@@ -36,6 +36,7 @@ class Bank:
         owners: the owner map over the bank's layers; counts per rank may differ, zero included.
         rank: this rank.
         device, dtype: of the master weights.
+        adapter_dtype: of those of adapters; `dtype` by default.
         compute_dtype: of the rows as they are computed with and copied; whatever the master weights have by default. Once it is
             given, the master weights keep their dtype as well, since memory and copies are planned by both.
         transport: what the weights will travel on; it allocates their memory.
@@ -51,6 +52,7 @@ class Bank:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         transport: Transport | None = None,
         replicas: Transport | None = None,
@@ -65,14 +67,17 @@ class Bank:
         num_rows = int(owners.num_rows_R[rank])
         self._transport = transport or LocalTransport()
         self.expert_ranks = ranks or ExpertRanks(self._transport, tuple(owners.num_rows_R.tolist()))
-        self.owned_grads = OwnedGrads(self.weight_names, replicas or LocalTransport(), self.expert_ranks)
+        self.owned_grads = OwnedGrads(tuple(shape.gradient_sizes()), replicas or LocalTransport(), self.expert_ranks)
         like = torch.empty(0, device=device, dtype=dtype)
-        self.storage = {name: self._transport.empty((num_rows, *size), like) for name, size in shape.tensor_sizes().items()}
-        """The rows of every weight: gate_up [B, 2F, D], down [B, D, F], biases."""
+        likes = dict.fromkeys(shape.lora_sizes(), like.to(adapter_dtype or like.dtype))
+        self.storage = {
+            name: self._transport.empty((num_rows, *size), likes.get(name, like)) for name, size in shape.tensor_sizes().items()
+        }
+        """The rows of every weight: gate_up [B, 2F, D], down [B, D, F], biases, adapters."""
         self.experts = [Expert({name: self.storage[name][row] for name in self.weight_names}) for row in range(num_rows)]
         """By row: the module whose parameters are views of the row."""
         self._fixed_compute_dtype = compute_dtype
-        self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, where it is another
+        self._casts: dict[str, Tensor] = {}  # the rows in the compute dtype, of weights that have another
         self._cast_from: dict[int, tuple[int, ...]] = {}  # by row: the version of the masters that it was cast from
         self.generation = 0
         """The number of changes of the weights that happen on all ranks at the same point; see `weights_changed`."""
@@ -85,12 +90,13 @@ class Bank:
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise ValueError if `fn` changes the dtype of experts that ranks share."""
-        wanted = fn(self.storage["gate_up"].new_empty(0)).dtype
-        if self._fixed_compute_dtype is not None and wanted != self.storage["gate_up"].dtype:
-            raise ValueError(
-                f"experts that ranks share are {self.storage['gate_up'].dtype} and cannot become {wanted}; convert the "
-                "model before shard_experts, or set runtime.compute_dtype"
-            )
+        for storage in self.storage.values() if self._fixed_compute_dtype is not None else ():
+            wanted = fn(storage.new_empty(0)).dtype
+            if wanted != storage.dtype:
+                raise ValueError(
+                    f"experts that ranks share are {storage.dtype} and cannot become {wanted}; convert the "
+                    "model before shard_experts, or set runtime.compute_dtype"
+                )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What `Module.to` and its like do to each tensor, done to the rows and their gradients; parameters keep their identity.
@@ -182,20 +188,18 @@ class Bank:
         A row is cast at its first use after the masters changed, by an optimizer or in place; changes through `.data`
         show after `weights_changed`, which every `Handle.step` calls.
         """
-        masters = self.weights(layer, expert)
-        if self.compute_dtype == self.storage["gate_up"].dtype:
+        others = {name: rows for name, rows in self.storage.items() if rows.dtype != self.compute_dtype}
+        masters, row = self.weights(layer, expert), self.row_of(layer, expert)
+        if not others:
             return masters
-        row = self.row_of(layer, expert)
         if not self._casts:
-            sizes = {name: self.storage[name].shape for name in self.weight_names}
-            self._casts = {name: lasting(self._transport, size, self.compute_like) for name, size in sizes.items()}
-        cast = ExpertTensors(**{name: self._casts[name][row] for name in self.weight_names})
+            self._casts = {name: lasting(self._transport, rows.shape, self.compute_like) for name, rows in others.items()}
         version = self._version_of_rows((row,))
         if self._cast_from.get(row) != version:
-            for narrow, master in zip(cast.tensors(), masters.tensors(), strict=True):
-                narrow.copy_(master)
+            for name, narrow in self._casts.items():
+                narrow[row].copy_(masters[name])
             self._cast_from[row] = version
-        return cast
+        return ExpertTensors(**{name: self._casts.get(name, self.storage[name])[row] for name in masters})
 
     def weights_changed(self) -> None:
         """Have every row cast anew at its next use. All ranks call it at the same point.
@@ -256,6 +260,11 @@ class Bank:
         """An empty tensor with the dtype and on the device that the experts compute in."""
         return torch.empty(0, dtype=self.compute_dtype, device=self.device)
 
+    @property
+    def gradient_like(self) -> Tensor:
+        """An empty tensor with the dtype and on the device of the experts' gradients."""
+        return self.storage[next(iter(self.shape.gradient_sizes()))].new_empty(0)
+
     def grads(self, layer: int, expert: int) -> ExpertTensors:
         """Gradient of an owned expert, in place; see `begin_grads`."""
         return self.owned_grads.of(self.row_of(layer, expert))
@@ -286,10 +295,11 @@ class Bank:
 
     @torch.no_grad()
     def load_rows(self, experts: Mapping[tuple[int, int], ExpertTensors]) -> None:
-        """Copy weights into rows: (layer, expert) to tensors, owned experts only."""
+        """Copy weights into rows: (layer, expert) to tensors, owned experts only. Those on the meta device hold nothing."""
         for (layer, expert), source in experts.items():
             for target, tensor in zip(self.weights(layer, expert).tensors(), source.tensors(), strict=True):
-                target.copy_(tensor)
+                if not tensor.is_meta:
+                    target.copy_(tensor)
 
 
 def _by_layer(rows: Mapping[tuple[int, int], int], num_layers: int) -> list[dict[int, int]]:

@@ -5,62 +5,118 @@ Shape letters: D model dim, F expert ffn dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ...kernels import FFNWeights
+from ...kernels import FFNWeights, LowRank
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """A low-rank pair beside one matrix of an expert, which is frozen: it adds `scale * B A` to the matrix (LoRA).
+
+    The pair of gate_up is gate_up_lora_A [rank, D] and gate_up_lora_B [2F, rank], that of down down_lora_A [rank, F] and
+    down_lora_B [D, rank].
+    """
+
+    matrix: str
+    rank: int
+    scale: float
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of A and B."""
+        return f"{self.matrix}_lora_A", f"{self.matrix}_lora_B"
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
     """The shape of one expert: gate_up [2F, D] (gate first, then up; without a gate up alone, [F, D]) and down [D, F].
 
-    With biases gate_up_bias [2F], or [F], and down_bias [D] besides.
+    With biases gate_up_bias [2F], or [F], and down_bias [D] besides; with adapters their pairs. Adapters alone are trained then.
     """
 
     dim: int
     ffn_dim: int
     has_gate: bool = True
     has_bias: bool = False
+    lora: tuple[LoraShape, ...] = ()
 
-    def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
-        """The size of each of an expert's tensors, in the order in which they travel."""
+    def base_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The size of each of an expert's tensors but for adapters, in the order in which they travel."""
         D, F = self.dim, self.ffn_dim
         W = 2 * F if self.has_gate else F
         matrices: dict[str, tuple[int, ...]] = {"gate_up": (W, D), "down": (D, F)}
         return matrices | {"gate_up_bias": (W,), "down_bias": (D,)} if self.has_bias else matrices
 
-    @property
-    def num_elements(self) -> int:
-        """Weights of one expert."""
-        return sum(prod(size) for size in self.tensor_sizes().values())
+    def lora_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The size of each of the adapters' tensors, in the order in which they travel."""
+        matrices = self.base_sizes()
+        sizes: dict[str, tuple[int, ...]] = {}
+        for pair in self.lora:
+            (outputs, inputs), (a, b) = matrices[pair.matrix], pair.names
+            sizes |= {a: (pair.rank, inputs), b: (outputs, pair.rank)}
+        return sizes
+
+    def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The size of each of an expert's tensors, in the order in which they travel."""
+        return self.base_sizes() | self.lora_sizes()
+
+    def gradient_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Of those that there may be gradients of: the adapters, or everything where there is none."""
+        return self.lora_sizes() or self.base_sizes()
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+def num_elements(sizes: Mapping[str, tuple[int, ...]]) -> int:
+    """Numbers in tensors of these sizes."""
+    return sum(prod(size) for size in sizes.values())
+
+
 class ExpertTensors:
-    """Tensors in the shape of one expert: its weights, or its gradients. Views, never copies."""
+    """Tensors of one expert by name, in the order in which they travel: its weights, or its gradients. Views, never copies."""
 
-    gate_up: Tensor  # [2F, D]; [F, D] without a gate
-    down: Tensor  # [D, F]
-    gate_up_bias: Tensor | None = None  # [2F]; [F] without a gate
-    down_bias: Tensor | None = None  # [D]
+    __slots__ = ("__weakref__", "_by_name")
+
+    def __init__(self, **by_name: Tensor):
+        self._by_name = by_name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All there are, in the order in which they travel."""
-        return tuple(t for t in (self.gate_up, self.down, self.gate_up_bias, self.down_bias) if t is not None)
+        """All there are."""
+        return tuple(self._by_name.values())
+
+    @property
+    def gate_up(self) -> Tensor:
+        """[2F, D]; [F, D] without a gate."""
+        return self._by_name["gate_up"]
+
+    @property
+    def down(self) -> Tensor:
+        """[D, F]."""
+        return self._by_name["down"]
 
 
-def group_weights(experts: Sequence[ExpertTensors]) -> FFNWeights:
-    """Experts as the kernels take them, one group each."""
+def group_weights(experts: Sequence[ExpertTensors], shape: ExpertShape) -> FFNWeights:
+    """Experts as the kernels take them, one group each; gradients of adapters have nothing for the frozen matrices."""
+
+    def of_all(name: str) -> list[Tensor]:
+        return [expert[name] for expert in experts if name in expert]
+
+    pairs = {pair.matrix: LowRank(of_all(pair.names[0]), of_all(pair.names[1]), pair.scale) for pair in shape.lora}
     return FFNWeights(
-        [e.gate_up for e in experts],
-        [e.down for e in experts],
-        [e.gate_up_bias for e in experts if e.gate_up_bias is not None],
-        [e.down_bias for e in experts if e.down_bias is not None],
+        of_all("gate_up"), of_all("down"), of_all("gate_up_bias"), of_all("down_bias"), pairs.get("gate_up"), pairs.get("down")
     )
 
 

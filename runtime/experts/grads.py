@@ -74,9 +74,12 @@ class ExpertGrads:
             return None
         bank = self._of.bank
         is_empty = bank.begin_grads(self._of.layer)
-        self._of_copies = {e: self._of.pool.acquire(like=bank.storage["gate_up"]) for e in experts if e in copies}
+        self._of_copies = {e: self._buffer() for e in experts if e in copies}
         targets = [self._of_copies.get(e) or bank.grads(self._of.layer, e) for e in experts]
-        return GradTargets(group_weights(targets), tuple(e in self._of_copies or is_empty[e] for e in experts))
+        return GradTargets(group_weights(targets, bank.shape), tuple(e in self._of_copies or is_empty[e] for e in experts))
+
+    def _buffer(self) -> ExpertTensors:
+        return self._of.pool.acquire(self._of.bank.gradient_like, of_gradients=True)
 
     @property
     def is_reached(self) -> bool:
@@ -89,7 +92,7 @@ class ExpertGrads:
             return
         bank = self._of.bank
         with self._clock():
-            self._staging = [self._of.pool.acquire(bank.storage["gate_up"]) for _ in range(schedule.most_received(bank.rank))]
+            self._staging = [self._buffer() for _ in range(schedule.most_received(bank.rank))]
             self._sums = {e: bank.grads(self._of.layer, e).tensors() for e in bank.owned(self._of.layer)}
             self._reduce = sparse_reduce_scatter(
                 schedule,
@@ -117,7 +120,7 @@ class ExpertGrads:
         """Redirect contributions still in flight to a scratch buffer. The reduce must still be finished: peers may depend on this
         rank to forward them."""
         if self._reduce is not None:
-            scratch = self._of.pool.acquire(self._of.bank.storage["gate_up"])
+            scratch = self._buffer()
             self._staging.append(scratch)
             self._sums |= dict.fromkeys(self._sums, scratch.tensors())  # in place: the reduce reads it as sums complete
 

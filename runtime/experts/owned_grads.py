@@ -21,15 +21,15 @@ class OwnedGrads:
     """Gradients by bank row.
 
     Args:
-        weight_names: of an expert's weights, in the order in which they travel.
+        names: of the weights that there may be gradients of, in the order in which they travel.
         replicas: the ranks that own the same experts in other groups, over which gradients are averaged.
         ranks: the ranks that own experts of the model.
     """
 
-    def __init__(self, weight_names: Sequence[str], replicas: Transport, ranks: ExpertRanks):
+    def __init__(self, names: Sequence[str], replicas: Transport, ranks: ExpertRanks):
         self.averages = True
         """Whether a backward pass ends with gradients averaged over the replicas; see `Handle.set_requires_all_reduce`."""
-        self._weight_names = tuple(weight_names)
+        self._names = tuple(names)
         self._replicas = replicas
         self._ranks = ranks
         self._targets: dict[int, ExpertTensors] = {}  # by row: the gradients as kernels write them
@@ -67,10 +67,11 @@ class OwnedGrads:
 
     def _make(self, rows: Mapping[int, int], experts: Sequence[Expert]) -> dict[int, bool]:
         """See `begin`."""
+        _check_adapters_alone_learn(rows, experts, self._names)
         is_empty = dict.fromkeys(rows, True)
         targets: dict[int, dict[str, Tensor]] = {row: {} for row in rows.values()}
         objects: dict[int, dict[str, ExpertGrad]] = {row: {} for row in rows.values()}
-        new: dict[str, list[tuple[int, int, nn.Parameter]]] = {name: [] for name in self._weight_names}
+        new: dict[str, list[tuple[int, int, nn.Parameter]]] = {name: [] for name in self._names}
         for name, without in new.items():
             for expert, row in rows.items():
                 parameter = experts[row].parameter(name)
@@ -85,7 +86,7 @@ class OwnedGrads:
                 if not parameter.requires_grad:
                     targets[row][name] = self._scratch_like(name, parameter)
                 elif grad is not None and self._is_ours(grad, row, name):
-                    targets[row][name], objects[row][name] = getattr(self._targets[row], name), self._objects[row][name]
+                    targets[row][name], objects[row][name] = self._targets[row][name], self._objects[row][name]
                 else:
                     without.append((expert, row, parameter))
         for name, without in new.items():
@@ -96,7 +97,7 @@ class OwnedGrads:
                     memory.zero_()
                 targets[row][name] = memory
                 parameter.grad = objects[row][name] = ExpertGrad.of(memory, self._ranks)
-        self._targets |= {row: ExpertTensors(**tensors) for row, tensors in targets.items()}
+        self._targets |= {row: ExpertTensors(**{n: of[n] for n in self._names}) for row, of in targets.items()}
         self._objects |= objects
         return is_empty
 
@@ -104,7 +105,7 @@ class OwnedGrads:
         """Whether a gradient is still the one that was made here, and was given no other memory, as through `.data`."""
         if grad is not self._objects.get(row, {}).get(name):
             return False
-        return grad.data_ptr() == getattr(self._targets[row], name).data_ptr()
+        return grad.data_ptr() == self._targets[row][name].data_ptr()
 
     def _scratch_like(self, name: str, parameter: nn.Parameter) -> Tensor:
         if name not in self._scratch:
@@ -119,9 +120,9 @@ class OwnedGrads:
         reached = [self._reached[layer] for layer in sorted(self._reached)]
         if self.averages and self._replicas.world_size > 1:
             grads = [
-                getattr(self._targets[row], name)
+                self._targets[row][name]
                 for rows in reached
-                for name in self._weight_names
+                for name in self._names
                 for row, _ in rows
                 if name in self._objects[row]
             ]
@@ -131,6 +132,17 @@ class OwnedGrads:
                 if parameter is not None and parameter.requires_grad and parameter.grad is not None:
                     for hook in post_accumulate_hooks(parameter):
                         hook(parameter)
+
+
+def _check_adapters_alone_learn(rows: Mapping[int, int], experts: Sequence[Expert], names: Sequence[str]) -> None:
+    """Refuse to leave out the gradient of a weight that was unfrozen beside adapters."""
+    for expert, row in rows.items():
+        for name, parameter in experts[row]._parameters.items():
+            if name not in names and parameter is not None and parameter.requires_grad:
+                raise RuntimeError(
+                    f"{name} of expert {expert} requires a gradient, but of experts with adapters only these are trained; "
+                    "freeze it again, or merge the adapters before shard_experts"
+                )
 
 
 def _memory_for(parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:

@@ -110,7 +110,8 @@ class Replicas:
 
     def weights(self, experts: Sequence[int]) -> FFNWeights:
         """The weights of this rank's experts, a group each: owned ones in place in the bank, copies in their slots."""
-        return group_weights([self.slots.get(e) or self._of.bank.compute_weights(self._of.layer, e) for e in experts])
+        bank, layer = self._of.bank, self._of.layer
+        return group_weights([self.slots.get(e) or bank.compute_weights(layer, e) for e in experts], bank.shape)
 
     def check_weights_unchanged(self) -> None:
         """Refuse a backward that would compute with other weights than its forward.

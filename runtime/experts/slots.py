@@ -44,12 +44,14 @@ class SlotPool:
         self.peak_slots = 0
         self.peak_bytes = 0
 
-    def acquire(self, like: Tensor) -> ExpertTensors:
-        """A buffer with undefined content on the device and with the dtype of `like`."""
+    def acquire(self, like: Tensor, *, of_gradients: bool = False) -> ExpertTensors:
+        """A buffer with undefined content on the device and with the dtype of `like`, for weights or for gradients."""
+        sizes = self._shape.gradient_sizes() if of_gradients else self._shape.tensor_sizes()
         for i, buffer in enumerate(self._free):
-            if buffer.down.device == like.device and buffer.down.dtype == like.dtype:
+            first = buffer.tensors()[0]
+            if first.device == like.device and first.dtype == like.dtype and list(buffer) == list(sizes):
                 return self._free.pop(i)
-        buffer = ExpertTensors(**{n: lasting(self._transport, size, like) for n, size in self._shape.tensor_sizes().items()})
+        buffer = ExpertTensors(**{name: lasting(self._transport, size, like) for name, size in sizes.items()})
         self._alive.add(buffer)
         self.peak_slots = max(self.peak_slots, len(self._alive))
         self.peak_bytes = max(self.peak_bytes, sum(tensor.nbytes for slot in self._alive for tensor in slot.tensors()))

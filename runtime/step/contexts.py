@@ -58,6 +58,7 @@ class LayerContext:
         gradient_divisor: what this rank's gradients are divided by before those of all ranks are summed: the number of ranks, for
             the mean of the ranks' losses, until the dense part is sharded with another divisor.
         under_way: the pass whose forward runs, or broke off.
+        adapts: whether forwards compute with the experts' adapters, where there are some.
     """
 
     name: str
@@ -75,6 +76,7 @@ class LayerContext:
     keeps_copies: bool
     gradient_divisor: Callable[[], float]
     under_way: Holder | None = None
+    adapts: bool = True
 
     @contextmanager
     def stage(self, pass_id: PassId, name: str, is_complete: bool = True) -> Iterator[None]:

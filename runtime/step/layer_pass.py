@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from ...kernels import activated_ffn, activated_ffn_backward, grouped_ffn, grouped_ffn_backward, histogram
+from ...kernels import FFNWeights, activated_ffn, activated_ffn_backward, grouped_ffn, grouped_ffn_backward, histogram
 from ...placement import ExpertLoad
 from .._compat import keeps_graph
 from ..agreement import PassId
@@ -51,6 +52,7 @@ class LayerPass:
         self.grads = ExpertGrads(of, pass_id.op("reduce"), reducing, wire=layer.model.wire)
         self._launched: Moment | None = None
         self.is_replay = False  # an activation checkpoint repeats the forward, for a backward that is next
+        self.adapts = True  # computes with adapters, where there are some
         self.topk_ids_TK: Tensor | None = None
         self.load: ExpertLoad | None = None
         self.load_of_all: ExpertLoad | None = None  # with the ranks of the replicas' groups
@@ -96,7 +98,7 @@ class LayerPass:
         """
         if self.planned.split is not None:
             return
-        layer = self.layer
+        layer, self.adapts = self.layer, self.layer.adapts
         self.topk_ids_TK = topk_ids_TK
         self.load = self._measure(histogram(topk_ids_TK, layer.num_experts) if counts_E is None else counts_E)
         with self.stage("plan"), layer.counters.planning():
@@ -115,7 +117,7 @@ class LayerPass:
         with self.stage("plan"):
             start_s = perf_counter()
             routed = self._moment()
-            flags = int(bank.is_trainable(layer.index)) | layer.work_ahead.own_ns << 1
+            flags = int(self.adapts and bank.is_trainable(layer.index)) | layer.work_ahead.own_ns << 1
             gathered = layer.model.agreement.gather_counts(counts_E, pass_id, flags=flags)
             end_s = perf_counter()
             traffic.add_wait(pass_id.op("measure"), pass_id.where, start_s, end_s, start_s, end_s)
@@ -188,7 +190,7 @@ class LayerPass:
         x_ND, handle, activation = self.tokens.take(), self.handle, self.layer.activation
         with self.stage("experts"):
             run = grouped_ffn if activation is None else partial(activated_ffn, activation=activation)
-            output = run(x_ND, handle.gate_weights_N, self.replicas.weights(handle.experts), handle.group_sizes)
+            output = run(x_ND, handle.gate_weights_N, self._weights(handle), handle.group_sizes)
         self.tokens.send_back(output.y_ND, launch=not self.is_replay)
         return x_ND, output.gate_up_N2F
 
@@ -238,7 +240,7 @@ class LayerPass:
                 x_ND,
                 gate_up_N2F,
                 handle.gate_weights_N,
-                self.replicas.weights(handle.experts),
+                self._weights(handle),
                 targets.tensors if targets else None,
                 handle.group_sizes,
                 # The loss of the group is the mean of its ranks' losses, as FSDP takes it for the dense parameters.
@@ -268,6 +270,11 @@ class LayerPass:
             self.after_backward()
         assert combined.gate_grads_A is not None
         return combined.x_TD, combined.gate_grads_A.view(handle.num_tokens, handle.top_k)
+
+    def _weights(self, handle: DispatchHandle) -> FFNWeights:
+        """Of this rank's experts, without their adapters where these are switched off."""
+        weights = self.replicas.weights(handle.experts)
+        return weights if self.adapts else replace(weights, gate_up_low_rank=None, down_low_rank=None)
 
     def _exchange(self, handle: DispatchHandle, out: tuple[str, str], back: tuple[str, str]) -> TokenExchange:
         """A round trip whose ways are stages, and traffic of these names."""

@@ -15,6 +15,7 @@ from ..dispatch.by_node import by_node_handle
 from ..dispatch.direct import direct_handle
 from ..dispatch.handle import DispatchHandle
 from ..experts.bank import Bank
+from ..experts.expert import num_elements
 from ..experts.grads import PendingReduces
 from ..experts.replicas import ReplicaState
 from ..experts.slots import SlotPool
@@ -166,7 +167,7 @@ class LayerRuntime:
 
 
 def _shape(bank: Bank, model: ModelContext, num_experts: int, top_k: int) -> LayerShape:
-    gradient_bytes = bank.storage["gate_up"].element_size()
+    gradient_bytes, shape = bank.gradient_like.element_size(), bank.shape
     # A token is sent to a rank once, however many of its experts are there. So where its K experts are on any ranks alike, one
     # more of them adds a row to a rank if none of the K - 1 others is there: of two experts on two ranks, in one case of two.
     num_ranks = model.group.world_size
@@ -174,12 +175,13 @@ def _shape(bank: Bank, model: ModelContext, num_experts: int, top_k: int) -> Lay
     return LayerShape(
         num_experts=num_experts,
         top_k=top_k,
-        dim=bank.shape.dim,
-        ffn_dim=bank.shape.ffn_dim,
-        num_matrices=3 if bank.shape.has_gate else 2,
+        dim=shape.dim,
+        ffn_dim=shape.ffn_dim,
+        num_matrices=3 if shape.has_gate else 2,
         bytes_per_element=bank.compute_dtype.itemsize,
         gradient_bytes_per_element=gradient_bytes if model.wire is None else min(gradient_bytes, model.wire.itemsize),
         row_share=row_share,
+        trained_share=num_elements(shape.gradient_sizes()) / num_elements(shape.base_sizes()),
     )
 
 

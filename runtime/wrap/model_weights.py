@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..adapters.safetensors_files import SafetensorsFolder, write_folder
@@ -33,14 +34,18 @@ class ModelWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         """Copy this rank's part of the weights out of the unwrapped model's whole state dict, or of a checkpoint's tensors.
 
-        Returns names that the model has no place for; see `adapters.weights.load_weights`.
+        One of the base model alone leaves adapters as they are. Returns names that the model has no place for; see
+        `adapters.weights.load_weights`.
         """
+        return self._load(state)
+
+    def _load(self, state: Mapping[str, Any], *, of_adapters: bool = False) -> tuple[str, ...]:
         sharded = self._sharded
         sharded.drop_prefetched()
         sharded.reshard()
         sharded.claim()
         sharded.weights_changed()
-        return load_weights(state, sharded.model, sharded.layers)
+        return load_weights(state, sharded.model, sharded.layers, of_adapters=of_adapters)
 
     def save_safetensors(self, folder: str | Path, *, max_file_bytes: int = 4 << 30) -> None:
         """Write the weights as transformers' `save_pretrained` lays them out, with the model's config, if it has one.
@@ -57,6 +62,40 @@ class ModelWeights:
         save_config = getattr(getattr(sharded.model, "config", None), "save_pretrained", None)
         if group.is_first and save_config is not None:
             save_config(folder)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapters of a model of peft as its `save_pretrained` does, for `PeftModel.from_pretrained(base, folder)`.
+
+        Collective. Rank 0 holds the adapters whole, and no other weights.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        sharded = self._sharded
+        self._check_adapters()
+        sharded.reshard()
+        sharded.claim()
+        if sharded.group.replicas.rank == 0:
+            state = state_on_rank_zero(sharded.model, sharded.layers, sharded.group.tokens, of_adapters=True)
+            if sharded.group.is_first:
+                sharded.model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+        dist.barrier()
+
+    def load_adapter(self, folder: str | Path) -> tuple[str, ...]:
+        """Load LoRA adapters from a folder that `save_adapter`, or `save_pretrained` of peft, wrote.
+
+        Returns names that the model has no place for.
+
+        Raises:
+            ValueError: the model has no adapters, or the folder lacks some.
+        """
+        self._check_adapters()
+        return self._load(SafetensorsFolder(Path(folder)), of_adapters=True)
+
+    def _check_adapters(self) -> None:
+        model = self._sharded.model
+        if not hasattr(model, "peft_config"):
+            raise ValueError(f"{type(model).__name__} has no adapters; give shard_experts what get_peft_model returned")
 
     def load_safetensors(self, folder: str | Path) -> tuple[str, ...]:
         """Load weights from such a folder, transformers' own included; each rank reads its part only.

@@ -18,11 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...placement import OwnerMap, Placement, Solver, Topology, get_solver, policy_solvers
 from ...placement.machine import Machine
 from ..adapters import FoundLayer, find_layers, replace_modules
-from ..adapters.meta import allocate_meta
-from ..adapters.save_pretrained import guard_save_pretrained
+from ..adapters.meta import allocate_meta, initialize_adapters
+from ..adapters.save_pretrained import forbid_adapter_changes, guard_save_pretrained
 from ..agreement import Agreement, agree_on_machine, check_same_layers
 from ..config import RuntimeConfig
 from ..experts.bank import Bank
+from ..experts.expert import num_elements
 from ..experts.expert_grad import ExpertRanks
 from ..experts.grads import PendingReduces
 from ..experts.memory import BankSize, plan_slots
@@ -57,7 +58,7 @@ def shard_experts(
 
     A model built under `torch.device("meta")` is sharded without ever being whole: each rank then allocates its own part, which
     holds nothing until `handle.weights.load_safetensors` fills it. Buffers of transformers' models that no checkpoint holds are
-    computed.
+    computed, and adapters of peft start as peft has them.
 
     Args:
         model: changed in place. Any module with MoE blocks for which there is an adapter: `MoELayer`, models of transformers.
@@ -77,6 +78,7 @@ def shard_experts(
     _check_mesh(mesh)
     solvers = _solvers_of(config, solver)
     # Phase 1: whatever may be refused, while the model is as it was
+    initialize_adapters(model, _device_of(mesh))
     found = find_layers(model)
     if any(layer.experts.is_sharded for layer in found):
         raise ValueError(f"the experts of {type(model).__name__} are sharded already; call shard_experts once")
@@ -128,6 +130,7 @@ def shard_experts(
     compare_in_forwards(model, list(runtimes.values()), clock)
     guard_save_pretrained(model, layers)
     refuse_copies(model)
+    forbid_adapter_changes(model, layers)
     return Handle(model, layers, banks, group, config, clock)
 
 
@@ -201,7 +204,7 @@ def build_runtimes(
     alike: dict[tuple[object, ...], list[FoundLayer]] = defaultdict(list)
     for layer in found:
         source = layer.source
-        alike[(source.shape, source.num_experts, source.dtype, source.device)].append(layer)
+        alike[(source.shape, source.num_experts, source.dtype, source.adapter_dtype, source.device)].append(layer)
     if owners is not None and len(alike) != 1:
         raise ValueError(f"one owner map for {len(alike)} shapes of experts; give layers of one shape")
     places = {layer.name: place for place, layer in enumerate(found)}
@@ -220,6 +223,7 @@ def build_runtimes(
             group.rank,
             device=device if source.device.type == "meta" else source.device,
             dtype=source.dtype,
+            adapter_dtype=source.adapter_dtype,
             compute_dtype=torch.bfloat16 if config.compute_dtype == "bf16" else source.dtype,
             transport=group.experts,
             replicas=group.replicas,
@@ -250,8 +254,7 @@ def share_layers(found: Sequence[FoundLayer], runtimes: Mapping[str, LayerRuntim
     for layer in found:
         runtime, source = runtimes[layer.name], layer.source
         bank, index = runtime.bank, runtime.layer
-        if source.device.type != "meta":
-            bank.load_rows({(index, e): source.weights(e) for e in bank.owned(index)})
+        bank.load_rows({(index, e): source.weights(e) for e in bank.owned(index)})
         for e in bank.owned(index):
             for weight in bank.weight_names:
                 bank.module_of(index, e).parameter(weight).requires_grad_(source.is_trainable(e, weight))
@@ -268,8 +271,9 @@ def _solvers_of(config: RuntimeConfig, solver: Solver | None) -> dict[str, Solve
 
 
 def _size_of(source: ExpertSource, group: RankGroup, config: RuntimeConfig, places: tuple[int, ...]) -> BankSize:
-    copy_bytes = source.shape.num_elements * 2 if config.compute_dtype == "bf16" else source.expert_bytes
-    return BankSize(copy_bytes, source.expert_bytes, group.world_size, places)
+    itemsize = 2 if config.compute_dtype == "bf16" else source.dtype.itemsize
+    copy_bytes = num_elements(source.shape.tensor_sizes()) * itemsize
+    return BankSize(copy_bytes, source.gradient_bytes, group.world_size, places)
 
 
 def _device_of(mesh: DeviceMesh) -> torch.device:

@@ -57,15 +57,17 @@ class Telemetry:
     def memory(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Bytes of expert state on this rank.
 
-        expert_bytes: master weights and gradients of the experts owned here, and with `RuntimeConfig.compute_dtype` their
-        weights in that dtype. slot_bytes_bound: the most that copies, their gradients and staging can take for one forward in
-        flight, predicted. slot_bytes_peak: the most they did take so far. optimizer_bytes: state of the experts
-        in `optimizer`, if it is given.
+        expert_bytes: master weights of the experts owned here, gradients of those that are trained, and with
+        `RuntimeConfig.compute_dtype` their weights in that dtype. slot_bytes_bound: the most that copies, their gradients and
+        staging can take for one forward in flight, predicted. slot_bytes_peak: the most they did take so far. optimizer_bytes:
+        state of the experts in `optimizer`, if it is given.
         """
         banks = self._sharded.banks
         pools = {layer.runtime.pool for layer in self._sharded.layers.values()}
         memory = {
-            "expert_bytes": sum(2 * p.nbytes for bank in banks for p in bank.parameters()) + sum(b.cast_bytes for b in banks),
+            "expert_bytes": sum(
+                bank.cast_bytes + sum(p.nbytes * (2 if p.requires_grad else 1) for p in bank.parameters()) for bank in banks
+            ),
             "slot_bytes_bound": sum(pool.predicted_bytes for pool in pools),
             "slot_bytes_peak": sum(pool.peak_bytes for pool in pools),
         }

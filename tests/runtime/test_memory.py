@@ -1,8 +1,5 @@
 """Slots and kept layers under a byte budget, and the memory that they take, counted and measured."""
 
-import ctypes
-import gc
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +16,7 @@ from moesaic import MoELayer, RouterConfig, RuntimeConfig, shard_experts
 from moesaic.placement import Placement, Problem
 from moesaic.runtime.experts.memory import BankSize, SlotPlan, peak_slot_bytes, plan_slots, staging_limit
 from tests.helpers.ranks import run_ranks
+from tests.helpers.resident import peak_from_here
 
 # Experts of 1.5 MiB: what the allocator adds to them is small.
 NUM_LAYERS, NUM_EXPERTS, DIM, FFN_DIM = 6, 16, 128, 1024
@@ -140,21 +138,12 @@ class Residual(nn.Module):
         return x
 
 
-def resident_bytes(field: str) -> int:
-    """A field of this process's status: VmRSS, or VmHWM, its peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def trained_memory(slots: int, materialize: Any) -> dict[str, int]:
     """What two AdamW steps take: as counted, as predicted, and by how much the process grew at its peak.
 
     Over Gloo, since memory that ranks show each other would count in each; the optimizer is fused, others make temporaries.
     """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident_bytes("VmRSS")
+    grown_bytes = peak_from_here()
     with torch.device("meta"):
         model = Residual()
     config = RuntimeConfig(slots=slots, materialize=materialize, transport="c10d", timeout_s=60)
@@ -169,7 +158,7 @@ def trained_memory(slots: int, materialize: Any) -> dict[str, int]:
         for parameter in model.parameters():  # in place: gradients that move leave holes in the heap
             parameter.grad.zero_()
         handle.step()
-    return handle.telemetry.memory(optimizer) | {"grown_bytes": resident_bytes("VmHWM") - before}
+    return handle.telemetry.memory(optimizer) | {"grown_bytes": grown_bytes()}
 
 
 def plain_and_rematerialized(rank: int) -> list[dict[str, int]]:

@@ -60,8 +60,8 @@ def gradients(layers: Iterable[MoELayer]) -> dict[str, Tensor]:
             grads = runtime.bank.grads(i, e)
             results[f"d {i}.gate_up.{e}"] = grads.gate_up.clone()
             results[f"d {i}.down.{e}"] = grads.down.clone()
-            if grads.down_bias is not None:
-                results[f"d {i}.biases.{e}"] = torch.cat([grads.gate_up_bias, grads.down_bias])
+            if "down_bias" in grads:
+                results[f"d {i}.biases.{e}"] = torch.cat([grads["gate_up_bias"], grads["down_bias"]])
     return results
 
 

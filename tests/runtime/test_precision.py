@@ -52,7 +52,7 @@ def optimizer_step(make: Callable[..., torch.optim.Optimizer]) -> Callable[[Bank
 
 
 def load(bank: Bank) -> None:
-    bank.load_rows({(0, 1): ExpertTensors(torch.full((6, 2), 0.3), torch.full((2, 3), 0.7))})
+    bank.load_rows({(0, 1): ExpertTensors(gate_up=torch.full((6, 2), 0.3), down=torch.full((2, 3), 0.7))})
 
 
 def migrate_all(bank: Bank) -> None:
