@@ -19,8 +19,12 @@ _GROUPS = "groups"
 
 
 def save_weights(handle: Handle, folder: Folder) -> None:
-    """Write the model as `save_pretrained` lays it out, over an earlier save. Collective; every rank writes its experts."""
+    """Write the model as `save_pretrained` lays it out, over an earlier save: of a model of peft the adapters. Collective; every
+    rank writes its experts."""
     folder = Path(folder)
+    if _has_adapters(handle):
+        handle.weights.save_adapter(folder)
+        return
     if dist.get_rank() == 0:
         for file in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
             file.unlink()
@@ -33,7 +37,12 @@ def save_weights(handle: Handle, folder: Folder) -> None:
 
 def load_weights(handle: Handle, folder: Folder) -> None:
     """Load what `save_weights` or `save_pretrained` wrote, at any world size."""
-    handle.weights.load_safetensors(Path(folder))
+    load = handle.weights.load_adapter if _has_adapters(handle) else handle.weights.load_safetensors
+    load(Path(folder))
+
+
+def _has_adapters(handle: Handle) -> bool:
+    return hasattr(handle.model, "peft_config")
 
 
 def save_optimizer(handle: Handle, optimizer: torch.optim.Optimizer, folder: Folder) -> None:

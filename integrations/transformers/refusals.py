@@ -47,10 +47,6 @@ def check_trainer(trainer: Trainer, handle: Handle) -> None:
             f"the Trainer trains a {type(trainer.model).__name__} that is not the handle's {type(handle.model).__name__}; give "
             "shard_experts the model that the Trainer gets, and leave out peft_config"
         )
-    if getattr(trainer.model, "peft_config", None):
-        raise ValueError(
-            "the model has adapters of peft, which the Trainer would save as part of the whole; use a loop of your own"
-        )
     _check_arguments(trainer.args)
     optimizer: Any = trainer.optimizer
     held = [] if optimizer is None else [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]

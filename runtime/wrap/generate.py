@@ -8,7 +8,8 @@ cache of a fixed size has room for, and which is wrong without a cache and where
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,8 @@ def generate_together(model: nn.Module, forwards: Forwards, device: torch.device
             return original(*args, **options)
         is_inside = True
         try:
-            generated = original(*args, **(options | {"synced_gpus": False}))
+            with _forwards_of_the_whole(model):
+                generated = original(*args, **(options | {"synced_gpus": False}))
             token = torch.zeros(1, 1, dtype=torch.int64, device=device)
             with torch.no_grad():
                 forwards.take_part(model, lambda: model(input_ids=token, use_cache=False))
@@ -46,3 +48,31 @@ def generate_together(model: nn.Module, forwards: Forwards, device: torch.device
         return generated
 
     model.generate = generate  # type: ignore[assignment]
+
+
+@contextmanager
+def _forwards_of_the_whole(model: nn.Module) -> Iterator[None]:
+    """Have forwards of the model inside one of peft, whose `generate` calls these by themselves, begin with the one around it."""
+    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    if inner is model:
+        yield
+        return
+    forward, is_inside, before = inner.forward, False, dict(vars(inner))
+
+    @functools.wraps(forward)
+    def from_the_top(*args: Any, **options: Any) -> Any:
+        nonlocal is_inside
+        if is_inside:
+            return forward(*args, **options)
+        is_inside = True
+        try:
+            return model(*args, **options)
+        finally:
+            is_inside = False
+
+    inner.forward = from_the_top  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del inner.forward
+        vars(inner).update({"forward": before["forward"]} if "forward" in before else {})

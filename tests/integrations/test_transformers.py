@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import MixtralForCausalLM, Trainer, TrainingArguments
@@ -27,6 +28,7 @@ from moesaic import MigrationConfig, RuntimeConfig, shard_experts
 from moesaic.transformers import attach
 from tests.helpers.families import batch_ids, make_family_model
 from tests.helpers.ranks import run_ranks
+from tests.runtime.test_lora import adapted
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IDS = torch.arange(3, 51).view(4, 12)
@@ -154,6 +156,40 @@ def train(rank: int, world_size: int, folder: Path, case: str) -> list[float]:
         return [entry["loss"] for entry in log if "loss" in entry]
 
 
+def test_a_trainer_of_adapters(tmp_path: Path) -> None:
+    """LoRA on attention and experts: on 2 ranks as the stock loop on one; its checkpoints are adapters, which peft loads, and
+    from which 1 and 4 ranks go on."""
+    (stock,) = run_ranks(1, train_adapters, 1, tmp_path / "stock", "", True)
+    two, _ = run_ranks(2, train_adapters, 2, tmp_path / "two")
+    assert two.losses == pytest.approx(stock.losses, abs=1e-4) and two.losses[-1] < two.losses[0] - 0.1
+    checkpoint = tmp_path / "two" / "checkpoint-3"
+    assert not list(checkpoint.glob("model*.safetensors"))
+    for world_size in (1, 4):
+        resumed, *_ = run_ranks(world_size, train_adapters, world_size, tmp_path / f"on_{world_size}", str(checkpoint))
+        assert resumed.losses[-3:] == pytest.approx(two.losses[3:], abs=1e-4), world_size
+    saved = PeftModel.from_pretrained(make_family_model("mixtral"), tmp_path / "two" / "checkpoint-6").eval()
+    torch.testing.assert_close(saved(input_ids=batch_ids(1)).logits, two.logits, rtol=0, atol=1e-5)
+
+
+def train_adapters(rank: int, world_size: int, folder: Path, checkpoint: str = "", stock: bool = False) -> Run:
+    rows = [{"input_ids": ids, "labels": ids} for ids in batch_ids(0).repeat(4, 1)]
+    with as_torchrun(rank, world_size):
+        args = TrainingArguments(
+            str(folder), max_steps=6, per_device_train_batch_size=8 // world_size, learning_rate=1e-2, logging_steps=1,
+            save_steps=3, report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        model = adapted("mixtral")
+        if stock:
+            trainer = Trainer(model, args, train_dataset=rows)
+        else:
+            handle = shard_experts(model, mesh=dist.init_device_mesh("cpu", (world_size,)))
+            trainer = attach(Trainer(model, args, train_dataset=rows), handle)
+        trainer.train(resume_from_checkpoint=checkpoint or None)
+        with torch.no_grad():
+            logits = model.eval()(input_ids=batch_ids(1)).logits
+        return Run([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], None, logits)
+
+
 def test_what_accelerate_gives_and_takes(tmp_path: Path) -> None:
     """On 2 ranks: the whole state dict for `save_pretrained`; two optimizers, whose steps are one of the handle."""
     first, _ = run_ranks(2, save_by_hand, tmp_path)
@@ -185,7 +221,6 @@ def test_what_a_loop_cannot_do_is_refused_when_the_handle_is_attached() -> None:
         "model": "attach got a FSDPMixtralForCausalLM; give it a Trainer or an Accelerator",
         "twice": "attach was called for this ShardedTrainer before; call it once",
         "other model": "the Trainer trains a MixtralForCausalLM that is not the handle's FSDPMixtralForCausalLM; give",
-        "peft": "the model has adapters of peft, which the Trainer would save as part of the whole; use a loop of your own",
         "model_init": "model_init would build a model that is not sharded; give the Trainer the sharded one as model=",
         "bf16": "bf16 is on, but experts compute in torch.float32; give shard_experts RuntimeConfig(compute_dtype='bf16')",
         "bf16_full_eval": "bf16_full_eval=True would change the model after shard_experts; leave it out",
@@ -243,10 +278,5 @@ def refuse(rank: int) -> dict[str, str]:
             attach(loop, handle)
         assert type(loop) is kind
         messages[case] = str(caught.value)
-    adapted = make_family_model("mixtral")
-    adapted.peft_config = {"default": None}  # as peft's models have it
-    with pytest.raises(ValueError) as caught:
-        attach(trainer(adapted), shard_experts(adapted, mesh=dist.init_device_mesh("cpu", (1,))))
-    messages["peft"] = str(caught.value)
     forget_worlds()
     return messages

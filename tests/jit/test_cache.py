@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -115,6 +116,7 @@ def _run(code: str, args: list[str], environment: dict[str, str], pipes: Sequenc
         pipe.close()
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # what torch imports may have asked for it
     numba.config.reload_config()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.argv = ["-c", *args]

@@ -22,6 +22,7 @@ from tests.helpers.model import rank_slice
 from tests.helpers.pages import ROOT, Program
 from tests.helpers.ranks import run_ranks
 from tests.helpers.resident import peak_from_here
+from tests.runtime.test_generate import UNEQUAL, generated
 
 load_file = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install 'moesaic[hf]'").load_file
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
@@ -154,6 +155,19 @@ def test_adapters_train_as_they_do_unwrapped(family: str, world_size: int, num_r
     (gathered, reduced), (all_elements, adapters) = (sum(np.array(found["bytes"]) for found in parts), parts[0]["sizes"])
     assert gathered > 0
     assert reduced * all_elements == gathered * adapters
+
+
+def generate_on_ranks(rank: int, shard_dense: bool) -> Tensor:
+    model = adapted("mixtral").eval()
+    shard(model, shard_dense=shard_dense)
+    return generated(model, rank, UNEQUAL[rank])
+
+
+@pytest.mark.parametrize("shard_dense", [True, False])
+def test_generate_gives_the_tokens_of_the_unwrapped_model(shard_dense: bool) -> None:
+    model = adapted("mixtral").eval()
+    for rank, tokens in enumerate(run_ranks(2, generate_on_ranks, shard_dense)):
+        assert torch.equal(tokens, generated(model, rank, UNEQUAL[rank]))
 
 
 def train_in_bf16(rank: int) -> dict[str, tuple[float, float]]:

@@ -85,6 +85,7 @@ def test_the_handle_is_small() -> None:
         "telemetry",
         "parameters",
         "parameter_groups",
+        "record",
         "expert_parameters",
         "aux_loss",
         "clip_grad_norm_",
