@@ -70,7 +70,7 @@ def _forwards_of_the_whole(model: nn.Module) -> Iterator[None]:
         finally:
             is_inside = False
 
-    inner.forward = from_the_top  # type: ignore[method-assign]
+    inner.forward = from_the_top
     try:
         yield
     finally:
